@@ -1,0 +1,186 @@
+"""`fst COMMAND`: the table of commands, each imported only when it runs.
+
+Results (paths, texts, figures) go to standard output; logs and progress to standard error.
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+"""
+
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from full_stack_transformer import __version__, arguments
+from full_stack_transformer.errors import (
+    FullStackTransformerError,
+    MissingExtraError,
+    UsageError,
+)
+
+# name, options, "module:function" that takes them; in the order of the pipeline
+COMMANDS: tuple[tuple[str, type, str], ...] = (
+    (
+        "collect_documents",
+        arguments.CollectDocumentsArguments,
+        "document_sources.collect:collect_documents",
+    ),
+    ("prepare_dataset", arguments.PrepareDatasetArguments, "datasets.prepare:prepare_dataset"),
+    ("train", arguments.TrainArguments, "training.run:train"),
+    ("evaluate", arguments.EvaluateArguments, "evaluation.run:evaluate"),
+    ("generate", arguments.GenerateArguments, "generation.command:generate"),
+    ("serve", arguments.ServeArguments, "serving.run:serve"),
+    ("telegram_bot", arguments.TelegramBotArguments, "telegram.run:run_bot"),
+    ("tensorboard", arguments.TensorboardArguments, "training.curves:show_curves"),
+    ("demo", arguments.DemoArguments, "demo:run_demo"),
+)
+
+_CONFIG_READERS = {
+    ".json": cyclopts.config.Json,
+    ".toml": cyclopts.config.Toml,
+    ".yaml": cyclopts.config.Yaml,
+    ".yml": cyclopts.config.Yaml,
+}
+
+# Which extra brings a package that a command may miss.
+_EXTRA_OF_PACKAGE = {
+    "torch": "train",
+    "transformers": "train",
+    "pytorch_lightning": "train",
+    "tensorboard": "train",
+    "fastapi": "serve",
+    "fastapi_offline": "serve",
+    "uvicorn": "serve",
+    "aiogram": "telegram",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and leave with its exit code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code; no traceback for a user's mistake."""
+    # One line per record, and only here: importing a module configures nothing.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "aiogram.event", "huggingface_hub", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Reads of a broken pipe (fst generate … | head) end the program quietly.
+    try:
+        app = _make_app()
+        argv = _take_config_option(app, _normalize(argv))
+        result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        return _complain(f"{error} See: fst {_known_command(argv)}--help", 2)
+    except FullStackTransformerError as error:
+        return _complain(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        return _complain(str(_missing_extra(error)), MissingExtraError.exit_code)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(result, Path):
+        sys.stdout.write(f"{result}\n")
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, exit_code: int) -> int:
+    sys.stderr.write(f"fst: {message}\n")
+    return exit_code
+
+
+def _known_command(argv: list[str]) -> str:
+    return f"{argv[0]} " if argv and argv[0] in {name for name, _, _ in COMMANDS} else ""
+
+
+def _make_app() -> App:
+    # The options keep the spelling of the dataclass fields; cyclopts takes hyphens for underscores.
+    app = App(
+        name="fst",
+        help="From a folder of texts to a language model that people talk to.",
+        help_epilogue="Options of a command: fst COMMAND --help. Any command reads them from a JSON, "
+        "TOML or YAML file too: --config FILE.",
+        version=__version__,
+        default_parameter=Parameter(
+            name_transform=str, negative_bool=("no-", "no_"), negative_iterable=()
+        ),
+        sort_key=None,
+    )
+    app["--help"].group = "Help"
+    app["--version"].group = "Help"
+    for order, (name, options, target) in enumerate(COMMANDS):
+        summary = (options.__doc__ or "").strip()
+        app.command(
+            _runner(options, target),
+            name=name,
+            help=summary,
+            sort_key=order,
+        )
+    return app
+
+
+def _runner(options: type, target: str) -> Callable[..., Any]:
+    """A function that cyclopts fills with `options` and that imports `target` when it runs."""
+
+    def runner(given: Any) -> Any:
+        module_name, function_name = target.split(":")
+        module = importlib.import_module(f"full_stack_transformer.{module_name}")
+        return getattr(module, function_name)(given)
+
+    runner.__annotations__["given"] = Annotated[options, Parameter(name="*")]
+    if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(options)):
+        runner.__defaults__ = (options(),)  # cyclopts wants it where no option is required
+    return runner
+
+
+def _normalize(argv: list[str]) -> list[str]:
+    """Take `prepare-dataset` for `prepare_dataset`, and `--strip_lines false` for `--strip_lines=false`."""
+    words: list[str] = []
+    for word in argv:
+        is_value = bool(words) and words[-1].startswith("--") and "=" not in words[-1]
+        if is_value and word.lower() in ("true", "false"):
+            words[-1] += f"={word.lower()}"
+        else:
+            words.append(word)
+    if words and not words[0].startswith("-"):
+        words[0] = words[0].replace("-", "_")
+    return words
+
+
+def _take_config_option(app: App, argv: list[str]) -> list[str]:
+    """Take `--config FILE` out of `argv`; options typed beside it win over the file's."""
+    for index, word in enumerate(argv):
+        if word == "--config" and index + 1 < len(argv):
+            path, rest = Path(argv[index + 1]), argv[:index] + argv[index + 2 :]
+        elif word.startswith("--config="):
+            path, rest = Path(word.removeprefix("--config=")), argv[:index] + argv[index + 1 :]
+        else:
+            continue
+        if path.suffix not in _CONFIG_READERS or not path.is_file():
+            raise UsageError(f"--config must name a .json, .toml or .yaml file; found {path}")
+        app.config = (_CONFIG_READERS[path.suffix](path, use_commands_as_keys=False),)
+        return rest
+    return argv
+
+
+def _missing_extra(error: ModuleNotFoundError) -> Exception:
+    package = (error.name or "").split(".")[0]
+    if package not in _EXTRA_OF_PACKAGE:
+        raise error
+    extra = _EXTRA_OF_PACKAGE[package]
+    return MissingExtraError(
+        f"this command needs the package {package}, which is not installed; "
+        f"install it with: pip install -c constraints.txt -e '.[{extra}]'"
+    )
+
+
+if __name__ == "__main__":
+    main()

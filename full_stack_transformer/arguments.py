@@ -1,0 +1,307 @@
+"""Every option of every command, on one page.
+
+One frozen dataclass per command; the docstring under a field is its help. Fields before the marker
+`_` may be given by position. `__post_init__` refuses contradictions and names the flag. Standard
+library only: `fst COMMAND --help` reads this module and nothing heavier.
+"""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Literal
+
+from full_stack_transformer.errors import UsageError
+from full_stack_transformer.storage import check_name
+
+
+def _at_least(flag: str, value: float, least: float) -> None:
+    if not (value >= least and math.isfinite(value)):
+        raise UsageError(f"{flag} must be at least {least:g}, found {value!r}")
+
+
+def _between(flag: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise UsageError(f"{flag} must lie between {least:g} and {most:g}, found {value!r}")
+
+
+@dataclass(frozen=True)
+class CollectDocumentsArguments:
+    """Write documents to start with: DOCUMENTS_ROOT/SOURCE/train.txt and valid.txt."""
+
+    source: Literal["python_docs", "nietzsche"]
+    """python_docs: the running interpreter's own documentation, no network.
+    nietzsche: public-domain translations, downloaded from Project Gutenberg."""
+    _: KW_ONLY
+    documents_root: Path = Path("data/documents")
+    """Directory under which a folder of this source's name is written."""
+    end_of_document: str = "[END_OF_DOCUMENT]"
+    """Line that ends each document."""
+
+
+@dataclass(frozen=True)
+class PrepareDatasetArguments:
+    """Turn documents into a dataset directory: DATASETS_ROOT/DATASET_NAME/VERSION/."""
+
+    _: KW_ONLY
+    documents_train_file: Path
+    """Text file of training documents."""
+    documents_valid_file: Path
+    """Text file of validation documents."""
+    dataset_name: str
+    """Name of the dataset, a folder below --datasets_root."""
+    datasets_root: Path = Path("data/datasets")
+    """Directory that holds all datasets."""
+    end_of_document: str = "[END_OF_DOCUMENT]"
+    """A document is what stands before a line that, stripped, equals this."""
+    strip_lines: bool = True
+    """Strip white space at both ends of each line; --no_strip_lines keeps indentation."""
+    tokenizer_cls_name: str | None = None
+    """Class of full_stack_transformer.tokenization, such as GPT2Tokenizer, or my_module.MyClass."""
+    tokenizer_path: str | None = None
+    """Directory (tokenizer.json, or vocab.json and merges.txt) or hub name of a tokenizer.
+    With neither this nor --tokenizer_cls_name a byte-level BPE is trained on the train file."""
+    vocab_size: int = 4096
+    """Number of tokens of a tokenizer trained here."""
+    max_sample_length: int = 256
+    """Tokens in a sample, at most; longer documents are cut into several samples."""
+    min_sample_length: int = 8
+    """Tokens in a sample, at least; shorter samples are dropped and counted."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        check_name(self.dataset_name, "--dataset_name")
+        _at_least("--min_sample_length", self.min_sample_length, 2)
+        _at_least("--max_sample_length", self.max_sample_length, self.min_sample_length)
+        _at_least("--vocab_size", self.vocab_size, 260)
+        if not self.end_of_document.strip():
+            raise UsageError("--end_of_document must hold a character that is not white space")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a model on a dataset directory: EXPERIMENTS_ROOT/EXPERIMENT_NAME/VERSION/."""
+
+    _: KW_ONLY
+    dataset_dir: Path
+    """Dataset directory that prepare_dataset wrote: DATASETS_ROOT/NAME/VERSION, or DATASETS_ROOT/NAME
+    for its newest version."""
+    experiments_root: Path = Path("data/experiments")
+    """Directory that holds all experiments."""
+    experiment_name: str = "experiment"
+    """Name of the experiment, a folder below --experiments_root."""
+    model_config: str = "small"
+    """Shape of a model from scratch: tiny, mini, small, base, gpt2, or a JSON file with the fields of a
+    transformers config."""
+    model_path: str | None = None
+    """Start from this model directory or hub name instead of from scratch."""
+    batch_size: int = 16
+    """Samples in a batch, on each device."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients are added up before an optimizer step."""
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    min_learning_rate_ratio: float = 0.1
+    """Share of --learning_rate that is left at the end of a cosine cycle."""
+    num_warmup_steps: int = 100
+    """Optimizer steps over which the learning rate rises from zero."""
+    num_cycles: int = 1
+    """Cosine cycles with hard restarts over the whole training."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    dropout: float = 0.0
+    """Dropout of a model from scratch, where its architecture has one."""
+    gradient_clip_val: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    max_epochs: int = 1
+    """Times that the training samples are seen, at most; -1 for no limit."""
+    max_steps: int = -1
+    """Optimizer steps, at most; -1 for no limit but --max_epochs."""
+    max_minutes: float | None = None
+    """End after this time, with the learning rate fully decayed by then."""
+    val_check_interval: float = 1.0
+    """Validate each so many batches (above 1), or parts of an epoch (up to 1)."""
+    limit_train_batches: float = 1.0
+    """Use so many batches (above 1), or this part of them, in each epoch."""
+    limit_val_batches: float = 1.0
+    """Use so many batches (above 1), or this part of them, in each validation."""
+    log_every_n_steps: int = 10
+    """Optimizer steps between two points of a curve."""
+    precision: Literal["auto", "32", "bf16", "16"] = "auto"
+    """Arithmetic of the forward and backward pass; weights stay in fp32. auto: bf16 where the hardware
+    computes in it."""
+    accelerator: str = "auto"
+    """Lightning accelerator: auto, cpu, gpu, mps."""
+    devices: str = "auto"
+    """Number of devices, or a list such as 0,1."""
+    strategy: str = "auto"
+    """Lightning strategy: auto, ddp, fsdp."""
+    num_nodes: int = 1
+    """Machines that train together."""
+    compile: bool = False
+    """Compile the model with torch.compile: slower start, faster steps."""
+    seed: int = 0
+    """Seed of weights, dropout and the order of samples."""
+    num_generated_samples: int = 2
+    """Text samples at each validation; 0 for none."""
+    enable_progress_bar: bool = True
+    """Show a progress line on a terminal."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        check_name(self.experiment_name, "--experiment_name")
+        for flag, value in (
+            ("--batch_size", self.batch_size),
+            ("--accumulate_grad_batches", self.accumulate_grad_batches),
+            ("--num_cycles", self.num_cycles),
+            ("--log_every_n_steps", self.log_every_n_steps),
+            ("--num_nodes", self.num_nodes),
+        ):
+            _at_least(flag, value, 1)
+        for flag, value in (
+            ("--num_warmup_steps", self.num_warmup_steps),
+            ("--num_generated_samples", self.num_generated_samples),
+            ("--weight_decay", self.weight_decay),
+            ("--gradient_clip_val", self.gradient_clip_val),
+            ("--max_epochs", self.max_epochs + 1),
+            ("--max_steps", self.max_steps + 1),
+        ):
+            _at_least(flag, value, 0)
+        _between("--learning_rate", self.learning_rate, 0, 100)
+        _between("--min_learning_rate_ratio", self.min_learning_rate_ratio, 0, 1)
+        _between("--dropout", self.dropout, 0, 0.95)
+        for flag, limit in (
+            ("--val_check_interval", self.val_check_interval),
+            ("--limit_train_batches", self.limit_train_batches),
+            ("--limit_val_batches", self.limit_val_batches),
+        ):
+            if not limit > 0 or (limit > 1 and limit != int(limit)):
+                raise UsageError(
+                    f"{flag} must be a part of an epoch (above 0, up to 1) or a whole number of "
+                    f"batches, found {limit!r}"
+                )
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UsageError(f"--max_minutes must be above 0, found {self.max_minutes!r}")
+        if self.max_epochs == -1 and self.max_steps == -1 and self.max_minutes is None:
+            raise UsageError("--max_epochs -1 has no end; pass --max_steps or --max_minutes")
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Measure a model on validation samples and print loss, perplexity and bits per byte as JSON."""
+
+    model: Path
+    """Model directory, experiment directory or .ckpt file."""
+    dataset_dir: Path
+    """Dataset directory whose validation samples are used; its tokenizer must be the model's."""
+    _: KW_ONLY
+    batch_size: int = 16
+    """Samples in a batch; the figures do not depend on it."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, mps."""
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Continue a prompt and print the text while it is made."""
+
+    model: Path
+    """Model directory, experiment directory or .ckpt file."""
+    _: KW_ONLY
+    prompt: str | None = None
+    """Text to continue; without it the text comes from standard input."""
+    max_new_tokens: int = 128
+    """Tokens to add, at most."""
+    temperature: float = 0.7
+    """Randomness: 0 always takes the likeliest token, 1 follows the model's probabilities."""
+    top_k: int = 0
+    """Choose among the so many likeliest tokens; 0 for all."""
+    top_p: float = 0.95
+    """Choose among the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.1
+    """Divides the scores of tokens that already occurred; 1 for none."""
+    num_return_sequences: int = 1
+    """Independent continuations of the prompt."""
+    stop: tuple[str, ...] = ()
+    """End before this text; may be repeated."""
+    seed: int | None = None
+    """Seed of the first continuation, the next ones follow it; without it a random one, which is logged."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, mps."""
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """Serve a model over HTTP, OpenAI-compatible; writes nothing."""
+
+    model: Path
+    """Model directory, experiment directory or .ckpt file."""
+    _: KW_ONLY
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface of the machine."""
+    port: int = 9228
+    """Port to listen on; 0 for any free one."""
+    max_batch_size: int = 16
+    """Requests that are generated at once."""
+    max_queue_size: int = 64
+    """Requests that may wait; more are answered 429."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, mps."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        _between("--port", self.port, 0, 65535)
+        _at_least("--max_batch_size", self.max_batch_size, 1)
+        _at_least("--max_queue_size", self.max_queue_size, 0)
+
+
+@dataclass(frozen=True)
+class TelegramBotArguments:
+    """Answer Telegram messages with continuations made by a running service; writes nothing."""
+
+    _: KW_ONLY
+    service_url: str = "http://127.0.0.1:9228"
+    """Address of the service that `fst serve` printed."""
+    token_file: Path | None = None
+    """File that holds the bot's token; without it the environment variable TELEGRAM_BOT_TOKEN is read."""
+    telegram_api_base: str = "https://api.telegram.org"
+    """Address of the Bot API server."""
+    max_new_tokens: int = 80
+    """Tokens in a reply, at most."""
+    temperature: float = 0.7
+    """Randomness of replies."""
+    top_p: float = 0.95
+    """Choose among the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.1
+    """Divides the scores of tokens that already occurred; 1 for none."""
+
+
+@dataclass(frozen=True)
+class TensorboardArguments:
+    """Show the curves of all experiments in a browser; writes nothing."""
+
+    experiments_root: Path = Path("data/experiments")
+    """Directory that holds all experiments."""
+    _: KW_ONLY
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 6006
+    """Port to listen on; 0 for any free one."""
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    """Walk the whole road on this machine: data/demo/ with documents, dataset, experiment; then serve."""
+
+    _: KW_ONLY
+    root: Path = Path("data/demo")
+    """Directory for everything that the demo writes."""
+    serve: bool = True
+    """Serve the model and TensorBoard at the end; --no-serve ends after generating."""
+    minutes: float = 4.0
+    """Time to train, in minutes."""
+    fresh: bool = False
+    """Train anew even when an earlier demo finished."""
+    port: int = 9228
+    """Port of the service."""
+    tensorboard_port: int = 6006
+    """Port of TensorBoard."""
