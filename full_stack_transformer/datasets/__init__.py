@@ -1,0 +1,1 @@
+"""Documents -> dataset directory -> samples -> batches. Knows nothing of models."""

@@ -1,0 +1,175 @@
+"""The corpus format: all tokens of all samples in one array, and where each sample starts.
+
+    train/corpus.npy                  (tokens,)   uint16 where the vocabulary fits, else uint32
+    train/sample_start_positions.npy  (samples,)  int64; sample i ends where sample i + 1 starts
+
+Little-endian, in NumPy's own file format. Reading is memory-mapped: a corpus may be larger than memory.
+Knows nothing of text.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
+from full_stack_transformer.errors import DatasetError
+
+CORPUS_FILE_NAME = "corpus.npy"
+POSITIONS_FILE_NAME = "sample_start_positions.npy"
+POSITION_DTYPE = np.dtype("<i8")
+
+TokenArray = NDArray[np.uint16] | NDArray[np.uint32]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+    """The smallest type that holds every id of the vocabulary."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class ArrayFile:
+    """A one-dimensional .npy file that grows by appending; its header is completed at the end.
+
+    Written through a plain handle: np.save loses the last bytes on a full disk without an exception,
+    and a memory map dies there with SIGBUS.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[np.generic]) -> None:
+        self.length = 0
+        self._dtype = dtype
+        self._file: BinaryIO = path.open("wb")
+        self._write_header()
+        self._header_bytes = self._file.tell()
+
+    def append(self, values: NDArray[np.generic]) -> None:
+        """Append `values` (n,), which must fit the type."""
+        self._file.write(values.astype(self._dtype, copy=False).data)
+        self.length += len(values)
+
+    def close(self) -> None:
+        """Complete the header and flush everything to the disk."""
+        self._file.seek(0)
+        self._write_header()
+        assert self._file.tell() == self._header_bytes, "the header must not grow"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close without completing the file."""
+        self._file.close()
+
+    def _write_header(self) -> None:
+        # NumPy pads a header to 64 bytes, with room for the length to grow.
+        header = {
+            "descr": npy_format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self.length,),
+        }
+        npy_format.write_array_header_1_0(self._file, header)
+
+
+class CorpusWriter:
+    """Appends samples to the two files of a corpus; complete after the `with`."""
+
+    def __init__(self, directory: Path, vocab_size: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._corpus = ArrayFile(directory / CORPUS_FILE_NAME, token_dtype(vocab_size))
+        self._positions = ArrayFile(directory / POSITIONS_FILE_NAME, POSITION_DTYPE)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples so far."""
+        return self._positions.length
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return self._corpus.length
+
+    def append(self, samples: Sequence[Sequence[int]]) -> None:
+        """Append samples of token ids."""
+        if not samples:
+            return
+        lengths = np.fromiter((len(sample) for sample in samples), np.int64, len(samples))
+        starts = self._corpus.length + np.concatenate(([0], np.cumsum(lengths[:-1])))
+        tokens = np.fromiter(
+            (token_id for sample in samples for token_id in sample), np.uint32, int(lengths.sum())
+        )
+        self._positions.append(starts)
+        self._corpus.append(tokens)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for file in (self._corpus, self._positions):
+            file.close() if exception_type is None else file.abandon()
+
+
+class Corpus:
+    """Samples of one half of a dataset directory, memory-mapped.
+
+    Raises:
+        DatasetError: a file is missing or damaged, or its size is not the described one.
+    """
+
+    def __init__(self, directory: Path, *, num_samples: int, num_tokens: int) -> None:
+        self.directory = directory
+        self.tokens = _open_array(directory / CORPUS_FILE_NAME, num_tokens, ("<u2", "<u4"))
+        self.start_positions = _open_array(directory / POSITIONS_FILE_NAME, num_samples, ("<i8",))
+
+    def __len__(self) -> int:
+        return len(self.start_positions)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Token ids (tokens,) of sample `index`."""
+        return self.gather([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Token ids (tokens,) of several samples; torch's DataLoader calls this once per batch."""
+        return self.gather(indices)
+
+    def gather(self, indices: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Token ids (tokens,) of several samples, copied out of the memory map."""
+        return [self.tokens[start:end].astype(np.int64) for start, end in self._borders(indices)]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of every sample (samples,)."""
+        return np.diff(self.start_positions, append=len(self.tokens))
+
+    def _borders(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        chosen = np.asarray(indices, dtype=np.int64)
+        starts = self.start_positions[chosen]
+        following = np.minimum(chosen + 1, len(self) - 1)
+        ends = np.where(chosen + 1 < len(self), self.start_positions[following], len(self.tokens))
+        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.integer]:
+    advice = "prepare the dataset again"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise DatasetError(f"{path} is missing or damaged ({error}); {advice}") from error
+    if array.dtype not in [np.dtype(name) for name in dtypes] or array.ndim != 1:
+        raise DatasetError(
+            f"{path} should hold one dimension of {' or '.join(dtypes)}, found {array.ndim} of "
+            f"{array.dtype.str}; {advice}"
+        )
+    expected_bytes = array.offset + array.nbytes if isinstance(array, np.memmap) else None
+    if len(array) != length or path.stat().st_size != expected_bytes:
+        raise DatasetError(
+            f"{path} should hold {length:,} values as described, found {len(array):,} in "
+            f"{path.stat().st_size:,} bytes; {advice}"
+        )
+    return array
