@@ -14,14 +14,25 @@ from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 
 
-def _at_least(flag: str, value: float, least: float) -> None:
-    if not (value >= least and math.isfinite(value)):
-        raise UsageError(f"{flag} must be at least {least:g}, found {value!r}")
+def _at_least(options: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not (value >= least and math.isfinite(value)):
+            raise UsageError(f"--{name} must be at least {least:g}, found {value!r}")
 
 
-def _between(flag: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise UsageError(f"{flag} must lie between {least:g} and {most:g}, found {value!r}")
+def _between(options: object, least: float, most: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not least <= value <= most:
+            raise UsageError(f"--{name} must lie between {least:g} and {most:g}, found {value!r}")
+
+
+def _check_sampling(options: object) -> None:
+    _at_least(options, 1, "max_new_tokens")
+    _between(options, 0, 100, "temperature")
+    _between(options, 1e-6, 1, "top_p")
+    _between(options, 1e-6, 10, "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,9 @@ class PrepareDatasetArguments:
     def __post_init__(self) -> None:
         """Refuse what can never work."""
         check_name(self.dataset_name, "--dataset_name")
-        _at_least("--min_sample_length", self.min_sample_length, 2)
-        _at_least("--max_sample_length", self.max_sample_length, self.min_sample_length)
-        _at_least("--vocab_size", self.vocab_size, 260)
+        _at_least(self, 2, "min_sample_length")
+        _at_least(self, self.min_sample_length, "max_sample_length")
+        _at_least(self, 260, "vocab_size")
         if not self.end_of_document.strip():
             raise UsageError("--end_of_document must hold a character that is not white space")
 
@@ -137,8 +148,6 @@ class TrainArguments:
     """Lightning strategy: auto, ddp, fsdp."""
     num_nodes: int = 1
     """Machines that train together."""
-    compile: bool = False
-    """Compile the model with torch.compile: slower start, faster steps."""
     seed: int = 0
     """Seed of weights, dropout and the order of samples."""
     num_generated_samples: int = 2
@@ -149,34 +158,21 @@ class TrainArguments:
     def __post_init__(self) -> None:
         """Refuse what can never work."""
         check_name(self.experiment_name, "--experiment_name")
-        for flag, value in (
-            ("--batch_size", self.batch_size),
-            ("--accumulate_grad_batches", self.accumulate_grad_batches),
-            ("--num_cycles", self.num_cycles),
-            ("--log_every_n_steps", self.log_every_n_steps),
-            ("--num_nodes", self.num_nodes),
-        ):
-            _at_least(flag, value, 1)
-        for flag, value in (
-            ("--num_warmup_steps", self.num_warmup_steps),
-            ("--num_generated_samples", self.num_generated_samples),
-            ("--weight_decay", self.weight_decay),
-            ("--gradient_clip_val", self.gradient_clip_val),
-            ("--max_epochs", self.max_epochs + 1),
-            ("--max_steps", self.max_steps + 1),
-        ):
-            _at_least(flag, value, 0)
-        _between("--learning_rate", self.learning_rate, 0, 100)
-        _between("--min_learning_rate_ratio", self.min_learning_rate_ratio, 0, 1)
-        _between("--dropout", self.dropout, 0, 0.95)
-        for flag, limit in (
-            ("--val_check_interval", self.val_check_interval),
-            ("--limit_train_batches", self.limit_train_batches),
-            ("--limit_val_batches", self.limit_val_batches),
-        ):
+        _at_least(
+            self, 1, "batch_size", "accumulate_grad_batches", "num_cycles", "log_every_n_steps"
+        )
+        _at_least(self, 1, "num_nodes")
+        _at_least(self, 0, "num_warmup_steps", "num_generated_samples", "weight_decay")
+        _at_least(self, 0, "gradient_clip_val", "seed")
+        _at_least(self, -1, "max_epochs", "max_steps")
+        _between(self, 0, 100, "learning_rate")
+        _between(self, 0, 1, "min_learning_rate_ratio")
+        _between(self, 0, 0.95, "dropout")
+        for name in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
+            limit = getattr(self, name)
             if not limit > 0 or (limit > 1 and limit != int(limit)):
                 raise UsageError(
-                    f"{flag} must be a part of an epoch (above 0, up to 1) or a whole number of "
+                    f"--{name} must be a part of an epoch (above 0, up to 1) or a whole number of "
                     f"batches, found {limit!r}"
                 )
         if self.max_minutes is not None and not self.max_minutes > 0:
@@ -228,6 +224,14 @@ class GenerateArguments:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, mps."""
 
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        _check_sampling(self)
+        _at_least(self, 1, "num_return_sequences")
+        _at_least(self, 0, "top_k")
+        if self.seed is not None:
+            _at_least(self, 0, "seed")
+
 
 @dataclass(frozen=True)
 class ServeArguments:
@@ -249,9 +253,9 @@ class ServeArguments:
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
-        _between("--port", self.port, 0, 65535)
-        _at_least("--max_batch_size", self.max_batch_size, 1)
-        _at_least("--max_queue_size", self.max_queue_size, 0)
+        _between(self, 0, 65535, "port")
+        _at_least(self, 1, "max_batch_size")
+        _at_least(self, 0, "max_queue_size")
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,10 @@ class TelegramBotArguments:
     """Choose among the likeliest tokens that together have this probability."""
     repetition_penalty: float = 1.1
     """Divides the scores of tokens that already occurred; 1 for none."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        _check_sampling(self)
 
 
 @dataclass(frozen=True)

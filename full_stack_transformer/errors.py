@@ -9,6 +9,7 @@
     │   └── ModelError               a model directory that is none, or does not fit
     ├── MachineError                 who runs the machine: port in use, disk full, no network
     │   └── MissingExtraError        a package that this command needs is not installed
+    ├── TrainingError                who chose the options of a training that cannot go on
     ├── RequestError                 who sent a request to the service: impossible as it stands
     └── ServiceError                 who runs the service: unreachable, overloaded, failing
         ├── ServiceUnavailableError  try again later
@@ -58,6 +59,10 @@ class MachineError(FullStackTransformerError):
 
 class MissingExtraError(MachineError):
     """A package that belongs to an extra is not installed."""
+
+
+class TrainingError(FullStackTransformerError):
+    """Training cannot go on, such as after a loss that is not a number."""
 
 
 class RequestError(FullStackTransformerError):

@@ -172,4 +172,5 @@ def _open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.in
             f"{path} should hold {length:,} values as described, found {len(array):,} in "
             f"{path.stat().st_size:,} bytes; {advice}"
         )
-    return array
+    opened: NDArray[np.integer] = array
+    return opened

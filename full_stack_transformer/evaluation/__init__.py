@@ -1,0 +1,1 @@
+"""Model directory + dataset directory -> figures. Knows nothing of training."""

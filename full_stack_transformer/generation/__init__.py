@@ -1,0 +1,1 @@
+"""Model directory + prompt -> text. Knows nothing of training and of HTTP."""

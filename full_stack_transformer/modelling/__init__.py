@@ -1,0 +1,1 @@
+"""Backbones: new, pretrained, saved. Knows nothing of datasets, training or text."""

@@ -1,0 +1,158 @@
+"""Causal language models: new ones from a preset or a config, pretrained ones resized to a tokenizer.
+
+Knows nothing of datasets and of training.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.errors import ModelError, UsageError
+
+# name -> (layers, hidden size, attention heads). Decoders with rotary positions, RMSNorm, SwiGLU and tied
+# embeddings: at the same number of parameters and tokens they reach a lower loss than GPT-2's shape.
+DECODER_PRESETS: dict[str, tuple[int, int, int]] = {
+    "tiny": (2, 64, 2),
+    "mini": (4, 256, 4),
+    "small": (6, 384, 6),
+    "base": (12, 768, 12),
+}
+GPT2_PRESET = "gpt2"
+
+
+def new_backbone(
+    model_config: str,
+    *,
+    vocab_size: int,
+    max_length: int,
+    special_token_ids: dict[str, int],
+    dropout: float = 0.0,
+) -> Backbone:
+    """A causal language model with random weights.
+
+    Args:
+        model_config: name of a preset, or a JSON file with the fields of a transformers config.
+        vocab_size: number of token ids.
+        max_length: tokens of context that the model is made for.
+        special_token_ids: ids under `begin`, `end` and `pad`.
+        dropout: probability, where the architecture has dropout.
+
+    Raises:
+        UsageError: there is no such preset and no such file.
+        ModelError: the file does not describe a causal language model.
+    """
+    shared = {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_length,
+        "bos_token_id": special_token_ids["begin"],
+        "eos_token_id": special_token_ids["end"],
+        "pad_token_id": special_token_ids["pad"],
+    }
+    config = _config_from_preset(model_config, shared, dropout) or _config_from_file(
+        model_config, shared
+    )
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"{model_config} does not describe a causal language model: {error}"
+        ) from error
+
+
+def pretrained_backbone(model_path: str, *, vocab_size: int) -> Backbone:
+    """A pretrained causal language model with fp32 weights, its embeddings resized to `vocab_size`.
+
+    Raises:
+        ModelError: there is no such model here or on the hub, or weights are missing from it.
+    """
+    backbone = load_backbone(model_path, dtype=torch.float32)
+    if backbone.get_input_embeddings().num_embeddings != vocab_size:
+        # New rows are drawn around the mean of the old ones, so that no new token starts out likely.
+        backbone.resize_token_embeddings(vocab_size, mean_resizing=True)
+    return backbone
+
+
+def load_backbone(model_path: str, *, dtype: torch.dtype) -> Backbone:
+    """Load the weights of a directory or hub name, all of them.
+
+    Raises:
+        ModelError: the model cannot be opened, or lacks tensors: transformers would fill them with noise.
+    """
+    transformers.utils.logging.disable_progress_bar()  # a bar for every file is noise in a log
+    try:
+        backbone, loading = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"no causal language model at {model_path!r}: {reason}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the weights at {model_path!r} lack {len(missing)} tensors that the model needs "
+            f"({', '.join(missing[:3])} …); it is damaged or belongs to another task"
+        )
+    return backbone
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that fit into the model at once."""
+    for name in ("max_position_embeddings", "n_positions"):
+        length = getattr(config, name, None)
+        if length:
+            return int(length)
+    raise ModelError(f"the config of {config.model_type} names no context length")
+
+
+def num_parameters(backbone: Backbone) -> int:
+    """Number of weights, tied ones counted once."""
+    return sum(parameter.numel() for parameter in backbone.parameters())
+
+
+def _config_from_preset(
+    name: str, shared: dict[str, Any], dropout: float
+) -> PretrainedConfig | None:
+    if name == GPT2_PRESET:
+        return AutoConfig.for_model(
+            "gpt2",
+            **{key: value for key, value in shared.items() if key != "max_position_embeddings"},
+            n_positions=shared["max_position_embeddings"],
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+        )
+    if name not in DECODER_PRESETS:
+        return None
+    num_layers, hidden_size, num_heads = DECODER_PRESETS[name]
+    return LlamaConfig(
+        **shared,
+        num_hidden_layers=num_layers,
+        hidden_size=hidden_size,
+        # SwiGLU has three matrices where GELU has two: 8/3 of the width instead of 4 keeps the count.
+        intermediate_size=-(-hidden_size * 8 // 3 // 64) * 64,
+        num_attention_heads=num_heads,
+        tie_word_embeddings=True,
+        attention_dropout=dropout,
+    )
+
+
+def _config_from_file(model_config: str, shared: dict[str, Any]) -> PretrainedConfig:
+    path = Path(model_config)
+    if not path.is_file():
+        presets = ", ".join([*DECODER_PRESETS, GPT2_PRESET])
+        raise UsageError(
+            f"--model_config must be one of {presets}, or a JSON file; found {model_config!r}"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(**{**fields, **shared})
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"{path} should be a JSON object with model_type and the fields of that transformers config: "
+            f"{error}"
+        ) from error

@@ -1,0 +1,145 @@
+"""The model directory: plain Hugging Face format, always complete, and our description beside it.
+
+    config.json  model.safetensors  generation_config.json  tokenizer.json  tokenizer_config.json
+    description.json   step, validation loss, the dataset's description
+
+Opens a model directory, an experiment directory (its `model/`) or a `.ckpt` of one.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.errors import ModelError
+from full_stack_transformer.modelling.backbones import load_backbone
+from full_stack_transformer.storage import (
+    DESCRIPTION_FILE_NAME,
+    read_json,
+    replace_directory,
+    write_json,
+)
+from full_stack_transformer.tokenization import DocumentTokenizer, open_saved_tokenizer
+
+MODEL_DIRECTORY_NAME = "model"
+# What training puts into a checkpoint beside Lightning's own keys.
+CHECKPOINT_BACKBONE_PREFIX = "backbone."
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that is ready to compute, in evaluation mode."""
+
+    name: str
+    backbone: Backbone
+    tokenizer: DocumentTokenizer
+    description: dict[str, Any]
+
+
+def save_model_directory(
+    target: Path, backbone: Backbone, *, tokenizer_directory: Path, description: dict[str, Any]
+) -> None:
+    """Put a complete model directory in the place of `target`; a reader never sees half of one."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    backbone.save_pretrained(partial)
+    GenerationConfig.from_model_config(backbone.config).save_pretrained(partial)
+    for file in tokenizer_directory.iterdir():
+        shutil.copyfile(file, partial / file.name)
+    write_json(partial / DESCRIPTION_FILE_NAME, description)
+    replace_directory(partial, target)
+
+
+def find_model_directory(path: Path) -> Path:
+    """The model directory that `path` means: itself, or `model` of an experiment or of one of its
+    checkpoints.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if path.suffix == ".ckpt" and path.is_file():
+        directory = path.parent.parent / MODEL_DIRECTORY_NAME
+    elif (path / MODEL_DIRECTORY_NAME / "config.json").is_file():
+        directory = path / MODEL_DIRECTORY_NAME
+    else:
+        directory = path
+    if not (directory / "config.json").is_file():
+        found = "a directory without config.json" if path.is_dir() else "nothing of the kind"
+        if path.is_dir() and not any(path.iterdir()):
+            found = "an empty directory"
+        raise ModelError(
+            f"{path} should be a model directory, an experiment directory or a .ckpt file of one; "
+            f"found {found}"
+        )
+    return directory
+
+
+def open_model(
+    path: Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
+) -> OpenedModel:
+    """Open a model to compute with; see `find_model_directory` for what `path` may be.
+
+    Raises:
+        ModelError: there is no model, it is damaged, or tokenizer and weights do not fit.
+    """
+    directory = find_model_directory(path)
+    if path.suffix == ".ckpt":
+        backbone = _backbone_of_checkpoint(path, directory, dtype)
+    else:
+        backbone = load_backbone(str(directory), dtype=dtype)
+    tokenizer = open_saved_tokenizer(directory)
+    num_embeddings = backbone.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > num_embeddings:
+        raise ModelError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model "
+            f"{num_embeddings:,} embeddings; they do not belong together"
+        )
+    description_file = directory / DESCRIPTION_FILE_NAME
+    description = read_json(description_file) if description_file.is_file() else {}
+    backbone = backbone.to(resolve_device(device)).eval()
+    return OpenedModel(_name_of(directory), backbone, tokenizer, description)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that `--device` means; `auto` takes the fastest one here."""
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"--device {device} cannot be used here: {reason}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _backbone_of_checkpoint(path: Path, directory: Path, dtype: torch.dtype) -> Backbone:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        backbone = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(directory, trust_remote_code=False), trust_remote_code=False
+        )
+        weights = {
+            name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): tensor
+            for name, tensor in state.items()
+            if name.startswith(CHECKPOINT_BACKBONE_PREFIX)
+        }
+        backbone.load_state_dict(weights)
+    except Exception as error:  # a damaged zip raises anything
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{path} is no checkpoint of the model in {directory}: {reason}"
+        ) from error
+    return backbone.to(dtype)
+
+
+def _name_of(directory: Path) -> str:
+    """NAME/VERSION for the model of an experiment, else the name of the directory."""
+    directory = directory.resolve()
+    if directory.name == MODEL_DIRECTORY_NAME and directory.parent.name.isdecimal():
+        return f"{directory.parent.parent.name}/{directory.parent.name}"
+    return directory.name

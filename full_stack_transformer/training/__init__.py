@@ -1,0 +1,1 @@
+"""Dataset directory -> experiment directory. The only room that knows Lightning."""
