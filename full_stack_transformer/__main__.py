@@ -40,7 +40,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("demo", arguments.DemoArguments, "demo:run_demo"),
 )
 
-_CONFIG_READERS = {
+_CONFIG_READERS: dict[str, Callable[..., Any]] = {
     ".json": cyclopts.config.Json,
     ".toml": cyclopts.config.Toml,
     ".yaml": cyclopts.config.Yaml,

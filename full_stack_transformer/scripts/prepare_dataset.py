@@ -1,4 +1,4 @@
-"""python full_stack_transformer/scripts/prepare_dataset.py --documents_train_file … --dataset_name nietzsche."""
+"""python full_stack_transformer/scripts/prepare_dataset.py --documents_train_file … --dataset_name NAME."""
 
 import sys
 from pathlib import Path

@@ -5,6 +5,7 @@ EXPERIMENTS_ROOT/NAME/VERSION/
     model/             the best model so far, always complete
     checkpoints/       last.ckpt and the best one, resumable
     generated.jsonl    text samples of each validation
+    summary.json       steps, best loss and seconds; only when the training ended by itself
     events.out.…       curves, for TensorBoard
 """
 
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ from full_stack_transformer.training.tasks import CausalLanguageModelling
 logger = logging.getLogger(__name__)
 
 _LIGHTNING_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+SUMMARY_FILE_NAME = "summary.json"
 EXIT_CODE_INTERRUPTED = 130
 
 
@@ -59,6 +62,7 @@ def train(arguments: TrainArguments) -> Path | int:
         ModelError: --model_path cannot be opened.
         TrainingError: the loss is no longer a number.
     """
+    started = time.perf_counter()
     _quieten_lightning()
     dataset = open_dataset(arguments.dataset_dir)
     pl.seed_everything(arguments.seed, verbose=False)
@@ -67,7 +71,8 @@ def train(arguments: TrainArguments) -> Path | int:
     write_json(directory / "arguments.json", _readable_again(arguments))
     task = CausalLanguageModelling(backbone, arguments)
     data = DatasetDataModule(dataset, batch_size=arguments.batch_size, seed=arguments.seed)
-    trainer = _make_trainer(arguments, dataset, directory)
+    export = _export(dataset, directory)
+    trainer = _make_trainer(arguments, dataset, directory, export)
     logger.info(
         "training %s parameters on %s tokens of %s in %s, %s precision, into %s",
         f"{num_parameters(backbone):,}",
@@ -85,7 +90,13 @@ def train(arguments: TrainArguments) -> Path | int:
             directory,
         )
         return EXIT_CODE_INTERRUPTED
-    logger.info("serve it: fst serve %s", directory)
+    summary = {
+        "num_steps": trainer.global_step,
+        "best_validation_loss": export.best_loss,
+        "seconds_taken": round(time.perf_counter() - started, 1),
+    }
+    write_json(directory / SUMMARY_FILE_NAME, summary)
+    logger.info("trained %s; serve it: fst serve %s", json.dumps(summary), directory)
     return directory
 
 
@@ -102,8 +113,19 @@ def _make_backbone(arguments: TrainArguments, dataset: DatasetDirectory) -> Back
     )
 
 
+def _export(dataset: DatasetDirectory, directory: Path) -> ExportModel:
+    return ExportModel(
+        directory / MODEL_DIRECTORY_NAME,
+        tokenizer_directory=dataset.tokenizer_directory,
+        description={
+            "experiment": f"{directory.parent.name}/{directory.name}",
+            "dataset": dataset.description,
+        },
+    )
+
+
 def _make_trainer(
-    arguments: TrainArguments, dataset: DatasetDirectory, directory: Path
+    arguments: TrainArguments, dataset: DatasetDirectory, directory: Path, export: ExportModel
 ) -> pl.Trainer:
     tensorboard = TensorBoardLogger(directory, name="", version="", default_hp_metric=False)
     tensorboard.experiment.add_text("arguments", _as_markdown(_readable_again(arguments)))
@@ -135,14 +157,7 @@ def _make_trainer(
                 EndWithValidation(),
                 Progress(show=arguments.enable_progress_bar),
                 LearningRateMonitor("step"),
-                ExportModel(
-                    directory / MODEL_DIRECTORY_NAME,
-                    tokenizer_directory=dataset.tokenizer_directory,
-                    description={
-                        "experiment": f"{directory.parent.name}/{directory.name}",
-                        "dataset": dataset.description,
-                    },
-                ),
+                export,
                 SampleTexts(
                     directory / "generated.jsonl",
                     tokenizer,
