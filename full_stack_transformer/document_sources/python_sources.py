@@ -1,0 +1,181 @@
+"""Docstrings and prose comments of Python source files, read without importing or running them.
+
+Knows Python's syntax tree, and nothing of the interpreter that will run the files.
+"""
+
+import ast
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import decode_source
+from pathlib import Path
+
+from full_stack_transformer.document_sources.documents import tidy
+from full_stack_transformer.document_sources.pages import Kind, Section
+from full_stack_transformer.document_sources.prose import (
+    SeenLines,
+    is_prose,
+    is_readable,
+    without_legal_paragraphs,
+)
+
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+_SKIPPED_FOLDERS = frozenset(
+    ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data")
+)
+# Tables that a program wrote, 240 files of them; the folder's other files are read.
+_CHARACTER_TABLE = re.compile(r"encodings/(?!__init__|aliases|idna|punycode|utf_8_sig).*")
+_MACHINE_FILE = re.compile(r"config-[^/]*/.*|_sysconfigdata.*|(site|user)customize\.py")
+_RECEIVER = re.compile(r"^(self|cls|_cls|mcls|mcs|metacls|meta|type)(, |$)(/(, |$))?")
+_COMMENT_LINE = re.compile(r"\s*#+:?\s?(.*?)[\s#]*")
+# A longer signature is a table of defaults.
+_MAX_SIGNATURE_LENGTH = 120
+
+
+@dataclass(frozen=True)
+class _Comment:
+    """Neighbouring lines that hold nothing but a comment."""
+
+    first_line: int
+    last_line: int
+    text: str
+
+
+@dataclass
+class _Entry:
+    """What the source says about one definition, or about the module when `node` is the module."""
+
+    name: str
+    node: ast.Module | _Definition
+    first_line: int
+    last_line: int
+    texts: list[str] = field(default_factory=list)
+
+
+def source_files(root: Path) -> list[tuple[str, Path]]:
+    """Names and paths of the modules below `root` that are worth reading, sorted by name."""
+    found: list[tuple[str, Path]] = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        name = relative.as_posix()
+        is_generated = _CHARACTER_TABLE.fullmatch(name) or _MACHINE_FILE.fullmatch(name)
+        is_skipped = is_generated or _SKIPPED_FOLDERS.intersection(relative.parts)
+        if not is_skipped and path.is_file():  # distributions leave links to nowhere
+            parts = relative.with_suffix("").parts
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return sorted(found)
+
+
+def source_sections(source: bytes, seen: SeenLines) -> list[Section]:
+    """The texts of one source file, a section for the module and for each class and function.
+
+    Empty when the file is none that this interpreter can parse.
+    """
+    try:
+        text = decode_source(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes that a later Python will refuse
+            module = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return []
+    lines = text.split("\n")
+    entries = [_Entry("", module, 0, len(lines) + 1), *_definitions(module)]
+    for entry in entries:
+        _add_docstring(entry, seen)
+    for comment in _comments(lines, _lines_in_strings(module)):
+        _add_comment(comment, entries, seen)
+    return list(_sections(entries))
+
+
+def _definitions(node: ast.AST, prefix: str = "") -> Iterator[_Entry]:
+    """Classes and functions below `node` in source order, those inside `if` and `try` too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first_line = min([child.lineno, *(each.lineno for each in child.decorator_list)])
+            last_line = child.end_lineno or child.lineno
+            yield _Entry(prefix + child.name, child, first_line, last_line)
+            yield from _definitions(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _definitions(child, prefix)
+
+
+def _add_docstring(entry: _Entry, seen: SeenLines) -> None:
+    text = without_legal_paragraphs(tidy(ast.get_docstring(entry.node) or ""))
+    if is_readable(text) and seen.is_new(text):
+        entry.texts.append(text)
+
+
+def _add_comment(comment: _Comment, entries: list[_Entry], seen: SeenLines) -> None:
+    """Give a comment to the definition that follows on its heels, or else to the one around it."""
+    text = without_legal_paragraphs(tidy(comment.text))
+    if not is_prose(text) or not seen.is_new(text):
+        return
+    below = [entry for entry in entries if entry.first_line == comment.last_line + 1]
+    around = [
+        entry for entry in entries if entry.first_line <= comment.first_line <= entry.last_line
+    ]
+    # Inner definitions come after outer ones.
+    (below or around)[-1].texts.append(text)
+
+
+def _comments(lines: list[str], lines_in_strings: set[int]) -> Iterator[_Comment]:
+    texts: list[str] = []
+    for number, line in enumerate([*lines, ""], 1):
+        match = None if number in lines_in_strings else _COMMENT_LINE.fullmatch(line)
+        if match:
+            texts.append(match[1])
+        elif texts:
+            yield _Comment(number - len(texts), number - 1, "\n".join(texts))
+            texts = []
+
+
+def _lines_in_strings(module: ast.Module) -> set[int]:
+    """Numbers of the lines on which a string continues: a # there starts no comment."""
+    inside: set[int] = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno != node.lineno:
+            inside.update(range(node.lineno + 1, (node.end_lineno or node.lineno) + 1))
+    return inside
+
+
+def _sections(entries: list[_Entry]) -> Iterator[Section]:
+    """One section for the module, and one for each outermost definition with what is inside it."""
+    module, *definitions = entries
+    if module.texts:
+        yield Section("module", "", tuple(module.texts))
+    groups: list[list[_Entry]] = []
+    for entry in definitions:
+        if "." in entry.name and groups:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    for outer, *inner in groups:
+        blocks = tuple(_block(entry) for entry in (outer, *inner) if entry.texts)
+        if blocks:
+            kind: Kind = "class" if isinstance(outer.node, ast.ClassDef) else "function"
+            yield Section(kind, outer.name, blocks)
+
+
+def _block(entry: _Entry) -> str:
+    """The signature of a definition and its texts, unless the docstring starts with a signature."""
+    text = "\n\n".join(entry.texts)
+    if text.startswith(f"{entry.name.rpartition('.')[2]}("):
+        return text
+    return f"{_signature(entry)}\n{text}"
+
+
+def _signature(entry: _Entry) -> str:
+    node = entry.node
+    if isinstance(node, ast.Module):
+        return ""
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {entry.name}({bases})" if bases else f"class {entry.name}"
+    arguments = ast.unparse(node.args)
+    if "." in entry.name:
+        arguments = _RECEIVER.sub("", arguments, count=1)
+    returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    signature = f"{entry.name}({arguments}){returned}"
+    return signature if len(signature) <= _MAX_SIGNATURE_LENGTH else f"{entry.name}(...)"
