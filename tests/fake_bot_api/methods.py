@@ -1,0 +1,234 @@
+"""The methods that a bot calls, by their lower-case names; Telegram takes any spelling."""
+
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tests.fake_bot_api.checks import (
+    checked_keyboard,
+    checked_text,
+    from_json,
+    integer,
+    refuse,
+)
+from tests.fake_bot_api.state import UPDATE_TYPES, ApiError, Chat, Json, World
+
+_MAX_UPDATES = 100
+_MAX_QUERY_TEXT_CHARACTERS = 200
+# https://core.telegram.org/bots/api#sendchataction
+_CHAT_ACTIONS = frozenset(
+    [
+        "typing",
+        "upload_photo",
+        "record_video",
+        "upload_video",
+        "record_voice",
+        "upload_voice",
+        "upload_document",
+        "choose_sticker",
+        "find_location",
+        "record_video_note",
+        "upload_video_note",
+    ]
+)
+
+
+async def get_me(world: World, parameters: Json) -> Json:
+    """Who the bot is."""
+    return {**world.bot, "can_join_groups": True, "can_read_all_group_messages": False}
+
+
+async def get_updates(world: World, parameters: Json) -> list[Json]:
+    """Unconfirmed updates, waited for; the newest of two concurrent polls wins."""
+    if world.webhook_url:
+        raise ApiError(
+            409,
+            "Conflict: can't use getUpdates method while webhook is active; "
+            "use deleteWebhook to delete the webhook first",
+        )
+    allowed = from_json(parameters, "allowed_updates", list, None)
+    if allowed is not None:
+        world.allowed_updates = tuple(allowed) or UPDATE_TYPES
+    _confirm(world, integer(parameters, "offset", 0))
+    limit = max(1, min(integer(parameters, "limit", _MAX_UPDATES), _MAX_UPDATES))
+    world.num_polls += 1
+    own_number = world.num_polls
+    world.bell.ring()  # wakes an older poll, which then finds itself replaced
+    await world.bell.wait_until(
+        lambda: bool(world.updates) or world.num_polls != own_number,
+        integer(parameters, "timeout", 0),
+    )
+    if world.num_polls != own_number:
+        raise ApiError(
+            409,
+            "Conflict: terminated by other getUpdates request; "
+            "make sure that only one bot instance is running",
+        )
+    return world.updates[:limit]
+
+
+def _confirm(world: World, offset: int) -> None:
+    if offset < 0:
+        world.updates = world.updates[offset:]
+    else:
+        world.updates = [update for update in world.updates if update["update_id"] >= offset]
+
+
+async def send_message(world: World, parameters: Json) -> Json:
+    """Write into a chat."""
+    if "chat_id" not in parameters:
+        raise refuse("chat_id is empty")
+    chat = world.chat(parameters["chat_id"])
+    text, entities = checked_text(parameters)
+    message: Json = {"from": world.bot, "text": text}
+    if entities:
+        message["entities"] = entities
+    if keyboard := checked_keyboard(parameters):
+        message["reply_markup"] = keyboard
+    if replied := _replied(chat, parameters):
+        message["reply_to"] = replied
+    if "message_thread_id" in parameters:
+        if chat.type == "private":
+            raise refuse("message thread not found")
+        message["message_thread_id"] = integer(parameters, "message_thread_id")
+        message["is_topic_message"] = True
+    return chat.view(chat.add(message))
+
+
+def _replied(chat: Chat, parameters: Json) -> int | None:
+    reply = from_json(parameters, "reply_parameters", dict, None)
+    if reply is None:
+        return None
+    message_id = integer(reply, "message_id")
+    if message_id in chat.messages:
+        return message_id
+    if reply.get("allow_sending_without_reply"):
+        return None
+    raise refuse("message to be replied not found")
+
+
+def _own_message(world: World, parameters: Json, action: str) -> tuple[Chat, Json]:
+    chat = world.chat(parameters.get("chat_id"))
+    message = chat.messages.get(integer(parameters, "message_id", 0))
+    if message is None:
+        raise refuse(f"message to {action} not found")
+    if message["from"] != world.bot:
+        raise refuse(f"message can't be {action.removesuffix('e')}ed")
+    return chat, message
+
+
+async def edit_message_text(world: World, parameters: Json) -> Json:
+    """Replace text, entities and keyboard of one of the bot's messages."""
+    chat, message = _own_message(world, parameters, "edit")
+    text, entities = checked_text(parameters)
+    return _edited(
+        chat, message, text=text, entities=entities, reply_markup=checked_keyboard(parameters)
+    )
+
+
+async def edit_message_reply_markup(world: World, parameters: Json) -> Json:
+    """Replace the keyboard of one of the bot's messages."""
+    chat, message = _own_message(world, parameters, "edit")
+    return _edited(chat, message, reply_markup=checked_keyboard(parameters))
+
+
+def _edited(chat: Chat, message: Json, **changes: Any) -> Json:
+    changed = {key: value for key, value in {**message, **changes}.items() if value}
+    if changed == message:
+        raise refuse(
+            "message is not modified: specified new message content and reply markup are exactly "
+            "the same as a current content and reply markup of the message"
+        )
+    chat.messages[message["message_id"]] = changed
+    return chat.view(changed)
+
+
+async def delete_message(world: World, parameters: Json) -> bool:
+    """Delete one of the bot's messages."""
+    chat, message = _own_message(world, parameters, "delete")
+    del chat.messages[message["message_id"]]
+    return True
+
+
+async def answer_callback_query(world: World, parameters: Json) -> bool:
+    """End the progress circle of a pressed button, once."""
+    query_id = str(parameters.get("callback_query_id", ""))
+    if query_id not in world.open_queries:
+        raise refuse("query is too old and response timeout expired or query ID is invalid")
+    text = str(parameters.get("text", ""))
+    if len(text) > _MAX_QUERY_TEXT_CHARACTERS:
+        raise refuse("MESSAGE_TOO_LONG")
+    del world.open_queries[query_id]
+    show_alert = str(parameters.get("show_alert", "")).lower() == "true"
+    world.query_answers[query_id] = {"text": text, "show_alert": show_alert}
+    return True
+
+
+async def send_chat_action(world: World, parameters: Json) -> bool:
+    """Show what the bot is doing; only its record is kept."""
+    world.chat(parameters.get("chat_id"))
+    if parameters.get("action") not in _CHAT_ACTIONS:
+        raise refuse("wrong parameter action in request")
+    return True
+
+
+async def set_my_commands(world: World, parameters: Json) -> bool:
+    """Set the menu of commands."""
+    commands = from_json(parameters, "commands", list, [])
+    for command in commands:
+        if not re.fullmatch(r"[a-z0-9_]{1,32}", str(command.get("command"))):
+            raise refuse("BOT_COMMAND_INVALID")
+        if not 1 <= len(str(command.get("description", ""))) <= 256:
+            raise refuse("BOT_COMMAND_DESCRIPTION_INVALID")
+    world.commands = commands
+    return True
+
+
+async def get_my_commands(world: World, parameters: Json) -> list[Json]:
+    """The menu of commands."""
+    return world.commands
+
+
+async def set_webhook(world: World, parameters: Json) -> bool:
+    """Remember a webhook; updates are never pushed, but polling conflicts with it."""
+    world.webhook_url = str(parameters.get("url", ""))
+    return True
+
+
+async def delete_webhook(world: World, parameters: Json) -> bool:
+    """Forget the webhook."""
+    world.webhook_url = ""
+    if str(parameters.get("drop_pending_updates", "")).lower() == "true":
+        world.updates.clear()
+    return True
+
+
+async def get_webhook_info(world: World, parameters: Json) -> Json:
+    """The webhook, and how many updates wait."""
+    return {
+        "url": world.webhook_url,
+        "has_custom_certificate": False,
+        "pending_update_count": len(world.updates),
+    }
+
+
+Method = Callable[[World, Json], Awaitable[Any]]
+
+METHODS: dict[str, Method] = {
+    name.replace("_", ""): method
+    for name, method in {
+        "get_me": get_me,
+        "get_updates": get_updates,
+        "send_message": send_message,
+        "edit_message_text": edit_message_text,
+        "edit_message_reply_markup": edit_message_reply_markup,
+        "delete_message": delete_message,
+        "answer_callback_query": answer_callback_query,
+        "send_chat_action": send_chat_action,
+        "set_my_commands": set_my_commands,
+        "get_my_commands": get_my_commands,
+        "set_webhook": set_webhook,
+        "delete_webhook": delete_webhook,
+        "get_webhook_info": get_webhook_info,
+    }.items()
+}

@@ -1,0 +1,92 @@
+"""The fake Bot API as its own process, and its user's side as Python calls.
+
+with running_fake_bot_api() as telegram:
+    telegram.write(chat_id=1, text="Hello")
+    (answer,) = telegram.bot_messages(chat_id=1, at_least=1)
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+Json = dict[str, Any]
+
+DEFAULT_TOKEN = "42:FAKE-token_of-the-only-bot"
+_REPOSITORY = Path(__file__).parents[2]
+_STOP_SECONDS = 10
+
+
+class FakeBotApi:
+    """A running server, seen from a test."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url
+        self.token = token
+        # Longer than any waiting read, so that a test fails with 408 and not in the client.
+        self.http = httpx.Client(base_url=url, timeout=120, trust_env=False)
+
+    def write(self, chat_id: int, text: str | None = None, **more: Any) -> Json:
+        """A user writes; `content={"photo": [...]}` instead of a text for something else."""
+        body = {"chat_id": chat_id, **({} if text is None else {"text": text}), **more}
+        return self._post("/user/messages", body)
+
+    def press(self, chat_id: int, message_id: int, **more: Any) -> str:
+        """A user presses the first button below a message; returns the id of the query."""
+        body = {"chat_id": chat_id, "message_id": message_id, **more}
+        return str(self._post("/user/presses", body)["query_id"])
+
+    def delete(self, chat_id: int, message_id: int) -> None:
+        """A user deletes a message."""
+        self._post("/user/deletions", {"chat_id": chat_id, "message_id": message_id})
+
+    def bot_messages(self, chat_id: int, at_least: int = 0, timeout: float = 10) -> list[Json]:
+        """The bot's messages in a chat, once there are `at_least` so many."""
+        query = {"sender": "bot", "at_least": at_least, "timeout": timeout}
+        return self._get(f"/user/chats/{chat_id}/messages", query)
+
+    def query_answer(self, query_id: str, timeout: float = 10) -> Json:
+        """How the bot answered a press, once it did."""
+        return self._get(f"/user/query_answers/{query_id}", {"timeout": timeout})[0]
+
+    def requests(
+        self, method: str, chat_id: int | None = None, at_least: int = 0, timeout: float = 10
+    ) -> list[Json]:
+        """Recorded calls of the bot, once there are `at_least` so many."""
+        query: Json = {"method": method, "at_least": at_least, "timeout": timeout}
+        if chat_id is not None:
+            query["chat_id"] = chat_id
+        return self._get("/user/requests", query)
+
+    def fail(self, method: str, kind: str, times: int = 1, **more: Any) -> None:
+        """The next calls of `method` go wrong: retry_after, bad_gateway, reset or error."""
+        self._post("/user/faults", {"method": method, "kind": kind, "times": times, **more})
+
+    def _post(self, path: str, body: Json) -> Json:
+        answer: Json = self.http.post(path, json=body).raise_for_status().json()
+        return answer
+
+    def _get(self, path: str, query: Json) -> list[Json]:
+        response = self.http.get(path, params=query)
+        assert response.status_code == 200, f"in time there was only: {response.text[:2000]}"
+        answer: list[Json] = response.json()
+        return answer
+
+
+@contextmanager
+def running_fake_bot_api(token: str = DEFAULT_TOKEN) -> Iterator[FakeBotApi]:
+    """Start the server on a free port, and stop it at the end."""
+    command = [sys.executable, "-m", "tests.fake_bot_api", "--port", "0", "--token", token]
+    with subprocess.Popen(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            telegram = FakeBotApi(process.stdout.readline().strip(), token)
+            with telegram.http:
+                yield telegram
+        finally:
+            process.terminate()
+            process.wait(_STOP_SECONDS)

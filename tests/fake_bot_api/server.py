@@ -1,0 +1,94 @@
+"""The web application: reads a call in any of Telegram's forms, records it, lets faults strike."""
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+from tests.fake_bot_api.methods import METHODS
+from tests.fake_bot_api.state import ApiError, Fault, Json, World
+from tests.fake_bot_api.user_side import user_routes
+
+_BAD_GATEWAY_PAGE = "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
+
+
+def make_app(token: str) -> web.Application:
+    """A server that knows one bot."""
+    world = World(token)
+    app = web.Application()
+    app.add_routes(user_routes(world))
+
+    async def call(request: web.Request) -> web.StreamResponse:
+        return await _call(world, request)
+
+    app.router.add_route("*", "/bot{token}/{method}", call)
+    return app
+
+
+async def _call(world: World, request: web.Request) -> web.StreamResponse:
+    method = request.match_info["method"].lower()
+    parameters = await _parameters(request)
+    record: Json = {"method": method, "parameters": parameters, "status": None}
+    world.requests.append(record)
+    world.bell.ring()
+    if request.match_info["token"] != world.token:
+        response = _error(ApiError(401, "Unauthorized"))
+    elif method not in METHODS:
+        response = _error(ApiError(404, "Not Found"))
+    else:
+        response = await _carry_out(world, request, method, parameters)
+    record["status"] = response.status
+    world.bell.ring()
+    return response
+
+
+async def _carry_out(
+    world: World, request: web.Request, method: str, parameters: Json
+) -> web.Response:
+    fault = world.take_fault(method, parameters)
+    if fault is not None and not fault.after:
+        return _strike(request, fault)
+    try:
+        result = await METHODS[method](world, parameters)
+    except ApiError as error:
+        return _error(error)
+    if fault is not None:
+        return _strike(request, fault)
+    return web.json_response({"ok": True, "result": result})
+
+
+def _strike(request: web.Request, fault: Fault) -> web.Response:
+    if fault.kind == "bad_gateway":
+        return web.Response(status=502, text=_BAD_GATEWAY_PAGE, content_type="text/html")
+    if fault.kind == "retry_after":
+        description = f"Too Many Requests: retry after {fault.retry_after}"
+        return _error(ApiError(429, description, {"retry_after": fault.retry_after}))
+    if fault.kind == "reset":
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response(status=499)  # written to nobody
+    return _error(ApiError(fault.status, fault.description))
+
+
+def _error(error: ApiError) -> web.Response:
+    body: dict[str, Any] = {
+        "ok": False,
+        "error_code": error.status,
+        "description": error.description,
+    }
+    if error.parameters:
+        body["parameters"] = error.parameters
+    return web.json_response(body, status=error.status)
+
+
+async def _parameters(request: web.Request) -> Json:
+    """From the query, a form, a multipart form or a JSON body."""
+    parameters: Json = dict(request.query)
+    if request.content_type == "application/json":
+        try:
+            parameters.update(await request.json())
+        except (json.JSONDecodeError, TypeError, ValueError):
+            parameters["broken_json"] = True
+    else:
+        parameters.update(await request.post())
+    return parameters

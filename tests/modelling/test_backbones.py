@@ -1,0 +1,81 @@
+"""Backbones are what their preset says, and broken weights are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from full_stack_transformer.errors import ModelError, UsageError
+from full_stack_transformer.modelling.backbones import (
+    DECODER_PRESETS,
+    context_length,
+    load_backbone,
+    new_backbone,
+    num_parameters,
+    pretrained_backbone,
+)
+
+IDS = {"begin": 0, "end": 1, "pad": 2}
+
+
+@pytest.mark.parametrize("name", [*DECODER_PRESETS, "gpt2"])
+def test_a_preset_makes_a_model_of_its_vocabulary(name: str) -> None:
+    with torch.device("meta"):
+        backbone = new_backbone(name, vocab_size=500, max_length=96, special_token_ids=IDS)
+    assert backbone.get_input_embeddings().num_embeddings == 500
+    assert context_length(backbone.config) == 96
+    assert backbone.config.eos_token_id == 1
+
+
+def test_embeddings_are_tied_and_counted_once() -> None:
+    backbone = new_backbone("tiny", vocab_size=500, max_length=16, special_token_ids=IDS)
+    assert backbone.get_input_embeddings().weight is backbone.get_output_embeddings().weight
+    assert num_parameters(backbone) == sum(p.numel() for p in set(backbone.parameters()))
+
+
+def test_a_config_file_gives_the_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    fields = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    path.write_text(json.dumps(fields))
+    backbone = new_backbone(str(path), vocab_size=77, max_length=16, special_token_ids=IDS)
+    assert backbone.config.model_type == "qwen3"
+    assert backbone.config.vocab_size == 77
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="tiny, mini, small, base, gpt2"):
+        new_backbone("huge", vocab_size=9, max_length=9, special_token_ids=IDS)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model_type": "none"}'])
+def test_a_bad_config_file_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        new_backbone(str(path), vocab_size=9, max_length=9, special_token_ids=IDS)
+
+
+def test_missing_tensors_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    weights = load_file(model_dir / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lack 1 tensors"):
+        load_backbone(str(tmp_path), dtype=torch.float32)
+
+
+def test_embeddings_grow_with_the_vocabulary(model_dir: Path) -> None:
+    old = load_backbone(str(model_dir), dtype=torch.float32).get_input_embeddings().weight
+    new = pretrained_backbone(str(model_dir), vocab_size=len(old) + 3).get_input_embeddings().weight
+    assert torch.equal(new[: len(old)], old)
+    # New tokens start near the mean: as likely as an average one, not likelier than all.
+    spread = old.std(dim=0).mean()
+    assert (new[len(old) :] - old.mean(dim=0)).norm(dim=1).max() < spread * old.shape[1] ** 0.5
+
+
+def test_no_model_is_named() -> None:
+    with pytest.raises(ModelError, match="no causal language model at '/no/such/place'"):
+        load_backbone("/no/such/place", dtype=torch.float32)
