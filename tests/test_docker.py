@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 from cyclopts import CycloptsError
 
 from full_stack_transformer import __main__ as command_line

@@ -35,7 +35,7 @@ def generate(arguments: GenerateArguments) -> None:
     )
     for index in range(arguments.num_return_sequences):
         if index:
-            sys.stdout.write("\n---\n")
+            sys.stdout.write("---\n")
         sys.stdout.write(prompt)
         for text in generator.stream(prompt, replace(options, seed=seed + index)):
             sys.stdout.write(text)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import socket
 
 import uvicorn
@@ -41,7 +42,9 @@ def serve(arguments: ServeArguments) -> int:
         timeout_graceful_shutdown=_SECONDS_TO_FINISH,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+    # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import transformers
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
 
@@ -156,7 +156,6 @@ def _make_trainer(
             callbacks=[
                 EndWithValidation(),
                 Progress(show=arguments.enable_progress_bar),
-                LearningRateMonitor("step"),
                 export,
                 SampleTexts(
                     directory / "generated.jsonl",

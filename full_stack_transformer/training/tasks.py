@@ -87,13 +87,14 @@ class CausalLanguageModelling(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of the whole gradient and log it.
+        """Clip by the norm of the whole gradient; log it, and the rate that this step takes.
 
         Lightning's own refuses a fused optimizer with bf16 (Lightning issue #21435).
         """
         limit = self._arguments.gradient_clip_val or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self.log(metric_names.GRADIENT_NORM, norm)
+        self.log(metric_names.LEARNING_RATE, optimizer.param_groups[0]["lr"])
 
     def progress(self, step: int) -> float:
         """Part of the training that is over after `step` optimizer steps, 0 to 1; by steps or minutes."""

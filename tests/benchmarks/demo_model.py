@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
                 logits = backbone(input_ids=batch["input_ids"], use_cache=False).logits
                 loss, count = next_token_loss(logits, batch["labels"])
-            (loss / count).backward()
+            torch.autograd.backward(loss / count)
             torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
             for one in optimizers:
                 one.step()

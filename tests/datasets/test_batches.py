@@ -21,7 +21,9 @@ def _batches(epoch: int = 0, **options: int) -> list[list[int]]:
 
 def test_every_sample_occurs_once_an_epoch() -> None:
     for epoch in range(3):
-        assert sorted(index for batch in _batches(epoch) for index in batch) == list(range(len(LENGTHS)))
+        assert sorted(index for batch in _batches(epoch) for index in batch) == list(
+            range(len(LENGTHS))
+        )
 
 
 def test_seed_and_epoch_decide_the_order() -> None:

@@ -1,0 +1,125 @@
+"""The import rules of the package: who may know whom."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "full_stack_transformer"
+NAME = PACKAGE.name
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+BASE = {"arguments", "errors", "storage"}
+# Third-party packages that belong to one room.
+ROOM_OF_PACKAGE = {
+    "pytorch_lightning": "training",
+    "tensorboard": "training",
+    "fastapi": "serving",
+    "fastapi_offline": "serving",
+    "uvicorn": "serving",
+    "aiogram": "telegram",
+    "cyclopts": "__main__",
+}
+# What a room must never import of ours.
+FORBIDDEN = {
+    "serving": {"training", "datasets", "evaluation", "telegram", "document_sources"},
+    "modelling": {"datasets", "training", "generation", "serving", "evaluation", "telegram"},
+    "generation": {"training", "serving", "datasets", "evaluation", "telegram"},
+    "datasets": {"modelling", "training", "generation", "serving", "evaluation", "telegram"},
+    "evaluation": {"training", "serving", "telegram"},
+    "training": {"serving", "telegram", "evaluation"},
+    "document_sources": {"modelling", "training", "generation", "serving", "datasets", "telegram"},
+    "documents": {"tokenization", "datasets", "modelling"},
+    "tokenization": {"documents", "datasets", "modelling"},
+}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module = node.module or ""
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield inner if inner in MODULES else module
+
+
+def _room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_room_may(module: str) -> None:
+    room = _room(module)
+    for imported in _imports(MODULES[module]):
+        package = imported.split(".")[0]
+        if package == NAME:
+            assert _room(imported) not in FORBIDDEN.get(room, set()), f"{module} imports {imported}"
+            if room == "telegram":
+                allowed = {f"{NAME}.serving.client", f"{NAME}.serving.schemas"}
+                assert _room(imported) in BASE | {"telegram"} or imported in allowed
+            if room in BASE:
+                assert _room(imported) in BASE
+        elif package in ROOM_OF_PACKAGE:
+            assert room == ROOM_OF_PACKAGE[package], f"{module} imports {imported}"
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {
+        module: {name for name in _imports(path) if name in MODULES and name != module}
+        for module, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module not in done:
+            for imported in graph[module]:
+                visit(imported, (*trail, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_every_package_has_a_docstring() -> None:
+    for module, path in MODULES.items():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "datasets.prepare",
+        "document_sources.collect",
+        "telegram.run",
+        "telegram.polling",
+        "serving.client",
+        "demo",
+        "__main__",
+    ],
+)
+def test_light_modules_never_import_torch(module: str) -> None:
+    heavy = ["torch", "transformers", "pytorch_lightning", "fastapi"]
+    code = (
+        f"import sys, full_stack_transformer.{module}\n"
+        f"sys.exit(','.join(name for name in {heavy} if name in sys.modules) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{module} imports {done.stderr}"
+
+
+def test_the_service_never_imports_lightning() -> None:
+    code = (
+        "import sys, full_stack_transformer.serving.run\n"
+        "sys.exit('pytorch_lightning' in sys.modules or 'tensorboard' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

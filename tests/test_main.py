@@ -1,0 +1,163 @@
+"""The command line: help at once, options in every spelling, errors as one sentence."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from full_stack_transformer import __main__, __version__, arguments
+from full_stack_transformer.__main__ import COMMANDS
+from tests.conftest import RunFst
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def test_commands_are_listed_in_the_order_of_the_pipeline(run_fst: RunFst) -> None:
+    done = run_fst("--help")
+    assert done.returncode == 0
+    positions = [done.stdout.index(f"│ {name} ") for name, _, _ in COMMANDS]
+    assert positions == sorted(positions)
+    for name, options, _ in COMMANDS:
+        assert options.__doc__, name
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in COMMANDS])
+def test_every_option_has_help(name: str, run_fst: RunFst) -> None:
+    """Also that help is there in half a second, the best of three on a busy machine."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = run_fst(name, "--help")
+        seconds.append(time.perf_counter() - started)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+    options = next(options for command, options, _ in COMMANDS if command == name)
+    source = Path(arguments.__file__).read_text(encoding="utf-8")
+    for field in dataclasses.fields(options):
+        if not field.name.startswith("_"):
+            assert f"--{field.name}" in done.stdout
+            assert f"    {field.name}: " in source
+            declaration = source.split(f"class {options.__name__}")[1]
+            declaration = declaration.split(f"    {field.name}: ")[1]
+            assert declaration.split("\n")[1].strip().startswith('"""'), field.name
+
+
+@pytest.mark.parametrize("target", [target for _, _, target in COMMANDS])
+def test_every_command_exists(target: str) -> None:
+    module_name, function_name = target.split(":")
+    path = REPOSITORY / "full_stack_transformer" / f"{module_name.replace('.', '/')}.py"
+    assert f"\ndef {function_name}(" in path.read_text(encoding="utf-8")
+
+
+def test_every_script_calls_its_command() -> None:
+    scripts = [
+        path.stem for path in (REPOSITORY / "full_stack_transformer/scripts").glob("[a-z]*.py")
+    ]
+    assert len(scripts) >= 7
+    for name in scripts:
+        path = REPOSITORY / "full_stack_transformer" / "scripts" / f"{name}.py"
+        done = subprocess.run(
+            [sys.executable, path, "--help"], capture_output=True, text=True, check=True, cwd="/"
+        )
+        assert f"fst {name}" in done.stdout
+
+
+def test_the_version_is_printed(run_fst: RunFst) -> None:
+    assert run_fst("--version").stdout == f"{__version__}\n"
+
+
+def _parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    """The options that a command line means, without running the command."""
+    parsed: list[object] = []
+
+    class Module:
+        @staticmethod
+        def prepare_dataset(given: object) -> None:
+            parsed.append(given)
+
+    monkeypatch.setattr("importlib.import_module", lambda name: Module)
+    assert __main__.run(["prepare_dataset", *words]) == 0
+    return parsed[0]
+
+
+REQUIRED = ["--documents_train_file", "a", "--documents_valid_file", "b", "--dataset_name", "n"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_sample_length", "99", "--no_strip_lines"],
+        ["--max-sample-length", "99", "--no-strip-lines"],
+        ["--max_sample_length=99", "--strip_lines=false"],
+        ["--strip_lines", "false", "--max_sample_length", "99"],
+        ["--strip-lines", "False", "--max-sample-length=99"],
+    ],
+    ids=" ".join,
+)
+def test_options_may_be_spelled_in_every_usual_way(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = _parse([*REQUIRED, *words], monkeypatch)
+    assert isinstance(given, arguments.PrepareDatasetArguments)
+    assert (given.max_sample_length, given.strip_lines) == (99, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.json", '{"max_sample_length": 77, "vocab_size": 999}'),
+        ("x.toml", "max_sample_length = 77\nvocab_size = 999\n"),
+        ("x.yaml", "max_sample_length: 77\nvocab_size: 999\n"),
+    ],
+)
+def test_options_win_over_the_config_file(
+    name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text(content)
+    words = [*REQUIRED, "--vocab_size", "500", "--config", str(tmp_path / name)]
+    given = _parse(words, monkeypatch)
+    assert isinstance(given, arguments.PrepareDatasetArguments)
+    assert (given.max_sample_length, given.vocab_size) == (77, 500)
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "message"),
+    [
+        (["trian"], 2, 'Did you mean "train"'),
+        (["train", "--dataset_dir", "x", "--learning_rat", "1"], 2, "--learning_rate"),
+        (["train"], 2, "--dataset_dir"),
+        (["prepare_dataset", *REQUIRED, "--vocab_size", "many"], 2, "--vocab_size"),
+        (["prepare_dataset", *REQUIRED], 1, "a does not exist"),
+        (["prepare_dataset", "--config", "none.json"], 2, "--config must name"),
+        (["prepare_dataset", *REQUIRED[:-1], "../../x"], 2, "--dataset_name"),
+        (["evaluate", "none", "none"], 1, "none should be a model directory"),
+        (["generate", "none", "--prompt", "x"], 1, "none should be a model directory"),
+        (["serve", "none"], 1, "none should be a model directory"),
+        (["serve", "none", "--port", "70000"], 2, "--port must lie between 0 and 65535"),
+        (["tensorboard", "none"], 1, "none does not exist"),
+        (["collect_documents", "everything"], 2, "python_docs"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_sentence(
+    words: list[str], exit_code: int, message: str, run_fst: RunFst, tmp_path: Path
+) -> None:
+    done = run_fst(*words, cwd=tmp_path)
+    assert done.returncode == exit_code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("fst: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_names_its_install_command(tmp_path: Path, run_fst: RunFst) -> None:
+    (tmp_path / "aiogram.py").write_text("raise ModuleNotFoundError(name='aiogram')")
+    done = run_fst("telegram_bot", env={"PYTHONPATH": str(tmp_path), "TELEGRAM_BOT_TOKEN": "1:abc"})
+    assert done.returncode == 1
+    assert "pip install -c constraints.txt -e '.[telegram]'" in done.stderr
+    assert "Traceback" not in done.stderr
