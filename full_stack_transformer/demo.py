@@ -7,6 +7,7 @@ commands as processes and imports nothing heavy.
 """
 
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,12 @@ def run_demo(arguments: DemoArguments) -> int:
         StepFailedError: a command failed.
     """
     started = time.perf_counter()
+    ports = (0, 0)
+    if arguments.serve:  # minutes before they are needed: a port in use is better said now
+        ports = (
+            _free_port(arguments.port, "--port"),
+            _free_port(arguments.tensorboard_port, "--tensorboard_port"),
+        )
     documents = _collect(arguments.root / "documents")
     dataset = _prepare(arguments.root / "datasets", documents)
     experiment = _train(arguments, dataset)
@@ -52,7 +59,7 @@ def run_demo(arguments: DemoArguments) -> int:
     if not arguments.serve:
         _say(f"\nTalk to it:  fst serve {experiment}\n")
         return 0
-    return _serve(arguments, experiment)
+    return _serve(arguments, experiment, *ports)
 
 
 def _collect(root: Path) -> Path:
@@ -109,15 +116,28 @@ def _command(*words: str) -> list[str]:
     return [sys.executable, "-m", "full_stack_transformer", *words]
 
 
-def _serve(arguments: DemoArguments, experiment: Path) -> int:
+def _free_port(port: int, flag: str) -> int:
+    """`port`, or a free one for 0."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise MachineError(
+                f"port {port} cannot be used: {error.strerror}; stop what uses it, or pass {flag}"
+            ) from error
+        return int(listener.getsockname()[1])
+
+
+def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_port: int) -> int:
     """Start the service and TensorBoard, say where they are, and stay until Ctrl-C."""
     commands = (
-        ("serve", str(experiment), "--port", str(arguments.port)),
+        ("serve", str(experiment), "--port", str(port)),
         (
             "tensorboard",
             str(arguments.root / "experiments"),
             "--port",
-            str(arguments.tensorboard_port),
+            str(tensorboard_port),
         ),
     )
     processes = []
@@ -125,9 +145,9 @@ def _serve(arguments: DemoArguments, experiment: Path) -> int:
         for words in commands:
             _say(f"\n$ fst {shlex.join(words)}\n")
             processes.append(subprocess.Popen(_command(*words)))
-        url = f"http://127.0.0.1:{arguments.port}"
+        url = f"http://127.0.0.1:{port}"
         _wait_until_it_answers(f"{url}/health", processes[0])
-        tensorboard_url = f"http://127.0.0.1:{arguments.tensorboard_port}"
+        tensorboard_url = f"http://127.0.0.1:{tensorboard_port}"
         _wait_until_it_answers(tensorboard_url, processes[1])
         _say(
             f"\n  API            {url}/v1  (OpenAI-compatible)\n  API docs       {url}/docs\n"

@@ -1,33 +1,28 @@
 """`fst tensorboard`: show the curves of all experiments in a browser."""
 
-import logging
-import subprocess
+import os
 import sys
+from typing import NoReturn
 
 from full_stack_transformer.arguments import TensorboardArguments
 from full_stack_transformer.errors import InputError
 
-logger = logging.getLogger(__name__)
 
+def show_curves(arguments: TensorboardArguments) -> NoReturn:
+    """Become TensorBoard, until Ctrl-C.
 
-def show_curves(arguments: TensorboardArguments) -> int:
-    """Run TensorBoard until Ctrl-C and return its exit code."""
+    Raises:
+        InputError: there is no directory of experiments.
+    """
     if not arguments.experiments_root.is_dir():
         raise InputError(
             f"{arguments.experiments_root} does not exist; expected the directory of experiments that "
             "fst train writes (--experiments_root)"
         )
-    try:
-        return subprocess.run(tensorboard_command(arguments), check=False).returncode
-    except KeyboardInterrupt:
-        return 0
-
-
-def tensorboard_command(arguments: TensorboardArguments) -> list[str]:
-    """The command line of the process that serves the curves."""
-    return [
+    command = [
         *(sys.executable, "-m", "tensorboard.main"),
         *("--logdir", str(arguments.experiments_root)),
-        *("--host", arguments.host),
-        *("--port", str(arguments.port)),
+        *("--host", arguments.host, "--port", str(arguments.port)),
     ]
+    # In the place of this process, so that a signal to it reaches TensorBoard and leaves no orphan.
+    os.execv(sys.executable, command)  # noqa: S606 (no shell, our own words)
