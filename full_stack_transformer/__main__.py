@@ -17,6 +17,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from full_stack_transformer import __version__, arguments
+from full_stack_transformer.allocator import restart_with_kept_memory
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     MissingExtraError,
@@ -62,7 +63,10 @@ _EXTRA_OF_PACKAGE = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        restart_with_kept_memory(words)
+    sys.exit(run(words))
 
 
 def run(argv: list[str]) -> int:

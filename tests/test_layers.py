@@ -14,7 +14,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-BASE = {"arguments", "errors", "storage"}
+BASE = {"arguments", "errors", "storage", "allocator"}
 # Third-party packages that belong to one room.
 ROOM_OF_PACKAGE = {
     "pytorch_lightning": "training",

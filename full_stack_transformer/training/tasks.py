@@ -67,10 +67,13 @@ class CausalLanguageModelling(pl.LightningModule):
         self.log(metric_names.VALID_PERPLEXITY, loss.exp().float(), rank_zero_only=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and the cosine schedule, stepped with every optimizer step."""
+        """The optimizer and the cosine schedule, stepped with every optimizer step."""
         options = self._arguments
         optimizer = make_optimizer(
-            self, learning_rate=options.learning_rate, weight_decay=options.weight_decay
+            self,
+            name=options.optimizer,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
         )
         schedule = make_schedule(
             optimizer,

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--muon_lr", type=float, default=0.0)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--tokens", type=float, default=1.6e6)
     parser.add_argument("--warmup", type=int, default=50)
@@ -55,8 +55,12 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         max_position_embeddings=dataset.description["max_sample_length"],
     )
     backbone = AutoModelForCausalLM.from_config(config)
-    optimizers = _optimizers(backbone, options)
-    base = [[group["lr"] for group in one.param_groups] for one in optimizers]
+    optimizer = make_optimizer(
+        backbone,
+        name=options.optimizer,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+    )
     collator = CausalCollator(tokenizer.pad_id)
     num_tokens, step, epoch = 0, 0, 0
     started = time.perf_counter()
@@ -77,17 +81,15 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 num_cycles=1,
                 min_ratio=0.05,
             )
-            for one, rates in zip(optimizers, base, strict=True):
-                for group, rate in zip(one.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * factor
             with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
                 logits = backbone(input_ids=batch["input_ids"], use_cache=False).logits
                 loss, count = next_token_loss(logits, batch["labels"])
             torch.autograd.backward(loss / count)
             torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
-            for one in optimizers:
-                one.step()
-                one.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             num_tokens += int(count)
             step += 1
     seconds = time.perf_counter() - started
@@ -101,18 +103,6 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "loss": round(figures.loss, 4),
         "bits_per_byte": round(figures.bits_per_byte, 4),
     }
-
-
-def _optimizers(
-    backbone: torch.nn.Module, options: argparse.Namespace
-) -> list[torch.optim.Optimizer]:
-    adam = make_optimizer(backbone, learning_rate=options.lr, weight_decay=options.weight_decay)
-    if not options.muon_lr:
-        return [adam]
-    matrices = adam.param_groups[0]["params"]
-    adam.param_groups = adam.param_groups[1:]
-    muon = torch.optim.Muon(matrices, lr=options.muon_lr, weight_decay=options.weight_decay)
-    return [adam, muon]
 
 
 if __name__ == "__main__":
