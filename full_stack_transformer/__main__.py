@@ -32,6 +32,12 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
         "document_sources.collect:collect_documents",
     ),
     ("prepare_dataset", arguments.PrepareDatasetArguments, "datasets.prepare:prepare_dataset"),
+    ("verify_dataset", arguments.VerifyDatasetArguments, "datasets.verify:verify_dataset"),
+    (
+        "check_tokenizer",
+        arguments.CheckTokenizerArguments,
+        "datasets.check_tokenizer:check_tokenizer",
+    ),
     ("train", arguments.TrainArguments, "training.run:train"),
     ("evaluate", arguments.EvaluateArguments, "evaluation.run:evaluate"),
     ("generate", arguments.GenerateArguments, "generation.command:generate"),

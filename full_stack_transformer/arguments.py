@@ -54,18 +54,28 @@ class PrepareDatasetArguments:
     """Turn documents into a dataset directory: DATASETS_ROOT/DATASET_NAME/VERSION/."""
 
     _: KW_ONLY
-    documents_train_file: Path
-    """Text file of training documents."""
-    documents_valid_file: Path
-    """Text file of validation documents."""
+    documents_train_file: tuple[Path, ...]
+    """File of training documents, or a directory of such; may be repeated. Delimited text, .jsonl or
+    .parquet; each plain, .gz or .zst."""
+    documents_valid_file: tuple[Path, ...] = ()
+    """File of validation documents, or a directory of such; may be repeated."""
+    validation_fraction: float = 0.0
+    """Without --documents_valid_file: the part of the training documents that is kept for validation,
+    chosen by a hash of their text."""
     dataset_name: str
     """Name of the dataset, a folder below --datasets_root."""
     datasets_root: Path = Path("data/datasets")
     """Directory that holds all datasets."""
     end_of_document: str = "[END_OF_DOCUMENT]"
-    """A document is what stands before a line that, stripped, equals this."""
+    """In delimited text a document is what stands before a line that, stripped, equals this."""
     strip_lines: bool = True
-    """Strip white space at both ends of each line; --no_strip_lines keeps indentation."""
+    """Strip white space at both ends of each line of delimited text; --no_strip_lines keeps indentation."""
+    text_field: str = "text"
+    """Field of JSON Lines, or column of Parquet, that holds the text."""
+    encoding_errors: Literal["error", "replace"] = "error"
+    """What to do with bytes that are not UTF-8: end with their place, or replace and count them."""
+    deduplicate: Literal["none", "exact"] = "none"
+    """exact: drop documents whose text occurred before, and count them."""
     tokenizer_cls_name: str | None = None
     """Class of full_stack_transformer.tokenization, such as GPT2Tokenizer, or my_module.MyClass."""
     tokenizer_path: str | None = None
@@ -77,6 +87,13 @@ class PrepareDatasetArguments:
     """Tokens in a sample, at most; longer documents are cut into several samples."""
     min_sample_length: int = 8
     """Tokens in a sample, at least; shorter samples are dropped and counted."""
+    tokenizer_backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"
+    """What encodes: tokenizers, the reference, or gigatoken, many times faster. auto: gigatoken where it
+    is installed and gives the reference's ids."""
+    num_workers: int = 0
+    """Threads, or above 4 processes, that encode; 0 for one per core. The files do not depend on it."""
+    resume: bool = False
+    """Go on with an interrupted preparation of the same options and inputs."""
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
@@ -84,8 +101,34 @@ class PrepareDatasetArguments:
         _at_least(self, 2, "min_sample_length")
         _at_least(self, self.min_sample_length, "max_sample_length")
         _at_least(self, 260, "vocab_size")
+        _at_least(self, 0, "num_workers")
+        _between(self, 0, 0.5, "validation_fraction")
+        if bool(self.documents_valid_file) == bool(self.validation_fraction):
+            raise UsageError(
+                "pass either --documents_valid_file or --validation_fraction above 0 for the validation "
+                f"samples; found {'both' if self.documents_valid_file else 'neither'}"
+            )
         if not self.end_of_document.strip():
             raise UsageError("--end_of_document must hold a character that is not white space")
+
+
+@dataclass(frozen=True)
+class VerifyDatasetArguments:
+    """Check every file of a dataset directory against its description; writes nothing."""
+
+    dataset_dir: Path
+    """Dataset directory: DATASETS_ROOT/NAME/VERSION, or DATASETS_ROOT/NAME for its newest version."""
+
+
+@dataclass(frozen=True)
+class CheckTokenizerArguments:
+    """Check that a tokenizer, also one of your own, is fit for a corpus; writes nothing."""
+
+    _: KW_ONLY
+    tokenizer_cls_name: str | None = None
+    """Class of full_stack_transformer.tokenization, such as GPT2Tokenizer, or my_module.MyClass."""
+    tokenizer_path: str | None = None
+    """Directory or hub name of a tokenizer."""
 
 
 @dataclass(frozen=True)

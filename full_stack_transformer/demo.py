@@ -95,9 +95,9 @@ def _train(arguments: DemoArguments, dataset: Path) -> Path:
         "train",
         *("--dataset_dir", str(dataset)),
         *("--experiments_root", str(root), "--experiment_name", _SOURCE),
-        *("--model_config", "mini", "--batch_size", "16", "--learning_rate", "2e-3"),
-        *("--num_warmup_steps", "50", "--max_epochs", "-1"),
-        *("--max_minutes", f"{arguments.minutes:g}", "--val_check_interval", "200"),
+        *("--model_config", "mini", "--batch_size", "8", "--optimizer", "muon"),
+        *("--learning_rate", "4e-3", "--num_warmup_steps", "50", "--max_epochs", "-1"),
+        *("--max_minutes", f"{arguments.minutes:g}", "--val_check_interval", "300"),
     )
     return versions(root, _SOURCE)[-1]
 

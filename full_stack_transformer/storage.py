@@ -6,6 +6,7 @@ Knows nothing of what the files mean.
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION_FILE_NAME = "description.json"
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_PARTIAL_PREFIX = ".partial-"
 _HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -69,11 +71,20 @@ class NewVersion:
 
 
 @contextlib.contextmanager
-def new_version(root: Path, name: str) -> Iterator[NewVersion]:
+def new_version(
+    root: Path, name: str, *, adopt: Callable[[Path], bool] | None = None
+) -> Iterator[NewVersion]:
     """A temporary directory that becomes the next version of `root/name` when the body succeeds.
 
     After the body the files are flushed to the disk, the directory is renamed and `.directory`
-    of what was yielded names the final place. When the body raises, nothing stays.
+    of what was yielded names the final place. When the body raises, nothing stays. A kill or Ctrl-C
+    leaves the temporary directory, which is never taken for a version.
+
+    Args:
+        root: directory of all names.
+        name: directory of the versions.
+        adopt: called with temporary directories whose writer is gone; the first for which it is true is
+            gone on with. Those that nobody adopts are removed, aloud.
 
     Raises:
         MachineError: the disk is full, or the directory cannot be written.
@@ -81,10 +92,10 @@ def new_version(root: Path, name: str) -> Iterator[NewVersion]:
     parent = root / name
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        version = NewVersion(parent / f".partial-{os.getpid()}-{os.urandom(4).hex()}")
-        version.directory.mkdir()
+        directory, lock = _adopted(parent, adopt) or _fresh(parent)
     except OSError as error:
         raise _cannot_write(parent, error) from error
+    version = NewVersion(directory)
     try:
         yield version
         sync_tree(version.directory)
@@ -92,9 +103,49 @@ def new_version(root: Path, name: str) -> Iterator[NewVersion]:
     except OSError as error:
         shutil.rmtree(version.directory, ignore_errors=True)
         raise _cannot_write(parent, error) from error
-    except BaseException:
+    except Exception:
         shutil.rmtree(version.directory, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _fresh(parent: Path) -> tuple[Path, int]:
+    directory = parent / f"{_PARTIAL_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
+    directory.mkdir()
+    lock = _lock(directory)
+    assert lock is not None, "nobody else knows the name"
+    return directory, lock
+
+
+def _adopted(parent: Path, adopt: Callable[[Path], bool] | None) -> tuple[Path, int] | None:
+    """The interrupted directory to go on with; the other ones are removed."""
+    adopted: tuple[Path, int] | None = None
+    for directory in sorted(parent.glob(f"{_PARTIAL_PREFIX}*")):
+        lock = _lock(directory)
+        if lock is None:  # its writer is alive
+            continue
+        if adopted is None and adopt is not None and adopt(directory):
+            adopted = (directory, lock)
+            continue
+        logger.info("removing what an interrupted run left in %s", directory)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+    return adopted
+
+
+def _lock(directory: Path) -> int | None:
+    """Lock a directory until the descriptor is closed or its process ends; none if it is locked."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:  # renamed or removed meanwhile
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _cannot_write(path: Path, error: OSError) -> MachineError:

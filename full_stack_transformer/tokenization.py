@@ -5,8 +5,8 @@ frame a document. Text never becomes a control token, whatever it contains. Know
 documents and of models, and never imports torch.
 
 How to implement a new tokenizer: subclass `DocumentTokenizer`, override `load` (where the vocabulary
-comes from) and, where the text is to be changed before encoding, `before_encoding` and
-`after_decoding`; then name the class: `--tokenizer_cls_name my_module.MyTokenizer`.
+comes from) and, where the text is to be changed before encoding, `normalize`; then name the class:
+`--tokenizer_cls_name my_module.MyTokenizer`.
 """
 
 import importlib
@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
+from full_stack_transformer.encoders import is_plain_byte_level
 from full_stack_transformer.errors import TokenizerError, UsageError
 
 BEGIN_OF_DOCUMENT = "[DOC_START]"
@@ -36,6 +37,10 @@ class DocumentTokenizer:
 
     hub_name: str | None = None
     """Where `load` looks when no path is given."""
+    text_before: str = ""
+    """Encoded with the text of a document, before it."""
+    text_after: str = ""
+    """Encoded with the text of a document, after it."""
 
     def __init__(self, backend: Tokenizer, *, begin: str, end: str, pad: str) -> None:
         # Lost whenever a tokenizer is saved or copied, so it is set here, where all pass.
@@ -69,13 +74,15 @@ class DocumentTokenizer:
         pad = _first_named(config, ("pad_token",)) or end
         return cls(backend, begin=begin, end=end, pad=pad)
 
-    def before_encoding(self, text: str) -> str:
-        """The text of a whole document as it is to be encoded."""
+    def normalize(self, text: str) -> str:
+        """The text of a document, or of its beginning, as it is to be learned."""
         return text
 
-    def prompt_before_encoding(self, text: str) -> str:
-        """The text of the beginning of a document as it is to be encoded."""
-        return text
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether two parts of a text, cut between words, encode to what the whole does."""
+        is_unchanged = type(self).normalize is DocumentTokenizer.normalize
+        return is_unchanged and is_plain_byte_level(self.backend)
 
     def after_decoding(self, text: str) -> str:
         """The text that a reader sees, from what the tokens spell."""
@@ -83,13 +90,13 @@ class DocumentTokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each document, framed by the begin and the end token."""
-        prepared = [self.before_encoding(text) for text in texts]
+        prepared = [f"{self.text_before}{self.normalize(text)}{self.text_after}" for text in texts]
         encodings = self.backend.encode_batch_fast(prepared, add_special_tokens=False)
         return [[self.begin_id, *encoding.ids, self.end_id] for encoding in encodings]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of the beginning of a document: the begin token and `text`, without an end."""
-        prepared = self.prompt_before_encoding(text) if text else ""
+        prepared = f"{self.text_before}{self.normalize(text)}" if text else ""
         return [self.begin_id, *self.backend.encode(prepared, add_special_tokens=False).ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -133,6 +140,8 @@ class GPT2Tokenizer(DocumentTokenizer):
     """
 
     hub_name = "openai-community/gpt2"
+    text_before = " "
+    text_after = " "
 
     @classmethod
     def load(cls, path: str | None) -> Self:
@@ -141,14 +150,6 @@ class GPT2Tokenizer(DocumentTokenizer):
         return cls(
             _with_control_tokens(backend), begin=BEGIN_OF_DOCUMENT, end=END_OF_DOCUMENT, pad=PADDING
         )
-
-    def before_encoding(self, text: str) -> str:
-        """The text between two spaces."""
-        return f" {text} "
-
-    def prompt_before_encoding(self, text: str) -> str:
-        """The text after a space."""
-        return f" {text}"
 
     def after_decoding(self, text: str) -> str:
         """Without the space before the end of the document."""

@@ -65,8 +65,8 @@ def dataset_dir(documents_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A dataset directory with a byte-level BPE of 300 tokens and samples of 8 to 64 tokens."""
     return prepare_dataset(
         PrepareDatasetArguments(
-            documents_train_file=documents_dir / "train.txt",
-            documents_valid_file=documents_dir / "valid.txt",
+            documents_train_file=(documents_dir / "train.txt",),
+            documents_valid_file=(documents_dir / "valid.txt",),
             datasets_root=tmp_path_factory.mktemp("datasets"),
             dataset_name="tiny",
             vocab_size=300,

@@ -114,7 +114,7 @@ class ShoutingTokenizer(TrainedTokenizer):
     def load(cls, path: str | None) -> Self:
         return cls.train(["SHOUT IT", "OUT LOUD"], vocab_size=270)
 
-    def before_encoding(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         return text.upper()
 
 

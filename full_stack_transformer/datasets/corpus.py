@@ -41,14 +41,27 @@ class ArrayFile:
     def __init__(self, path: Path, dtype: np.dtype[np.generic]) -> None:
         self.length = 0
         self._dtype = dtype
-        self._file: BinaryIO = path.open("wb")
+        # An existing file is one to go on with: the caller cuts it to the length that it knows.
+        self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
         self._write_header()
         self._header_bytes = self._file.tell()
+        self._file.seek(0, os.SEEK_END)
 
     def append(self, values: NDArray[np.generic]) -> None:
         """Append `values` (n,), which must fit the type."""
-        self._file.write(values.astype(self._dtype, copy=False).data)
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
         self.length += len(values)
+
+    def cut(self, length: int) -> None:
+        """Forget what was appended after the first `length` values."""
+        self._file.seek(self._header_bytes + length * self._dtype.itemsize)
+        self._file.truncate()
+        self.length = length
+
+    def flush(self) -> None:
+        """Make what was appended durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Complete the header and flush everything to the disk."""
@@ -74,12 +87,18 @@ class ArrayFile:
 
 
 class CorpusWriter:
-    """Appends samples to the two files of a corpus; complete after the `with`."""
+    """Appends samples to the two files of a corpus; complete after the `with`.
 
-    def __init__(self, directory: Path, vocab_size: int) -> None:
+    Files that are there already are gone on with, from the lengths given.
+    """
+
+    def __init__(
+        self, directory: Path, vocab_size: int, *, num_tokens: int = 0, num_samples: int = 0
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._corpus = ArrayFile(directory / CORPUS_FILE_NAME, token_dtype(vocab_size))
         self._positions = ArrayFile(directory / POSITIONS_FILE_NAME, POSITION_DTYPE)
+        self.cut(num_tokens=num_tokens, num_samples=num_samples)
 
     @property
     def num_samples(self) -> int:
@@ -91,17 +110,26 @@ class CorpusWriter:
         """Tokens so far."""
         return self._corpus.length
 
-    def append(self, samples: Sequence[Sequence[int]]) -> None:
-        """Append samples of token ids."""
-        if not samples:
-            return
-        lengths = np.fromiter((len(sample) for sample in samples), np.int64, len(samples))
-        starts = self._corpus.length + np.concatenate(([0], np.cumsum(lengths[:-1])))
-        tokens = np.fromiter(
-            (token_id for sample in samples for token_id in sample), np.uint32, int(lengths.sum())
-        )
-        self._positions.append(starts)
-        self._corpus.append(tokens)
+    def append(self, token_ids: NDArray[np.generic], lengths: NDArray[np.int64]) -> None:
+        """Append samples, one after the other.
+
+        Args:
+            token_ids: (tokens,) of all of them.
+            lengths: (samples,) tokens of each.
+        """
+        assert len(token_ids) == lengths.sum(), "the lengths must add up to the tokens"
+        self._positions.append(self._corpus.length + np.cumsum(lengths) - lengths)
+        self._corpus.append(token_ids)
+
+    def cut(self, *, num_tokens: int, num_samples: int) -> None:
+        """Forget everything after the first samples."""
+        self._corpus.cut(num_tokens)
+        self._positions.cut(num_samples)
+
+    def flush(self) -> None:
+        """Make what was appended durable."""
+        self._corpus.flush()
+        self._positions.flush()
 
     def __enter__(self) -> Self:
         return self

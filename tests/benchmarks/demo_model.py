@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
     )
+    rates = [group["lr"] for group in optimizer.param_groups]
     collator = CausalCollator(tokenizer.pad_id)
     num_tokens, step, epoch = 0, 0, 0
     started = time.perf_counter()
@@ -81,8 +82,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 num_cycles=1,
                 min_ratio=0.05,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * factor
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
             with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
                 logits = backbone(input_ids=batch["input_ids"], use_cache=False).logits
                 loss, count = next_token_loss(logits, batch["labels"])

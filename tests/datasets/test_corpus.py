@@ -25,7 +25,8 @@ SAMPLES: Samples = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
 def _write(directory: Path, blocks: list[Samples], vocab_size: int = 1000) -> None:
     with CorpusWriter(directory, vocab_size) as writer:
         for block in blocks:
-            writer.append(block)
+            token_ids = np.array([token_id for sample in block for token_id in sample])
+            writer.append(token_ids, np.array([len(sample) for sample in block], dtype=np.int64))
 
 
 def _open(directory: Path) -> Corpus:

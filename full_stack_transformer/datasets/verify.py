@@ -1,0 +1,296 @@
+"""`fst verify_dataset`: is a dataset directory, byte for byte, what its description says?
+
+    description -> size and hash of every file -> header, ids and positions of the arrays
+
+Reads every file once, a block at a time, and tells all that is wrong, not only the first. Opening a
+dataset checks sizes; this is what finds a flipped bit. Knows nothing of tokenizers.
+"""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from full_stack_transformer.arguments import VerifyDatasetArguments
+from full_stack_transformer.datasets.corpus import (
+    CORPUS_FILE_NAME,
+    POSITION_DTYPE,
+    POSITIONS_FILE_NAME,
+    token_dtype,
+)
+from full_stack_transformer.datasets.description import FORMAT_VERSION, open_dataset
+from full_stack_transformer.datasets.verify_arrays import ArrayCheck, Ids, Positions
+from full_stack_transformer.errors import DatasetError, InputError
+from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
+
+logger = logging.getLogger(__name__)
+
+_SPLITS = ("train", "valid")
+_BLOCK_BYTES = 4 << 20  # a multiple of every item size
+_MAX_STRAY_FILES = 20  # a whole foreign folder needs no line for each of its files
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def verify_dataset(arguments: VerifyDatasetArguments) -> None:
+    """Check every file of a dataset directory; return when all is as described.
+
+    Raises:
+        DatasetError: there is no dataset directory, or something is wrong in it: one line for each.
+    """
+    started = time.perf_counter()
+    directory = _find(arguments.dataset_dir)
+    description = _read_description(directory)
+    described = _Described.of(description)
+    num_bytes = 0
+    for name in sorted(described.files):
+        num_bytes += _check_file(directory, name, described)
+    try:
+        problems = [*described.problems, *_stray_files(directory, described.files)]
+    except OSError as error:
+        problems = [*described.problems, f"its files cannot be listed: {error.strerror or error}"]
+    if not problems:
+        problems += _cannot_be_opened(directory)
+    if problems:
+        raise DatasetError(
+            f"{directory} is not what its description says ({len(problems)} found):\n"
+            + "".join(f"  {problem}\n" for problem in problems)
+            + "prepare the dataset again, or copy it again from where it is whole"
+        )
+    seconds = time.perf_counter() - started
+    logger.info(
+        "%s is whole: %s files, %s bytes, all as described; %.2f s, %s MB/s",
+        directory,
+        f"{len(described.files):,}",
+        f"{num_bytes:,}",
+        seconds,
+        f"{num_bytes / seconds / 1e6:,.0f}",
+    )
+
+
+def _find(path: Path) -> Path:
+    """`path`, or its newest version where it is DATASETS_ROOT/NAME."""
+    if path.is_dir() and not (path / DESCRIPTION_FILE_NAME).exists():
+        return (versions(path.parent, path.name) or [path])[-1]
+    return path
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    try:
+        return read_json(directory / DESCRIPTION_FILE_NAME)
+    except InputError as error:
+        raise DatasetError(
+            f"{directory} is no dataset directory: {error}; prepare the dataset again, or copy it again "
+            "from where it is whole"
+        ) from error
+
+
+def _cannot_be_opened(directory: Path) -> list[str]:
+    try:
+        open_dataset(directory)
+    except DatasetError as error:
+        return [str(error)]
+    return []
+
+
+def _stray_files(directory: Path, described: Mapping[str, Any]) -> Iterator[str]:
+    names = sorted(
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
+    stray = [name for name in names if name not in described and name != DESCRIPTION_FILE_NAME]
+    for name in stray[:_MAX_STRAY_FILES]:
+        yield f"{name}: does not belong here, the description does not know it"
+    if len(stray) > _MAX_STRAY_FILES:
+        yield f"{len(stray) - _MAX_STRAY_FILES:,} further files that do not belong here"
+
+
+@dataclass(frozen=True)
+class _FileFacts:
+    size_bytes: int
+    sha256: str
+
+
+class _Described:
+    """What the description promises, as far as it makes sense; `problems` grows where it does not."""
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        self.problems: list[str] = []
+        self.files: dict[str, _FileFacts] = {}
+        self._description = description
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> "_Described":
+        """Check everything in the description that needs no other file."""
+        described = cls(description)
+        found = description.get("format_version")
+        if found != FORMAT_VERSION:
+            described._say(
+                f"format_version is {found!r}, expected {FORMAT_VERSION}: written by another release, "
+                "or by something else"
+            )
+        described._check_vocabulary()
+        described._check_lengths()
+        for split in _SPLITS:
+            described._check_counts(split)
+        described._take_files()
+        return described
+
+    def number(self, name: str) -> int | None:
+        """A whole number above 0 by its name, or None where there is none."""
+        value = self._description.get(name)
+        return value if type(value) is int and value > 0 else None
+
+    def checks_of(self, name: str) -> ArrayCheck | None:
+        """How to check the values of a file, or None where it is no array."""
+        split, _, file_name = name.partition("/")
+        if split not in _SPLITS:
+            return None
+        num_tokens = self.number(f"number_of_{split}_tokens")
+        if file_name == CORPUS_FILE_NAME:
+            dtype = str(self._description.get("dtype"))
+            return ArrayCheck(num_tokens, dtype, Ids(self.number("vocab_size")))
+        if file_name == POSITIONS_FILE_NAME:
+            least, most = self.number("min_sample_length"), self.number("max_sample_length")
+            length = self.number(f"number_of_{split}_samples")
+            return ArrayCheck(length, POSITION_DTYPE.str, Positions(num_tokens, least, most))
+        return None
+
+    def _say(self, problem: str) -> None:
+        self.problems.append(f"{DESCRIPTION_FILE_NAME}: {problem}")
+
+    def _check_number(self, name: str) -> None:
+        if self.number(name) is None:
+            found = self._description.get(name)
+            self._say(f"{name} should be a whole number above 0, found {found!r}")
+
+    def _check_vocabulary(self) -> None:
+        self._check_number("vocab_size")
+        vocab_size = self.number("vocab_size")
+        if vocab_size is None:
+            return
+        expected, found = token_dtype(vocab_size).str, self._description.get("dtype")
+        if found != expected:
+            self._say(f"dtype is {found!r}, but a vocab_size of {vocab_size:,} needs {expected!r}")
+        special = self._description.get("special_token_ids")
+        for role, token_id in special.items() if isinstance(special, dict) else ():
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                self._say(
+                    f"special_token_ids: {role} is {token_id!r}, not below the vocab_size {vocab_size:,}"
+                )
+
+    def _check_lengths(self) -> None:
+        for name in ("min_sample_length", "max_sample_length"):
+            self._check_number(name)
+        least, most = self.number("min_sample_length"), self.number("max_sample_length")
+        if least is not None and most is not None and least > most:
+            self._say(f"min_sample_length {least:,} is above max_sample_length {most:,}")
+
+    def _check_counts(self, split: str) -> None:
+        counts = self._description.get("counts")
+        for unit in ("samples", "tokens"):
+            name = f"number_of_{split}_{unit}"
+            self._check_number(name)
+            counted = _found_in(counts, split, f"num_{unit}")
+            if counted is not None and counted != self._description.get(name):
+                self._say(f"{name} is {self._description.get(name)!r}, but counts say {counted!r}")
+
+    def _take_files(self) -> None:
+        files = self._description.get("output_files")
+        if not isinstance(files, dict):
+            self._say(f"output_files should name every file, found {type(files).__name__}")
+            return
+        for name, facts in files.items():
+            size, sha256 = _found_in(facts, "size_bytes"), _found_in(facts, "sha256")
+            place = PurePosixPath(name)
+            if place.is_absolute() or ".." in place.parts:
+                self._say(f"output_files names {name!r}, which lies outside of this directory")
+            elif type(size) is not int or size < 0 or not _SHA256.fullmatch(str(sha256)):
+                self._say(f"output_files tells no size and SHA-256 of {name}, but {facts!r}")
+            else:
+                self.files[name] = _FileFacts(size, str(sha256))
+        for split in _SPLITS:
+            for file_name in (CORPUS_FILE_NAME, POSITIONS_FILE_NAME):
+                if f"{split}/{file_name}" not in files:
+                    self._say(f"output_files lacks {split}/{file_name}")
+
+
+def _found_in(content: object, *keys: str) -> object:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _check_file(directory: Path, name: str, described: _Described) -> int:
+    """Add what is wrong with a file to the problems; return how many bytes were read."""
+    path, facts = directory / name, described.files[name]
+    problems: list[str] = []
+    found_bytes = 0
+    try:
+        if not path.is_file():
+            what = "is no regular file" if path.exists() else "is missing"
+            problems.append(f"{what}: expected {facts.size_bytes:,} bytes")
+        else:
+            with path.open("rb") as file:
+                found_bytes = _read_file(file, name, described, problems)
+    except OSError as error:
+        problems.append(f"cannot be read: {error.strerror or error}")
+    described.problems += [f"{name}: {problem}" for problem in problems]
+    return found_bytes
+
+
+def _read_file(file: BinaryIO, name: str, described: _Described, problems: list[str]) -> int:
+    facts, check = described.files[name], described.checks_of(name)
+    header_bytes = 0 if check is None else check.take_header(file)
+    file.seek(0)
+    digest = hashlib.sha256(file.read(header_bytes))
+    found_bytes = file.tell()
+    whole, sha256_at_expected_size = found_bytes <= facts.size_bytes, ""
+    while block := file.read(_BLOCK_BYTES):
+        expected_rest = facts.size_bytes - found_bytes
+        if whole and len(block) > expected_rest:  # here the trailing bytes begin
+            before = digest.copy()
+            before.update(memoryview(block)[:expected_rest])
+            whole, sha256_at_expected_size = False, before.hexdigest()
+        digest.update(block)
+        found_bytes += len(block)
+        if check is not None:
+            check.feed(block)
+    problems += _wrong_content(
+        name, described.files, found_bytes, digest.hexdigest(), sha256_at_expected_size
+    )
+    if check is not None:
+        problems += check.problems(found_bytes == facts.size_bytes)
+    return found_bytes
+
+
+def _wrong_content(
+    name: str,
+    files: Mapping[str, _FileFacts],
+    found_bytes: int,
+    sha256: str,
+    sha256_at_expected_size: str,
+) -> Iterator[str]:
+    facts = files[name]
+    if sha256 == facts.sha256 and found_bytes == facts.size_bytes:
+        return
+    others = [other for other, its in files.items() if its.sha256 == sha256 and other != name]
+    if others:
+        yield f"holds the content of {others[0]}: swapped?"
+    elif found_bytes < facts.size_bytes:
+        yield f"truncated: expected {facts.size_bytes:,} bytes, found {found_bytes:,}"
+    elif found_bytes > facts.size_bytes:
+        rest = "are as described" if sha256_at_expected_size == facts.sha256 else "differ too"
+        yield (
+            f"trailing bytes: expected {facts.size_bytes:,} bytes, found {found_bytes:,}; "
+            f"the first {facts.size_bytes:,} {rest}"
+        )
+    else:
+        yield (
+            f"other content in the same {facts.size_bytes:,} bytes: SHA-256 {sha256}, expected "
+            f"{facts.sha256}"
+        )

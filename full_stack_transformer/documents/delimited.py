@@ -1,0 +1,168 @@
+"""Delimited text: a document is what stands before a line that, stripped, equals the delimiter.
+
+Lines end at a line feed and nowhere else; a carriage return before it belongs to the line end. What
+stands after the last delimiter is no document: it is dropped and counted.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from full_stack_transformer.documents.blocks import (
+    BLOCK_BYTES,
+    Block,
+    DocumentCounts,
+    Documents,
+    ReadingOptions,
+)
+from full_stack_transformer.documents.decoding import decode
+from full_stack_transformer.documents.files import open_decompressed
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A border between two words: a byte-level BPE with GPT-2's pattern encodes both sides as it encodes the
+# whole, because one match ends after the letter and the next one begins at the space.
+_WORD_BORDER = re.compile(rb"[A-Za-z](?= [A-Za-z])")
+_BORDER_WINDOW_BYTES = 1 << 16
+# A line that is longer is no delimiter, whatever it ends with.
+_MAX_DELIMITER_LINE_BYTES = 1 << 15
+
+
+class DelimitedText:
+    """Delimited text; see the module."""
+
+    def __init__(self, options: ReadingOptions) -> None:
+        self._options = options
+        self._delimiter = options.end_of_document.strip()
+        self._delimiter_bytes = self._delimiter.encode()
+
+    def blocks(self, path: Path, *, start: int, continues: bool) -> Iterator[Block]:
+        """Blocks that end after a delimiter line, or inside a document that is larger than a block."""
+        held: list[bytes] = []  # a document that is larger than a block and must not be cut
+        pending = b""
+        is_inside_line = continues
+        with open_decompressed(path, start) as file:
+            # Always a whole block from where the last one ended: the cuts are those of a run that was
+            # never interrupted.
+            while data := file.read(BLOCK_BYTES - len(pending)):
+                buffer = pending + data
+                if start == 0 and not held and buffer.startswith(_BYTE_ORDER_MARK):
+                    buffer, start = buffer[len(_BYTE_ORDER_MARK) :], len(_BYTE_ORDER_MARK)
+                cut, is_forced = self._after_last_delimiter(buffer, is_inside_line), False
+                unfinished = False
+                if not cut and self._options.can_cut and len(buffer) >= BLOCK_BYTES:
+                    cut, is_forced = _inside_document(buffer)
+                    unfinished = True
+                if not cut:
+                    num_held = _before_last_line(buffer)
+                    is_inside_line = num_held > buffer.rfind(b"\n") + 1
+                    held.append(buffer[:num_held])
+                    pending = buffer[num_held:]
+                    continue
+                content = b"".join([*held, buffer[:cut]])
+                end = start + len(content)
+                yield Block(path, start, end, content, continues, unfinished, is_forced=is_forced)
+                held, pending, start = [], buffer[cut:], end
+                continues = is_inside_line = unfinished
+        content = b"".join([*held, pending])
+        yield Block(path, start, start + len(content), content, continues, is_last=True)
+
+    def documents(self, block: Block) -> Documents:
+        """The documents of a block; lines are stripped unless the options keep them."""
+        assert isinstance(block.content, bytes)
+        counts = DocumentCounts(
+            num_bytes=block.end - block.start, num_forced_cuts=int(block.is_forced)
+        )
+        lines = decode(block, self._options.encoding_errors, counts).split("\n")
+        stripped = list(map(str.strip, lines))
+        # The lines at a cut are parts of one, and no delimiters whatever they spell.
+        first = 1 if block.continues else 0
+        stop = len(lines) - 1 if block.unfinished else len(lines)
+        borders = _positions(stripped, self._delimiter, first, stop)
+        kept = self._kept_lines(block, lines, stripped)
+        found = Documents([], counts, has_head=block.continues, has_tail=block.unfinished)
+        start = 0
+        for end in borders:
+            _add(found, "\n".join(kept[start:end]), is_head=block.continues and start == 0)
+            start = end + 1
+        rest = "\n".join(kept[start:])
+        if block.unfinished:
+            found.texts.append(rest)
+        elif (block.continues and start == 0) or (rest and not rest.isspace()):
+            assert block.is_last, "only the last block ends without a delimiter"
+            counts.num_unterminated_documents += 1
+        return found
+
+    def _kept_lines(self, block: Block, lines: list[str], stripped: list[str]) -> list[str]:
+        """The lines as they belong into documents."""
+        assert isinstance(block.content, bytes)
+        if not self._options.strip_lines:
+            has_returns = b"\r" in block.content
+            return [line.removesuffix("\r") for line in lines] if has_returns else lines
+        # White space at a cut stands inside a line.
+        if block.continues and block.unfinished and len(lines) == 1:
+            return lines
+        if block.continues:
+            stripped[0] = lines[0].rstrip()
+        if block.unfinished:
+            stripped[-1] = lines[-1].lstrip()
+        return stripped
+
+    def _after_last_delimiter(self, buffer: bytes, is_inside_line: bool) -> int:
+        """Position after the last line of `buffer` that is a delimiter, 0 if there is none."""
+        before = len(buffer)
+        while (found := buffer.rfind(self._delimiter_bytes, 0, before)) >= 0:
+            line_start = buffer.rfind(b"\n", 0, found) + 1
+            line_end = buffer.find(b"\n", found)
+            if line_start == 0 and is_inside_line:
+                return 0
+            # A line without an end may go on in the next block.
+            if 0 <= line_end <= line_start + _MAX_DELIMITER_LINE_BYTES:
+                line = buffer[line_start:line_end].decode("utf-8", "replace")
+                if line.strip() == self._delimiter:
+                    return line_end + 1
+            before = line_start
+        return 0
+
+
+def _positions(lines: list[str], wanted: str, first: int, stop: int) -> list[int]:
+    """Where `wanted` stands in `lines[first:stop]`."""
+    positions: list[int] = []
+    try:
+        while True:
+            positions.append(lines.index(wanted, first, stop))
+            first = positions[-1] + 1
+    except ValueError:
+        return positions
+
+
+def _add(found: Documents, text: str, *, is_head: bool) -> None:
+    if is_head:
+        found.head_ends = True
+    elif not text or text.isspace():
+        found.counts.num_empty_documents += 1
+        return
+    found.counts.num_documents += 1
+    found.texts.append(text)
+
+
+def _before_last_line(buffer: bytes) -> int:
+    """Where the last line begins, which may become a delimiter; the end, if it is too long for one."""
+    line_start = buffer.rfind(b"\n") + 1
+    return line_start if len(buffer) - line_start <= _MAX_DELIMITER_LINE_BYTES else len(buffer)
+
+
+def _inside_document(buffer: bytes) -> tuple[int, bool]:
+    """Where to cut a document that is larger than a block, and whether only a border of characters was found.
+
+    The last border of two words before the last line, else a border of two characters.
+    """
+    limit = _before_last_line(buffer)
+    window = buffer[max(0, limit - _BORDER_WINDOW_BYTES) : limit]
+    borders = [match.end() for match in _WORD_BORDER.finditer(window)]
+    if borders:
+        return limit - len(window) + borders[-1], False
+    cut = limit - 1
+    # Neither inside a character nor inside a line end.
+    while cut > 1 and (buffer[cut] & 0xC0 == 0x80 or buffer[cut - 1] in b"\r\n"):
+        cut -= 1
+    return cut, True

@@ -1,0 +1,83 @@
+"""JSON Lines: each line is an object, the document is the text of one of its fields.
+
+A line is read as a whole, whatever its length; blocks end at a line feed.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from full_stack_transformer.documents.blocks import (
+    BLOCK_BYTES,
+    Block,
+    DocumentCounts,
+    Documents,
+    ReadingOptions,
+)
+from full_stack_transformer.documents.decoding import decode
+from full_stack_transformer.documents.files import open_decompressed
+from full_stack_transformer.errors import DocumentsError
+
+
+class JsonLines:
+    """JSON Lines; see the module."""
+
+    def __init__(self, options: ReadingOptions) -> None:
+        self._options = options
+
+    def blocks(self, path: Path, *, start: int, continues: bool) -> Iterator[Block]:
+        """Blocks that end after a line."""
+        held: list[bytes] = []  # a line that is longer than a block, in pieces
+        with open_decompressed(path, start) as file:
+            while data := file.read(BLOCK_BYTES):
+                cut = data.rfind(b"\n") + 1
+                if not cut:
+                    held.append(data)
+                    continue
+                content = b"".join([*held, data[:cut]])
+                yield Block(path, start, start + len(content), content)
+                held, start = [data[cut:]], start + len(content)
+        content = b"".join(held)
+        yield Block(path, start, start + len(content), content, is_last=True)
+
+    def documents(self, block: Block) -> Documents:
+        """The texts of the block's lines; blank lines are passed over."""
+        counts = DocumentCounts(num_bytes=block.end - block.start)
+        found = Documents([], counts)
+        offset = block.start
+        for line in decode(block, self._options.encoding_errors, counts).split("\n"):
+            if line and not line.isspace():
+                text = self._text_of(line, block.path, offset)
+                if text and not text.isspace():
+                    counts.num_documents += 1
+                    found.texts.append(text)
+                else:
+                    counts.num_empty_documents += 1
+            offset += len(line.encode()) + 1
+        return found
+
+    def _text_of(self, line: str, path: Path, offset: int) -> str:
+        field = self._options.text_field
+        try:
+            row: Any = json.loads(line.removeprefix("\ufeff"))
+        except (ValueError, RecursionError) as error:
+            raise DocumentsError(
+                f"{path}: the line at byte {offset} should be a JSON object, but is no JSON: {error}"
+            ) from error
+        text = row.get(field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise DocumentsError(
+                f"{path}: the line at byte {offset} should be a JSON object with a text under {field!r} "
+                f"(--text_field), found {_what_is_there(row, field)}"
+            )
+        # A lone surrogate, which JSON can spell, is no text.
+        return text.encode("utf-8", "replace").decode()
+
+
+def _what_is_there(row: Any, field: str) -> str:
+    if not isinstance(row, dict):
+        return type(row).__name__
+    if field in row:
+        return f"{type(row[field]).__name__} there"
+    return f"the fields {', '.join(list(map(repr, row))[:8]) or 'of an empty object'}"

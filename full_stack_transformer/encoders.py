@@ -1,0 +1,322 @@
+"""Texts -> token ids in arrays: the reference, and a faster back end that is proven to give the same.
+
+`tokenizers` is the reference and always works. `gigatoken` is 20 to 80 times faster on byte-level BPE. The
+two agree wherever their Unicode tables do, so a document with a character on which tables of different
+years may differ goes to the reference (`_doubtful_characters`). Knows nothing of documents and files.
+"""
+
+import json
+import logging
+import os
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from full_stack_transformer.errors import MissingExtraError, TokenizerError
+
+logger = logging.getLogger(__name__)
+
+BackendName = Literal["tokenizers", "gigatoken"]
+
+# gigatoken 0.10 remembers every word it has met: 400 MB of unique words took 3.1 GB. It is loaded anew when
+# the process has grown by this much since (80 ms), which text of ordinary words never reaches.
+_MAX_CACHE_BYTES = 48 << 20
+# Outside of these ranges nothing is assigned; all else is doubtful without a look (Unicode 17.0).
+_ASSIGNED = ((0, 0x3347F), (0xE0000, 0xE01EF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
+_STATM = Path("/proc/self/statm")
+# Where the growth cannot be read, after so many characters: what fits into the bound if every word is new.
+_MAX_CACHE_CHARACTERS = 6 << 20
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids of texts, one after the other."""
+
+    token_ids: NDArray[np.uint32]
+    """(tokens,)"""
+    offsets: NDArray[np.int64]
+    """(texts + 1,): text i has the ids from offsets[i] to offsets[i + 1]."""
+
+
+class Encoder(Protocol):
+    """Encodes texts; several threads may share it."""
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Token ids without any framing; text never becomes a control token."""
+        ...
+
+
+class ReferenceEncoder:
+    """`tokenizers` as it is."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Token ids, with all cores at once."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum([len(one) for one in ids], out=offsets[1:])
+        return EncodedTexts(np.concatenate(ids) if ids else np.zeros(0, np.uint32), offsets)
+
+
+class GigatokenEncoder:
+    """`gigatoken`, with the reference for documents on which the two might differ."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._reference = ReferenceEncoder(backend)
+        self._json = _without_control_tokens(backend)
+        self._load()
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Token ids, on the calling thread alone."""
+        is_doubtful = [not text.isascii() and has_doubtful_character(text) for text in texts]
+        sure = [text for text, doubtful in zip(texts, is_doubtful, strict=True) if not doubtful]
+        encoded = self._encode(sure)
+        if len(sure) == len(texts):
+            return encoded
+        doubtful_texts = [
+            text for text, doubtful in zip(texts, is_doubtful, strict=True) if doubtful
+        ]
+        return _merged(is_doubtful, encoded, self._reference.encode(doubtful_texts))
+
+    def _encode(self, texts: Sequence[str]) -> EncodedTexts:
+        self._forget_words(sum(map(len, texts)))
+        if not texts:
+            return EncodedTexts(np.zeros(0, np.uint32), np.zeros(1, np.int64))
+        # An awkward array: its two buffers are what is wanted, without a copy into lists.
+        layout = self._gigatoken.encode_batch(list(texts), parallel=False).layout
+        offsets = np.asarray(layout.offsets.data, dtype=np.int64)
+        token_ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return EncodedTexts(token_ids, offsets - offsets[0])
+
+    def _load(self) -> None:
+        from gigatoken import Tokenizer as Gigatoken
+
+        self._gigatoken = Gigatoken.from_json(self._json).backend
+        self._num_characters = 0
+        self._resident_bytes = _resident_bytes()
+
+    def _forget_words(self, num_characters: int) -> None:
+        self._num_characters += num_characters
+        if self._resident_bytes:
+            is_full = _resident_bytes() - self._resident_bytes > _MAX_CACHE_BYTES
+        else:
+            is_full = self._num_characters > _MAX_CACHE_CHARACTERS
+        if is_full:
+            self._load()
+
+
+def make_encoder(backend: Tokenizer, name: BackendName) -> Encoder:
+    """An encoder of one thread."""
+    return ReferenceEncoder(backend) if name == "tokenizers" else GigatokenEncoder(backend)
+
+
+def choose_backend(
+    backend: Tokenizer, wanted: BackendName | Literal["auto"], texts: Sequence[str]
+) -> BackendName:
+    """What `--tokenizer_backend` means for a tokenizer; `auto` is the fastest that gives the reference's ids.
+
+    Args:
+        backend: the tokenizer.
+        wanted: the option.
+        texts: what the two are compared on, beside `adversarial_texts`.
+
+    Raises:
+        MissingExtraError: gigatoken is asked for by name and not installed.
+        TokenizerError: gigatoken is asked for by name and not fit for this tokenizer.
+    """
+    if wanted == "tokenizers":
+        return wanted
+    if not _is_installed("gigatoken"):
+        if wanted == "auto":
+            return "tokenizers"
+        raise MissingExtraError(
+            "--tokenizer_backend gigatoken: the package gigatoken is not installed; "
+            "install it with: pip install -c constraints.txt -e '.[data]'"
+        )
+    problem = "it is no byte-level BPE with GPT-2's pattern"
+    if is_plain_byte_level(backend):
+        compared = [*adversarial_texts(), *texts]
+        found = difference(GigatokenEncoder(backend), ReferenceEncoder(backend), compared)
+        if found is None:
+            return "gigatoken"
+        problem = f"tokenizers encodes {found} differently"
+    if wanted == "gigatoken":
+        raise TokenizerError(
+            f"--tokenizer_backend gigatoken does not fit this tokenizer: {problem}; pass tokenizers"
+        )
+    logger.warning("not encoding with gigatoken, which is faster, but with tokenizers: %s", problem)
+    return "tokenizers"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
+    """The first of `texts` to which the two give different ids, shortened; none if they agree."""
+    ours, theirs = encoder.encode(texts), reference.encode(texts)
+    for number, text in enumerate(texts):
+        one, other = (
+            encoded.token_ids[encoded.offsets[number] : encoded.offsets[number + 1]]
+            for encoded in (ours, theirs)
+        )
+        if not np.array_equal(one, other):
+            return repr(text[:80])
+    return None
+
+
+def is_plain_byte_level(backend: Tokenizer) -> bool:
+    """Whether it is a byte-level BPE with GPT-2's pattern and nothing around it.
+
+    Then borders of words are known (a match ends where a word ends), and only the classes L, N and white
+    space of a character matter.
+    """
+    content = json.loads(backend.to_str())
+    pre_tokenizer = content["pre_tokenizer"] or {}
+    model = content["model"]
+    return (
+        model["type"] == "BPE"
+        and not model.get("dropout")
+        and not model.get("ignore_merges")
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and content["normalizer"] is None
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer.get("use_regex", True)
+        and not pre_tokenizer.get("add_prefix_space", False)
+        # Added tokens that are not special would match inside text.
+        and all(token["special"] for token in content["added_tokens"])
+    )
+
+
+def has_doubtful_character(text: str) -> bool:
+    """Whether Unicode tables of different years may put a character of `text` into different classes."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    return bool(_doubtful_characters()[codes].any())
+
+
+def adversarial_texts() -> list[str]:
+    """Texts on which encoders have been seen to differ, or might."""
+    parts = [
+        "'s",
+        "'S",
+        "'re",
+        "don't",
+        "\u2019s",
+        " ",
+        "  ",
+        "\n",
+        "\t\r\n",
+        "\u00a0",
+        "\u2028",
+        "\x85",
+        "\x1c",
+    ]
+    parts += [
+        "a",
+        "Z",
+        "é",
+        "e\u0301",
+        "ß",
+        "İ",
+        "ſ",
+        "K",
+        "中",
+        "\U00030edd",
+        "\U0001f642",
+        "👨‍👩‍👧",
+        "०",
+        "½",
+        "Ⅷ",
+    ]
+    parts += [
+        "\ufeff",
+        "\u200b",
+        "\u200d",
+        "\ufffd",
+        "\x00",
+        "\x7f",
+        "١",
+        "ا",
+        "한",
+        "ไ",
+        "𝔘",
+        "\U000e0001",
+        "[DOC_END]",
+    ]
+    pairs = [first + second for first in parts for second in parts]
+    return [
+        *parts,
+        *pairs,
+        " ".join(parts),
+        "".join(pairs),
+        "x" * 5000,
+        " " * 999 + "x",
+        "a b" * 999,
+    ]
+
+
+@cache
+def _doubtful_characters() -> NDArray[np.bool_]:
+    """For each code point whether tables may differ on its class: letter, number, white space, other.
+
+    Sure are those that have the same class in Unicode 3.2 (2002) as in this Python's tables and are
+    assigned in the latter: whatever is in between has it too. The rest is doubtful: letters that were
+    added since, characters that changed, and what is not assigned yet and may become a letter.
+    """
+    now, then = unicodedata.category, unicodedata.ucd_3_2_0.category
+    doubts = np.ones(sys.maxunicode + 1, dtype=np.bool_)
+    for first, last in _ASSIGNED:
+        for code in range(first, last + 1):
+            character = chr(code)
+            category = now(character)
+            doubts[code] = category == "Cn" or _class(category) != _class(then(character))
+    return doubts
+
+
+def _class(category: str) -> str:
+    return category[0] if category[0] in "LNZ" else "other"
+
+
+def _without_control_tokens(backend: Tokenizer) -> str:
+    """tokenizer.json in which text cannot become a control token, and nothing is added to it."""
+    content: dict[str, Any] = json.loads(backend.to_str())
+    content["added_tokens"] = []
+    content["post_processor"] = None
+    return json.dumps(content)
+
+
+def _merged(is_second: Sequence[bool], first: EncodedTexts, second: EncodedTexts) -> EncodedTexts:
+    """The texts of both in their order: `is_second` says for each text from which it comes."""
+    sources = (
+        iter(np.split(first.token_ids, first.offsets[1:-1]) if len(first.offsets) > 1 else []),
+        iter(np.split(second.token_ids, second.offsets[1:-1]) if len(second.offsets) > 1 else []),
+    )
+    ids = [next(sources[int(choice)]) for choice in is_second]
+    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+    np.cumsum([len(one) for one in ids], out=offsets[1:])
+    return EncodedTexts(np.concatenate(ids), offsets)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
