@@ -2,24 +2,22 @@
 
 `tokenizers` is the reference and always works. `gigatoken` is 20 to 80 times faster on byte-level BPE. The
 two agree wherever their Unicode tables do, so a document with a character on which tables of different
-years may differ goes to the reference (`_doubtful_characters`). Knows nothing of documents and files.
+years may differ goes to the reference (`_is_doubtful`). Knows nothing of documents and files.
 """
 
-import json
 import logging
 import os
-import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from full_stack_transformer.errors import MissingExtraError, TokenizerError
 
@@ -30,8 +28,7 @@ BackendName = Literal["tokenizers", "gigatoken"]
 # gigatoken 0.10 remembers every word it has met: 400 MB of unique words took 3.1 GB. It is loaded anew when
 # the process has grown by this much since (80 ms), which text of ordinary words never reaches.
 _MAX_CACHE_BYTES = 48 << 20
-# Outside of these ranges nothing is assigned; all else is doubtful without a look (Unicode 17.0).
-_ASSIGNED = ((0, 0x3347F), (0xE0000, 0xE01EF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
+_LAST_OF_PLANE = 0xFFFF
 _STATM = Path("/proc/self/statm")
 # Where the growth cannot be read, after so many characters: what fits into the bound if every word is new.
 _MAX_CACHE_CHARACTERS = 6 << 20
@@ -50,6 +47,8 @@ class EncodedTexts:
 class Encoder(Protocol):
     """Encodes texts; several threads may share it."""
 
+    name: BackendName
+
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Token ids without any framing; text never becomes a control token."""
         ...
@@ -57,6 +56,8 @@ class Encoder(Protocol):
 
 class ReferenceEncoder:
     """`tokenizers` as it is."""
+
+    name: BackendName = "tokenizers"
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
@@ -72,6 +73,8 @@ class ReferenceEncoder:
 
 class GigatokenEncoder:
     """`gigatoken`, with the reference for documents on which the two might differ."""
+
+    name: BackendName = "gigatoken"
 
     def __init__(self, backend: Tokenizer) -> None:
         self._reference = ReferenceEncoder(backend)
@@ -122,9 +125,9 @@ def make_encoder(backend: Tokenizer, name: BackendName) -> Encoder:
     return ReferenceEncoder(backend) if name == "tokenizers" else GigatokenEncoder(backend)
 
 
-def choose_backend(
+def choose_encoder(
     backend: Tokenizer, wanted: BackendName | Literal["auto"], texts: Sequence[str]
-) -> BackendName:
+) -> Encoder:
     """What `--tokenizer_backend` means for a tokenizer; `auto` is the fastest that gives the reference's ids.
 
     Args:
@@ -136,28 +139,29 @@ def choose_backend(
         MissingExtraError: gigatoken is asked for by name and not installed.
         TokenizerError: gigatoken is asked for by name and not fit for this tokenizer.
     """
+    reference = ReferenceEncoder(backend)
     if wanted == "tokenizers":
-        return wanted
+        return reference
     if not _is_installed("gigatoken"):
         if wanted == "auto":
-            return "tokenizers"
+            return reference
         raise MissingExtraError(
             "--tokenizer_backend gigatoken: the package gigatoken is not installed; "
             "install it with: pip install -c constraints.txt -e '.[data]'"
         )
     problem = "it is no byte-level BPE with GPT-2's pattern"
     if is_plain_byte_level(backend):
-        compared = [*adversarial_texts(), *texts]
-        found = difference(GigatokenEncoder(backend), ReferenceEncoder(backend), compared)
+        encoder = GigatokenEncoder(backend)
+        found = difference(encoder, reference, [*adversarial_texts(), *texts])
         if found is None:
-            return "gigatoken"
+            return encoder
         problem = f"tokenizers encodes {found} differently"
     if wanted == "gigatoken":
         raise TokenizerError(
             f"--tokenizer_backend gigatoken does not fit this tokenizer: {problem}; pass tokenizers"
         )
     logger.warning("not encoding with gigatoken, which is faster, but with tokenizers: %s", problem)
-    return "tokenizers"
+    return reference
 
 
 def _is_installed(package: str) -> bool:
@@ -187,28 +191,29 @@ def is_plain_byte_level(backend: Tokenizer) -> bool:
     Then borders of words are known (a match ends where a word ends), and only the classes L, N and white
     space of a character matter.
     """
-    content = json.loads(backend.to_str())
-    pre_tokenizer = content["pre_tokenizer"] or {}
-    model = content["model"]
+    model, pre_tokenizer = backend.model, backend.pre_tokenizer
     return (
-        model["type"] == "BPE"
-        and not model.get("dropout")
-        and not model.get("ignore_merges")
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-        and content["normalizer"] is None
-        and pre_tokenizer.get("type") == "ByteLevel"
-        and pre_tokenizer.get("use_regex", True)
-        and not pre_tokenizer.get("add_prefix_space", False)
+        isinstance(model, models.BPE)
+        and not (model.dropout or model.ignore_merges)
+        and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+        and backend.normalizer is None
+        and isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
+        and pre_tokenizer.use_regex
+        and not pre_tokenizer.add_prefix_space
         # Added tokens that are not special would match inside text.
-        and all(token["special"] for token in content["added_tokens"])
+        and all(token.special for token in backend.get_added_tokens_decoder().values())
     )
 
 
 def has_doubtful_character(text: str) -> bool:
     """Whether Unicode tables of different years may put a character of `text` into different classes."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    return bool(_doubtful_characters()[codes].any())
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    beyond = codes[codes > _LAST_OF_PLANE]
+    if len(beyond):
+        codes = codes[codes <= _LAST_OF_PLANE]
+        if any(_is_doubtful(code) for code in np.unique(beyond).tolist()):
+            return True
+    return bool(_doubtful_in_plane()[codes].any())
 
 
 def adversarial_texts() -> list[str]:
@@ -273,21 +278,22 @@ def adversarial_texts() -> list[str]:
 
 
 @cache
-def _doubtful_characters() -> NDArray[np.bool_]:
-    """For each code point whether tables may differ on its class: letter, number, white space, other.
+def _doubtful_in_plane() -> NDArray[np.bool_]:
+    """For each code point of the basic plane whether it is doubtful."""
+    return np.array([_is_doubtful(code) for code in range(_LAST_OF_PLANE + 1)])
+
+
+def _is_doubtful(code: int) -> bool:
+    """Whether tables may differ on the class of a character: letter, number, white space, other.
 
     Sure are those that have the same class in Unicode 3.2 (2002) as in this Python's tables and are
     assigned in the latter: whatever is in between has it too. The rest is doubtful: letters that were
     added since, characters that changed, and what is not assigned yet and may become a letter.
     """
-    now, then = unicodedata.category, unicodedata.ucd_3_2_0.category
-    doubts = np.ones(sys.maxunicode + 1, dtype=np.bool_)
-    for first, last in _ASSIGNED:
-        for code in range(first, last + 1):
-            character = chr(code)
-            category = now(character)
-            doubts[code] = category == "Cn" or _class(category) != _class(then(character))
-    return doubts
+    character = chr(code)
+    category = unicodedata.category(character)
+    then = unicodedata.ucd_3_2_0.category(character)
+    return category == "Cn" or _class(category) != _class(then)
 
 
 def _class(category: str) -> str:
@@ -296,10 +302,10 @@ def _class(category: str) -> str:
 
 def _without_control_tokens(backend: Tokenizer) -> str:
     """tokenizer.json in which text cannot become a control token, and nothing is added to it."""
-    content: dict[str, Any] = json.loads(backend.to_str())
-    content["added_tokens"] = []
-    content["post_processor"] = None
-    return json.dumps(content)
+    plain = Tokenizer(backend.model)
+    plain.pre_tokenizer = backend.pre_tokenizer
+    plain.decoder = backend.decoder
+    return plain.to_str()
 
 
 def _merged(is_second: Sequence[bool], first: EncodedTexts, second: EncodedTexts) -> EncodedTexts:

@@ -12,6 +12,7 @@ comes from) and, where the text is to be changed before encoding, `normalize`; t
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -103,7 +104,7 @@ class DocumentTokenizer:
         """Text of the tokens; control tokens are left out, broken UTF-8 becomes U+FFFD."""
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Number of ids: the largest id and one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

@@ -17,7 +17,7 @@ from full_stack_transformer.encoders import (
     GigatokenEncoder,
     ReferenceEncoder,
     adversarial_texts,
-    choose_backend,
+    choose_encoder,
     difference,
     has_doubtful_character,
     is_plain_byte_level,
@@ -101,7 +101,7 @@ def test_every_character_that_is_sure_splits_as_in_the_reference(backend: Tokeni
     sure = [
         chr(code)
         for code in range(sys.maxunicode + 1)
-        if not encoders._doubtful_characters()[code] and unicodedata.category(chr(code)) != "Cs"
+        if not encoders._is_doubtful(code) and unicodedata.category(chr(code)) != "Cs"
     ]
     # Private use is more than half of them, and all of one class.
     sure = [one for one in sure if unicodedata.category(one) != "Co"]
@@ -156,8 +156,8 @@ def test_the_cache_of_words_is_forgotten(
 
 def test_only_plain_byte_level_tokenizers_are_trusted(backend: Tokenizer) -> None:
     assert is_plain_byte_level(backend)
-    assert choose_backend(backend, "auto", ["text"]) == "gigatoken"
-    assert choose_backend(backend, "tokenizers", ["text"]) == "tokenizers"
+    assert choose_encoder(backend, "auto", ["text"]).name == "gigatoken"
+    assert choose_encoder(backend, "tokenizers", ["text"]).name == "tokenizers"
     others = [Tokenizer.from_str(backend.to_str()) for _ in range(4)]
     others[0].normalizer = normalizers.Lowercase()
     others[1].pre_tokenizer = pre_tokenizers.Whitespace()
@@ -166,9 +166,9 @@ def test_only_plain_byte_level_tokenizers_are_trusted(backend: Tokenizer) -> Non
     others.append(Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")))
     for other in others:
         assert not is_plain_byte_level(other)
-        assert choose_backend(other, "auto", ["text"]) == "tokenizers"
+        assert choose_encoder(other, "auto", ["text"]).name == "tokenizers"
         with pytest.raises(TokenizerError, match="--tokenizer_backend gigatoken does not fit"):
-            choose_backend(other, "gigatoken", ["text"])
+            choose_encoder(other, "gigatoken", ["text"])
 
 
 def test_a_difference_is_noticed_and_falls_back_aloud(
@@ -181,5 +181,5 @@ def test_a_difference_is_noticed_and_falls_back_aloud(
             return encoded
 
     monkeypatch.setattr(encoders, "GigatokenEncoder", Broken)
-    assert choose_backend(backend, "auto", ["the cat"]) == "tokenizers"
+    assert choose_encoder(backend, "auto", ["the cat"]).name == "tokenizers"
     assert "tokenizers encodes 'the cat' differently" in caplog.text

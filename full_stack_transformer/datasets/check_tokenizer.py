@@ -8,7 +8,7 @@ from pathlib import Path
 from full_stack_transformer.arguments import CheckTokenizerArguments
 from full_stack_transformer.encoders import (
     adversarial_texts,
-    choose_backend,
+    choose_encoder,
 )
 from full_stack_transformer.errors import TokenizerError, UsageError
 from full_stack_transformer.tokenization import (
@@ -35,7 +35,7 @@ def check_tokenizer(arguments: CheckTokenizerArguments) -> None:
         problem = check(tokenizer, texts)
         if problem is not None:
             raise TokenizerError(f"{type(tokenizer).__name__}: {problem}")
-    backend = choose_backend(tokenizer.backend, "auto", texts)
+    encoder = choose_encoder(tokenizer.backend, "auto", texts)
     logger.info(
         "%s is fit: %s tokens, documents are framed by %s and %s, padded with %s, encoded with %s%s",
         type(tokenizer).__name__,
@@ -43,7 +43,7 @@ def check_tokenizer(arguments: CheckTokenizerArguments) -> None:
         tokenizer.begin,
         tokenizer.end,
         tokenizer.pad,
-        backend,
+        encoder.name,
         "" if _is_lossless(tokenizer, texts) else "; decoding does not give every text back",
     )
 

@@ -63,10 +63,12 @@ class BlockEncoderOptions:
 class BlockEncoder:
     """Turns blocks into framed token ids; may be called by several threads at once."""
 
-    def __init__(self, options: BlockEncoderOptions, tokenizer: DocumentTokenizer) -> None:
+    def __init__(
+        self, options: BlockEncoderOptions, tokenizer: DocumentTokenizer, encoder: Encoder
+    ) -> None:
         self._options = options
         self._tokenizer = tokenizer
-        self._encoder: Encoder = make_encoder(tokenizer.backend, options.backend)
+        self._encoder = encoder
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, block: Block) -> EncodedBlock:
@@ -138,18 +140,24 @@ class Workers:
     Args:
         options: what to do.
         tokenizer: the one that the options name, opened.
+        encoder: its encoder; threads share it, processes make their own.
         num_workers: threads, or above MAX_THREADS processes.
     """
 
     def __init__(
-        self, options: BlockEncoderOptions, tokenizer: DocumentTokenizer, *, num_workers: int
+        self,
+        options: BlockEncoderOptions,
+        tokenizer: DocumentTokenizer,
+        encoder: Encoder,
+        *,
+        num_workers: int,
     ) -> None:
         self._num_workers = num_workers
         self._executor: Executor
         self._encode: Callable[[Block], EncodedBlock]
         if num_workers <= MAX_THREADS:
             self._executor = ThreadPoolExecutor(num_workers)
-            self._encode = BlockEncoder(options, tokenizer)
+            self._encode = BlockEncoder(options, tokenizer, encoder)
         else:
             # Spawned, never forked: this process has threads.
             self._executor = ProcessPoolExecutor(
@@ -190,7 +198,8 @@ _encoder_of_process: BlockEncoder | None = None
 def _start_process(options: BlockEncoderOptions) -> None:
     global _encoder_of_process
     tokenizer = open_saved_tokenizer(options.tokenizer_directory)
-    _encoder_of_process = BlockEncoder(options, tokenizer)
+    encoder = make_encoder(tokenizer.backend, options.backend)
+    _encoder_of_process = BlockEncoder(options, tokenizer, encoder)
 
 
 def _encode_in_process(block: Block) -> EncodedBlock:

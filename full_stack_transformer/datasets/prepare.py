@@ -22,7 +22,7 @@ from full_stack_transformer.datasets.report import describe, log_report
 from full_stack_transformer.documents.blocks import ReadingOptions
 from full_stack_transformer.documents.files import find_document_files
 from full_stack_transformer.documents.formats import format_of
-from full_stack_transformer.encoders import choose_backend
+from full_stack_transformer.encoders import choose_encoder
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, new_version, write_json
 from full_stack_transformer.tokenization import (
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_DIRECTORY_NAME = "tokenizer"
 # Characters of the input on which a fast back end is compared with the reference before it is used.
-_MAX_COMPARED_CHARACTERS = 1 << 18
+_MAX_COMPARED_CHARACTERS = 1 << 16
 
 
 def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
@@ -66,15 +66,24 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
         else:
             tokenizer = given_tokenizer or _trained_tokenizer(arguments, passes)
             tokenizer.save(tokenizer_directory, model_max_length=arguments.max_sample_length)
-        encoding = _encoding_options(arguments, tokenizer, tokenizer_directory, passes)
+        reading = reading_options(arguments, can_cut=tokenizer.can_be_cut)
+        encoder = choose_encoder(
+            tokenizer.backend, arguments.tokenizer_backend, _first_texts(passes[0], reading)
+        )
+        options = BlockEncoderOptions(
+            tokenizer_directory=tokenizer_directory,
+            backend=encoder.name,
+            reading=reading,
+            with_digests=arguments.deduplicate == "exact" or bool(arguments.validation_fraction),
+        )
         states: dict[str, SplitState] = {}
         num_workers = arguments.num_workers or os.cpu_count() or 1
-        with Workers(encoding, tokenizer, num_workers=num_workers) as workers:
+        with Workers(options, tokenizer, encoder, num_workers=num_workers) as workers:
             for one in passes:
                 states |= run_pass(
                     one,
                     dataset.directory,
-                    encoding.reading,
+                    reading,
                     workers,
                     arguments,
                     journal,
@@ -84,7 +93,7 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
         journal.remove()
         (dataset.directory / DIGESTS_FILE_NAME).unlink(missing_ok=True)
         description = describe(
-            arguments, tokenizer, encoding.backend, states, passes, dataset.directory, started
+            arguments, tokenizer, encoder.name, states, passes, dataset.directory, started
         )
         write_json(dataset.directory / DESCRIPTION_FILE_NAME, description)
     log_report(description, states, time.perf_counter() - started)
@@ -147,24 +156,6 @@ def _texts(one: Pass, reading: ReadingOptions) -> Iterator[str]:
         document_format = format_of(path, reading)
         for block in document_format.blocks(path, start=0, continues=False):
             yield from document_format.documents(block).texts
-
-
-def _encoding_options(
-    arguments: PrepareDatasetArguments,
-    tokenizer: DocumentTokenizer,
-    tokenizer_directory: Path,
-    passes: list[Pass],
-) -> BlockEncoderOptions:
-    """What the workers need to know; the back end has been compared with the reference."""
-    reading = reading_options(arguments, can_cut=tokenizer.can_be_cut)
-    return BlockEncoderOptions(
-        tokenizer_directory=tokenizer_directory,
-        backend=choose_backend(
-            tokenizer.backend, arguments.tokenizer_backend, _first_texts(passes[0], reading)
-        ),
-        reading=reading,
-        with_digests=arguments.deduplicate == "exact" or bool(arguments.validation_fraction),
-    )
 
 
 def _first_texts(one: Pass, reading: ReadingOptions) -> list[str]:

