@@ -351,7 +351,7 @@ class DemoArguments:
     """Directory for everything that the demo writes."""
     serve: bool = True
     """Serve the model and TensorBoard at the end; --no-serve ends after generating."""
-    minutes: float = 4.0
+    minutes: float = 5.0
     """Time to train, in minutes."""
     fresh: bool = False
     """Train anew even when an earlier demo finished."""

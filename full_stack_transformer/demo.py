@@ -7,6 +7,7 @@ commands as processes and imports nothing heavy.
 """
 
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -48,9 +49,9 @@ def run_demo(arguments: DemoArguments) -> int:
     experiment = _train(arguments, dataset)
     _run("evaluate", str(experiment), str(dataset))
     for prompt in _PROMPTS:
-        _run(
-            "generate", str(experiment), "--prompt", prompt, "--max_new_tokens", "80", "--seed", "1"
-        )
+        # Cooler than the default: a model this small finds words of its own otherwise.
+        sampling = ("--max_new_tokens", "80", "--temperature", "0.5", "--seed", "1")
+        _run("generate", str(experiment), "--prompt", prompt, *sampling)
     minutes, seconds = divmod(time.perf_counter() - started, 60)
     _say(
         f"\nFrom documents to text in {minutes:.0f} min {seconds:.0f} s. What was written where:\n"
@@ -141,6 +142,8 @@ def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_po
         ),
     )
     processes = []
+    # SIGTERM ends it as Ctrl-C does, so that it leaves no orphans.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for words in commands:
             _say(f"\n$ fst {shlex.join(words)}\n")

@@ -136,8 +136,10 @@ def test_the_demo_walks_the_road_and_serves_when_typed_again(
         assert httpx.get(docs).status_code == 200
         board = again.wait_for_log("  TensorBoard").split()[1]
         assert httpx.get(board).status_code == 200
-        again.send_signal(signal.SIGINT)
+        again.send_signal(signal.SIGTERM)
         assert again.wait() == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(docs)
     finally:
         again.kill()
 

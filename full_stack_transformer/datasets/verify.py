@@ -141,9 +141,9 @@ class _Described:
         return described
 
     def number(self, name: str) -> int | None:
-        """A whole number above 0 by its name, or None where there is none."""
+        """A whole number above 0 by its name, or None where there is none that an array could have."""
         value = self._description.get(name)
-        return value if type(value) is int and value > 0 else None
+        return value if type(value) is int and 0 < value < 1 << 62 else None
 
     def checks_of(self, name: str) -> ArrayCheck | None:
         """How to check the values of a file, or None where it is no array."""

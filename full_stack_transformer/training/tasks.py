@@ -97,7 +97,8 @@ class CausalLanguageModelling(pl.LightningModule):
         limit = self._arguments.gradient_clip_val or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self.log(metric_names.GRADIENT_NORM, norm)
-        self.log(metric_names.LEARNING_RATE, optimizer.param_groups[0]["lr"])
+        # AdamW's, which is what --learning_rate means; with Muon its own comes first.
+        self.log(metric_names.LEARNING_RATE, optimizer.param_groups[-1]["lr"])
 
     def progress(self, step: int) -> float:
         """Part of the training that is over after `step` optimizer steps, 0 to 1; by steps or minutes."""

@@ -187,6 +187,7 @@ def test_any_flipped_bit_is_found(seed: int, damaged: Path) -> None:
             "valid/sample_start_positions.npy: has the shape .* but 2",
         ),
         ({"number_of_train_tokens": "12"}, "number_of_train_tokens should be a whole number"),
+        ({"number_of_train_tokens": 10**30}, "number_of_train_tokens should be a whole number"),
         ({"number_of_train_tokens": True}, "number_of_train_tokens should be a whole number"),
         ({"vocab_size": None}, "vocab_size should be a whole number above 0, found None"),
         ({"vocab_size": 100}, f"{TOKENS}: .* token ids are not below the vocab_size 100"),

@@ -91,6 +91,8 @@ class Disturbance:
 
     def __init__(self, concerns: Callable[[str], bool], point: Point | None = None) -> None:
         self.calls: list[Call] = []
+        self.performed: list[Call] = []
+        """Those of the calls that did not fail by our hand."""
         self._concerns = concerns
         self._point = point
 
@@ -103,8 +105,13 @@ class Disturbance:
         """The errno that the call fails with, 0 for none."""
         if not any(map(self._concerns, call.paths)):
             return 0
-        number = len(self.calls)
+        error = self._error_at(len(self.calls), call)
         self.calls.append(call)
+        if not error:
+            self.performed.append(call)
+        return error
+
+    def _error_at(self, number: int, call: Call) -> int:
         if self._point is None or number < self._point.number:
             return 0
         if self._point.kind == "full":

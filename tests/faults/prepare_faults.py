@@ -73,7 +73,10 @@ class FaultLoop:
         wrong = [*_wrong_ending(done, point), *place.wrong_versions()]
         if done.exit_code == 0:
             wrong += place.wrong_result(done)
+            wrong += unflushed(disturbance.performed, place.versions_of)
         num_left = len(place.left_behind())
+        if num_left and "nothing half-written was left" in done.stderr:
+            wrong.append(f"says that nothing half-written was left: {place.left_behind()}")
         wrong_reruns, num_left_for_good = place.once_for_this_state(_run_again)
         return Outcome(wrong + wrong_reruns, disturbance.happened, num_left, num_left_for_good)
 

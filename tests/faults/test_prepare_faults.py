@@ -62,8 +62,11 @@ def test_a_journal_is_not_trusted_over_a_file_that_is_shorter(
     assert files, "nothing was interrupted"
     for path in files:
         path.write_bytes(path.read_bytes()[:2048])
-    done = place.prepare("--resume")
-    assert [*place.wrong_versions(), *place.wrong_result(done)] == []
+    done = place.prepare("--resume")  # may refuse, may begin anew
+    assert place.wrong_versions() == []
+    assert done.exit_code == 0 or done.stderr.splitlines()[-1].startswith("fst: ")
+    assert place.wrong_result(place.prepare()) == []
+    assert place.wrong_versions() == []
 
 
 @pytest.mark.parametrize("damage", ["short", "missing", "added", "unnumbered"])
@@ -97,32 +100,32 @@ def _call(name: str, *paths: str, creates: bool = False) -> gate.Call:
     ("left_out", "expected"),
     [
         (None, []),
-        ("fsync /root/x/.new/file", ["/root/x/0/file came into sight before it was flushed"]),
-        ("fsync /root/x/.new", ["/root/x/0 came into sight before it was flushed"]),
+        ("fsync /disk/root/x/.new/file", ["root/x/0/file came into sight before it was flushed"]),
+        ("fsync /disk/root/x/.new", ["root/x/0 came into sight before it was flushed"]),
         (
-            "fsync /root/x/.new/told",
+            "fsync /disk/root/x/.new/told",
             [
-                "the journal was flushed before /root/x/.new/told",
-                "/root/x/0/told came into sight before it was flushed",
+                "the journal was flushed before root/x/.new/told",
+                "root/x/0/told came into sight before it was flushed",
             ],
         ),
-        ("fsync /root/x", ["/root/x got a new name that was never flushed"]),
+        ("fsync /disk/root/x", ["root/x got a new name that was never flushed"]),
     ],
 )
 def test_a_forgotten_flush_would_be_noticed(left_out: str | None, expected: list[str]) -> None:
     calls = [
-        _call("mkdir", "/root/x/.new"),
-        _call("write", "/root/x/.new/told"),
-        _call("fsync", "/root/x/.new/told"),
-        _call("write", "/root/x/.new/journal.jsonl"),
-        _call("fsync", "/root/x/.new/journal.jsonl"),
-        _call("openat", "/root/x/.new/file.partial", creates=True),
-        _call("write", "/root/x/.new/file.partial"),
-        _call("rename", "/root/x/.new/file.partial", "/root/x/.new/file"),
-        _call("fsync", "/root/x/.new/file"),
-        _call("fsync", "/root/x/.new"),
-        _call("rename", "/root/x/.new", "/root/x/0"),
-        _call("fsync", "/root/x"),
+        _call("mkdir", "/disk/root/x/.new"),
+        _call("write", "/disk/root/x/.new/told"),
+        _call("fsync", "/disk/root/x/.new/told"),
+        _call("write", "/disk/root/x/.new/journal.jsonl"),
+        _call("fsync", "/disk/root/x/.new/journal.jsonl"),
+        _call("openat", "/disk/root/x/.new/file.partial", creates=True),
+        _call("write", "/disk/root/x/.new/file.partial"),
+        _call("rename", "/disk/root/x/.new/file.partial", "/disk/root/x/.new/file"),
+        _call("fsync", "/disk/root/x/.new/file"),
+        _call("fsync", "/disk/root/x/.new"),
+        _call("rename", "/disk/root/x/.new", "/disk/root/x/0"),
+        _call("fsync", "/disk/root/x"),
     ]
     kept = [call for call in calls if f"{call.name} {call.paths[0]}" != left_out]
-    assert unflushed(kept, Path("/root/x")) == expected
+    assert unflushed(kept, Path("/disk/root/x")) == expected
