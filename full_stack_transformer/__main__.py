@@ -97,6 +97,8 @@ def run(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk that fails under a file that was there a moment ago
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     if isinstance(result, Path):
         sys.stdout.write(f"{result}\n")
     return result if isinstance(result, int) else 0

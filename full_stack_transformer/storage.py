@@ -91,7 +91,7 @@ def new_version(
     """
     parent = root / name
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_directories(parent)
         directory, lock = _adopted(parent, adopt) or _fresh(parent)
     except OSError as error:
         raise _cannot_write(parent, error) from error
@@ -107,15 +107,18 @@ def new_version(
         shutil.rmtree(version.directory, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        with contextlib.suppress(OSError):  # nothing was written through it
+            os.close(lock)
 
 
 def _fresh(parent: Path) -> tuple[Path, int]:
-    directory = parent / f"{_PARTIAL_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
-    directory.mkdir()
-    lock = _lock(directory)
-    assert lock is not None, "nobody else knows the name"
-    return directory, lock
+    while True:
+        directory = parent / f"{_PARTIAL_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
+        directory.mkdir()
+        lock = _lock(directory)
+        if lock is not None:
+            return directory, lock
+        # Another writer took it for an abandoned one, in the instant before it was locked.
 
 
 def _adopted(parent: Path, adopt: Callable[[Path], bool] | None) -> tuple[Path, int] | None:
@@ -143,6 +146,9 @@ def _lock(directory: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
+        return None
+    if not directory.exists():  # removed by its locker before us
         os.close(descriptor)
         return None
     return descriptor
@@ -202,6 +208,15 @@ def _exchange(first: Path, second: Path) -> bool:
         rename_exchange,
     )
     return bool(result == 0)
+
+
+def make_directories(directory: Path) -> None:
+    """Make a directory and those above it, each with a durable name."""
+    if directory.is_dir():
+        return
+    make_directories(directory.parent)
+    directory.mkdir(exist_ok=True)
+    sync_directory(directory.parent)
 
 
 def sync_directory(directory: Path) -> None:

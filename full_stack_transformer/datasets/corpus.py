@@ -40,6 +40,7 @@ class ArrayFile:
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic]) -> None:
         self.length = 0
+        self._path = path
         self._dtype = dtype
         # An existing file is one to go on with: the caller cuts it to the length that it knows.
         self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
@@ -53,7 +54,17 @@ class ArrayFile:
         self.length += len(values)
 
     def cut(self, length: int) -> None:
-        """Forget what was appended after the first `length` values."""
+        """Forget what was appended after the first `length` values.
+
+        Raises:
+            DatasetError: there are fewer; cutting would fill the rest with zeros.
+        """
+        num_bytes = os.fstat(self._file.fileno()).st_size - self._header_bytes
+        if length > max(self.length, num_bytes // self._dtype.itemsize):
+            raise DatasetError(
+                f"{self._path.name} of the interrupted run is shorter than its journal says; what it left "
+                "has been removed, run the command again"
+            )
         self._file.seek(self._header_bytes + length * self._dtype.itemsize)
         self._file.truncate()
         self.length = length

@@ -90,7 +90,6 @@ def _write_blocks(
 ) -> None:
     while progress.file_number < len(one.files):
         path = one.files[progress.file_number]
-        num_documents = progress.splits[one.name].documents.num_documents
         blocks = format_of(path, reading).blocks(
             path, start=progress.position, continues=halves.has_open_document
         )
@@ -103,9 +102,11 @@ def _write_blocks(
                 halves.flush()
                 journal.write(progress)
         counts = progress.splits[one.name].documents
-        _check_file(path, counts.num_documents - num_documents, reading, counts.num_bytes)
+        num_documents = counts.num_documents - progress.num_documents_before
+        _check_file(path, num_documents, reading, counts.num_bytes)
         progress.file_number += 1
         progress.position = 0
+        progress.num_documents_before = counts.num_documents
 
 
 def _seen(blocks: Iterator[Block], line: ProgressLine) -> Iterator[Block]:

@@ -24,7 +24,12 @@ from full_stack_transformer.documents.files import find_document_files
 from full_stack_transformer.documents.formats import format_of
 from full_stack_transformer.encoders import choose_encoder
 from full_stack_transformer.errors import DatasetError
-from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, new_version, write_json
+from full_stack_transformer.storage import (
+    DESCRIPTION_FILE_NAME,
+    new_version,
+    sync_tree,
+    write_json,
+)
 from full_stack_transformer.tokenization import (
     DocumentTokenizer,
     TrainedTokenizer,
@@ -66,6 +71,7 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
         else:
             tokenizer = given_tokenizer or _trained_tokenizer(arguments, passes)
             tokenizer.save(tokenizer_directory, model_max_length=arguments.max_sample_length)
+            sync_tree(tokenizer_directory)  # the journal's next line relies on it
         reading = reading_options(arguments, can_cut=tokenizer.can_be_cut)
         encoder = choose_encoder(
             tokenizer.backend, arguments.tokenizer_backend, _first_texts(passes[0], reading)

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from tests.faults.gate import Call
@@ -65,10 +64,10 @@ class Point:
         return f"{self.kind}:{self.number} {name} {self.call}"
 
 
-def points_of(calls: Sequence[Call], kind: Kind, directory: Path) -> list[Point]:
-    """Every disturbance of this kind in a run with these calls; paths are told from `directory`."""
+def points_of(calls: Sequence[Call], kind: Kind) -> list[Point]:
+    """Every disturbance of this kind in a run with these calls."""
     return [
-        Point(kind, number, error, str(call).replace(f"{directory}/", ""))
+        Point(kind, number, error, str(call))
         for number, call in enumerate(calls)
         for error in _errors(call, kind)
     ]

@@ -37,7 +37,7 @@ def unflushed(
     for one in (versions_of, versions_of.parent, versions_of.parent.parent):
         if str(one) in disk.late_names:
             wrong[f"{one} got a new name that was never flushed"] = None
-    return [one.replace(f"{versions_of.parent.parent}/", "") for one in wrong]
+    return [*wrong]
 
 
 class _Disk:

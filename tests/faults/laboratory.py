@@ -55,8 +55,12 @@ class Laboratory:
             path == str(one) or path.startswith(f"{one}/") for one in inputs_and_root
         )
 
-    def prepare(self, *words: str, decide: gate.Decide | None = None) -> Finished:
-        """Run prepare_dataset with `words` besides the fixed ones."""
+    def tell(self, text: str) -> str:
+        """The text without what differs from run to run: this directory, and who wrote a temporary file."""
+        return _PROCESS.sub("", text.replace(f"{self.directory}/", ""))
+
+    def words(self, *words: str) -> list[str]:
+        """The command, with `words` besides the fixed ones."""
         fixed = [
             *("--documents_train_file", str(self._documents["train"])),
             *("--documents_valid_file", str(self._documents["valid"])),
@@ -66,7 +70,11 @@ class Laboratory:
         ]
         if self._tokenizer.is_dir():
             fixed += ["--tokenizer_path", str(self._tokenizer)]
-        return self._runner.run(["prepare_dataset", *fixed, *self._options, *words], decide)
+        return ["prepare_dataset", *fixed, *self._options, *words]
+
+    def prepare(self, *words: str, decide: gate.Decide | None = None) -> Finished:
+        """Run the command."""
+        return self._runner.run(self.words(*words), decide)
 
     def set_up(self) -> None:
         """Write the documents, train a tokenizer on them and learn what an undisturbed run writes."""
@@ -107,8 +115,7 @@ class Laboratory:
         """A hash of the dataset root that is equal where later runs cannot tell the difference."""
         digest = hashlib.sha256()
         for path in sorted(self.root.rglob("*")):
-            name = str(path.relative_to(self.root))
-            digest.update(_PROCESS.sub("", name).encode() + b"\0")
+            digest.update(self.tell(str(path)).encode() + b"\0")
             # A description tells how long it took; whether a version is whole was looked at.
             if path.is_file() and path.parent.parent != self.versions_of:
                 digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -37,13 +37,21 @@ class Outcome:
     """Hidden names that are still there after running again."""
 
 
+class UndisturbedError(Exception):
+    """A run failed that nobody disturbed."""
+
+
 class FaultLoop:
-    """Disturbs the preparation of a laboratory; `calls` are those of an undisturbed run."""
+    """Disturbs the preparation of a laboratory; `calls` are those of an undisturbed run.
+
+    `unflushed` is what already an undisturbed run relies on before it is on the disk.
+    """
 
     def __init__(self, place: Laboratory) -> None:
         self._place = place
         place.clear()
         self.calls = self._trace()
+        self.unflushed = self._unflushed(self.calls)
 
     def points(self, kind: Kind) -> list[Point]:
         """Every disturbance of this kind."""
@@ -51,12 +59,12 @@ class FaultLoop:
         if kind == "resumed":
             self.interrupt()
             calls = self._trace("--resume")
-        return points_of(calls, kind, self._place.directory)
+        return points_of(calls, kind)
 
     def interrupt(self) -> None:
         """Leave what a preparation leaves that is killed half-way."""
         self._place.clear()
-        kills = points_of(self.calls, "kill", self._place.directory)
+        kills = points_of(self.calls, "kill")
         half_way = Disturbance(self._place.concerns, kills[len(kills) // 2])
         done = self._place.prepare(decide=half_way)
         assert done.exit_code == -signal.SIGKILL, done.stderr
@@ -73,17 +81,27 @@ class FaultLoop:
         wrong = [*_wrong_ending(done, point), *place.wrong_versions()]
         if done.exit_code == 0:
             wrong += place.wrong_result(done)
-            wrong += unflushed(disturbance.performed, place.versions_of)
+            found = self._unflushed(disturbance.performed)
+            wrong += [one for one in found if one not in self.unflushed]
         num_left = len(place.left_behind())
         if num_left and "nothing half-written was left" in done.stderr:
             wrong.append(f"says that nothing half-written was left: {place.left_behind()}")
         wrong_reruns, num_left_for_good = place.once_for_this_state(_run_again)
-        return Outcome(wrong + wrong_reruns, disturbance.happened, num_left, num_left_for_good)
+        wrong = [place.tell(one) for one in [*wrong, *wrong_reruns]]
+        return Outcome(wrong, disturbance.happened, num_left, num_left_for_good)
+
+    def tell(self, point: Point) -> str:
+        """How to call the point in a message."""
+        return self._place.tell(str(point))
+
+    def _unflushed(self, calls: Sequence[Call]) -> list[str]:
+        return [self._place.tell(one) for one in unflushed(calls, self._place.versions_of)]
 
     def _trace(self, *words: str) -> list[Call]:
         disturbance = Disturbance(self._place.concerns)
         done = self._place.prepare(*words, decide=disturbance)
-        assert done.exit_code == 0, done.stderr
+        if done.exit_code != 0:
+            raise UndisturbedError(f"{' '.join(words)} exit code {done.exit_code}: {done.stderr}")
         return disturbance.calls
 
 
@@ -126,15 +144,22 @@ def main() -> int:
     ):
         loop = FaultLoop(place)
         print(f"{len(loop.calls)} calls concern the preparation")
-        wrong = unflushed(loop.calls, place.versions_of)
-        print("".join(f"undisturbed: {one}\n" for one in wrong), end="")
-        num_wrong = len(wrong)
+        print("".join(f"undisturbed: {one}\n" for one in loop.unflushed), end="")
+        num_wrong = len(loop.unflushed)
         for kind in given.kinds.split(","):
-            points = loop.points(kind)[:: given.every]
-            if given.point:
-                points = [point for point in points if str(point).split()[0] == given.point]
-            num_wrong += _try_all(loop, kind, points)
+            num_wrong += _try_kind(loop, kind, given.every, given.point)
     return 1 if num_wrong else 0
+
+
+def _try_kind(loop: FaultLoop, kind: Kind, every: int, only: str | None) -> int:
+    try:
+        points = loop.points(kind)[::every]
+    except UndisturbedError as error:
+        print(f"{kind}: undisturbed: {error}", flush=True)
+        return 1
+    if only is not None:
+        points = [point for point in points if str(point).split()[0] == only]
+    return _try_all(loop, kind, points)
 
 
 def _try_all(loop: FaultLoop, kind: Kind, points: Sequence[Point]) -> int:
@@ -143,7 +168,7 @@ def _try_all(loop: FaultLoop, kind: Kind, points: Sequence[Point]) -> int:
     for point in points:
         outcomes.append(outcome := loop.try_point(point))
         for one in outcome.wrong:
-            print(f"{point}: {one}", flush=True)
+            print(f"{loop.tell(point)}: {one}", flush=True)
     num_wrong = sum(bool(outcome.wrong) for outcome in outcomes)
     print(
         f"{kind}: {len(points)} points, {num_wrong} with a violation, "

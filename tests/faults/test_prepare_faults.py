@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RunFst
 from tests.faults import gate
-from tests.faults.disturbances import KINDS, Kind, spread
+from tests.faults.disturbances import KINDS, Disturbance, Kind, spread
 from tests.faults.durability import unflushed
 from tests.faults.laboratory import Laboratory, laboratory
 from tests.faults.prepare_faults import FaultLoop
@@ -39,13 +40,15 @@ def test_what_is_visible_is_whole_and_running_again_works(kind: Kind, loop: Faul
     points = spread(loop.points(kind), _NUM_POINTS)
     assert len(points) == _NUM_POINTS
     outcomes = {point: loop.try_point(point) for point in points}
-    wrong = [f"{point}: {one}" for point, outcome in outcomes.items() for one in outcome.wrong]
+    wrong = [
+        f"{loop.tell(point)}: {one}" for point, outcome in outcomes.items() for one in outcome.wrong
+    ]
     assert not wrong, "\n".join(wrong)
     assert sum(outcome.happened for outcome in outcomes.values()) >= _NUM_POINTS - 1
 
 
-def test_everything_is_flushed_before_it_is_relied_on(place: Laboratory, loop: FaultLoop) -> None:
-    assert unflushed(loop.calls, place.versions_of) == []
+def test_everything_is_flushed_before_it_is_relied_on(loop: FaultLoop) -> None:
+    assert loop.unflushed == []
 
 
 def test_the_calls_that_can_lose_data_are_seen(loop: FaultLoop) -> None:
@@ -67,6 +70,34 @@ def test_a_journal_is_not_trusted_over_a_file_that_is_shorter(
     assert done.exit_code == 0 or done.stderr.splitlines()[-1].startswith("fst: ")
     assert place.wrong_result(place.prepare()) == []
     assert place.wrong_versions() == []
+
+
+def _early_and_late(calls: list[gate.Call]) -> list[int]:
+    """The calls before the first write, when a temporary directory is young, and the one that names it."""
+    fresh = [at for at, call in enumerate(calls) if "/.partial-" in call.paths[0]]
+    first_write = next(at for at, call in enumerate(calls) if call.name == "write")
+    naming = max(at for at, call in enumerate(calls) if call.name.startswith("rename"))
+    return [*(at for at in fresh if at <= first_write and calls[at].name != "lseek"), naming]
+
+
+def test_a_second_preparation_gets_a_version_of_its_own(
+    place: Laboratory, loop: FaultLoop, run_fst: RunFst
+) -> None:
+    for number in _early_and_late(loop.calls):
+        place.clear()
+        count = Disturbance(place.concerns)
+
+        def run_second_at(call: gate.Call, count: Disturbance = count, number: int = number) -> int:
+            count(call)
+            if len(count.calls) == number + 1 and count.calls[-1] is call:
+                second = run_fst(*place.words())
+                assert second.returncode == 0, second.stderr
+            return 0
+
+        first = place.prepare(decide=run_second_at)
+        found = [*place.wrong_result(first), *place.wrong_versions()]
+        assert found == [], f"second started before {loop.calls[number]}"
+        assert sorted(path.name for path in place.versions_of.glob("[0-9]*")) == ["0", "1"]
 
 
 @pytest.mark.parametrize("damage", ["short", "missing", "added", "unnumbered"])
@@ -100,16 +131,19 @@ def _call(name: str, *paths: str, creates: bool = False) -> gate.Call:
     ("left_out", "expected"),
     [
         (None, []),
-        ("fsync /disk/root/x/.new/file", ["root/x/0/file came into sight before it was flushed"]),
-        ("fsync /disk/root/x/.new", ["root/x/0 came into sight before it was flushed"]),
+        (
+            "fsync /disk/root/x/.new/file",
+            ["/disk/root/x/0/file came into sight before it was flushed"],
+        ),
+        ("fsync /disk/root/x/.new", ["/disk/root/x/0 came into sight before it was flushed"]),
         (
             "fsync /disk/root/x/.new/told",
             [
-                "the journal was flushed before root/x/.new/told",
-                "root/x/0/told came into sight before it was flushed",
+                "the journal was flushed before /disk/root/x/.new/told",
+                "/disk/root/x/0/told came into sight before it was flushed",
             ],
         ),
-        ("fsync /disk/root/x", ["root/x got a new name that was never flushed"]),
+        ("fsync /disk/root/x", ["/disk/root/x got a new name that was never flushed"]),
     ],
 )
 def test_a_forgotten_flush_would_be_noticed(left_out: str | None, expected: list[str]) -> None:
