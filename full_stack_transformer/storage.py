@@ -115,7 +115,11 @@ def _fresh(parent: Path) -> tuple[Path, int]:
     while True:
         directory = parent / f"{_PARTIAL_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
         directory.mkdir()
-        lock = _lock(directory)
+        try:
+            lock = _lock(directory)
+        except OSError:
+            directory.rmdir()
+            raise
         if lock is not None:
             return directory, lock
         # Another writer took it for an abandoned one, in the instant before it was locked.
@@ -148,6 +152,9 @@ def _lock(directory: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    except OSError:
+        os.close(descriptor)
+        raise
     if not directory.exists():  # removed by its locker before us
         os.close(descriptor)
         return None
@@ -230,13 +237,27 @@ def sync_directory(directory: Path) -> None:
 
 def sync_tree(directory: Path) -> None:
     """Make every file and name below `directory` durable."""
-    for path in directory.rglob("*"):
-        if path.is_dir():
-            sync_directory(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_directory(directory)
+    for path in files_below(directory):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for inside, _, _ in os.walk(directory, onerror=_raise):
+        sync_directory(Path(inside))
+
+
+def files_below(directory: Path) -> list[Path]:
+    """All files of a directory and of those inside, in the order of their names.
+
+    Path.rglob passes over a directory that it cannot read, without a word.
+    """
+    return sorted(
+        Path(inside) / name
+        for inside, _, names in os.walk(directory, onerror=_raise)
+        for name in names
+    )
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -118,7 +118,9 @@ class DocumentTokenizer:
     def save(self, directory: Path, *, model_max_length: int) -> None:
         """Write what `transformers.AutoTokenizer` and `tokenizers.Tokenizer` both open."""
         directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(directory / _TOKENIZER_FILE_NAME))
+        # Not by the backend, which reports a full disk as a bare Exception.
+        content = self.backend.to_str(pretty=True)
+        (directory / _TOKENIZER_FILE_NAME).write_text(content, encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.begin,

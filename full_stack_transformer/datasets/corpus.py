@@ -198,7 +198,9 @@ def _open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.in
     advice = "prepare the dataset again"
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except (
+        Exception
+    ) as error:  # NumPy's parser raises SyntaxError, TokenError … on a damaged header
         raise DatasetError(f"{path} is missing or damaged ({error}); {advice}") from error
     if array.dtype not in [np.dtype(name) for name in dtypes] or array.ndim != 1:
         raise DatasetError(

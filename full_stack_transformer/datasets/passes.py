@@ -8,6 +8,7 @@ Everything that depends on the order of the documents happens here, in one threa
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from full_stack_transformer.datasets.progress import ProgressLine
 from full_stack_transformer.datasets.samples import SampleWriter
 from full_stack_transformer.documents.blocks import Block, ReadingOptions
 from full_stack_transformer.documents.formats import format_of
-from full_stack_transformer.errors import DocumentsError
+from full_stack_transformer.errors import DatasetError, DocumentsError
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +95,14 @@ def _write_blocks(
             path, start=progress.position, continues=halves.has_open_document
         )
         line.begin_file(path, progress.position)
-        for encoded in workers.encode(_seen(blocks, line)):
-            halves.add(encoded, one, duplicates)
-            progress.position = encoded.block_end
-            if journal.is_due:
-                progress.num_digests = duplicates.flush() if duplicates else 0
-                halves.flush()
-                journal.write(progress)
+        with contextlib.closing(blocks):
+            for encoded in workers.encode(_seen(blocks, line)):
+                halves.add(encoded, one, duplicates)
+                progress.position = encoded.block_end
+                if journal.is_due:
+                    progress.num_digests = duplicates.flush() if duplicates else 0
+                    halves.flush()
+                    journal.write(progress)
         counts = progress.splits[one.name].documents
         num_documents = counts.num_documents - progress.num_documents_before
         _check_file(path, num_documents, reading, counts.num_bytes)
@@ -228,6 +230,11 @@ class _Duplicates:
 
     def __init__(self, path: Path, num_known: int) -> None:
         self._file = path.open("a+b")
+        if os.fstat(self._file.fileno()).st_size < num_known * _DIGEST_BYTES:
+            raise DatasetError(
+                f"{path.name} of the interrupted run is shorter than its journal says; what it left has "
+                "been removed, run the command again"
+            )
         self._file.truncate(num_known * _DIGEST_BYTES)
         self._file.seek(0)
         known = self._file.read()
@@ -252,6 +259,7 @@ class _Duplicates:
     def flush(self) -> int:
         """Make the hashes durable, and return how many there are."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         return len(self._seen)
 
     def close(self) -> None:

@@ -6,11 +6,12 @@ Streams: only a few blocks are in memory. An interrupted preparation is gone on 
 imports torch.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -157,21 +158,23 @@ def _trained_tokenizer(arguments: PrepareDatasetArguments, passes: list[Pass]) -
     return TrainedTokenizer.train(texts, vocab_size=arguments.vocab_size)
 
 
-def _texts(one: Pass, reading: ReadingOptions) -> Iterator[str]:
+def _texts(one: Pass, reading: ReadingOptions) -> Generator[str, None, None]:
     for path in one.files:
         document_format = format_of(path, reading)
-        for block in document_format.blocks(path, start=0, continues=False):
-            yield from document_format.documents(block).texts
+        with contextlib.closing(document_format.blocks(path, start=0, continues=False)) as blocks:
+            for block in blocks:
+                yield from document_format.documents(block).texts
 
 
 def _first_texts(one: Pass, reading: ReadingOptions) -> list[str]:
     texts: list[str] = []
     num_characters = 0
-    for text in _texts(one, reading):
-        texts.append(text[: _MAX_COMPARED_CHARACTERS - num_characters])
-        num_characters += len(texts[-1])
-        if num_characters >= _MAX_COMPARED_CHARACTERS:
-            break
+    with contextlib.closing(_texts(one, reading)) as reader:
+        for text in reader:
+            texts.append(text[: _MAX_COMPARED_CHARACTERS - num_characters])
+            num_characters += len(texts[-1])
+            if num_characters >= _MAX_COMPARED_CHARACTERS:
+                break
     return texts
 
 

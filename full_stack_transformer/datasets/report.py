@@ -17,7 +17,7 @@ from full_stack_transformer.datasets.description import FORMAT_VERSION
 from full_stack_transformer.datasets.journal import SplitState
 from full_stack_transformer.datasets.passes import Pass, counts_of
 from full_stack_transformer.encoders import BackendName
-from full_stack_transformer.storage import file_facts
+from full_stack_transformer.storage import file_facts, files_below
 from full_stack_transformer.tokenization import DocumentTokenizer, class_name
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def describe(
 ) -> dict[str, Any]:
     """The content of description.json; says nothing of places on this machine."""
     inputs = [path for one in passes for path in one.files]
-    outputs = sorted(path for path in directory.rglob("*") if path.is_file())
+    outputs = files_below(directory)
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
         facts = dict(
             zip([*inputs, *outputs], threads.map(file_facts, [*inputs, *outputs]), strict=True)

@@ -1,6 +1,6 @@
 """What formats take and hand over: options, blocks of bytes or rows, the documents in a block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -79,7 +79,7 @@ class Documents:
 class DocumentFormat(Protocol):
     """How documents lie in a file."""
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Iterator[Block]:
+    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
         """Blocks from `start`; `continues` as the block there has it. Cheap: called by the reader."""
         ...
 

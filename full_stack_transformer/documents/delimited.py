@@ -5,7 +5,7 @@ stands after the last delimiter is no document: it is dropped and counted.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from full_stack_transformer.documents.blocks import (
@@ -35,7 +35,7 @@ class DelimitedText:
         self._delimiter = options.end_of_document.strip()
         self._delimiter_bytes = self._delimiter.encode()
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Iterator[Block]:
+    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
         """Blocks that end after a delimiter line, or inside a document that is larger than a block."""
         held: list[bytes] = []  # a document that is larger than a block and must not be cut
         pending = b""

@@ -4,7 +4,7 @@ A line is read as a whole, whatever its length; blocks end at a line feed.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class JsonLines:
     def __init__(self, options: ReadingOptions) -> None:
         self._options = options
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Iterator[Block]:
+    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
         """Blocks that end after a line."""
         held: list[bytes] = []  # a line that is longer than a block, in pieces
         with open_decompressed(path, start) as file:

@@ -1,6 +1,6 @@
 """Parquet: each row is a document, the text of one of its columns."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from full_stack_transformer.documents.blocks import (
@@ -21,7 +21,7 @@ class Parquet:
     def __init__(self, options: ReadingOptions) -> None:
         self._options = options
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Iterator[Block]:
+    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
         """Blocks of rows; positions count rows."""
         texts: list[str] = []
         num_characters, row = 0, 0
