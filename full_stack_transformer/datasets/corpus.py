@@ -31,6 +31,14 @@ def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def shorter_than_journal(path: Path) -> DatasetError:
+    """What to say of a file of an interrupted run that lost its end, as in a power cut."""
+    return DatasetError(
+        f"{path.name} of the interrupted run is shorter than its journal says; what it left has been "
+        "removed, run the command again"
+    )
+
+
 class ArrayFile:
     """A one-dimensional .npy file that grows by appending; its header is completed at the end.
 
@@ -61,10 +69,7 @@ class ArrayFile:
         """
         num_bytes = os.fstat(self._file.fileno()).st_size - self._header_bytes
         if length > max(self.length, num_bytes // self._dtype.itemsize):
-            raise DatasetError(
-                f"{self._path.name} of the interrupted run is shorter than its journal says; what it left "
-                "has been removed, run the command again"
-            )
+            raise shorter_than_journal(self._path)
         self._file.seek(self._header_bytes + length * self._dtype.itemsize)
         self._file.truncate()
         self.length = length

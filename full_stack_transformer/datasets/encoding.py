@@ -27,7 +27,7 @@ from full_stack_transformer.encoders import BackendName, Encoder, make_encoder
 from full_stack_transformer.tokenization import DocumentTokenizer, open_saved_tokenizer
 
 MAX_THREADS = 4
-_DIGEST_BYTES = 16
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _framed_ids(
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 class Workers:

@@ -7,7 +7,6 @@ Everything that depends on the order of the documents happens here, in one threa
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,19 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from full_stack_transformer.arguments import PrepareDatasetArguments
-from full_stack_transformer.datasets.corpus import CorpusWriter
-from full_stack_transformer.datasets.encoding import EncodedBlock, Workers
+from full_stack_transformer.datasets.corpus import CorpusWriter, shorter_than_journal
+from full_stack_transformer.datasets.encoding import DIGEST_BYTES, EncodedBlock, Workers
 from full_stack_transformer.datasets.journal import Journal, Progress, SplitState
 from full_stack_transformer.datasets.progress import ProgressLine
 from full_stack_transformer.datasets.samples import SampleWriter
 from full_stack_transformer.documents.blocks import Block, ReadingOptions
 from full_stack_transformer.documents.formats import format_of
-from full_stack_transformer.errors import DatasetError, DocumentsError
-
-logger = logging.getLogger(__name__)
+from full_stack_transformer.errors import DocumentsError
 
 DIGESTS_FILE_NAME = "digests.bin"
-_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -230,16 +226,13 @@ class _Duplicates:
 
     def __init__(self, path: Path, num_known: int) -> None:
         self._file = path.open("a+b")
-        if os.fstat(self._file.fileno()).st_size < num_known * _DIGEST_BYTES:
-            raise DatasetError(
-                f"{path.name} of the interrupted run is shorter than its journal says; what it left has "
-                "been removed, run the command again"
-            )
-        self._file.truncate(num_known * _DIGEST_BYTES)
+        if os.fstat(self._file.fileno()).st_size < num_known * DIGEST_BYTES:
+            raise shorter_than_journal(path)
+        self._file.truncate(num_known * DIGEST_BYTES)
         self._file.seek(0)
         known = self._file.read()
         self._seen = {
-            known[start : start + _DIGEST_BYTES] for start in range(0, len(known), _DIGEST_BYTES)
+            known[start : start + DIGEST_BYTES] for start in range(0, len(known), DIGEST_BYTES)
         }
 
     def filter(self, encoded: EncodedBlock) -> NDArray[np.bool_]:
