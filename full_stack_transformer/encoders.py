@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, Protocol
+from threading import Lock
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 BackendName = Literal["tokenizers", "gigatoken"]
 
 # gigatoken 0.10 remembers every word it has met: 400 MB of unique words took 3.1 GB. It is loaded anew when
-# the process has grown by this much since (80 ms), which text of ordinary words never reaches.
-_MAX_CACHE_BYTES = 48 << 20
+# the process has grown by this much since. The first 100 MB of ordinary text stay below; with half of it
+# they paid for a second loading and for meeting all words again, 0.4 of 1.8 processor seconds.
+_MAX_CACHE_BYTES = 80 << 20
 _LAST_OF_PLANE = 0xFFFF
 _STATM = Path("/proc/self/statm")
 # Where the growth cannot be read, after so many characters: what fits into the bound if every word is new.
@@ -79,6 +81,8 @@ class GigatokenEncoder:
     def __init__(self, backend: Tokenizer) -> None:
         self._reference = ReferenceEncoder(backend)
         self._json = _without_control_tokens(backend)
+        self._gigatoken: Any = None
+        self._lock = Lock()
         self._load()
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
@@ -94,11 +98,13 @@ class GigatokenEncoder:
         return _merged(is_doubtful, encoded, self._reference.encode(doubtful_texts))
 
     def _encode(self, texts: Sequence[str]) -> EncodedTexts:
-        self._forget_words(sum(map(len, texts)))
+        with self._lock:
+            self._forget_words(sum(map(len, texts)))
+            gigatoken = self._gigatoken
         if not texts:
             return EncodedTexts(np.zeros(0, np.uint32), np.zeros(1, np.int64))
         # An awkward array: its two buffers are what is wanted, without a copy into lists.
-        layout = self._gigatoken.encode_batch(list(texts), parallel=False).layout
+        layout = gigatoken.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         token_ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return EncodedTexts(token_ids, offsets - offsets[0])
@@ -106,6 +112,8 @@ class GigatokenEncoder:
     def _load(self) -> None:
         from gigatoken import Tokenizer as Gigatoken
 
+        # The one before goes first, so that memory holds one, but for a thread that is at work with it.
+        self._gigatoken = None
         self._gigatoken = Gigatoken.from_json(self._json).backend
         self._num_characters = 0
         self._resident_bytes = _resident_bytes()
