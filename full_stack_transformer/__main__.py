@@ -39,6 +39,11 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
         "datasets.check_tokenizer:check_tokenizer",
     ),
     ("train", arguments.TrainArguments, "training.run:train"),
+    (
+        "average_checkpoints",
+        arguments.AverageCheckpointsArguments,
+        "modelling.averaging:average_checkpoints",
+    ),
     ("evaluate", arguments.EvaluateArguments, "evaluation.run:evaluate"),
     ("generate", arguments.GenerateArguments, "generation.command:generate"),
     ("serve", arguments.ServeArguments, "serving.run:serve"),

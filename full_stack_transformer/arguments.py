@@ -148,8 +148,15 @@ class TrainArguments:
     transformers config."""
     model_path: str | None = None
     """Start from this model directory or hub name instead of from scratch."""
+    resume: str | None = None
+    """Go on with a training that was interrupted: `last` for the newest one of --experiment_name, or an
+    experiment directory; with the options that it was started with."""
     batch_size: int = 16
-    """Samples in a batch, on each device."""
+    """Samples in a batch, on each device; with --batching packed or concatenated rows of
+    max_sample_length tokens."""
+    batching: Literal["length", "packed", "concatenated"] = "length"
+    """length: samples of similar length share a batch. packed: several samples share a row and do not
+    see each other. concatenated: rows are cut from all samples in a chain and see across their borders."""
     accumulate_grad_batches: int = 1
     """Batches whose gradients are added up before an optimizer step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -158,23 +165,42 @@ class TrainArguments:
     learning_rate: float = 1e-3
     """Highest learning rate."""
     min_learning_rate_ratio: float = 0.1
-    """Share of --learning_rate that is left at the end of a cosine cycle."""
+    """Share of --learning_rate that is left at the end of a decay."""
     num_warmup_steps: int = 100
     """Optimizer steps over which the learning rate rises from zero."""
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What follows the warm-up. wsd: constant, then a linear decay over the last
+    --decay_fraction."""
     num_cycles: int = 1
     """Cosine cycles with hard restarts over the whole training."""
+    decay_fraction: float = 0.2
+    """Part of the training over which --lr_schedule wsd decays."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
     dropout: float = 0.0
     """Dropout of a model from scratch, where its architecture has one."""
     gradient_clip_val: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
+    unlikelihood_alpha: float = 0.0
+    """Weight of the unlikelihood loss, which lowers the probability of tokens that occurred before in the
+    sample (Welleck et al. 2019)."""
+    label_smoothing: float = 0.0
+    """Part of the target's probability that is spread over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator, which keeps logits small."""
+    ema_decay: float = 0.0
+    """Validate and export an exponential moving average of the weights with this decay; 0 for none."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third
+    more time."""
     max_epochs: int = 1
     """Times that the training samples are seen, at most; -1 for no limit."""
     max_steps: int = -1
     """Optimizer steps, at most; -1 for no limit but --max_epochs."""
     max_minutes: float | None = None
     """End after this time, with the learning rate fully decayed by then."""
+    early_stopping_patience: int = 0
+    """End after so many validations in a row without a better loss; 0 for never."""
     val_check_interval: float = 1.0
     """Validate each so many batches (above 1), or parts of an epoch (up to 1)."""
     limit_train_batches: float = 1.0
@@ -183,6 +209,8 @@ class TrainArguments:
     """Use so many batches (above 1), or this part of them, in each validation."""
     log_every_n_steps: int = 10
     """Optimizer steps between two points of a curve."""
+    checkpoint_every_n_minutes: float = 5.0
+    """Minutes between two checkpoints to resume from, beside those of each validation."""
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
     """Arithmetic of the forward and backward pass; weights stay in fp32. auto: bf16 where the hardware
     computes in it."""
@@ -190,14 +218,28 @@ class TrainArguments:
     """Lightning accelerator: auto, cpu, gpu, mps."""
     devices: str = "auto"
     """Number of devices, or a list such as 0,1."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the model with torch.compile. auto: where a compiler is there, the training is long enough
+    and it is faster here."""
     strategy: str = "auto"
     """Lightning strategy: auto, ddp, fsdp."""
     num_nodes: int = 1
     """Machines that train together."""
     seed: int = 0
     """Seed of weights, dropout and the order of samples."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ from run to run on a GPU."""
     num_generated_samples: int = 2
-    """Text samples at each validation; 0 for none."""
+    """Text samples at each validation; 0 for none. Their sampling parameters are read from
+    text_generator_params.json in the experiment directory each time."""
+    histograms: bool = False
+    """Write histograms of weights and gradients at each validation."""
+    profile: bool = False
+    """Measure where the time of a step goes, print a table at the end and write profile.json."""
+    find_learning_rate: bool = False
+    """Before training, raise the learning rate until the loss diverges, and train with what it suggests."""
+    find_batch_size: bool = False
+    """Before training, double the batch size while it raises the tokens per second and fits into memory."""
     enable_progress_bar: bool = True
     """Show a progress line on a terminal."""
 
@@ -209,11 +251,14 @@ class TrainArguments:
         )
         _at_least(self, 1, "num_nodes")
         _at_least(self, 0, "num_warmup_steps", "num_generated_samples", "weight_decay")
-        _at_least(self, 0, "gradient_clip_val", "seed")
+        _at_least(self, 0, "gradient_clip_val", "seed", "unlikelihood_alpha", "z_loss")
+        _at_least(self, 0, "early_stopping_patience", "checkpoint_every_n_minutes")
         _at_least(self, -1, "max_epochs", "max_steps")
         _between(self, 0, 100, "learning_rate")
         _between(self, 0, 1, "min_learning_rate_ratio")
-        _between(self, 0, 0.95, "dropout")
+        _between(self, 0, 0.95, "dropout", "label_smoothing")
+        _between(self, 0, 0.99999, "ema_decay")
+        _between(self, 0, 1, "decay_fraction")
         for name in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
             limit = getattr(self, name)
             if not limit > 0 or (limit > 1 and limit != int(limit)):
@@ -225,6 +270,23 @@ class TrainArguments:
             raise UsageError(f"--max_minutes must be above 0, found {self.max_minutes!r}")
         if self.max_epochs == -1 and self.max_steps == -1 and self.max_minutes is None:
             raise UsageError("--max_epochs -1 has no end; pass --max_steps or --max_minutes")
+
+
+@dataclass(frozen=True)
+class AverageCheckpointsArguments:
+    """Average the weights of models of one shape, such as checkpoints of one training, into a model
+    directory."""
+
+    models: tuple[Path, ...]
+    """Two or more model directories, experiment directories or .ckpt files."""
+    _: KW_ONLY
+    output_dir: Path
+    """Model directory to write; must not exist yet."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        if len(self.models) < 2:
+            raise UsageError(f"--models must name at least two models, found {len(self.models)}")
 
 
 @dataclass(frozen=True)

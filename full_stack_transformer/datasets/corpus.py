@@ -169,8 +169,18 @@ class Corpus:
 
     def __init__(self, directory: Path, *, num_samples: int, num_tokens: int) -> None:
         self.directory = directory
-        self.tokens = _open_array(directory / CORPUS_FILE_NAME, num_tokens, ("<u2", "<u4"))
-        self.start_positions = _open_array(directory / POSITIONS_FILE_NAME, num_samples, ("<i8",))
+        # As plain arrays over the maps: np.memmap adds a microsecond to each step of indexing.
+        self.tokens: NDArray[np.integer] = np.asarray(
+            _open_array(directory / CORPUS_FILE_NAME, num_tokens, ("<u2", "<u4"))
+        )
+        self.start_positions: NDArray[np.int64] = np.asarray(
+            _open_array(directory / POSITIONS_FILE_NAME, num_samples, ("<i8",))
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples together."""
+        return len(self.tokens)
 
     def __len__(self) -> int:
         return len(self.start_positions)
@@ -185,18 +195,41 @@ class Corpus:
 
     def gather(self, indices: Sequence[int]) -> list[NDArray[np.int64]]:
         """Token ids (tokens,) of several samples, copied out of the memory map."""
-        return [self.tokens[start:end].astype(np.int64) for start, end in self._borders(indices)]
+        starts, lengths = self.spans(np.asarray(indices, dtype=np.int64))
+        ends = np.cumsum(lengths)
+        positions = np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)
+        return np.split(self.take(positions), ends[:-1]) if len(ends) else []
+
+    def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tokens (n,) at positions of the corpus, copied; the last one for those after its end."""
+        return self.tokens.take(positions, mode="clip").astype(np.int64)
+
+    def windows(self, starts: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+        """The tokens (n, width) from each start on, copied, whatever samples they belong to.
+
+        In one step over a view whose rows overlap: 7 us for 16 rows of 41 tokens, 12 us for a loop over
+        the rows, 9 us for one index per token.
+        """
+        num_windows = len(self.tokens) - width + 1
+        if num_windows <= int(starts.max()):
+            return self.take(starts[:, None] + np.arange(width))
+        step = self.tokens.itemsize
+        view: NDArray[np.integer] = np.ndarray(
+            (num_windows, width), self.tokens.dtype, self.tokens.data, 0, (step, step)
+        )
+        return view[starts].astype(np.int64)
 
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens of every sample (samples,)."""
         return np.diff(self.start_positions, append=len(self.tokens))
 
-    def _borders(self, indices: Sequence[int]) -> list[tuple[int, int]]:
-        chosen = np.asarray(indices, dtype=np.int64)
-        starts = self.start_positions[chosen]
-        following = np.minimum(chosen + 1, len(self) - 1)
-        ends = np.where(chosen + 1 < len(self), self.start_positions[following], len(self.tokens))
-        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+    def spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each of the samples (n,) starts in the corpus, and its number of tokens."""
+        starts = self.start_positions.take(numbers)
+        following = numbers + 1
+        ends = self.start_positions.take(following, mode="clip")
+        ends[following == len(self)] = len(self.tokens)
+        return starts, ends - starts
 
 
 def _open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.integer]:

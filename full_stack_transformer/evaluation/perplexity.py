@@ -1,17 +1,15 @@
 """How well a causal language model predicts samples: loss, perplexity, bits per byte."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.datasets.batches import LengthBatchSampler
-from full_stack_transformer.datasets.collators import CausalCollator
+from full_stack_transformer.datasets.batches import SortedBatches
+from full_stack_transformer.datasets.collators import PaddedCollator
 from full_stack_transformer.datasets.corpus import Corpus
+from full_stack_transformer.datasets.text_bytes import num_target_bytes
 from full_stack_transformer.modelling.losses import next_token_loss
 from full_stack_transformer.tokenization import DocumentTokenizer
 
@@ -44,16 +42,18 @@ def measure_perplexity(
         batch_size: samples in a batch.
     """
     device = next(backbone.parameters()).device
-    collator = CausalCollator(tokenizer.pad_id)
+    plan = SortedBatches(corpus, batch_size=batch_size)
+    collate = PaddedCollator(corpus, pad_id=tokenizer.pad_id)
     loss_sum, num_targets, num_bytes = 0.0, 0, 0
-    for samples in _batches(corpus, batch_size):
-        batch = collator(samples)
+    for position in range(plan.num_batches_per_epoch):
+        spans = plan.batch(0, position)
+        batch = collate(spans)
         logits = backbone(input_ids=batch["input_ids"].to(device), use_cache=False).logits
         loss, count = next_token_loss(logits.float(), batch["labels"].to(device))
         loss_sum += float(loss)
         num_targets += int(count)
-        texts = [tokenizer.decode(sample[1:].tolist()) for sample in samples]
-        num_bytes += sum(len(text.encode()) for text in texts)
+        rows = zip(batch["input_ids"].tolist(), spans.lengths.tolist(), strict=True)
+        num_bytes += num_target_bytes((row[:length] for row, length in rows), tokenizer)
     mean = loss_sum / max(1, num_targets)
     return Perplexity(
         loss=mean,
@@ -63,9 +63,3 @@ def measure_perplexity(
         num_target_tokens=num_targets,
         num_target_bytes=num_bytes,
     )
-
-
-def _batches(corpus: Corpus, batch_size: int) -> Iterator[list[NDArray[np.int64]]]:
-    sampler = LengthBatchSampler(corpus.lengths(), batch_size=batch_size, seed=0, shuffle=False)
-    for indices in sampler:
-        yield corpus.gather(indices)

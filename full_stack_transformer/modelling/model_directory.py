@@ -2,6 +2,7 @@
 
     config.json  model.safetensors  generation_config.json  tokenizer.json  tokenizer_config.json
     description.json   step, validation loss, the dataset's description
+    README.md          the model card, where training made the directory
 
 Opens a model directory, an experiment directory (its `model/`) or a `.ckpt` of one.
 """
@@ -12,20 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.errors import ModelError
+from full_stack_transformer.errors import MachineError, ModelError
 from full_stack_transformer.modelling.backbones import load_backbone
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     read_json,
     replace_directory,
     write_json,
+    write_text,
 )
 from full_stack_transformer.tokenization import DocumentTokenizer, open_saved_tokenizer
 
 MODEL_DIRECTORY_NAME = "model"
+CARD_FILE_NAME = "README.md"
 # What training puts into a checkpoint beside Lightning's own keys.
 CHECKPOINT_BACKBONE_PREFIX = "backbone."
 
@@ -41,17 +46,42 @@ class OpenedModel:
 
 
 def save_model_directory(
-    target: Path, backbone: Backbone, *, tokenizer_directory: Path, description: dict[str, Any]
+    target: Path,
+    backbone: Backbone,
+    *,
+    tokenizer_directory: Path,
+    description: dict[str, Any],
+    card: str = "",
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Put a complete model directory in the place of `target`; a reader never sees half of one."""
+    """Put a complete model directory in the place of `target`; a reader never sees half of one.
+
+    Args:
+        target: the model directory; one that is there stays until the new one is complete.
+        backbone: the model.
+        tokenizer_directory: files that are copied into it.
+        description: content of description.json.
+        card: content of README.md; none is written without.
+        weights: the weights under the backbone's own names, where they are not in `backbone` itself.
+
+    Raises:
+        MachineError: the disk is full or cannot be written.
+    """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    backbone.save_pretrained(partial)
-    GenerationConfig.from_model_config(backbone.config).save_pretrained(partial)
-    for file in tokenizer_directory.iterdir():
-        shutil.copyfile(file, partial / file.name)
-    write_json(partial / DESCRIPTION_FILE_NAME, description)
-    replace_directory(partial, target)
+    try:
+        backbone.save_pretrained(partial, state_dict=weights)
+        GenerationConfig.from_model_config(backbone.config).save_pretrained(partial)
+        for file in tokenizer_directory.iterdir():
+            shutil.copyfile(file, partial / file.name)
+        write_json(partial / DESCRIPTION_FILE_NAME, description)
+        if card:
+            write_text(partial / CARD_FILE_NAME, card)
+        replace_directory(partial, target)
+    except (OSError, SafetensorError, MachineError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = "; the previous one is intact" if target.exists() else ""
+        raise MachineError(f"writing the model directory {target} failed: {error}{kept}") from error
 
 
 def find_model_directory(path: Path) -> Path:

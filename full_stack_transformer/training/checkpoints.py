@@ -1,23 +1,38 @@
-"""Lightning's checkpoint files, written so that a reader never finds half of one.
+"""The files that a training is resumed from, written so that a reader never finds half of one.
+
+    checkpoints/last.ckpt       the newest
+    checkpoints/previous.ckpt   the one before, for the case that the disk damages the newest
+    checkpoints/best.ckpt       that of the best validation loss so far
 
 Lightning 2.6 stages a checkpoint in the system's temporary directory, without flushing it to the disk:
 with that directory on another file system, a kill left an unloadable `last.ckpt` in 3 of 15 trials
 (Lightning issue #21253). Here: a temporary file beside the target, fsync, rename.
 """
 
+import contextlib
 import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from full_stack_transformer.errors import MachineError
-from full_stack_transformer.storage import sync_directory
+from full_stack_transformer.errors import MachineError, TrainingError
+from full_stack_transformer.storage import make_directories, sync_directory
+
+LAST_FILE_NAME = "last.ckpt"
+PREVIOUS_FILE_NAME = "previous.ckpt"
+BEST_FILE_NAME = "best.ckpt"
+# Under this key of a checkpoint: whether it was written before a validation that was due.
+VALIDATION_IS_DUE_KEY = "validation_is_due"
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Checkpoint files that are complete or absent."""
+    """Checkpoint files that are complete or absent; what was `last.ckpt` becomes `previous.ckpt`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -28,20 +43,15 @@ class DurableCheckpointIO(CheckpointIO):
             MachineError: the disk is full or cannot be written.
         """
         target = Path(path)
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with _partial(target) as partial:
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if target.name == LAST_FILE_NAME and target.exists():
+                link_checkpoint(target, target.with_name(PREVIOUS_FILE_NAME))
             partial.replace(target)
             sync_directory(target.parent)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise MachineError(
-                f"writing {target} failed: {error}; the previous one is intact"
-            ) from error
 
     def load_checkpoint(
         self,
@@ -56,3 +66,91 @@ class DurableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint that is no longer wanted."""
         Path(path).unlink(missing_ok=True)
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name, in the place of what had it; a copy where links are unknown.
+
+    Raises:
+        MachineError: the disk is full or cannot be written.
+    """
+    with _partial(target) as partial:
+        try:
+            partial.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(target)
+        # Two names of one file: rename(2) leaves both where they are.
+        partial.unlink(missing_ok=True)
+        sync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A name beside the target; what has it is removed when the body fails."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        make_directories(target.parent)
+        yield partial
+    except (OSError, RuntimeError) as error:  # torch.save wraps some errors of the system
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise MachineError(
+            f"writing {target} failed: {error}; the checkpoints from before are intact, free space or "
+            "fix the rights and go on with --resume last"
+        ) from error
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint that can be read in full."""
+
+    path: Path
+    step: int
+    """Optimizer steps that it holds."""
+    validation_is_due: bool
+    """Whether the validation of this step is still to be done."""
+    world_size: int
+    """Processes that trained together."""
+
+
+def find_checkpoint(directory: Path) -> tuple[FoundCheckpoint | None, dict[Path, str]]:
+    """The newest checkpoint that can be read in full, and those that were skipped with the reason.
+
+    Args:
+        directory: that of the checkpoints.
+
+    Raises:
+        TrainingError: there are checkpoints, and none can be read.
+    """
+    skipped: dict[Path, str] = {}
+    for name in (LAST_FILE_NAME, PREVIOUS_FILE_NAME, BEST_FILE_NAME):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            return _verified(path), skipped
+        except Exception as error:  # a damaged file raises anything
+            skipped[path] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if skipped:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped.items())
+        raise TrainingError(
+            f"no checkpoint in {directory} can be read ({reasons}); train anew without --resume"
+        )
+    return None, skipped
+
+
+def _verified(path: Path) -> FoundCheckpoint:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} does not have the checksum that was written with it")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return FoundCheckpoint(
+        path=path,
+        step=content["global_step"],
+        validation_is_due=content[VALIDATION_IS_DUE_KEY],
+        world_size=content["world_size"],
+    )

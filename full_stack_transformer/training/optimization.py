@@ -1,12 +1,17 @@
-"""Optimizers and the learning-rate schedule."""
+"""Optimizers and learning-rate schedules."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 # Brown et al. 2020 (GPT-3), appendix B: 0.95 forgets a bad batch sooner than 0.999.
 _ADAM_BETAS = (0.9, 0.95)
@@ -24,35 +29,56 @@ def make_optimizer(
     weight_decay: float,
 ) -> Optimizer:
     """An optimizer that decays matrices alone: not norms, biases and embeddings."""
-    matrices, others = _split_parameters(module)
+    groups = _split_parameters(module)
     # Fused: 39 against 170 ms a step for 124 M parameters on two cores.
     fused = next(module.parameters()).device.type in ("cpu", "cuda")
     if name == "muon":
-        adamw = AdamW(others, lr=learning_rate, betas=_ADAM_BETAS, weight_decay=0.0, fused=fused)
-        muon = Muon(matrices, lr=_MUON_RATE * learning_rate, weight_decay=weight_decay)
+        adamw = AdamW(
+            [
+                {"params": groups.heads, "weight_decay": weight_decay},
+                {"params": groups.others, "weight_decay": 0.0},
+            ],
+            lr=learning_rate,
+            betas=_ADAM_BETAS,
+            fused=fused,
+        )
+        muon = Muon(groups.matrices, lr=_MUON_RATE * learning_rate, weight_decay=weight_decay)
         return MuonWithAdamW(muon, adamw)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=learning_rate, betas=_ADAM_BETAS, fused=fused)
+    decayed = {"params": groups.matrices + groups.heads, "weight_decay": weight_decay}
+    kept = {"params": groups.others, "weight_decay": 0.0}
+    return AdamW([decayed, kept], lr=learning_rate, betas=_ADAM_BETAS, fused=fused)
 
 
-def _split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices that are not embeddings, and the rest."""
-    embeddings = {
-        id(parameter)
-        for part in module.modules()
-        if isinstance(part, nn.Embedding)
-        for parameter in part.parameters()
-    }
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+@dataclass(frozen=True)
+class _Parameters:
+    """The parameters that are trained, by what is done to them."""
+
+    matrices: list[nn.Parameter]
+    """Hidden matrices."""
+    heads: list[nn.Parameter]
+    """Matrices to the vocabulary that are not the embeddings: nothing for Muon, whose steps make all
+    directions alike (Keller Jordan 2024), as rare words are not."""
+    others: list[nn.Parameter]
+    """Norms, biases and embeddings, also where these are the head too."""
+
+
+def _split_parameters(module: nn.Module) -> _Parameters:
+    embeddings: set[int] = set()
+    heads: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            embeddings |= {id(parameter) for parameter in part.parameters()}
+        elif isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            heads |= {id(parameter) for parameter in part.get_output_embeddings().parameters()}
+    split = _Parameters([], [], [])
     for parameter in module.parameters():
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
-            (matrices if is_matrix else others).append(parameter)
-    return matrices, others
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim != 2 or id(parameter) in embeddings:
+            split.others.append(parameter)
+        else:
+            (split.heads if id(parameter) in heads else split.matrices).append(parameter)
+    return split
 
 
 class MuonWithAdamW(Optimizer):
@@ -95,42 +121,72 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
 
-def cosine_factor(
-    step: int, progress: float, *, num_warmup_steps: int, num_cycles: int, min_ratio: float
+def learning_rate_factor(
+    step: int,
+    progress: float,
+    *,
+    name: Schedule,
+    num_warmup_steps: int,
+    num_cycles: int,
+    decay_fraction: float,
+    min_ratio: float,
 ) -> float:
-    """Share of the highest learning rate at `step`: a linear rise, then cosine cycles with hard restarts.
+    """Share of the highest learning rate that the next step takes.
 
-    Loshchilov and Hutter 2017 (SGDR), with cycles of equal length and a floor.
+    A linear rise, and then, down to a floor:
+
+    - cosine: cycles of equal length with hard restarts (Loshchilov and Hutter 2017, SGDR).
+    - linear: straight to the end.
+    - wsd: constant, and straight to the end over the last part (Hu et al. 2024, arXiv 2404.06395).
+    - constant: no decay, no floor.
 
     Args:
         step: optimizer steps taken.
         progress: part of the training that is over, 0 to 1; counts steps or minutes.
+        name: what follows the rise.
         num_warmup_steps: steps of the rise.
-        num_cycles: cosine cycles over the whole training.
-        min_ratio: share that is left at the end of a cycle.
+        num_cycles: cosine cycles.
+        decay_fraction: part of the training over which `wsd` decays.
+        min_ratio: share that is left at the end of a decay.
     """
-    warmup = min(1.0, (step + 1) / num_warmup_steps) if num_warmup_steps else 1.0
-    position = 1.0 if progress >= 1.0 else (progress * num_cycles) % 1.0
-    return warmup * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * position)))
+    if step < num_warmup_steps:
+        return (step + 1) / num_warmup_steps
+    # Where the rise ended, if steps take equal time.
+    start = progress * num_warmup_steps / step if step else 0.0
+    position = (progress - start) / (1.0 - start) if progress < 1.0 else 1.0
+    if name == "constant":
+        height = 1.0
+    elif name == "linear":
+        height = 1.0 - position
+    elif name == "wsd":
+        height = min(1.0, (1.0 - progress) / decay_fraction) if decay_fraction else 1.0
+    else:
+        cycle = position * num_cycles % 1.0 if position < 1.0 else 1.0
+        height = 0.5 * (1.0 + math.cos(math.pi * cycle))
+    return min_ratio + (1.0 - min_ratio) * height
 
 
 def make_schedule(
     optimizer: Optimizer,
     progress: Callable[[int], float],
     *,
+    name: Schedule,
     num_warmup_steps: int,
     num_cycles: int,
+    decay_fraction: float,
     min_ratio: float,
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The cosine schedule; `progress` tells how much of the training is over after a number of steps."""
+) -> LambdaLR:
+    """The schedule of all groups; `progress` tells how much of the training is over after some steps."""
 
     def factor(step: int) -> float:
-        return cosine_factor(
+        return learning_rate_factor(
             step,
             progress(step),
+            name=name,
             num_warmup_steps=num_warmup_steps,
             num_cycles=num_cycles,
+            decay_fraction=decay_fraction,
             min_ratio=min_ratio,
         )
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor)

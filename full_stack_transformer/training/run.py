@@ -1,18 +1,8 @@
-"""`fst train`: set up -> fit -> model directory, readable in one file.
-
-EXPERIMENTS_ROOT/NAME/VERSION/
-    arguments.json     every option, readable again by --config
-    model/             the best model so far, always complete
-    checkpoints/       last.ckpt and the best one, resumable
-    generated.jsonl    text samples of each validation
-    summary.json       steps, best loss and seconds; only when the training ended by itself
-    events.out.…       curves, for TensorBoard
-"""
+"""`fst train`: set up -> fit -> model directory, readable in one file."""
 
 import dataclasses
 import json
 import logging
-import math
 import time
 import warnings
 from pathlib import Path
@@ -21,83 +11,219 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import transformers
-from pytorch_lightning.callbacks import ModelCheckpoint
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments import TrainArguments
 from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
-from full_stack_transformer.errors import UsageError
+from full_stack_transformer.datasets.text_bytes import bytes_per_target
+from full_stack_transformer.errors import DatasetError, UsageError
 from full_stack_transformer.modelling.backbones import (
     new_backbone,
     num_parameters,
     pretrained_backbone,
 )
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
-from full_stack_transformer.storage import claim_version, write_json
+from full_stack_transformer.storage import read_json, write_json
 from full_stack_transformer.tokenization import open_saved_tokenizer
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.callbacks import (
-    EndWithValidation,
-    ExportModel,
-    Progress,
-    SampleTexts,
-)
+from full_stack_transformer.training.averaging import AveragedWeights
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
 from full_stack_transformer.training.data import DatasetDataModule
+from full_stack_transformer.training.experiments import (
+    ARGUMENTS_FILE_NAME,
+    CHECKPOINTS_DIRECTORY_NAME,
+    Experiment,
+    open_experiment,
+    write_arguments,
+)
+from full_stack_transformer.training.export import ExportModel
+from full_stack_transformer.training.meter import Meter
+from full_stack_transformer.training.processes import is_main_process
+from full_stack_transformer.training.profiling import StepProfiler
+from full_stack_transformer.training.progress import Progress
+from full_stack_transformer.training.recording import RecordCurves
+from full_stack_transformer.training.sample_parameters import SampleParameters
+from full_stack_transformer.training.samples import SampleTexts
+from full_stack_transformer.training.saving import SaveCheckpoints
+from full_stack_transformer.training.stopping import (
+    NEVER,
+    CatchSignals,
+    FollowPlan,
+    InterruptedBySignalError,
+    StopWithoutImprovement,
+)
+from full_stack_transformer.training.summary import SUMMARY_FILE_NAME, summarize
 from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.tuning import tune
 
 logger = logging.getLogger(__name__)
 
 _LIGHTNING_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-SUMMARY_FILE_NAME = "summary.json"
-EXIT_CODE_INTERRUPTED = 130
+# What a shell says of a process that a signal ended.
+_EXIT_CODE_OF_SIGNAL = 128
 
 
 def train(arguments: TrainArguments) -> Path | int:
-    """Train, and return the experiment directory; or an exit code when interrupted.
+    """Train, and return the experiment directory; or an exit code when a signal interrupted it.
 
     Raises:
-        DatasetError: --dataset_dir is no dataset directory.
+        UsageError: the options contradict each other, the machine, or the training to resume.
+        DatasetError: --dataset_dir is no dataset directory, or has no validation samples.
         ModelError: --model_path cannot be opened.
         TrainingError: the loss is no longer a number.
+        MachineError: a checkpoint cannot be written.
     """
     started = time.perf_counter()
     _quieten_lightning()
     dataset = open_dataset(arguments.dataset_dir)
-    pl.seed_everything(arguments.seed, verbose=False)
-    backbone = _make_backbone(arguments, dataset)
-    directory = claim_version(arguments.experiments_root, arguments.experiment_name)
-    write_json(directory / "arguments.json", _readable_again(arguments))
-    task = CausalLanguageModelling(backbone, arguments)
-    data = DatasetDataModule(dataset, batch_size=arguments.batch_size, seed=arguments.seed)
-    export = _export(dataset, directory)
-    trainer = _make_trainer(arguments, dataset, directory, export)
-    logger.info(
-        "training %s parameters on %s tokens of %s in %s, %s precision, into %s",
-        f"{num_parameters(backbone):,}",
-        f"{dataset.description['number_of_train_tokens']:,}",
-        dataset.description["dataset_name"],
-        trainer.strategy.root_device,
-        trainer.precision,
-        directory,
-    )
-    trainer.fit(task, datamodule=data, weights_only=True)
-    if trainer.interrupted:
-        logger.warning(
-            "interrupted at step %s; %s holds the last validated state",
-            trainer.global_step,
-            directory,
+    if len(dataset.valid) == 0:
+        raise DatasetError(f"{dataset.directory} has no validation samples; prepare it with some")
+    with open_experiment(arguments, dataset) as experiment:
+        if experiment.is_finished:
+            logger.info("%s is finished already", experiment.directory)
+            return experiment.directory if is_main_process() else 0
+        training = _set_up(experiment, dataset)
+        try:
+            training.fit()
+        except InterruptedBySignalError as interruption:
+            # Lightning kills the main process when another one leaves with an error.
+            return training.say_how_to_go_on(interruption) if is_main_process() else 0
+        return training.finish(time.perf_counter() - started) if is_main_process() else 0
+
+
+def _set_up(experiment: Experiment, dataset: DatasetDirectory) -> "_Training":
+    torch.manual_seed(experiment.arguments.seed)
+    backbone = _make_backbone(experiment.arguments, dataset)
+    trainer = _make_trainer(experiment)
+    found = tune(experiment.arguments, dataset, backbone, trainer)
+    if found != experiment.arguments:
+        experiment = dataclasses.replace(experiment, arguments=found)
+        write_arguments(experiment)
+    if is_main_process() and experiment.checkpoint is None:
+        _write_texts(trainer, experiment, dataset)
+    return _Training(experiment, dataset, backbone, trainer)
+
+
+class _Training:
+    """The parts of one training, put together."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: DatasetDirectory,
+        backbone: Backbone,
+        trainer: pl.Trainer,
+    ) -> None:
+        arguments = experiment.arguments
+        self._experiment = experiment
+        self._dataset = dataset
+        self._backbone = backbone
+        self._trainer = trainer
+        self._signals = CatchSignals()
+        self._meter = Meter(num_context_tokens=_num_context_tokens(arguments, dataset))
+        self._data = DatasetDataModule(
+            dataset,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            batching=arguments.batching,
+            accumulate_grad_batches=arguments.accumulate_grad_batches,
+            max_epochs=arguments.max_epochs,
+            limit_train_batches=arguments.limit_train_batches,
+            limit_val_batches=arguments.limit_val_batches,
         )
-        return EXIT_CODE_INTERRUPTED
-    summary = {
-        "num_steps": trainer.global_step,
-        "best_validation_loss": export.best_loss,
-        "seconds_taken": round(time.perf_counter() - started, 1),
-    }
-    write_json(directory / SUMMARY_FILE_NAME, summary)
-    logger.info("trained %s; serve it: fst serve %s", json.dumps(summary), directory)
-    return directory
+        self._export = self._add_callbacks()
+
+    def fit(self) -> None:
+        """Train to the end.
+
+        Raises:
+            InterruptedBySignalError: a signal asked for an end before; a checkpoint was written.
+        """
+        experiment, checkpoint = self._experiment, self._experiment.checkpoint
+        if is_main_process():
+            logger.info(
+                "training %s parameters on %s tokens of %s in %s, %s precision, into %s%s",
+                f"{num_parameters(self._backbone):,}",
+                f"{self._dataset.description['number_of_train_tokens']:,}",
+                self._dataset.description["dataset_name"],
+                self._trainer.strategy.root_device,
+                self._trainer.precision,
+                experiment.directory,
+                f", going on after step {checkpoint.step:,}" if checkpoint else "",
+            )
+        task = CausalLanguageModelling(self._backbone, experiment.arguments)
+        with self._signals:
+            self._trainer.fit(
+                task,
+                datamodule=self._data,
+                ckpt_path=checkpoint.path if checkpoint else None,
+                weights_only=True,
+            )
+
+    def say_how_to_go_on(self, interruption: InterruptedBySignalError) -> int:
+        """The exit code of a training that a signal interrupted."""
+        logger.warning(
+            "%s: stopped after step %s; go on with: %s",
+            interruption,
+            f"{self._trainer.global_step:,}",
+            self._experiment.resume_command(),
+        )
+        return _EXIT_CODE_OF_SIGNAL + interruption.number
+
+    def finish(self, seconds_taken: float) -> Path:
+        """Write the summary, and return the experiment directory."""
+        summary = summarize(
+            self._meter,
+            self._export.best,
+            num_steps=self._trainer.global_step,
+            seconds_taken=seconds_taken,
+        )
+        directory = self._experiment.directory
+        write_json(directory / SUMMARY_FILE_NAME, summary.as_json())
+        for line in summary.lines(directory):
+            logger.info("%s", line)
+        return directory
+
+    def _add_callbacks(self) -> ExportModel:
+        experiment, dataset = self._experiment, self._dataset
+        arguments, directory = experiment.arguments, experiment.directory
+        tokenizer = open_saved_tokenizer(dataset.tokenizer_directory)
+        target_bytes = bytes_per_target(dataset.valid, tokenizer)
+        export = ExportModel(
+            directory / MODEL_DIRECTORY_NAME,
+            tokenizer_directory=dataset.tokenizer_directory,
+            experiment=experiment.name,
+            dataset_description=dataset.description,
+            arguments=dataclasses.asdict(arguments),
+            bytes_per_target=target_bytes,
+        )
+        samples = SampleParameters(num_samples=arguments.num_generated_samples, seed=arguments.seed)
+        # The order matters: the plan decides first, and what the others remember is saved last.
+        self._trainer.callbacks += [  # type: ignore[attr-defined]
+            FollowPlan(),
+            self._signals,
+            self._meter,
+            RecordCurves(
+                self._meter,
+                bytes_per_target=target_bytes,
+                batches_per_epoch=self._data.count_batches_per_epoch(self._trainer.world_size),
+                log_every_n_steps=arguments.log_every_n_steps,
+                histograms=arguments.histograms,
+            ),
+            Progress(self._meter, show=arguments.enable_progress_bar),
+            export,
+            SampleTexts(directory, tokenizer, samples),
+            *([AveragedWeights(decay=arguments.ema_decay)] if arguments.ema_decay else []),
+            StopWithoutImprovement(patience=arguments.early_stopping_patience),
+            SaveCheckpoints(
+                directory / CHECKPOINTS_DIRECTORY_NAME,
+                minutes_between=arguments.checkpoint_every_n_minutes,
+                signals=self._signals,
+            ),
+        ]
+        return export
 
 
 def _make_backbone(arguments: TrainArguments, dataset: DatasetDirectory) -> Backbone:
@@ -113,70 +239,74 @@ def _make_backbone(arguments: TrainArguments, dataset: DatasetDirectory) -> Back
     )
 
 
-def _export(dataset: DatasetDirectory, directory: Path) -> ExportModel:
-    return ExportModel(
-        directory / MODEL_DIRECTORY_NAME,
-        tokenizer_directory=dataset.tokenizer_directory,
-        description={
-            "experiment": f"{directory.parent.name}/{directory.name}",
-            "dataset": dataset.description,
-        },
-    )
+def _num_context_tokens(arguments: TrainArguments, dataset: DatasetDirectory) -> int:
+    """Tokens that attention spans: those of a mean sample, or of a row that is cut from all samples."""
+    description = dataset.description
+    if arguments.batching == "concatenated":
+        return int(description["max_sample_length"])
+    num_samples = max(1, description["number_of_train_samples"])
+    return int(description["number_of_train_tokens"] / num_samples)
 
 
-def _make_trainer(
-    arguments: TrainArguments, dataset: DatasetDirectory, directory: Path, export: ExportModel
-) -> pl.Trainer:
-    tensorboard = TensorBoardLogger(directory, name="", version="", default_hp_metric=False)
-    tensorboard.experiment.add_text("arguments", _as_markdown(_readable_again(arguments)))
-    tensorboard.experiment.add_text("dataset", _as_markdown(dataset.description))
-    tokenizer = open_saved_tokenizer(dataset.tokenizer_directory)
+def _make_trainer(experiment: Experiment) -> pl.Trainer:
+    """A trainer without callbacks; it sees one long epoch and no limits, which are those of the plan."""
+    arguments = experiment.arguments
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=arguments.accelerator,
             devices=int(arguments.devices) if arguments.devices.isdecimal() else arguments.devices,
             strategy=arguments.strategy,
             num_nodes=arguments.num_nodes,
             precision=_LIGHTNING_PRECISIONS[_resolve_precision(arguments)],  # type: ignore[arg-type]
-            max_epochs=arguments.max_epochs,
-            max_steps=arguments.max_steps,
-            val_check_interval=_part_or_number(arguments.val_check_interval),
-            check_val_every_n_epoch=1 if arguments.val_check_interval <= 1 else None,
-            limit_train_batches=_part_or_number(arguments.limit_train_batches),
-            limit_val_batches=_part_or_number(arguments.limit_val_batches),
+            max_epochs=1,
+            check_val_every_n_epoch=None,
+            val_check_interval=NEVER,
             accumulate_grad_batches=arguments.accumulate_grad_batches,
             gradient_clip_val=arguments.gradient_clip_val,
             log_every_n_steps=arguments.log_every_n_steps,
+            deterministic=arguments.deterministic or None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
+            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            logger=tensorboard,
+            logger=_make_tensorboard(experiment),
+            profiler=StepProfiler(experiment.directory) if arguments.profile else None,
             plugins=[DurableCheckpointIO()],
-            callbacks=[
-                EndWithValidation(),
-                Progress(show=arguments.enable_progress_bar),
-                export,
-                SampleTexts(
-                    directory / "generated.jsonl",
-                    tokenizer,
-                    num_samples=arguments.num_generated_samples,
-                    seed=arguments.seed,
-                ),
-                ModelCheckpoint(
-                    directory / "checkpoints",
-                    filename="best",
-                    monitor=metric_names.VALID_LOSS,
-                    save_last=True,
-                    enable_version_counter=False,
-                ),
-            ],
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise UsageError(
             f"--accelerator {arguments.accelerator} --devices {arguments.devices} --strategy "
             f"{arguments.strategy}: {error}"
         ) from error
+    checkpoint = experiment.checkpoint
+    if checkpoint is not None and checkpoint.world_size != trainer.world_size:
+        raise UsageError(
+            f"--devices {arguments.devices} --num_nodes {arguments.num_nodes} are "
+            f"{trainer.world_size} processes; {experiment.directory} was started with "
+            f"{checkpoint.world_size}, and other numbers would see other batches"
+        )
+    return trainer
+
+
+def _make_tensorboard(experiment: Experiment) -> TensorBoardLogger:
+    return TensorBoardLogger(
+        experiment.directory,
+        name="",
+        version="",
+        default_hp_metric=False,
+        # What killed runs wrote after the checkpoint is not shown.
+        purge_step=experiment.first_repeated_step if experiment.is_resumed else None,
+    )
+
+
+def _write_texts(trainer: pl.Trainer, experiment: Experiment, dataset: DatasetDirectory) -> None:
+    """The options and the description of the dataset, for TensorBoard."""
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    writer = trainer.logger.experiment
+    arguments = read_json(experiment.directory / ARGUMENTS_FILE_NAME)
+    writer.add_text(metric_names.ARGUMENTS_TEXT, _as_markdown(arguments))
+    writer.add_text(metric_names.DATASET_TEXT, _as_markdown(dataset.description))
 
 
 def _resolve_precision(arguments: TrainArguments) -> str:
@@ -188,22 +318,6 @@ def _resolve_precision(arguments: TrainArguments) -> str:
     if arguments.accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
         return "bf16" if torch.cpu._is_avx512_bf16_supported() else "32"
     return "32"
-
-
-def _part_or_number(limit: float) -> int | float:
-    """Lightning tells a part of an epoch from a number of batches by the type."""
-    return int(limit) if limit > 1 else limit
-
-
-def _readable_again(arguments: TrainArguments) -> dict[str, Any]:
-    """The options as JSON holds them, so that --config reads them; unset ones are left out."""
-    options = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(arguments).items()
-        if value is not None
-    }
-    assert all(not isinstance(value, float) or math.isfinite(value) for value in options.values())
-    return options
 
 
 def _as_markdown(content: dict[str, Any]) -> str:
@@ -221,6 +335,8 @@ def _quieten_lightning() -> None:
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+    # It recommends a mask for padding on the right, which a causal model never looks at.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")

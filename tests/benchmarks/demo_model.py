@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from full_stack_transformer.datasets.batches import LengthBatchSampler
-from full_stack_transformer.datasets.collators import CausalCollator
+from full_stack_transformer.datasets.batches import LengthBatches
+from full_stack_transformer.datasets.collators import PaddedCollator
 from full_stack_transformer.datasets.description import open_dataset
 from full_stack_transformer.evaluation.perplexity import measure_perplexity
 from full_stack_transformer.modelling.losses import next_token_loss
 from full_stack_transformer.tokenization import open_saved_tokenizer
-from full_stack_transformer.training.optimization import cosine_factor, make_optimizer
+from full_stack_transformer.training.optimization import learning_rate_factor, make_optimizer
 
 
 def main() -> None:
@@ -62,24 +62,22 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         weight_decay=options.weight_decay,
     )
     rates = [group["lr"] for group in optimizer.param_groups]
-    collator = CausalCollator(tokenizer.pad_id)
+    collate = PaddedCollator(dataset.train, pad_id=tokenizer.pad_id)
     num_tokens, step, epoch = 0, 0, 0
     started = time.perf_counter()
-    sampler = LengthBatchSampler(
-        dataset.train.lengths(), batch_size=options.batch, seed=0, shuffle=True
-    )
+    plan = LengthBatches(dataset.train, batch_size=options.batch, seed=0)
     while num_tokens < options.tokens:
-        sampler.set_epoch(epoch)
-        epoch += 1
-        for indices in sampler:
+        for position in range(plan.num_batches_per_epoch):
             if num_tokens >= options.tokens:
                 break
-            batch = collator(dataset.train.gather(indices))
-            factor = cosine_factor(
+            batch = collate(plan.batch(epoch, position))
+            factor = learning_rate_factor(
                 step,
                 num_tokens / options.tokens,
+                name="cosine",
                 num_warmup_steps=options.warmup,
                 num_cycles=1,
+                decay_fraction=0.0,
                 min_ratio=0.05,
             )
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -93,6 +91,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             optimizer.zero_grad(set_to_none=True)
             num_tokens += int(count)
             step += 1
+        epoch += 1
     seconds = time.perf_counter() - started
     backbone.eval()
     figures = measure_perplexity(backbone, tokenizer, dataset.valid, batch_size=16)

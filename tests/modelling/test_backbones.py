@@ -67,13 +67,51 @@ def test_missing_tensors_are_refused(model_dir: Path, tmp_path: Path) -> None:
         load_backbone(str(tmp_path), dtype=torch.float32)
 
 
-def test_embeddings_grow_with_the_vocabulary(model_dir: Path) -> None:
-    old = load_backbone(str(model_dir), dtype=torch.float32).get_input_embeddings().weight
-    new = pretrained_backbone(str(model_dir), vocab_size=len(old) + 3).get_input_embeddings().weight
-    assert torch.equal(new[: len(old)], old)
-    # New tokens start near the mean: as likely as an average one, not likelier than all.
-    spread = old.std(dim=0).mean()
-    assert (new[len(old) :] - old.mean(dim=0)).norm(dim=1).max() < spread * old.shape[1] ** 0.5
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def pretrained(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A saved GPT-2 of 40 tokens, its head tied to the embeddings or not."""
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}
+    (tmp_path / "small.json").write_text(
+        json.dumps({**config, "tie_word_embeddings": request.param})
+    )
+    torch.manual_seed(1)
+    backbone = new_backbone(
+        str(tmp_path / "small.json"), vocab_size=40, max_length=16, special_token_ids=IDS
+    )
+    with torch.no_grad():
+        backbone.get_input_embeddings().weight.add_(0.5)  # a mean that is not zero
+    backbone.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_new_tokens_start_as_the_mean_of_the_old_ones(pretrained: Path) -> None:
+    old = load_backbone(str(pretrained), dtype=torch.float32)
+    new = pretrained_backbone(str(pretrained), vocab_size=43)
+    assert new.config.vocab_size == 43
+    is_tied = old.config.tie_word_embeddings
+    assert (new.get_output_embeddings().weight is new.get_input_embeddings().weight) is is_tied
+    for before, after in (
+        (old.get_input_embeddings().weight, new.get_input_embeddings().weight),
+        (old.get_output_embeddings().weight, new.get_output_embeddings().weight),
+    ):
+        assert torch.equal(after[:40], before)
+        # As likely as an average token, and hardly different from each other.
+        torch.testing.assert_close(
+            after[40:], before.mean(dim=0).expand(3, -1), rtol=0, atol=1e-3 * before.std().item()
+        )
+    ids = torch.tensor([[3, 1, 4]])
+    with torch.inference_mode():
+        torch.testing.assert_close(new(ids).logits[..., :40], old(ids).logits)
+
+
+def test_the_seed_decides_new_embeddings(pretrained: Path) -> None:
+    drawn = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        backbone = pretrained_backbone(str(pretrained), vocab_size=43)
+        drawn.append(backbone.get_input_embeddings().weight[40:])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_no_model_is_named() -> None:

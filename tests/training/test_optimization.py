@@ -1,26 +1,66 @@
-"""The schedule and the decay groups are what they say."""
+"""The schedules and the decay groups are what they say."""
 
 import copy
+import json
 import math
+from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 import torch
+from torch.optim import SGD
+from transformers import PreTrainedModel as Backbone
+from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
 
 from full_stack_transformer.modelling.backbones import new_backbone
-from full_stack_transformer.training.optimization import cosine_factor, make_optimizer
+from full_stack_transformer.training.optimization import (
+    Schedule,
+    learning_rate_factor,
+    make_optimizer,
+    make_schedule,
+)
 
 
-def _factor(step: int, progress: float, num_warmup_steps: int = 0, num_cycles: int = 1) -> float:
-    return cosine_factor(
-        step, progress, num_warmup_steps=num_warmup_steps, num_cycles=num_cycles, min_ratio=0.1
+def _factor(
+    step: int,
+    progress: float,
+    *,
+    name: Schedule = "cosine",
+    num_warmup_steps: int = 0,
+    num_cycles: int = 1,
+    decay_fraction: float = 0.2,
+    min_ratio: float = 0.1,
+) -> float:
+    return learning_rate_factor(
+        step,
+        progress,
+        name=name,
+        num_warmup_steps=num_warmup_steps,
+        num_cycles=num_cycles,
+        decay_fraction=decay_fraction,
+        min_ratio=min_ratio,
     )
 
 
-def test_the_rate_rises_then_falls_to_the_floor() -> None:
-    assert _factor(0, 0.0, num_warmup_steps=4) == pytest.approx(0.25)
-    assert _factor(3, 0.0, num_warmup_steps=4) == pytest.approx(1.0)
-    assert _factor(50, 0.5) == pytest.approx(0.55)
-    assert _factor(100, 1.0) == pytest.approx(0.1)
+@pytest.mark.parametrize("name", get_args(Schedule))
+def test_every_schedule_rises_to_the_top_and_ends_at_its_floor(name: Schedule) -> None:
+    rates = [
+        _factor(step, step / 100, name=name, num_warmup_steps=4, num_cycles=2)
+        for step in range(101)
+    ]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[4] == pytest.approx(1.0)
+    assert max(rates) <= 1.0
+    assert rates[100] == pytest.approx(1.0 if name == "constant" else 0.1)
+
+
+def test_a_schedule_falls_as_it_says() -> None:
+    assert _factor(60, 0.6, name="linear", num_warmup_steps=20) == pytest.approx(0.55)
+    assert _factor(60, 0.6, name="cosine", num_warmup_steps=20) == pytest.approx(0.55)
+    assert _factor(60, 0.6, name="constant", num_warmup_steps=20) == 1.0
+    assert _factor(79, 0.79, name="wsd", num_warmup_steps=20) == 1.0
+    assert _factor(90, 0.9, name="wsd", num_warmup_steps=20) == pytest.approx(0.55)
+    assert _factor(99, 0.99, name="wsd", decay_fraction=0.0) == 1.0
 
 
 def test_cycles_restart_at_the_top() -> None:
@@ -32,18 +72,98 @@ def test_cycles_restart_at_the_top() -> None:
         assert falling[99] < 0.11
 
 
-def test_only_matrices_decay() -> None:
+@pytest.mark.parametrize("num_cycles", [1, 3])
+def test_the_decay_is_that_of_transformers(num_cycles: int) -> None:
+    """Which takes the last step of the rise for the first after it, and has no floor."""
+    theirs = get_cosine_with_hard_restarts_schedule_with_warmup(
+        SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 7, 50, num_cycles
+    ).lr_lambdas[0]
+    for step in range(7, 51):
+        ours = _factor(step, step / 50, num_warmup_steps=7, num_cycles=num_cycles, min_ratio=0.0)
+        assert ours == pytest.approx(theirs(step), abs=1e-12)
+
+
+def test_minutes_decide_like_steps() -> None:
+    """Only what is over of the training counts, not whether steps or minutes say so."""
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = make_schedule(
+        optimizer,
+        lambda step: min(1.0, step * 0.25),
+        name="linear",
+        num_warmup_steps=1,
+        num_cycles=1,
+        decay_fraction=0.2,
+        min_ratio=0.0,
+    )
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([2.0, 2.0, 4 / 3, 2 / 3, 0.0])
+
+
+def _backbone(name: str, *, is_tied: bool, tmp_path: Path) -> Backbone:
+    """The smallest model of an architecture."""
+    sizes = {
+        "gpt2": {"n_layer": 1, "n_embd": 16, "n_head": 2},
+        "llama": {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+        | {"intermediate_size": 32},
+    }
+    config = {"model_type": name, "tie_word_embeddings": is_tied, **sizes[name]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     ids = {"begin": 0, "end": 1, "pad": 2}
-    backbone = new_backbone("tiny", vocab_size=50, max_length=16, special_token_ids=ids)
-    optimizer = make_optimizer(backbone, name="adamw", learning_rate=1e-3, weight_decay=0.1)
-    decayed, kept = optimizer.param_groups
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
-    kept_names = {names[id(parameter)] for parameter in kept["params"]}
-    assert "model.embed_tokens.weight" in kept_names
-    assert all("norm" in name or "embed" in name for name in kept_names)
-    total = len(decayed["params"]) + len(kept["params"])
-    assert total == len(list(backbone.parameters()))
+    path = str(tmp_path / "config.json")
+    return new_backbone(path, vocab_size=50, max_length=16, special_token_ids=ids)
+
+
+def _names(module: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> set[str]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(parameter)] for parameter in parameters}
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_only_matrices_decay(
+    optimizer_name: Literal["adamw", "muon"], name: str, is_tied: bool, tmp_path: Path
+) -> None:
+    backbone = _backbone(name, is_tied=is_tied, tmp_path=tmp_path)
+    optimizer = make_optimizer(backbone, name=optimizer_name, learning_rate=1e-3, weight_decay=0.1)
+    decayed, kept = (
+        [
+            parameter
+            for group in optimizer.param_groups
+            if (group["weight_decay"] > 0) is is_decayed
+            for parameter in group["params"]
+        ]
+        for is_decayed in (True, False)
+    )
+    assert len(decayed) + len(kept) == len(list(backbone.parameters()))
+    assert all(parameter.ndim == 2 for parameter in decayed)
+    not_decayed = {"norm", "embed_tokens", "wte", "wpe", "ln_", "bias"}
+    for parameter_name in _names(backbone, kept):
+        assert any(part in parameter_name for part in not_decayed), parameter_name
+    for parameter_name in _names(backbone, decayed):
+        assert not any(part in parameter_name for part in not_decayed), parameter_name
+    assert ("lm_head.weight" in _names(backbone, decayed)) is not is_tied
+
+
+def test_muon_leaves_the_head_to_adamw(tmp_path: Path) -> None:
+    backbone = _backbone("llama", is_tied=False, tmp_path=tmp_path)
+    optimizer = make_optimizer(backbone, name="muon", learning_rate=1e-3, weight_decay=0.1)
+    for group in optimizer.param_groups:
+        if "betas" not in group:  # Muon's
+            assert all(".layers." in name for name in _names(backbone, group["params"]))
+        assert ("lm_head.weight" in _names(backbone, group["params"])) <= ("betas" in group)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    module = _small_module()
+    module[1].weight.requires_grad_(False)
+    optimizer = make_optimizer(module, name="adamw", learning_rate=1e-3, weight_decay=0.1)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert _names(module, trained) == {"0.weight", "1.bias", "2.weight", "2.bias"}
 
 
 def test_a_step_follows_adamw() -> None:

@@ -1,0 +1,153 @@
+"""`fst average_checkpoints`: the mean of the weights of several models, as one model directory.
+
+The last checkpoints of a training, or trainings that began with the same weights, lie in one valley of
+the loss; their mean is often better than each of them (Izmailov et al. 2018, SWA; Wortsman et al. 2022,
+model soups). Models that began with other random weights have no such mean.
+"""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from full_stack_transformer.arguments import AverageCheckpointsArguments
+from full_stack_transformer.errors import ModelError, UsageError
+from full_stack_transformer.modelling.backbones import context_length, num_parameters
+from full_stack_transformer.modelling.model_card import model_card
+from full_stack_transformer.modelling.model_directory import (
+    CARD_FILE_NAME,
+    OpenedModel,
+    find_model_directory,
+    open_model,
+    save_model_directory,
+)
+from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, make_directories
+
+logger = logging.getLogger(__name__)
+
+# What of a config says where it comes from, not what the model computes.
+_ORIGIN_FIELDS = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+# What of a model directory is not the tokenizer's.
+_MODEL_FILE_NAMES = {
+    "config.json",
+    "generation_config.json",
+    DESCRIPTION_FILE_NAME,
+    CARD_FILE_NAME,
+}
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+
+
+def average_checkpoints(arguments: AverageCheckpointsArguments) -> Path:
+    """Write the mean of the models, each of the same weight, and return its directory.
+
+    Raises:
+        UsageError: there is something at --output_dir.
+        ModelError: one of the models cannot be opened, or is not of the shape and tokenizer of the first.
+        MachineError: the disk is full or cannot be written.
+    """
+    transformers.utils.logging.disable_progress_bar()  # a bar for every file is noise in a log
+    target, paths = arguments.output_dir, arguments.models
+    if target.exists():
+        raise UsageError(f"--output_dir {target} exists; name a directory that does not")
+    first = open_model(paths[0], device="cpu")
+    sources = [_source(first, paths[0])]
+    datasets = [first.description.get("dataset")]
+    total = {name: weight.double() for name, weight in _weights(first).items()}
+    for path in paths[1:]:
+        model = open_model(path, device="cpu")
+        _check_same_kind(first, paths[0], model, path)
+        for name, weight in _weights(model).items():
+            total[name] += weight
+        sources.append(_source(model, path))
+        datasets.append(model.description.get("dataset"))
+    for name, weight in _weights(first).items():
+        # In fp64, so that the mean of equal weights is the same weight.
+        weight.copy_((total[name] / len(paths)).to(weight.dtype))
+    _save(target, first, paths[0], sources, datasets[0] if _all_equal(datasets) else None)
+    logger.info("averaged %s models; serve the mean: fst serve %s", len(paths), target)
+    return target
+
+
+def _weights(model: OpenedModel) -> dict[str, Tensor]:
+    """The weights by name, tied ones once."""
+    return {name: weight.detach() for name, weight in model.backbone.named_parameters()}
+
+
+def _check_same_kind(first: OpenedModel, first_path: Path, model: OpenedModel, path: Path) -> None:
+    ours, theirs = (
+        {
+            name: value
+            for name, value in one.backbone.config.to_dict().items()
+            if name not in _ORIGIN_FIELDS
+        }
+        for one in (first, model)
+    )
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise ModelError(
+                f"{path} has {name} {theirs.get(name)!r}, {first_path} has {ours.get(name)!r}; only models "
+                "of one shape have a mean"
+            )
+    if model.tokenizer.backend.to_str() != first.tokenizer.backend.to_str():
+        raise ModelError(
+            f"{path} has another tokenizer than {first_path}; the same embedding would mean another token"
+        )
+
+
+def _source(model: OpenedModel, path: Path) -> dict[str, Any]:
+    """What the description says of a model that went into the mean."""
+    if path.suffix != ".ckpt":
+        facts = {name: model.description.get(name) for name in ("step", "validation_loss")}
+        return {"model": model.name, **facts}
+    # The description beside a checkpoint is that of the best model.
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {"model": f"{model.name}/{path.name}", "step": content["global_step"]}
+
+
+def _all_equal(values: list[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def _save(
+    target: Path,
+    model: OpenedModel,
+    path: Path,
+    sources: list[dict[str, Any]],
+    dataset: dict[str, Any] | None,
+) -> None:
+    backbone = model.backbone
+    description = {
+        "task": "causal_lm",
+        "model_type": backbone.config.model_type,
+        "num_parameters": num_parameters(backbone),
+        "context_length": context_length(backbone.config),
+        "averaged_from": sources,
+        **({} if dataset is None else {"dataset": dataset}),
+    }
+    make_directories(target.absolute().parent)
+    with _tokenizer_files(find_model_directory(path)) as directory:
+        save_model_directory(
+            target,
+            backbone,
+            tokenizer_directory=directory,
+            description=description,
+            card=model_card(description, {}, []),
+        )
+
+
+@contextmanager
+def _tokenizer_files(model_directory: Path) -> Iterator[Path]:
+    """A directory with copies of what a model directory holds beside the model."""
+    with tempfile.TemporaryDirectory() as directory:
+        for file in model_directory.iterdir():
+            is_weights = file.name.endswith(_WEIGHT_SUFFIXES)
+            if file.is_file() and file.name not in _MODEL_FILE_NAMES and not is_weights:
+                shutil.copyfile(file, Path(directory, file.name))
+        yield Path(directory)

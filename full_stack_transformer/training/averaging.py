@@ -1,0 +1,112 @@
+"""The exponential moving average of the weights: what is validated, shown and exported.
+
+The weights that are trained stay as they are. Lightning's own callback takes the average out again before
+anything is exported, and gives early weights too long a life; hence this one.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import FSDPStrategy
+from torch import Tensor, nn
+
+from full_stack_transformer.errors import UsageError
+
+# Under this key of a checkpoint: the weights that are trained on, by their names. Its `state_dict`
+# holds the average, so that what opens a checkpoint finds what was validated.
+TRAINED_WEIGHTS_KEY = "trained_weights"
+
+
+class AveragedWeights(pl.Callback):
+    """Averages the weights after each optimizer step, and puts the average in their place to validate.
+
+    After n steps the average keeps min(decay, (1 + n) / (10 + n)) of itself, as TensorFlow's
+    ExponentialMovingAverage does: the random weights of the start are soon forgotten.
+
+    Its place in the list is after the callbacks that use the validated model, and before those that
+    write checkpoints.
+
+    Args:
+        decay: share of the average that a step keeps, later in a training.
+    """
+
+    def __init__(self, *, decay: float) -> None:
+        self._decay = decay
+        self._step = 0
+        self._weights: list[Tensor] = []
+        self._averages: list[Tensor] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what has no whole weights.
+
+        Raises:
+            UsageError: each process holds a part of each weight.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise UsageError(
+                "--ema_decay needs whole weights on each device, which --strategy fsdp does not keep; "
+                "use --strategy ddp, or no --ema_decay"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with the weights as they are, or go on with the average of a checkpoint."""
+        self._step = trainer.global_step
+        self._weights = _trained(pl_module)
+        averages = self._averages or [weight.detach().clone() for weight in self._weights]
+        self._averages = [average.to(pl_module.device) for average in averages]
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Move the average towards the weights, where an optimizer step was just taken."""
+        if trainer.global_step == self._step:  # in the middle of an accumulation window
+            return
+        self._step = trainer.global_step
+        kept = min(self._decay, (1 + self._step) / (10 + self._step))
+        torch._foreach_lerp_(self._averages, self._weights, 1.0 - kept)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in the place of the weights; a checkpoint was written before."""
+        self._exchange()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go back to the weights."""
+        self._exchange()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save both: the average where a reader looks for the model, and the weights."""
+        average_of = {
+            id(weight): average
+            for weight, average in zip(self._weights, self._averages, strict=True)
+        }
+        names = {
+            name: id(value)
+            for name, value in pl_module.state_dict(keep_vars=True).items()
+            if id(value) in average_of
+        }
+        state = checkpoint["state_dict"]
+        checkpoint[TRAINED_WEIGHTS_KEY] = {name: state[name] for name in names}
+        checkpoint["state_dict"] = state | {name: average_of[key] for name, key in names.items()}
+
+    @torch.no_grad()
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning has loaded the average: keep it, and load the weights."""
+        self._averages = [weight.detach().clone() for weight in _trained(pl_module)]
+        pl_module.load_state_dict(checkpoint[TRAINED_WEIGHTS_KEY], strict=False)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for weight, average in zip(self._weights, self._averages, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,0 +1,289 @@
+"""The directory of one training: a new version of its name, or one that is gone on with.
+
+EXPERIMENTS_ROOT/NAME/VERSION/
+    arguments.json               every option, readable again by --config
+    dataset.json                 description of the dataset that it was started with
+    checkpoints/                 last.ckpt, previous.ckpt and best.ckpt, resumable
+    model/                       the best model so far, always complete
+    generated.jsonl              text samples of each validation
+    text_generator_params.json   how they are drawn, to be edited while it trains
+    events.out.…                 curves, for TensorBoard
+    profile.json                 with --profile: where the time of a step goes
+    summary.json                 what it came to; only when the training ended by itself
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import math
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.errors import (
+    DatasetError,
+    FullStackTransformerError,
+    InputError,
+    UsageError,
+)
+from full_stack_transformer.storage import (
+    claim_version,
+    read_json,
+    sync_directory,
+    versions,
+    write_json,
+)
+from full_stack_transformer.training.checkpoints import (
+    LAST_FILE_NAME,
+    FoundCheckpoint,
+    find_checkpoint,
+    link_checkpoint,
+)
+from full_stack_transformer.training.processes import is_main_process
+from full_stack_transformer.training.samples import GENERATED_FILE_NAME, drop_lines_after
+from full_stack_transformer.training.summary import SUMMARY_FILE_NAME
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS_FILE_NAME = "arguments.json"
+DATASET_FILE_NAME = "dataset.json"
+CHECKPOINTS_DIRECTORY_NAME = "checkpoints"
+RESUME_LAST = "last"
+
+_LIMITS = {"max_epochs", "max_steps", "max_minutes", "early_stopping_patience"}
+# What a resumed training may do in another way; the rest decides what its weights become.
+_CHANGEABLE = _LIMITS | {
+    *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
+    *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
+}
+# They say where it is, not what it does, or have done their work.
+_NOT_COMPARED = {
+    *("resume", "dataset_dir", "experiments_root", "experiment_name"),
+    *("find_learning_rate", "find_batch_size"),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Where a training writes, with which options, and from where it goes on."""
+
+    directory: Path
+    arguments: TrainArguments
+    checkpoint: FoundCheckpoint | None = None
+    """None for a training that begins."""
+    is_resumed: bool = False
+    """Whether an earlier run wrote into the directory."""
+    is_finished: bool = False
+    """Whether there is nothing left to do."""
+
+    @property
+    def name(self) -> str:
+        """NAME/VERSION."""
+        return f"{self.directory.parent.name}/{self.directory.name}"
+
+    @property
+    def first_repeated_step(self) -> int:
+        """Optimizer steps after which everything is done again, beginning with the validation."""
+        if self.checkpoint is None:
+            return 0
+        return self.checkpoint.step + (not self.checkpoint.validation_is_due)
+
+    def resume_command(self) -> str:
+        """The line that goes on with this training, to be pasted."""
+        arguments = self.arguments
+        words = ["fst", "train", "--dataset_dir", str(arguments.dataset_dir)]
+        if arguments.experiments_root != TrainArguments.experiments_root:
+            words += ["--experiments_root", str(arguments.experiments_root)]
+        words += ["--experiment_name", arguments.experiment_name, "--resume"]
+        newest = versions(arguments.experiments_root, arguments.experiment_name)[-1:]
+        words.append(RESUME_LAST if newest == [self.directory] else str(self.directory))
+        return shlex.join(words)
+
+
+@contextlib.contextmanager
+def open_experiment(arguments: TrainArguments, dataset: DatasetDirectory) -> Iterator[Experiment]:
+    """A new experiment directory, or with --resume that of an interrupted training.
+
+    Nobody else can go on with it inside the `with`. Processes beside the main one write nothing, and of a
+    new directory learn the name later.
+
+    Raises:
+        UsageError: there is nothing to resume, or the options are not those that it was started with.
+        DatasetError: the dataset is not the one that it was started with.
+        TrainingError: none of its checkpoints can be read.
+    """
+    arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory)
+    if arguments.resume is not None:
+        directory = _directory_to_resume(arguments)
+    elif is_main_process():
+        directory = claim_version(arguments.experiments_root, arguments.experiment_name)
+    else:
+        directory = arguments.experiments_root / arguments.experiment_name
+    if not is_main_process():
+        yield _found(directory, arguments, dataset)
+        return
+    with _locked(directory):
+        experiment = _found(directory, arguments, dataset)
+        if not experiment.is_finished:
+            _begin(experiment, dataset)
+        try:
+            yield experiment
+        except FullStackTransformerError:
+            _remove_if_nothing_happened(directory)
+            raise
+
+
+def _begin(experiment: Experiment, dataset: DatasetDirectory) -> None:
+    if experiment.is_resumed:
+        _forget_what_is_repeated(experiment)
+    write_arguments(experiment)
+    write_json(experiment.directory / DATASET_FILE_NAME, dataset.description)
+    for path in (experiment.directory.parent, experiment.directory.parent.parent):
+        sync_directory(path)
+
+
+def write_arguments(experiment: Experiment) -> None:
+    """Write arguments.json: every option as --config reads it; unset ones are left out."""
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(experiment.arguments).items()
+        if value is not None and name != "resume"
+    }
+    assert all(not isinstance(value, float) or math.isfinite(value) for value in options.values())
+    write_json(experiment.directory / ARGUMENTS_FILE_NAME, options)
+
+
+def _directory_to_resume(arguments: TrainArguments) -> Path:
+    if arguments.resume != RESUME_LAST:
+        directory = Path(str(arguments.resume))
+        if not (directory / ARGUMENTS_FILE_NAME).is_file():
+            raise UsageError(
+                f"--resume must be {RESUME_LAST} or an experiment directory; found {directory}, which "
+                f"holds no {ARGUMENTS_FILE_NAME}"
+            )
+        return directory
+    found = versions(arguments.experiments_root, arguments.experiment_name)
+    if not found:
+        raise UsageError(
+            f"--resume {RESUME_LAST}: there is no experiment in "
+            f"{arguments.experiments_root / arguments.experiment_name}; start one without --resume"
+        )
+    return found[-1]
+
+
+def _found(directory: Path, given: TrainArguments, dataset: DatasetDirectory) -> Experiment:
+    """What is in the directory; changes nothing."""
+    if not (directory / ARGUMENTS_FILE_NAME).is_file():
+        return Experiment(directory, given)  # new, or killed before it began
+    saved = _read_arguments(directory / ARGUMENTS_FILE_NAME)
+    _check_dataset(directory, dataset)
+    arguments = _merged(given, saved, directory)
+    limits_are_the_same = all(getattr(arguments, name) == getattr(saved, name) for name in _LIMITS)
+    if (directory / SUMMARY_FILE_NAME).is_file() and limits_are_the_same:
+        return Experiment(directory, arguments, is_resumed=True, is_finished=True)
+    checkpoint, skipped = find_checkpoint(directory / CHECKPOINTS_DIRECTORY_NAME)
+    for path, reason in skipped.items():
+        logger.warning("%s cannot be read (%s): going on from one before it", path, reason)
+    return Experiment(directory, arguments, checkpoint, is_resumed=True)
+
+
+def _read_arguments(path: Path) -> TrainArguments:
+    content: dict[str, Any] = read_json(path)
+    for name in ("dataset_dir", "experiments_root"):
+        content[name] = Path(content[name])
+    try:
+        return TrainArguments(**content)
+    except TypeError as error:
+        raise InputError(f"{path} was written by another version of fst: {error}") from error
+
+
+def _check_dataset(directory: Path, dataset: DatasetDirectory) -> None:
+    file = directory / DATASET_FILE_NAME
+    if file.is_file() and read_json(file) != dataset.description:
+        raise DatasetError(
+            f"--dataset_dir {dataset.directory} is not the dataset that {directory} was started with, "
+            f"which {file} describes; pass that one, or train anew without --resume"
+        )
+
+
+def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> TrainArguments:
+    """The saved options with the given ones that may differ. One with its default counts as not given."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainArguments):
+        value = getattr(given, field.name)
+        is_given = value not in (field.default, getattr(saved, field.name))
+        if is_given and field.name not in _NOT_COMPARED:
+            changed[field.name] = value
+    for flag, name in (
+        (given.find_learning_rate, "learning_rate"),
+        (given.find_batch_size, "batch_size"),
+    ):
+        if flag:  # the same command again: what it found then is saved
+            changed.pop(name, None)
+    refused = sorted(changed.keys() - _CHANGEABLE)
+    if refused:
+        differences = "; ".join(
+            f"--{name} {changed[name]}, which was {getattr(saved, name)}" for name in refused
+        )
+        raise UsageError(
+            f"--resume goes on with the options in {directory / ARGUMENTS_FILE_NAME}; found {differences}; "
+            "leave them out, or train anew without --resume"
+        )
+    for name, value in changed.items():
+        if is_main_process():
+            logger.info("--%s is now %s; it was %s", name, value, getattr(saved, name))
+    place = ("dataset_dir", "experiments_root", "experiment_name")
+    return dataclasses.replace(
+        saved, **changed, **{name: getattr(given, name) for name in place}, resume=given.resume
+    )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory until the end of this process at the latest."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another process is training in {directory}; wait for its end, or train anew without "
+                "--resume"
+            ) from error
+        except OSError:  # a file system without locks
+            logger.debug("%s cannot be locked", directory)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_nothing_happened(directory: Path) -> None:
+    """Leave no version of a training that was refused, such as for a model that does not exist."""
+    names = {ARGUMENTS_FILE_NAME, DATASET_FILE_NAME}
+    if {path.name for path in directory.iterdir()} <= names:
+        shutil.rmtree(directory)
+
+
+def _forget_what_is_repeated(experiment: Experiment) -> None:
+    """Take away what dead runs left unfinished, and what was written after the checkpoint."""
+    directory = experiment.directory
+    checkpoints = directory / CHECKPOINTS_DIRECTORY_NAME
+    for parent in (directory, checkpoints):
+        for path in parent.glob(".*.partial-*"):
+            path.unlink(missing_ok=True)
+    (directory / SUMMARY_FILE_NAME).unlink(missing_ok=True)
+    drop_lines_after(directory / GENERATED_FILE_NAME, experiment.first_repeated_step - 1)
+    checkpoint = experiment.checkpoint
+    if checkpoint is not None and checkpoint.path.name != LAST_FILE_NAME:
+        # A damaged last.ckpt must not become the previous one in the place of a whole one.
+        damaged = checkpoints / LAST_FILE_NAME
+        if damaged.exists():
+            damaged.rename(damaged.with_name(f"{LAST_FILE_NAME}.damaged"))
+        link_checkpoint(checkpoint.path, damaged)

@@ -1,0 +1,246 @@
+"""`--find_learning_rate` and `--find_batch_size`: short trials on a copy of the model, before the training.
+
+Nothing of a trial stays but the value that it found; it is logged, and goes into arguments.json.
+"""
+
+import copy
+import dataclasses
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.errors import TrainingError, UsageError
+from full_stack_transformer.training.data import Batch, DatasetDataModule
+from full_stack_transformer.training.optimization import make_optimizer
+from full_stack_transformer.training.recording import resident_bytes
+from full_stack_transformer.training.tasks import CausalLanguageModelling
+
+logger = logging.getLogger(__name__)
+
+# From no effect to certain divergence, for AdamW and for Muon by the rate of one option.
+_LOWEST_RATE, _HIGHEST_RATE = 1e-6, 1.0
+_NUM_RATES = 120
+# Neighbours on each side whose losses are averaged: a quarter of a power of ten.
+_NUM_NEIGHBOURS = 5
+# The loss has diverged when it is so many times the lowest one.
+_DIVERGED = 3.0
+# A fall that is more than rounding, in nats for a rate e times as high.
+_LEAST_SLOPE = 1e-4
+# A batch twice as large must raise the tokens per second by so much; less is noise.
+_LEAST_GAIN = 1.05
+_SECONDS_PER_SIZE, _LEAST_STEPS_PER_SIZE = 2.0, 4
+# Fewer batches than this in an epoch leave no order to shuffle.
+_LEAST_BATCHES_PER_EPOCH = 8
+_PART_OF_MEMORY = 0.8
+_MEMORY_INFORMATION = Path("/proc/meminfo")
+
+
+def tune(
+    arguments: TrainArguments, dataset: DatasetDirectory, backbone: Backbone, trainer: pl.Trainer
+) -> TrainArguments:
+    """The options with what was found in the place of what was given.
+
+    Args:
+        arguments: with `find_batch_size`, `find_learning_rate` or neither.
+        dataset: its training samples are used.
+        backbone: stays as it is.
+        trainer: names the device and the precision.
+
+    Raises:
+        UsageError: there are several processes, which could find different values.
+        TrainingError: no learning rate lowers the loss.
+    """
+    if not (arguments.find_batch_size or arguments.find_learning_rate):
+        return arguments
+    if trainer.world_size > 1:
+        raise UsageError(
+            "--find_batch_size and --find_learning_rate try on one device: pass --devices 1 "
+            "--max_steps 1, then train with what they found"
+        )
+    if arguments.find_batch_size:
+        size = find_batch_size(_Trial(arguments, dataset, backbone, trainer))
+        arguments = dataclasses.replace(arguments, batch_size=size, find_batch_size=False)
+    if arguments.find_learning_rate:
+        rate = find_learning_rate(_Trial(arguments, dataset, backbone, trainer))
+        arguments = dataclasses.replace(arguments, learning_rate=rate, find_learning_rate=False)
+    return arguments
+
+
+class _Trial:
+    """A plain training loop on copies."""
+
+    def __init__(
+        self,
+        arguments: TrainArguments,
+        dataset: DatasetDirectory,
+        backbone: Backbone,
+        trainer: pl.Trainer,
+    ) -> None:
+        self.arguments = arguments
+        self.device = trainer.strategy.root_device
+        self._dataset = dataset
+        self._precision = trainer.precision_plugin
+        self._task = CausalLanguageModelling(copy.deepcopy(backbone), arguments).to(self.device)
+        self._task.trainer = trainer
+        self._optimizer = make_optimizer(
+            self._task,
+            name=arguments.optimizer,
+            learning_rate=1.0,
+            weight_decay=arguments.weight_decay,
+        )
+        # Those of a rate of 1: with Muon they differ between groups.
+        self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
+
+    def num_batches_per_epoch(self, batch_size: int) -> int:
+        """Batches of an epoch, if they were of this size."""
+        return self._data(batch_size).count_batches_per_epoch(1)
+
+    def steps(self, batch_size: int) -> Iterator[list[Batch]]:
+        """The batches of one optimizer step after the other, without end."""
+        loader = self._data(batch_size).train_dataloader()
+        while True:
+            yield list(itertools.islice(loader, self.arguments.accumulate_grad_batches))
+
+    def step(self, batches: Sequence[Batch], rate: float) -> float:
+        """Take an optimizer step with a learning rate; returns the mean loss before it, in nats."""
+        for group, base_rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base_rate * rate
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            with self._precision.forward_context():
+                loss, _ = self._task.mean_losses(moved)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        limit = self.arguments.gradient_clip_val or math.inf
+        torch.nn.utils.clip_grad_norm_(self._task.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(total)
+
+    def _data(self, batch_size: int) -> DatasetDataModule:
+        return DatasetDataModule(
+            self._dataset,
+            batch_size=batch_size,
+            seed=self.arguments.seed,
+            batching=self.arguments.batching,
+            accumulate_grad_batches=self.arguments.accumulate_grad_batches,
+            max_epochs=-1,
+        )
+
+
+def find_learning_rate(trial: _Trial) -> float:
+    """The learning rate at which the loss falls fastest, in a test of rising rates.
+
+    The range test of Smith 2017 (arXiv 1506.01186, section 3.3), with a rate that rises exponentially
+    from step to step; he reads two borders off the curve, here its steepest place is taken.
+
+    Raises:
+        TrainingError: the loss never falls.
+    """
+    rates = np.geomspace(_LOWEST_RATE, _HIGHEST_RATE, _NUM_RATES)
+    losses: list[float] = []
+    for rate, batches in zip(rates, trial.steps(trial.arguments.batch_size), strict=False):
+        loss = trial.step(batches, float(rate))
+        if not loss < _DIVERGED * min([*losses, loss]):
+            break
+        losses.append(loss)
+    found = steepest_descent(rates[: len(losses)].tolist(), losses)
+    logger.info(
+        "--find_learning_rate: tried %.1e to %.1e, the loss went from %.3f to %.3f and ended at %.3f; it "
+        "falls fastest at --learning_rate %g",
+        rates[0],
+        rates[len(losses) - 1],
+        losses[0],
+        min(losses),
+        losses[-1],
+        found,
+    )
+    return found
+
+
+def steepest_descent(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The rate, to two digits, at which the averaged loss falls fastest over the logarithm of the rate.
+
+    Raises:
+        TrainingError: it never falls.
+    """
+    width = 2 * _NUM_NEIGHBOURS + 1
+    if len(losses) > width:
+        averaged = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        slopes = np.gradient(averaged, np.log(rates[_NUM_NEIGHBOURS:-_NUM_NEIGHBOURS]))
+        steepest = int(np.argmin(slopes))
+        if slopes[steepest] < -_LEAST_SLOPE:
+            return float(f"{rates[steepest + _NUM_NEIGHBOURS]:.1e}")
+    raise TrainingError(
+        f"--find_learning_rate: the loss does not fall at any rate from {rates[0]:g} on; pass a "
+        "--learning_rate, or --precision 32"
+    )
+
+
+def find_batch_size(trial: _Trial) -> int:
+    """The batch size that doubling found, from --batch_size on."""
+    size = trial.arguments.batch_size
+    best = _tokens_per_second(trial, size)
+    logger.info("--find_batch_size: %s samples, %s tokens/s", size, f"{best:,.0f}")
+    while True:
+        reason, speed = _try_size(trial, 2 * size)
+        if not reason and speed < _LEAST_GAIN * best:
+            reason = f"{speed:,.0f} tokens/s are no gain"
+        if reason:
+            logger.info(
+                "--find_batch_size: %s samples: %s; --batch_size %s", 2 * size, reason, size
+            )
+            return size
+        size, best = 2 * size, speed
+        logger.info("--find_batch_size: %s samples, %s tokens/s", size, f"{best:,.0f}")
+
+
+def _try_size(trial: _Trial, size: int) -> tuple[str, float]:
+    """Why a size is impossible, or how fast it is."""
+    try:
+        if trial.num_batches_per_epoch(size) < _LEAST_BATCHES_PER_EPOCH:
+            return f"an epoch would have fewer than {_LEAST_BATCHES_PER_EPOCH} batches", 0.0
+    except UsageError:
+        return "an epoch would have no batch", 0.0
+    # Twice the batch takes at most twice what the process holds now; a processor's memory cannot be
+    # tried out, since the system ends a process that takes too much.
+    if trial.device.type == "cpu" and resident_bytes() > _PART_OF_MEMORY * _available_bytes():
+        return "may not fit into memory", 0.0
+    try:
+        return "", _tokens_per_second(trial, size)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "do not fit into memory", 0.0
+
+
+def _tokens_per_second(trial: _Trial, size: int) -> float:
+    """Targets of the steps per second, the first step left out."""
+    steps = trial.steps(size)
+    trial.step(next(steps), 0.0)
+    num_targets, num_steps, started = 0.0, 0, time.perf_counter()
+    while time.perf_counter() - started < _SECONDS_PER_SIZE or num_steps < _LEAST_STEPS_PER_SIZE:
+        batches = next(steps)
+        trial.step(batches, 0.0)  # reads the loss, and so waits for the device
+        num_targets += float(batches[0]["num_targets"])
+        num_steps += 1
+    return num_targets / (time.perf_counter() - started)
+
+
+def _available_bytes() -> float:
+    """Memory that the system could still give; where it does not tell, no limit."""
+    if _MEMORY_INFORMATION.is_file():
+        for line in _MEMORY_INFORMATION.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    return math.inf

@@ -1,0 +1,119 @@
+"""`fst train` in this process: for tests of what a training leaves behind, and of how it ends."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.training import metric_names, throughput
+from full_stack_transformer.training.data import Batch
+from full_stack_transformer.training.run import train
+from full_stack_transformer.training.tasks import CausalLanguageModelling
+
+# Dropout everywhere: what a step draws must not depend on the steps before.
+GPT2_WITH_DROPOUT = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 2,
+    "resid_pdrop": 0.2,
+    "embd_pdrop": 0.2,
+    "attn_pdrop": 0.2,
+}
+
+
+class CrashError(BaseException):
+    """Stands for a kill: nothing that handles errors may notice it."""
+
+
+class TrainingHere:
+    """Trains on one dataset into one root; options are those of the command.
+
+    Args:
+        dataset_dir: a dataset directory.
+        root: for experiments, and for the config of the model.
+    """
+
+    def __init__(self, dataset_dir: Path, root: Path) -> None:
+        config = root / "gpt2.json"
+        config.write_text(json.dumps(GPT2_WITH_DROPOUT))
+        self._options: dict[str, Any] = {
+            "dataset_dir": dataset_dir,
+            "experiments_root": root,
+            "model_config": str(config),
+            "batch_size": 8,
+            "num_warmup_steps": 2,
+            "learning_rate": 5e-3,
+            "max_epochs": -1,
+            "accelerator": "cpu",
+            "precision": "32",
+            "compile": "never",
+            "devices": "1",
+            "num_generated_samples": 0,
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+        }
+
+    def __call__(self, **options: Any) -> Path | int:
+        """Train; what the command returns."""
+        with mock.patch.object(throughput, "_SECONDS_PER_SIDE", 1e-3):
+            return train(TrainArguments(**{**self._options, **options}))
+
+    def to_the_end(self, **options: Any) -> Path:
+        """Train; the experiment directory."""
+        directory = self(**options)
+        assert isinstance(directory, Path)
+        return directory
+
+    def crash(self, *, in_batch: int = -1, in_validation: int = -1, **options: Any) -> None:
+        """Train, and crash in the batch with this number or in the validation of this step."""
+        with _crashing(in_batch, in_validation):
+            try:
+                self(**options)
+            except CrashError:
+                return
+        raise AssertionError("the training ended before it crashed")
+
+
+@contextlib.contextmanager
+def _crashing(in_batch: int, in_validation: int) -> Iterator[None]:
+    training_step = CausalLanguageModelling.training_step
+    validation_step = CausalLanguageModelling.validation_step
+
+    def train_or_crash(
+        task: CausalLanguageModelling, batch: Batch, batch_index: int
+    ) -> dict[str, Tensor]:
+        if batch_index == in_batch:
+            raise CrashError
+        return training_step(task, batch, batch_index)
+
+    def validate_or_crash(task: CausalLanguageModelling, batch: Batch, batch_index: int) -> None:
+        if task.global_step == in_validation:
+            raise CrashError
+        validation_step(task, batch, batch_index)
+
+    with (
+        mock.patch.object(CausalLanguageModelling, "training_step", train_or_crash),
+        mock.patch.object(CausalLanguageModelling, "validation_step", validate_or_crash),
+    ):
+        yield
+
+
+def checkpoint_of(experiment: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    """What a checkpoint holds."""
+    content: dict[str, Any] = torch.load(experiment / "checkpoints" / name, weights_only=True)
+    return content
+
+
+def curve_of(experiment: Path, name: str = metric_names.VALID_LOSS) -> list[tuple[int, float]]:
+    """Steps and values, as TensorBoard shows them."""
+    events = EventAccumulator(str(experiment))
+    events.Reload()
+    return [(point.step, point.value) for point in events.Scalars(name)]
