@@ -17,15 +17,16 @@ from tests.logged_process import running_service
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [page.read_text(encoding="utf-8") for page in sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def _commands() -> Iterator[list[str]]:
-    """Words of every command line in the README's sh blocks."""
-    for block in _blocks("sh"):
+def _commands(text: str = README) -> Iterator[list[str]]:
+    """Words of every command line in the sh blocks."""
+    for block in _blocks("sh", text):
         for line in block.replace("\\\n", " ").splitlines():
             yield shlex.split(line, comments=True)
 
@@ -36,10 +37,10 @@ def _command(name: str) -> list[str]:
 
 
 def test_every_command_line_is_valid() -> None:
-    """Parsed by the real command line, without running it."""
+    """Of the README and the pages of docs; parsed by the real command line, without running it."""
     names = {name for name, _, _ in COMMANDS}
     seen = set()
-    for words in _commands():
+    for words in (words for text in (README, *PAGES) for words in _commands(text)):
         words = [word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word)]
         if words[0] == "python" and "/scripts/" in words[1]:
             assert (REPOSITORY / words[1]).is_file()

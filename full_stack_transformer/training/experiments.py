@@ -119,9 +119,10 @@ def open_experiment(arguments: TrainArguments, dataset: DatasetDirectory) -> Ite
         DatasetError: the dataset is not the one that it was started with.
         TrainingError: none of its checkpoints can be read.
     """
-    arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory)
-    if arguments.resume is not None:
-        directory = _directory_to_resume(arguments)
+    resume = arguments.resume
+    arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory, resume=None)
+    if resume is not None:
+        directory = _directory_to_resume(resume, arguments)
     elif is_main_process():
         directory = claim_version(arguments.experiments_root, arguments.experiment_name)
     else:
@@ -154,15 +155,17 @@ def write_arguments(experiment: Experiment) -> None:
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(experiment.arguments).items()
-        if value is not None and name != "resume"
+        if value is not None
     }
     assert all(not isinstance(value, float) or math.isfinite(value) for value in options.values())
     write_json(experiment.directory / ARGUMENTS_FILE_NAME, options)
 
 
-def _directory_to_resume(arguments: TrainArguments) -> Path:
-    if arguments.resume != RESUME_LAST:
-        directory = Path(str(arguments.resume))
+def _directory_to_resume(resume: str, arguments: TrainArguments) -> Path:
+    if resume != RESUME_LAST:
+        directory = Path(resume)
+        if len(directory.parts) < 3:  # its parents are the name and the root
+            directory = directory.resolve()
         if not (directory / ARGUMENTS_FILE_NAME).is_file():
             raise UsageError(
                 f"--resume must be {RESUME_LAST} or an experiment directory; found {directory}, which "
@@ -239,9 +242,12 @@ def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> Tr
     for name, value in changed.items():
         if is_main_process():
             logger.info("--%s is now %s; it was %s", name, value, getattr(saved, name))
-    place = ("dataset_dir", "experiments_root", "experiment_name")
     return dataclasses.replace(
-        saved, **changed, **{name: getattr(given, name) for name in place}, resume=given.resume
+        saved,
+        **changed,
+        dataset_dir=given.dataset_dir,
+        experiments_root=directory.parent.parent,
+        experiment_name=directory.parent.name,
     )
 
 

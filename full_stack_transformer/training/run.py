@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from full_stack_transformer.arguments import TrainArguments
 from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
 from full_stack_transformer.datasets.text_bytes import bytes_per_target
 from full_stack_transformer.errors import DatasetError, UsageError
+from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
 from full_stack_transformer.modelling.backbones import (
     new_backbone,
     num_parameters,
@@ -40,6 +42,7 @@ from full_stack_transformer.training.experiments import (
 )
 from full_stack_transformer.training.export import ExportModel
 from full_stack_transformer.training.meter import Meter
+from full_stack_transformer.training.plan import Plan
 from full_stack_transformer.training.processes import is_main_process
 from full_stack_transformer.training.profiling import StepProfiler
 from full_stack_transformer.training.progress import Progress
@@ -56,6 +59,7 @@ from full_stack_transformer.training.stopping import (
 )
 from full_stack_transformer.training.summary import SUMMARY_FILE_NAME, summarize
 from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.throughput import flops_per_token
 from full_stack_transformer.training.tuning import tune
 
 logger = logging.getLogger(__name__)
@@ -154,6 +158,8 @@ class _Training:
                 f", going on after step {checkpoint.step:,}" if checkpoint else "",
             )
         task = CausalLanguageModelling(self._backbone, experiment.arguments)
+        if self._should_compile():
+            compile_layers(self._backbone)
         with self._signals:
             self._trainer.fit(
                 task,
@@ -161,6 +167,27 @@ class _Training:
                 ckpt_path=checkpoint.path if checkpoint else None,
                 weights_only=True,
             )
+
+    def _should_compile(self) -> bool:
+        arguments, trainer = self._experiment.arguments, self._trainer
+        if arguments.compile != "auto":
+            return arguments.compile == "always"
+        num_batches = self._data.count_batches_per_epoch(trainer.world_size)
+        num_steps = Plan.of(arguments, num_batches_per_epoch=num_batches).num_steps
+        num_context_tokens = _num_context_tokens(arguments, self._dataset)
+        is_filled = arguments.batching != "length"
+        num_row_tokens = (
+            self._dataset.description["max_sample_length"] if is_filled else num_context_tokens
+        )
+        num_rows = arguments.batch_size * arguments.accumulate_grad_batches
+        num_rows_in_all = math.inf if num_steps is None else num_rows * num_steps
+        return pays_to_compile(
+            trainer.strategy.root_device,
+            flops=flops_per_token(self._backbone, num_context_tokens)
+            * num_row_tokens
+            * num_rows_in_all,
+            minutes=arguments.max_minutes,
+        )
 
     def say_how_to_go_on(self, interruption: InterruptedBySignalError) -> int:
         """The exit code of a training that a signal interrupted."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments import TrainArguments
 from full_stack_transformer.errors import TrainingError, UsageError
+from full_stack_transformer.modelling.acceleration import accelerate
 from full_stack_transformer.modelling.losses import (
     LossOptions,
     language_model_loss,
@@ -45,6 +46,7 @@ class CausalLanguageModelling(pl.LightningModule):
         self.backbone = backbone
         # from_pretrained hands out evaluation mode, and Lightning keeps it.
         self.backbone.train()
+        accelerate(backbone)
         if arguments.activation_checkpointing:
             _checkpoint_activations(backbone)
         self.learning_rate = 0.0
@@ -217,7 +219,13 @@ class CausalLanguageModelling(pl.LightningModule):
 
     def _logits(self, batch: Batch) -> Tensor:
         with self._part(FORWARD):
-            output = self.backbone(input_ids=batch["input_ids"], use_cache=False)
+            # Positions that start again at 0 keep the documents of a packed row apart, as long as there
+            # is neither a mask nor a cache.
+            output = self.backbone(
+                input_ids=batch["input_ids"],
+                position_ids=batch.get("position_ids"),
+                use_cache=False,
+            )
         logits: Tensor = output.logits
         return logits
 

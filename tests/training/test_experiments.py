@@ -64,9 +64,19 @@ def test_last_is_the_newest_version_and_has_its_options(opening: _Opening) -> No
     assert (resumed.arguments.learning_rate, resumed.arguments.seed) == (0.5, 3)
     assert resumed.checkpoint is not None
     assert resumed.checkpoint.step == 7
-    by_name = opening(resume=str(opening.root / "experiment" / "0"))
+    by_name = opening(resume=str(opening.root / "experiment" / "0"), experiment_name="ignored")
     assert by_name.name == "experiment/0"
     assert by_name.arguments.learning_rate == 0.25
+    assert by_name.arguments.experiment_name == "experiment"
+
+
+def test_a_directory_to_resume_may_be_the_current_one(
+    opening: _Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(opening().directory)
+    resumed = opening(resume=".")
+    assert resumed.name == "experiment/0"
+    assert resumed.arguments.experiments_root == opening.root
 
 
 def test_the_line_that_goes_on_names_the_place(opening: _Opening) -> None:

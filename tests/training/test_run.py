@@ -91,17 +91,15 @@ def test_the_curves_are_there(experiment: Path) -> None:
 
 
 def test_arguments_are_read_again(
-    experiment: Path, dataset_dir: Path, run_fst: RunFst, tmp_path: Path
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same options give the same model, bit for bit; an option typed beside the file wins."""
-    done = run_fst(
-        *("train", "--config", experiment / "arguments.json", "--experiments_root", tmp_path)
-    )
-    assert done.returncode == 0, done.stderr
-    again = Path(done.stdout.strip())
+    words = ["train", "--config", str(experiment / "arguments.json")]
+    assert run([*words, "--experiments_root", str(tmp_path)]) == 0
+    again = Path(capsys.readouterr().out.strip())
     assert again.parent == tmp_path / "tiny"
-    weights = (experiment / "model/model.safetensors").read_bytes()
-    assert (again / "model/model.safetensors").read_bytes() == weights
+    weights = "model/model.safetensors"
+    assert (again / weights).read_bytes() == (experiment / weights).read_bytes()
 
 
 def test_a_model_directory_is_a_starting_point(
