@@ -10,8 +10,8 @@ import os
 import platform
 import sys
 
-_VARIABLE = "GLIBC_TUNABLES"
-_SETTINGS = ":".join(
+VARIABLE = "GLIBC_TUNABLES"
+SETTINGS = ":".join(
     (
         "glibc.malloc.mmap_max=0",  # large blocks from the heap, where they are used again
         "glibc.malloc.trim_threshold=17179869184",  # bytes at the end of the heap that are kept
@@ -23,8 +23,8 @@ _SETTINGS = ":".join(
 
 def restart_with_kept_memory(argv: list[str]) -> None:
     """Start `fst ARGV` again with the settings; return where they are in place or mean nothing."""
-    if _VARIABLE in os.environ or platform.libc_ver()[0] != "glibc":
+    if VARIABLE in os.environ or platform.libc_ver()[0] != "glibc":
         return
-    environment = {**os.environ, _VARIABLE: _SETTINGS}
+    environment = {**os.environ, VARIABLE: SETTINGS}
     command = [sys.executable, "-m", "full_stack_transformer", *argv]
     os.execve(sys.executable, command, environment)  # noqa: S606 (no shell, our own words)

@@ -10,6 +10,7 @@ and generates and validates uncompiled. Knows nothing of batches and of Lightnin
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,8 @@ def compile_layers(backbone: Backbone, *, backend: str | Callable[..., Any] = "i
         backbone: its layers are those of transformers that know gradient checkpointing.
         backend: of torch.compile.
     """
+    # torch's compiler asks each input for its gradient, and is told that some keep none.
+    warnings.filterwarnings("ignore", ".*grad attribute of a Tensor that is not a leaf Tensor.*")
     shared = _SharedCompilation(backend)
     for layer in backbone.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -117,9 +120,10 @@ class _TrainingForward:
         if layer.training and torch.is_grad_enabled() and not shared.has_failed:
             try:
                 return shared.function_of(layer)(layer, *arguments, **options)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, OSError) as error:  # or no place for the compiled code
                 shared.has_failed = True
-                reason = str(error).strip().splitlines()[0]
+                # The first line says which part of torch failed, the second one why.
+                reason = " ".join(str(error).strip().splitlines()[:2])
                 logger.warning(
                     "compiling failed, the training goes on without, at about 0.8 of the speed: %s",
                     reason,

@@ -51,7 +51,7 @@ def _wait_for(device: torch.device) -> None:
 def flops_per_token(backbone: Backbone, num_context_tokens: int) -> float:
     """FLOPs of the forward and backward pass for one token, by PaLM's count: 6 N + 12 L H Q T.
 
-    N are the weights that multiply activations: all but embedding tables, and the output head also where
+    N are the matrices that multiply activations: all but embedding tables, and the output head also where
     it is tied to one. L layers, H heads, Q width of a head, T tokens of context: attention counts in full,
     though half of it is masked, and nothing that is computed twice counts twice.
 
@@ -60,7 +60,7 @@ def flops_per_token(backbone: Backbone, num_context_tokens: int) -> float:
         num_context_tokens: T, tokens that a token may attend to; for packed rows the length of a document.
     """
     config = backbone.config
-    num_weights = sum(parameter.numel() for parameter in backbone.parameters())
+    num_weights = sum(matrix.numel() for matrix in backbone.parameters() if matrix.ndim > 1)
     tables = {
         id(module.weight): module.weight.numel()
         for module in backbone.modules()
