@@ -35,6 +35,26 @@ def _check_sampling(options: object) -> None:
     _between(options, 1e-6, 10, "repetition_penalty")
 
 
+def _parsed_logit_bias(words: tuple[str, ...]) -> dict[int, float]:
+    """The token ids and values of `ID=VALUE` words.
+
+    Raises:
+        UsageError: a word is none, or a value no number up to 100 in size.
+    """
+    biases: dict[int, float] = {}
+    for word in words:
+        token_id, _, value = word.partition("=")
+        try:
+            biases[int(token_id)] = float(value)
+        except ValueError:
+            raise UsageError(
+                f"--logit_bias must be ID=VALUE, such as 11=-100, found {word!r}"
+            ) from None
+        if not abs(float(value)) <= 100:
+            raise UsageError(f"--logit_bias must lie between -100 and 100, found {word!r}")
+    return biases
+
+
 @dataclass(frozen=True)
 class CollectDocumentsArguments:
     """Write documents to start with: DOCUMENTS_ROOT/SOURCE/train.txt and valid.txt."""
@@ -302,6 +322,9 @@ class EvaluateArguments:
     """Samples in a batch; the figures do not depend on it."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, mps."""
+    weights_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Also measure the model with such weights, as fst generate and fst serve compute with them, and print
+    the change of the perplexity beside it."""
 
 
 @dataclass(frozen=True)
@@ -312,33 +335,82 @@ class GenerateArguments:
     """Model directory, experiment directory or .ckpt file."""
     _: KW_ONLY
     prompt: str | None = None
-    """Text to continue; without it the text comes from standard input."""
+    """Text to continue; without it and --prompt_file the text comes from standard input."""
+    prompt_file: Path | None = None
+    """File that holds the text to continue, in UTF-8."""
+    interactive: bool = False
+    """Read line after line and answer each: a chat where the model has a chat template, else one text that
+    goes on. /reset begins anew, /seed N seeds the next answer, /quit or Ctrl-D ends, Ctrl-C stops an
+    answer."""
     max_new_tokens: int = 128
     """Tokens to add, at most."""
+    min_new_tokens: int = 0
+    """Tokens to add before the text may end."""
     temperature: float = 0.7
     """Randomness: 0 always takes the likeliest token, 1 follows the model's probabilities."""
     top_k: int = 0
     """Choose among the so many likeliest tokens; 0 for all."""
     top_p: float = 0.95
     """Choose among the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Choose among tokens with at least this part of the likeliest one's probability; 0 for all."""
+    typical_p: float = 1.0
+    """Choose among the tokens of the most typical surprise that together have this probability."""
     repetition_penalty: float = 1.1
     """Divides the scores of tokens that already occurred; 1 for none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the scores of tokens that are in the new text."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the scores of tokens for each time that they are in the new text."""
+    logit_bias: tuple[str, ...] = ()
+    """ID=VALUE: added to the score of this token id; may be repeated."""
     num_return_sequences: int = 1
     """Independent continuations of the prompt."""
     stop: tuple[str, ...] = ()
     """End before this text; may be repeated."""
+    ignored_words: tuple[str, ...] = ()
+    """Text that must never appear; may be repeated."""
+    log_probabilities: int | None = None
+    """Instead of the text print each token as a line of JSON: its log-probability and so many
+    alternatives."""
     seed: int | None = None
     """Seed of the first continuation, the next ones follow it; without it a random one, which is logged."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, mps."""
+    weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Arithmetic of the weights. auto: bfloat16 where the hardware computes in it. int8: the fastest,
+    with a small loss of quality, which fst evaluate --weights_dtype int8 measures."""
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
         _check_sampling(self)
         _at_least(self, 1, "num_return_sequences")
-        _at_least(self, 0, "top_k")
-        if self.seed is not None:
-            _at_least(self, 0, "seed")
+        _at_least(self, 0, "top_k", "min_new_tokens")
+        _between(self, 0, 1, "min_p")
+        _between(self, 1e-6, 1, "typical_p")
+        _between(self, -100, 100, "presence_penalty", "frequency_penalty")
+        self.logit_biases()
+        for name in ("seed", "log_probabilities"):
+            if getattr(self, name) is not None:
+                _at_least(self, 0, name)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UsageError(
+                f"--min_new_tokens {self.min_new_tokens} is above --max_new_tokens {self.max_new_tokens}"
+            )
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UsageError("pass --prompt or --prompt_file, found both")
+        if self.interactive and self.num_return_sequences > 1:
+            raise UsageError(
+                "--interactive gives one answer at a time; drop --num_return_sequences"
+            )
+        if self.interactive and self.log_probabilities is not None:
+            raise UsageError("--interactive prints texts; drop --log_probabilities")
+        if self.interactive and (self.prompt is not None or self.prompt_file is not None):
+            raise UsageError("--interactive reads lines; drop --prompt and --prompt_file")
+
+    def logit_biases(self) -> dict[int, float]:
+        """--logit_bias by token id."""
+        return _parsed_logit_bias(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -358,6 +430,9 @@ class ServeArguments:
     """Requests that may wait; more are answered 429."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, mps."""
+    weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Arithmetic of the weights. auto: bfloat16 where the hardware computes in it. int8: the fastest,
+    with a small loss of quality, which fst evaluate --weights_dtype int8 measures."""
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""

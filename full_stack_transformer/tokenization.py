@@ -29,6 +29,8 @@ PADDING = "[PAD]"
 
 _CONFIG_FILE_NAME = "tokenizer_config.json"
 _TOKENIZER_FILE_NAME = "tokenizer.json"
+# What stands in a text for bytes that are no character.
+_BROKEN = "\ufffd"
 # Key in tokenizer_config.json under which our own class is remembered.
 _CLASS_KEY = "full_stack_transformer_cls_name"
 
@@ -100,9 +102,50 @@ class DocumentTokenizer:
         prepared = f"{self.text_before}{self.normalize(text)}" if text else ""
         return [self.begin_id, *self.backend.encode(prepared, add_special_tokens=False).ids]
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as it is: not normalized, without any framing."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def split_markup(self, text: str) -> list[int | str]:
+        """What a chat template wrote: ids of the control tokens that it names, and the texts between them."""
+        encoding = self._markup_backend.encode(text, add_special_tokens=False)
+        pieces: list[int | str] = []
+        end = 0
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self._control_ids:
+                pieces += [text[end:start], token_id]
+                end = stop
+        return [piece for piece in [*pieces, text[end:]] if piece != ""]
+
+    @cached_property
+    def _markup_backend(self) -> Tokenizer:
+        # A backend of its own: the flag is a setting of the whole object, and other threads encode texts.
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens; control tokens are left out, broken UTF-8 becomes U+FFFD."""
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def leaves_out(self, token_id: int) -> bool:
+        """Whether `decode` skips this id: a control token, or none of the vocabulary."""
+        return token_id in self._control_ids or self.backend.id_to_token(token_id) is None
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of SentencePiece's tokens for single bytes, where the decoder knows them."""
+        sample = self.backend.token_to_id("<0x41>")
+        if sample is None or self.decode([sample]) != "A":
+            return frozenset()
+        ids = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -227,37 +270,48 @@ def class_name(cls: type[DocumentTokenizer]) -> str:
 class TextStream:
     """Decodes tokens one by one; the pieces together equal the decoding of all tokens.
 
-    A piece that ends inside a character is held back until the rest of it arrives. Only the tokens
-    since the last character border are decoded again, so a long text costs no more per token.
+    What a later token may change is held back: an unfinished character, and a run of byte tokens, which
+    SentencePiece's decoder reads as a whole. Only the newest tokens are decoded again, so a long text costs
+    no more per token.
     """
 
     def __init__(self, tokenizer: DocumentTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
-        self._context_start = (
-            0  # decoders may treat the first token specially: keep one step before
-        )
-        self._pending_start = 0
+        # Decoders may treat the first token in a special way, so the others never stand first.
+        self._context: list[int] = []
+        self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Text that this token completes; may be empty."""
-        self._token_ids.append(token_id)
-        text = self._pending_text()
-        if text.endswith("\ufffd"):
+        if self._tokenizer.leaves_out(token_id):
             return ""
-        self._context_start = self._pending_start
-        self._pending_start = len(self._token_ids)
-        return text
+        self._pending.append(token_id)
+        if token_id in self._tokenizer.byte_ids:
+            return ""
+        text = self._text(self._pending)
+        if not text.endswith(_BROKEN):
+            return self._release(text, len(self._pending))
+        # The character before it is settled if the newest token, with which it may go on, does not.
+        settled = self._text(self._pending[:-1])
+        if settled + self._tokenizer.decode([token_id]) == text:
+            return self._release(settled, len(self._pending) - 1)
+        return ""
 
     def finish(self) -> str:
         """Text that was held back: broken characters at the end."""
-        return self._pending_text()
+        return self._release(self._text(self._pending), len(self._pending))
 
-    def _pending_text(self) -> str:
-        context = self._token_ids[self._context_start : self._pending_start]
-        before = self._tokenizer.decode(context)
-        both = self._tokenizer.decode(self._token_ids[self._context_start :])
-        return both[len(before) :]
+    def _text(self, token_ids: list[int]) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + token_ids)[len(before) :]
+
+    def _release(self, text: str, num_tokens: int) -> str:
+        if text:
+            self._context = self._pending[:num_tokens]
+        else:
+            self._context += self._pending[:num_tokens]
+        del self._pending[:num_tokens]
+        return text
 
 
 def _with_control_tokens(backend: Tokenizer) -> Tokenizer:

@@ -1,15 +1,15 @@
 """Text to ids and back; text never becomes a control token; a stream equals the whole."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from full_stack_transformer import tokenization
 from full_stack_transformer.datasets.description import DatasetDirectory
@@ -77,13 +77,79 @@ def _stream(tokenizer: DocumentTokenizer, ids: Sequence[int]) -> str:
     return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
 
 
-def test_a_stream_of_random_tokens_equals_the_whole(trained: TrainedTokenizer) -> None:
-    """Random ids are full of broken characters; 2,000 sequences."""
-    random_numbers = random.Random(0)
-    for _ in range(2000):
-        length = random_numbers.randrange(1, 30)
-        ids = [random_numbers.randrange(trained.vocab_size) for _ in range(length)]
-        assert _stream(trained, ids) == trained.decode(ids)
+def _sentencepiece() -> DocumentTokenizer:
+    """As Llama 2 had it: words with a mark for the space, and a token for each byte."""
+    words = ("▁", "▁the", "▁cat", "s", "at", "é", "▁▁", "\ufffd", "日")
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocabulary = {name: token_id for token_id, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
+    return DocumentTokenizer(backend, begin="<s>", end="</s>", pad="</s>")
+
+
+def _wordpiece() -> DocumentTokenizer:
+    """As BERT has it: decoding puts spaces between words and takes them away before full stops."""
+    names = ["[UNK]", "[CLS]", "[SEP]", "the", "##s", "##at", "a", ".", ",", "n't", "'", "日", "do"]
+    vocabulary = {name: token_id for token_id, name in enumerate(names)}
+    backend = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=True)
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
+    return DocumentTokenizer(backend, begin="[CLS]", end="[SEP]", pad="[SEP]")
+
+
+def _sequences(tokenizer: DocumentTokenizer, count: int) -> Iterator[list[int]]:
+    """Random ids, ids of single bytes, and texts of all alphabets in which tokens are missing or twice."""
+    numbers = random.Random(0)
+    # Also ids that the tokenizer does not have: a model's vocabulary may be padded.
+    everything = range(tokenizer.vocab_size + 2)
+    short = [i for i in everything if len(tokenizer.backend.id_to_token(i) or "") <= 2]
+    alphabet = "aé ß\n日本語🙂👩‍👩‍👧🇩🇪\u0301\ufffd\U0010ffff\x00"
+    for number in range(count):
+        length = numbers.randrange(1, 30)
+        if number % 3 == 2:
+            text = "".join(numbers.choices(alphabet, k=length))
+            ids = tokenizer.encode_text(text)
+            yield [token_id for token_id in ids for _ in range(numbers.choice((0, 1, 1, 1, 2)))]
+        else:
+            yield numbers.choices(everything if number % 3 else short, k=length)
+
+
+@pytest.fixture(scope="module", params=["trained", "gpt2", "sentencepiece", "wordpiece"])
+def any_tokenizer(request: pytest.FixtureRequest) -> DocumentTokenizer:
+    if request.param == "gpt2":
+        if not SHARED_DATA.is_dir():
+            pytest.skip("GPT-2's vocabulary is not here: expected ../shared/data/gpt2")
+        return load_tokenizer("GPT2Tokenizer", str(SHARED_DATA / "gpt2"))
+    if request.param == "trained":
+        return cast(DocumentTokenizer, request.getfixturevalue("trained"))
+    return _sentencepiece() if request.param == "sentencepiece" else _wordpiece()
+
+
+@pytest.mark.parametrize(
+    "count", [2500, pytest.param(100_000, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_a_stream_of_any_tokens_equals_the_whole(
+    any_tokenizer: DocumentTokenizer, count: int
+) -> None:
+    for ids in _sequences(any_tokenizer, count):
+        assert _stream(any_tokenizer, ids) == any_tokenizer.decode(ids)
+
+
+def test_a_stream_of_broken_bytes_does_not_wait_for_its_end(trained: TrainedTokenizer) -> None:
+    """A character is held back until it is complete or cannot be completed any more."""
+    first_of_four = trained.backend.get_vocab()["ð"]
+    stream = TextStream(trained)
+    pieces = [stream.push(first_of_four) for _ in range(50)]
+    assert pieces == ["", *["\ufffd"] * 49]
+    assert stream.finish() == "\ufffd"
 
 
 def test_a_stream_holds_back_half_a_character(trained: TrainedTokenizer) -> None:

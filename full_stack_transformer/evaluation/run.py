@@ -10,6 +10,7 @@ from full_stack_transformer.arguments import EvaluateArguments
 from full_stack_transformer.datasets.description import open_dataset
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.perplexity import measure_perplexity
+from full_stack_transformer.evaluation.rounded_weights import measure_rounded_weights
 from full_stack_transformer.modelling.model_directory import open_model
 from full_stack_transformer.tokenization import open_saved_tokenizer
 
@@ -44,4 +45,16 @@ def evaluate(arguments: EvaluateArguments) -> None:
         figures.perplexity,
         figures.bits_per_byte,
     )
-    sys.stdout.write(json.dumps(dataclasses.asdict(figures), indent=2) + "\n")
+    content = dataclasses.asdict(figures)
+    if arguments.weights_dtype != "float32":
+        rounded = measure_rounded_weights(
+            model.backbone, dataset.valid, figures, arguments.weights_dtype
+        )
+        logger.info(
+            "with %s weights: perplexity %.2f, %+.3f %%",
+            rounded.weights_dtype,
+            rounded.perplexity,
+            100 * rounded.relative_perplexity_change,
+        )
+        content["rounded_weights"] = dataclasses.asdict(rounded)
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")

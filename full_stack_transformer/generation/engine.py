@@ -1,25 +1,41 @@
 """Continuous batching on token ids: add a request, step, cancel.
 
-Requests join and leave between steps. Each has a slot of the cache; a step reads one bounded chunk of a
-new prompt and then makes one token for every request whose prompt has been read, so that a long prompt
-never stalls the others for long. Knows nothing of text, of HTTP and of threads: one thread owns it.
+    add ─> waits for its turn to be read ─> read in chunks ─> decoded, one token or more a step ─> ends
+
+Requests join and leave between steps. Each has a slot of the runner's cache; a step reads one bounded chunk
+of a new prompt and makes a token for every request whose prompt has been read, so that a long prompt never
+stalls the others for long. What a slot holds after its request has ended stays there: a request that begins
+with the same tokens goes on from them. Knows nothing of text, of HTTP and of threads: one thread owns it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import RequestError
-from full_stack_transformer.generation.sampling import SamplingParameters, draw, final_scores
-from full_stack_transformer.generation.slot_cache import SlotCache
-from full_stack_transformer.modelling.backbones import context_length
+from full_stack_transformer.generation.runners import Runner, SlotWork
+from full_stack_transformer.generation.sampling import (
+    History,
+    SamplingParameters,
+    ScoredToken,
+    adjusted_scores,
+    draw,
+    score_tokens,
+)
 
 # Tokens of a prompt that are read between two decoding steps.
 _PREFILL_CHUNK_TOKENS = 256
+# Fewer tokens in common are read again rather than copied from another slot.
+_MIN_REUSED_TOKENS = 16
+# Tokens that are guessed at once, and requests at most while guessing pays: with many requests the
+# processor has no spare time for guesses that fail.
+_MAX_GUESSED_TOKENS, _MAX_REQUESTS_WITH_GUESSES = 6, 2
+_GUESSED_FROM_TOKENS = 3
+# Likeliest tokens of which a request is asked at once whether it forbids them.
+_MIN_TOKENS_TO_ASK = 16
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -34,8 +50,14 @@ class TokenRequest:
     seed: int
     stop_ids: frozenset[int] = frozenset()
     """A token of these ends the request and is not part of the result."""
+    min_new_tokens: int = 0
+    """Before so many new tokens none of `stop_ids` can be chosen."""
     forbids: Callable[[Sequence[int]], bool] | None = None
     """Called with the new tokens so far and a candidate at their end; true takes the candidate back."""
+    num_log_probabilities: int | None = None
+    """Report each new token's log-probability and so many alternatives."""
+    num_prompt_log_probabilities: int | None = None
+    """Report those of the prompt's tokens after the first one too, with the first event."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,10 @@ class TokenEvent:
     request_id: int
     token_id: int | None
     finish_reason: FinishReason | None
+    scored: ScoredToken | None = None
+    """Log-probabilities of the token, where they were asked for."""
+    scored_prompt: tuple[ScoredToken, ...] = ()
+    """Those of the prompt's tokens after the first one; with the first event of a request."""
 
 
 @dataclass
@@ -52,30 +78,45 @@ class _Running:
     request: TokenRequest
     slot: int
     generator: torch.Generator
-    num_read: int = 0
-    new_ids: list[int] = field(default_factory=list)
+    token_ids: Tensor
+    """(prompt + max_new_tokens,): prompt, new tokens so far, and room."""
+    num_tokens: int
+    """Of prompt and new text so far."""
+    num_read: int = -1
+    """Tokens that the slot holds; -1 before its turn has come."""
+    scored_prompt: list[ScoredToken] = field(default_factory=list)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_new(self) -> int:
+        return self.num_tokens - self.num_prompt
 
     @property
     def is_reading(self) -> bool:
-        return self.num_read < len(self.request.prompt_ids)
+        return self.num_read < self.num_prompt
 
 
 class Engine:
     """Generates for up to `num_slots` requests at once.
 
     Args:
-        backbone: any causal language model of transformers, in evaluation mode.
-        num_slots: requests under way at once; the caller queues the rest.
+        runner: what computes.
+        guesses: look for the newest tokens earlier in the text and check what followed them there in one
+            step; the tokens that come out are the same.
     """
 
-    def __init__(self, backbone: Backbone, *, num_slots: int) -> None:
-        config = backbone.config
-        self.max_length = context_length(config)
-        self.num_slots = num_slots
-        self._backbone = backbone
-        self._device = next(backbone.parameters()).device
-        self._cache = SlotCache(config.num_hidden_layers, num_slots, self.max_length)
-        self._free_slots = list(range(num_slots))
+    def __init__(self, runner: Runner, *, guesses: bool = True) -> None:
+        self.max_length = runner.max_length
+        self.num_slots = runner.num_slots
+        self.num_reused_tokens = 0
+        """Prompt tokens that did not have to be read."""
+        self._runner = runner
+        self._guesses = guesses
+        self._held: list[list[int]] = [[] for _ in range(runner.num_slots)]
+        self._free_slots = list(range(runner.num_slots))
         self._running: dict[int, _Running] = {}
         self._next_id = 0
 
@@ -95,16 +136,21 @@ class Engine:
         Raises:
             RequestError: prompt and new tokens do not fit into the context, or an id is none of the model's.
         """
+        self._check_ids(request.prompt_ids, (*request.sampling.logit_bias, *request.stop_ids))
         num_prompt, num_new = len(request.prompt_ids), request.max_new_tokens
-        if num_prompt == 0:
-            raise RequestError("the prompt has no tokens; expected one at least")
+        if num_new == 0 and request.num_prompt_log_probabilities is None:
+            raise RequestError("no new token is asked for; ask for one at least")
         if num_prompt + num_new > self.max_length:
             raise RequestError(
                 f"the model's context is {self.max_length} tokens, but the prompt has {num_prompt} and "
                 f"{num_new} new ones were asked for; shorten the prompt or ask for fewer"
             )
-        vocab_size = self._backbone.get_input_embeddings().num_embeddings
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
+
+    def _check_ids(self, prompt_ids: Sequence[int], other_ids: Iterable[int]) -> None:
+        if len(prompt_ids) == 0:
+            raise RequestError("the prompt has no tokens; expected one at least")
+        ids, vocab_size = [*prompt_ids, *other_ids], self._runner.vocab_size
+        if min(ids) < 0 or max(ids) >= vocab_size:
             raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}")
 
     def add(self, request: TokenRequest) -> int:
@@ -117,10 +163,14 @@ class Engine:
         assert self._free_slots, "the caller must look at num_free_slots"
         request_id = self._next_id
         self._next_id += 1
+        token_ids = torch.zeros(len(request.prompt_ids) + request.max_new_tokens, dtype=torch.long)
+        token_ids[: len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
         self._running[request_id] = _Running(
             request=request,
-            slot=self._free_slots.pop(),
+            slot=self._take_slot(request.prompt_ids),
             generator=torch.Generator().manual_seed(request.seed),
+            token_ids=token_ids,
+            num_tokens=len(request.prompt_ids),
         )
         return request_id
 
@@ -130,92 +180,307 @@ class Engine:
         if running is not None:
             self._free_slots.append(running.slot)
 
-    @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Read one chunk of a prompt, if there is one to read, and make one token for each other request."""
-        events: list[TokenEvent] = []
+        """Read one chunk of a prompt, if there is one to read, and make tokens for each other request."""
         reading = next((key for key, one in self._running.items() if one.is_reading), None)
-        decoding = [key for key, one in self._running.items() if not one.is_reading]
+        keys = [key for key, one in self._running.items() if not one.is_reading]
+        work = [self._next_work(self._running[key], len(keys)) for key in keys]
         if reading is not None:
-            logits = self._read_chunk(self._running[reading])
-            if not self._running[reading].is_reading:
-                events += self._choose([reading], logits)
-        if decoding:
-            events += self._choose(decoding, self._decode([self._running[key] for key in decoding]))
-        return events
+            keys.append(reading)
+            work.append(self._next_chunk(self._running[reading]))
+        if not work:
+            return []
+        logits = self._runner.run(self._forgetting(work))
+        for key, one in zip(keys, work, strict=True):
+            self._running[key].num_read = one.start + len(one.token_ids)
+            self._held[one.slot] += one.token_ids
+        return self._choose(keys, work, logits)
 
-    def _read_chunk(self, running: _Running) -> Tensor:
-        """Logits (1, vocabulary) after the chunk of the prompt that comes next."""
+    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """What the model makes of each token of some sequences, in slots that are free now.
+
+        Returns:
+            (tokens, hidden) of each sequence, after the last norm.
+
+        Raises:
+            RequestError: a sequence is empty or does not fit into the context, or an id is none of the
+                model's.
+        """
+        assert self._free_slots, "the caller must look at num_free_slots"
+        for sequence in sequences:
+            self._check_ids(sequence, ())
+            if len(sequence) > self.max_length:
+                raise RequestError(
+                    f"the model's context is {self.max_length} tokens, but a text has {len(sequence)}; "
+                    "shorten it"
+                )
+        states: list[Tensor] = []
+        for first in range(0, len(sequences), len(self._free_slots)):
+            states += self._read_whole(sequences[first : first + len(self._free_slots)])
+        return states
+
+    def _read_whole(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Hidden states of as many sequences as there are free slots, at most."""
+        parts: list[list[Tensor]] = [[] for _ in sequences]
+        for start in range(0, max(map(len, sequences)), _PREFILL_CHUNK_TOKENS):
+            numbers = [number for number, ids in enumerate(sequences) if len(ids) > start]
+            work = [
+                SlotWork(
+                    self._free_slots[number],
+                    start,
+                    list(sequences[number][start : start + _PREFILL_CHUNK_TOKENS]),
+                    num_logits=0,
+                )
+                for number in numbers
+            ]
+            states = self._runner.hidden_states(self._forgetting(work))
+            lengths = [len(one.token_ids) for one in work]
+            for number, one, part in zip(numbers, work, torch.split(states, lengths), strict=True):
+                self._held[one.slot] += one.token_ids
+                parts[number].append(part)
+        return [torch.cat(some) for some in parts]
+
+    def _forgetting(self, work: Sequence[SlotWork]) -> Sequence[SlotWork]:
+        """The work, once what it writes over is no longer said to be held: it may fail half-way."""
+        for one in work:
+            del self._held[one.slot][one.start :]
+        return work
+
+    # ------------------------------------------------------------------ what to read
+
+    def _take_slot(self, prompt_ids: Sequence[int]) -> int:
+        """The free slot that holds the longest beginning of the prompt, else the one free for longest."""
+        common = [_num_common(self._held[slot], prompt_ids) for slot in self._free_slots]
+        best = max(range(len(common)), key=lambda place: common[place])
+        if common[best] < _MIN_REUSED_TOKENS:
+            empty = [place for place, slot in enumerate(self._free_slots) if not self._held[slot]]
+            best = empty[0] if empty else 0
+        return self._free_slots.pop(best)
+
+    def _next_chunk(self, running: _Running) -> SlotWork:
+        """The chunk of a prompt that comes next; none of its logits matter before the last one."""
+        prompt_ids = running.request.prompt_ids
+        if running.num_read < 0:
+            # Logits of tokens that are not read again are not to be had.
+            is_scored = running.request.num_prompt_log_probabilities is not None
+            running.num_read = 0 if is_scored else self._reuse(running.slot, prompt_ids)
         start = running.num_read
-        chunk = running.request.prompt_ids[start : start + _PREFILL_CHUNK_TOKENS]
-        running.num_read += len(chunk)
-        positions = torch.arange(start, running.num_read)[None, :]
-        return self._forward(torch.tensor([chunk]), torch.tensor([running.slot]), positions)
+        chunk = list(prompt_ids[start : start + _PREFILL_CHUNK_TOKENS])
+        is_last = start + len(chunk) == len(prompt_ids)
+        if running.request.num_prompt_log_probabilities is not None:
+            return SlotWork(running.slot, start, chunk, num_logits=len(chunk))
+        return SlotWork(running.slot, start, chunk, num_logits=1 if is_last else 0)
 
-    def _decode(self, batch: Sequence[_Running]) -> Tensor:
-        """Logits (requests, vocabulary) after the newest token of each request."""
-        last_ids = torch.tensor([[one.new_ids[-1]] for one in batch])
-        positions = torch.tensor(
-            [[len(one.request.prompt_ids) + len(one.new_ids) - 1] for one in batch]
+    def _reuse(self, slot: int, prompt_ids: Sequence[int]) -> int:
+        """Let the slot hold the longest beginning of the prompt that any slot holds; how long that is."""
+        # The last token is always read: its logits are wanted.
+        wanted = prompt_ids[:-1]
+        own = _num_common(self._held[slot], wanted)
+        lengths = [_num_common(held, wanted) for held in self._held]
+        best = max(range(len(lengths)), key=lambda other: lengths[other])
+        if lengths[best] >= max(_MIN_REUSED_TOKENS, own + 1):
+            self._runner.copy_slot(best, slot, lengths[best])
+            self._held[slot] = list(wanted[: lengths[best]])
+            own = lengths[best]
+        own = own if own >= _MIN_REUSED_TOKENS else 0
+        self.num_reused_tokens += own
+        return own
+
+    def _next_work(self, running: _Running, num_decoding: int) -> SlotWork:
+        """The newest token, and guesses of what follows it."""
+        ids = running.token_ids[running.num_read : running.num_tokens].tolist()
+        guesses: list[int] = []
+        if self._guesses and num_decoding <= _MAX_REQUESTS_WITH_GUESSES:
+            room = running.num_prompt + running.request.max_new_tokens - running.num_tokens - 1
+            known = running.token_ids[: running.num_tokens]
+            guesses = guess_from_text(known, min(room, _MAX_GUESSED_TOKENS))
+        return SlotWork(
+            running.slot, running.num_read, [*ids, *guesses], num_logits=1 + len(guesses)
         )
-        return self._forward(last_ids, torch.tensor([one.slot for one in batch]), positions)
 
-    def _forward(self, input_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        positions = positions.to(self._device)
-        mask = self._cache.select(slots.to(self._device), positions)
-        output = self._backbone(
-            input_ids=input_ids.to(self._device),
-            position_ids=positions,
-            attention_mask=mask.to(self._backbone.dtype),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+    # ------------------------------------------------------------------ what comes out
 
-    def _choose(self, request_ids: Sequence[int], logits: Tensor) -> list[TokenEvent]:
-        """Draw a token for each request and say which requests ended by it."""
-        batch = [self._running[key] for key in request_ids]
-        # NaN spreads to the largest score; -inf alone is a token out of the question.
-        is_broken = ~torch.isfinite(logits.amax(dim=-1))
-        sampling = [one.request.sampling for one in batch]
-        seen = [
-            torch.tensor([*one.request.prompt_ids, *one.new_ids], device=logits.device)
-            for one in batch
-        ]
-        scores = final_scores(logits.nan_to_num(), sampling, seen)
-        drawn = draw(scores, sampling, [one.generator for one in batch])
-        events = []
-        for row, (key, one) in enumerate(zip(request_ids, batch, strict=True)):
-            if bool(is_broken[row]):
-                self.cancel(key)
-                events.append(TokenEvent(key, None, "error"))
-                continue
-            token_id = _allowed_token(int(drawn[row]), scores[row], one)
-            events.append(self._accept(key, one, token_id))
+    def _choose(
+        self, keys: Sequence[int], work: Sequence[SlotWork], logits: Tensor
+    ) -> list[TokenEvent]:
+        """Draw tokens for each request, as far as the guesses hold, and say which requests ended."""
+        events: list[TokenEvent] = []
+        firsts, first = [], 0
+        for one in work:
+            firsts.append(first)
+            first += one.num_logits
+        # (key, row of the logits that decide its next token, guesses not yet compared)
+        open_requests: list[tuple[int, int, list[int]]] = []
+        for key, one, row in zip(keys, work, firsts, strict=True):
+            running = self._running[key]
+            if (
+                one.start < running.num_prompt
+                and running.request.num_prompt_log_probabilities is not None
+            ):
+                rows = logits[row : row + one.num_logits]
+                _score_prompt(running, one.start, rows)
+                row += one.num_logits - 1
+                if not bool(torch.isfinite(rows.amax(dim=-1)).all()):
+                    events.append(self._end_broken(key))
+                elif running.is_reading:
+                    continue
+                elif running.request.max_new_tokens:
+                    open_requests.append((key, row, []))
+                else:
+                    events.append(self._end_after_prompt(key, running))
+            elif one.num_logits:
+                guesses = list(one.token_ids[len(one.token_ids) - one.num_logits + 1 :])
+                open_requests.append((key, row, guesses))
+        while open_requests:
+            drawn = self._draw(
+                [key for key, _, _ in open_requests],
+                logits[[row for _, row, _ in open_requests]],
+            )
+            events += drawn
+            open_requests = [
+                (key, row + 1, guesses[1:])
+                for (key, row, guesses), event in zip(open_requests, drawn, strict=True)
+                if event.finish_reason is None and guesses and guesses[0] == event.token_id
+            ]
+        self._forget_wrong_guesses(keys)
         return events
 
-    def _accept(self, key: int, running: _Running, token_id: int | None) -> TokenEvent:
-        if token_id is None or token_id in running.request.stop_ids:
-            self.cancel(key)
-            return TokenEvent(key, None, "stop")
-        running.new_ids.append(token_id)
-        if len(running.new_ids) < running.request.max_new_tokens:
-            return TokenEvent(key, token_id, None)
+    def _forget_wrong_guesses(self, keys: Sequence[int]) -> None:
+        """What a slot holds behind the newest token but one was guessed wrongly."""
+        for key in keys:
+            running = self._running.get(key)
+            if running is not None and not running.is_reading:
+                running.num_read = min(running.num_read, running.num_tokens - 1)
+                del self._held[running.slot][running.num_read :]
+
+    def _draw(self, keys: Sequence[int], logits: Tensor) -> list[TokenEvent]:
+        """One token for each request from its logits (requests, vocabulary)."""
+        batch = [self._running[key] for key in keys]
+        # NaN spreads to the largest score; -inf alone is a token out of the question.
+        is_broken = (~torch.isfinite(logits.amax(dim=-1))).tolist()
+        parameters = [one.request.sampling for one in batch]
+        numbers = logits.nan_to_num(neginf=-torch.inf)
+        scores = adjusted_scores(numbers, parameters, list(map(_history, batch)))
+        uniforms = torch.cat(
+            [torch.rand(1, generator=one.generator, dtype=torch.float64) for one in batch]
+        )
+        drawn = draw(scores, parameters, uniforms).tolist()
+        events = []
+        for row, (key, one) in enumerate(zip(keys, batch, strict=True)):
+            if is_broken[row]:
+                events.append(self._end_broken(key))
+                continue
+            token_id = _allowed_token(drawn[row], scores[row], one)
+            events.append(self._accept(key, one, token_id, logits[row]))
+        return events
+
+    def _end_broken(self, key: int) -> TokenEvent:
+        """The model computed scores that are no numbers."""
+        running = self._running[key]
         self.cancel(key)
-        return TokenEvent(key, token_id, "length")
+        # Nobody may go on from what the slot holds now.
+        self._held[running.slot].clear()
+        return TokenEvent(key, None, "error")
+
+    def _end_after_prompt(self, key: int, running: _Running) -> TokenEvent:
+        self.cancel(key)
+        return TokenEvent(key, None, "length", scored_prompt=tuple(running.scored_prompt))
+
+    def _accept(
+        self, key: int, running: _Running, token_id: int | None, logits: Tensor
+    ) -> TokenEvent:
+        request = running.request
+        if token_id is None or token_id in request.stop_ids:
+            self.cancel(key)
+            return TokenEvent(key, None, "stop", scored_prompt=tuple(running.scored_prompt))
+        running.token_ids[running.num_tokens] = token_id
+        running.num_tokens += 1
+        reason: FinishReason | None = None
+        if running.num_new == request.max_new_tokens:
+            reason = "length"
+            self.cancel(key)
+        scored = None
+        if request.num_log_probabilities is not None:
+            chosen = torch.tensor([token_id])
+            [scored] = score_tokens(logits[None], chosen, request.num_log_probabilities)
+        prompt, running.scored_prompt = tuple(running.scored_prompt), []
+        return TokenEvent(key, token_id, reason, scored, prompt)
+
+
+def guess_from_text(token_ids: Tensor, max_guesses: int) -> list[int]:
+    """What followed the newest tokens (tokens,) where they last occurred together before.
+
+    Prompt lookup: Saxena 2023; Leviathan et al. 2023 for why checking guesses changes nothing.
+    """
+    num_tokens = len(token_ids)
+    if max_guesses < 1 or num_tokens <= _GUESSED_FROM_TOKENS:
+        return []
+    newest = token_ids[-_GUESSED_FROM_TOKENS:]
+    windows = token_ids[:-1].unfold(0, _GUESSED_FROM_TOKENS, 1)
+    places = (windows == newest).all(dim=1).nonzero()
+    if not len(places):
+        return []
+    after = int(places[-1]) + _GUESSED_FROM_TOKENS
+    guesses: list[int] = token_ids[after : after + max_guesses].tolist()
+    return guesses
+
+
+def _score_prompt(running: _Running, start: int, logits: Tensor) -> None:
+    """Remember the log-probabilities of the prompt's tokens that follow those from `start`.
+
+    Args:
+        logits: (tokens, vocabulary) after each token of a chunk.
+    """
+    following = running.token_ids[start + 1 : min(start + 1 + len(logits), running.num_prompt)]
+    num_alternatives = running.request.num_prompt_log_probabilities
+    assert num_alternatives is not None
+    running.scored_prompt += score_tokens(logits[: len(following)], following, num_alternatives)
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens at the beginning that two sequences share."""
+    length = min(len(first), len(second))
+    if first[:length] == list(second[:length]):
+        return length
+    return next(place for place in range(length) if first[place] != second[place])
+
+
+def _history(running: _Running) -> History:
+    request = running.request
+    is_early = running.num_new < request.min_new_tokens
+    return History(
+        running.token_ids[: running.num_tokens],
+        running.num_prompt,
+        tuple(request.stop_ids) if is_early else (),
+    )
 
 
 def _allowed_token(token_id: int, scores: Tensor, running: _Running) -> int | None:
-    """`token_id`, or another draw while the request forbids it; none when nothing is left."""
+    """`token_id`, or another draw among those that the request allows; none when nothing is left.
+
+    Args:
+        token_id: drawn from `scores`.
+        scores: (vocabulary,).
+        running: the request.
+    """
     forbids = running.request.forbids
-    if forbids is None:
+    new_ids = running.token_ids[running.num_prompt : running.num_tokens].tolist()
+    if not bool(scores[token_id] > -torch.inf):
+        return None
+    if forbids is None or not forbids([*new_ids, token_id]):
         return token_id
+    # Where one is forbidden others mostly are: more and more of the likeliest are looked at before each draw.
     scores = scores.clone()
-    while forbids([*running.new_ids, token_id]):
-        scores[token_id] = -torch.inf
+    order = scores.sort(descending=True, stable=True).indices.tolist()
+    num_seen, allowed = 0, set()
+    while token_id not in allowed:
+        seen = order[num_seen : max(_MIN_TOKENS_TO_ASK, 2 * num_seen)]
+        num_seen += len(seen)
+        forbidden = {candidate for candidate in seen if forbids([*new_ids, candidate])}
+        allowed |= set(seen) - forbidden
+        scores[list(forbidden)] = -torch.inf
         if not bool((scores > -torch.inf).any()):
             return None
-        token_id = int(draw(scores[None], [running.request.sampling], [running.generator]))
+        uniform = torch.rand(1, generator=running.generator, dtype=torch.float64)
+        token_id = int(draw(scores[None], [running.request.sampling], uniform))
     return token_id

@@ -38,6 +38,12 @@ class SlotCache(Cache):
         allowed = keys[None, None, None, :] <= positions[:, None, :, None]
         return torch.zeros(allowed.shape, device=positions.device).masked_fill(~allowed, -torch.inf)
 
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Let slot `target` hold the first tokens of `source`."""
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                stored[target, :, :num_tokens] = stored[source, :, :num_tokens]
+
 
 class _SlotLayer(CacheLayerMixin):
     is_sliding = False

@@ -13,13 +13,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from full_stack_transformer.errors import ServiceUnavailableError
+from full_stack_transformer.generation.continuation import Continuation, TextPiece
 from full_stack_transformer.generation.engine import Engine, TokenRequest
-from full_stack_transformer.generation.text_generator import (
-    Continuation,
-    GenerationOptions,
-    TextPiece,
-    as_token_request,
-)
+from full_stack_transformer.generation.text_generator import GenerationOptions, as_token_request
 from full_stack_transformer.modelling.model_directory import OpenedModel
 
 logger = logging.getLogger(__name__)
@@ -51,9 +47,9 @@ class Ticket:
 class EngineWorker:
     """Owns a model and its engine; every method may be called from any thread."""
 
-    def __init__(self, model: OpenedModel, *, max_batch_size: int, max_queue_size: int) -> None:
+    def __init__(self, model: OpenedModel, engine: Engine, *, max_queue_size: int) -> None:
         self.model = model
-        self._engine = Engine(model.backbone, num_slots=max_batch_size)
+        self._engine = engine
         self._max_queue_size = max_queue_size
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
@@ -68,7 +64,7 @@ class EngineWorker:
         Raises:
             RequestError: it can never be generated.
         """
-        request = as_token_request(prompt, options, self.model.tokenizer, self._engine.max_length)
+        request = as_token_request(prompt, options, self.model, self._engine.max_length)
         self._engine.check(request)
         return request
 
@@ -137,7 +133,9 @@ class EngineWorker:
 
     def _step(self) -> None:
         for event in self._engine.step():
-            ticket = self._running[event.request_id]
+            ticket = self._running.get(event.request_id)
+            if ticket is None:
+                continue  # it ended at a stop string earlier in this step
             piece = ticket.continuation.push(event)
             if piece.finish_reason is not None:
                 self._finish(event.request_id, piece)

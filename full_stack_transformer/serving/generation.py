@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from starlette.requests import Request
 
 from full_stack_transformer.errors import ServiceUnavailableError
+from full_stack_transformer.generation.continuation import TextPiece
 from full_stack_transformer.generation.engine import FinishReason
 from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextPiece
+from full_stack_transformer.generation.text_generator import GenerationOptions
 from full_stack_transformer.serving.engine_worker import EngineWorker, Ticket
 from full_stack_transformer.serving.schemas import CompletionRequest, GeneratedTextsRequest
 

@@ -9,6 +9,7 @@ import uvicorn
 
 from full_stack_transformer.arguments import ServeArguments
 from full_stack_transformer.errors import MachineError
+from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.modelling.model_directory import find_model_directory, open_model
 from full_stack_transformer.serving.app import make_app
 from full_stack_transformer.serving.engine_worker import EngineWorker
@@ -28,9 +29,12 @@ def serve(arguments: ServeArguments) -> int:
     find_model_directory(arguments.model)  # a wrong path is said before the port is taken
     listener = _listen(arguments.host, arguments.port)
     model = open_model(arguments.model, device=arguments.device)
-    worker = EngineWorker(
-        model, max_batch_size=arguments.max_batch_size, max_queue_size=arguments.max_queue_size
+    engine = open_engine(
+        model.backbone,
+        num_slots=arguments.max_batch_size,
+        weights_dtype=arguments.weights_dtype,
     )
+    worker = EngineWorker(model, engine, max_queue_size=arguments.max_queue_size)
     host, port = listener.getsockname()[:2]
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 (only shown)
     logger.info("serving %s at %s (documentation: %s/docs)", model.name, url, url)

@@ -1,174 +1,391 @@
 """The engine equals plain generation, whatever joins and leaves beside a request."""
 
+import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.generation import engine as engine_module
-from full_stack_transformer.generation.engine import Engine, TokenRequest
+from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
+from full_stack_transformer.generation.runners import Runner, SlotWork, TorchRunner
 from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.modelling.backbones import new_backbone
-from full_stack_transformer.modelling.model_directory import open_model
+from tests.generation.small_models import (
+    CONTEXT,
+    GREEDY,
+    RUNNERS,
+    SAMPLED,
+    SHAPES,
+    VOCABULARY,
+    RememberingRunner,
+    make_runner,
+    random_prompts,
+    run_events,
+    run_requests,
+    small_backbone,
+    tokens_of,
+)
 
-GREEDY = SamplingParameters(temperature=0)
-IDS = {"begin": 0, "end": 1, "pad": 2}
-
-
-def _backbone(preset: str) -> Backbone:
-    torch.manual_seed(1)
-    small = {"gpt2": "gpt2"}.get(preset, "tiny")
-    if small == "gpt2":
-        import transformers
-
-        config = transformers.GPT2Config(
-            vocab_size=300, n_positions=128, n_embd=64, n_layer=2, n_head=2
-        )
-        backbone = transformers.GPT2LMHeadModel(config)
-    else:
-        backbone = new_backbone("tiny", vocab_size=300, max_length=128, special_token_ids=IDS)
-    with torch.no_grad():
-        backbone.get_input_embeddings().weight.mul_(6)
-    return backbone.eval()
+MakeRunner = Callable[[int], Runner]
+LONG = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def backbone(request: pytest.FixtureRequest) -> Backbone:
-    return _backbone(request.param)
+@pytest.fixture(params=[(kind, shape) for shape in SHAPES for kind in RUNNERS], ids="-".join)
+def new_runner(request: pytest.FixtureRequest) -> MakeRunner:
+    """Makes a runner with so many slots: every kind, of every shape."""
+    kind, shape = request.param
+    make_runner(kind, shape, num_slots=1)  # skips here
+    return lambda num_slots: make_runner(kind, shape, num_slots=num_slots)
 
 
-def _run(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[int]]:
-    """Tokens of all requests, added as slots become free."""
-    waiting = list(enumerate(requests))
-    numbers: dict[int, int] = {}
+def _generated(backbone: Backbone, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    ids = backbone.generate(
+        torch.tensor([list(prompt)]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=2,
+    )
+    new_ids: list[int] = ids[0, len(prompt) :].tolist()
+    return new_ids
+
+
+def _run_in_company(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[int]]:
+    """Tokens of the requests, while others join, are cancelled and fail beside them."""
+    numbers = random.Random(7)
+    waiting, running = list(enumerate(requests)), dict[int, int]()
+    company: list[int] = []
     results: list[list[int]] = [[] for _ in requests]
-    while waiting or engine.num_running:
-        while waiting and engine.num_free_slots:
+    while waiting or running:
+        if waiting and engine.num_free_slots and numbers.random() < 0.6:
             number, request = waiting.pop(0)
-            numbers[engine.add(request)] = number
+            running[engine.add(request)] = number
+        if engine.num_free_slots and numbers.random() < 0.3:
+            prompt = [numbers.randrange(3, VOCABULARY) for _ in range(numbers.randint(1, 90))]
+            company.append(engine.add(TokenRequest(prompt, 9, SAMPLED, seed=numbers.randrange(99))))
+        if company and numbers.random() < 0.2:
+            engine.cancel(company.pop(numbers.randrange(len(company))))
         for event in engine.step():
-            if event.token_id is not None:
-                results[numbers[event.request_id]].append(event.token_id)
+            if event.request_id in running:
+                number = running[event.request_id]
+                results[number] += tokens_of([event])
+                if event.finish_reason is not None:
+                    del running[event.request_id]
     return results
 
 
-def _prompts(count: int) -> list[list[int]]:
-    numbers = random.Random(3)
-    return [
-        [numbers.randrange(3, 300) for _ in range(numbers.randrange(1, 60))] for _ in range(count)
-    ]
-
-
-def test_greedy_equals_transformers_generate(backbone: Backbone) -> None:
+@pytest.mark.parametrize(
+    ("num_prompts", "max_new_tokens"),
+    [(12, 12), pytest.param(200, 24, marks=LONG)],
+    ids=["short", "long"],
+)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("torch", "llama"),
+        ("torch", "gpt2"),
+        ("torch", "gpt_neox"),
+        ("float32", "llama"),
+        ("float32", "gpt2"),
+    ],
+)
+def test_greedy_equals_transformers_whatever_joins_and_leaves(
+    kind: str, shape: str, num_prompts: int, max_new_tokens: int
+) -> None:
     requests = [
-        TokenRequest(prompt_ids=prompt, max_new_tokens=20, sampling=GREEDY, seed=0)
-        for prompt in _prompts(24)
+        TokenRequest(prompt, max_new_tokens, GREEDY, seed=0)
+        for prompt in random_prompts(num_prompts)
     ]
-    ours = _run(Engine(backbone, num_slots=5), requests)
+    ours = _run_in_company(Engine(make_runner(kind, shape, num_slots=5)), requests)
+    backbone = small_backbone(shape)
     for request, tokens in zip(requests, ours, strict=True):
-        theirs = backbone.generate(
-            torch.tensor([request.prompt_ids]),
-            attention_mask=torch.ones(1, len(request.prompt_ids), dtype=torch.long),
-            max_new_tokens=20,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=2,
-        )
-        assert tokens == theirs[0, len(request.prompt_ids) :].tolist()
+        assert tokens == _generated(backbone, request.prompt_ids, max_new_tokens)
 
 
 def test_a_prompt_read_in_chunks_gives_the_same(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    new_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = TokenRequest(
-        prompt_ids=_prompts(40)[-1] * 2, max_new_tokens=8, sampling=GREEDY, seed=0
-    )
-    whole = _run(Engine(backbone, num_slots=1), [request])
+    prompt = (random_prompts(40)[-1] * 9)[:100]
+    request = TokenRequest(prompt, max_new_tokens=8, sampling=GREEDY, seed=0)
+    whole = run_requests(Engine(new_runner(1)), [request])
     monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 7)
-    assert _run(Engine(backbone, num_slots=1), [request]) == whole
+    assert run_requests(Engine(new_runner(1)), [request]) == whole
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_in_company(backbone: Backbone) -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(new_runner: MakeRunner) -> None:
+    requests = [
+        TokenRequest(prompt, max_new_tokens=10, sampling=SAMPLED, seed=number)
+        for number, prompt in enumerate(random_prompts(32))
+    ]
+    together = run_requests(Engine(new_runner(32)), requests)
+    assert len({tuple(tokens) for tokens in together}) > 20
+    alone = Engine(new_runner(1))
+    for request, tokens in list(zip(requests, together, strict=True))[::5]:
+        assert run_requests(alone, [request]) == [tokens]
+    assert _run_in_company(Engine(new_runner(4)), requests[::4]) == together[::4]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_guessing_changes_no_token(new_runner: MakeRunner, sampling: SamplingParameters) -> None:
+    """Prompts that repeat themselves, so that what followed before is guessed, rightly and wrongly."""
+    sampling = replace(sampling, repetition_penalty=0.8)
     requests = [
         TokenRequest(
-            prompt_ids=prompt,
-            max_new_tokens=12,
-            sampling=SamplingParameters(temperature=0.9, top_p=0.9, repetition_penalty=1.1),
+            (prompt[:9] * 5)[:40],
+            max_new_tokens=24,
+            sampling=sampling,
             seed=number,
+            min_new_tokens=5,
+            stop_ids=frozenset({prompt[0]}),
+            num_log_probabilities=2,
         )
-        for number, prompt in enumerate(_prompts(9))
+        for number, prompt in enumerate(random_prompts(4))
     ]
-    together = _run(Engine(backbone, num_slots=9), requests)
-    for request, tokens in zip(requests, together, strict=True):
-        assert _run(Engine(backbone, num_slots=1), [request]) == [tokens]
+    with_guesses = run_events(Engine(new_runner(2)), requests)
+    without = run_events(Engine(new_runner(2), guesses=False), requests)
+    for events, expected in zip(with_guesses, without, strict=True):
+        assert tokens_of(events) == tokens_of(expected)
+        assert [one.finish_reason for one in events] == [one.finish_reason for one in expected]
+        for one, other in zip(events, expected, strict=True):
+            if one.scored and other.scored:
+                value = other.scored.log_probability
+                assert one.scored.log_probability == pytest.approx(value, abs=1e-4)
+
+
+def test_right_guesses_save_steps() -> None:
+    request = TokenRequest([5, 6, 7, 8] * 5, 40, GREEDY, seed=0)
+    counts = []
+    for guesses in (True, False):
+        engine = Engine(_RepeatingRunner(period=4), guesses=guesses)
+        engine.add(request)
+        num_steps, tokens = 0, []
+        while engine.num_running:
+            tokens += tokens_of(engine.step())
+            num_steps += 1
+        assert tokens == [5, 6, 7, 8] * 10
+        counts.append(num_steps)
+    assert counts[0] < counts[1] / 3
+
+
+class _RepeatingRunner(RememberingRunner):
+    """Says again what stood `period` tokens before."""
+
+    def __init__(self, period: int) -> None:
+        super().__init__(num_slots=1)
+        self._period = period
+
+    def _scores(self, token_ids: Sequence[int]) -> Tensor:
+        return torch.eye(self.vocab_size)[token_ids[-self._period]]
+
+
+# ------------------------------------------------------------------ what slots hold
+
+
+def test_a_chat_that_goes_on_is_not_read_again(new_runner: MakeRunner) -> None:
+    first = TokenRequest(random_prompts(3)[2], 10, GREEDY, seed=0)
+    engine = Engine(new_runner(3))
+    [answer] = run_requests(engine, [first])
+    longer = replace(first, prompt_ids=[*first.prompt_ids, *answer, 9, 8, 7])
+    assert engine.num_reused_tokens == 0
+    again = run_requests(engine, [longer])
+    # The last token of the answer has never been read.
+    assert engine.num_reused_tokens == len(first.prompt_ids) + len(answer) - 1
+    assert again == run_requests(Engine(new_runner(1)), [longer])
+
+
+def test_samples_of_one_prompt_read_it_once(new_runner: MakeRunner) -> None:
+    prompt = (random_prompts(3)[1] * 9)[:80]
+    requests = [TokenRequest(prompt, 8, SAMPLED, seed=seed) for seed in range(5)]
+    engine = Engine(new_runner(5))
+    together = run_requests(engine, requests)
+    assert engine.num_reused_tokens == 4 * 79
+    assert together == [run_requests(Engine(new_runner(1)), [one])[0] for one in requests]
     assert len({tuple(tokens) for tokens in together}) > 1
 
 
-def test_cancelled_requests_leave_no_trace(backbone: Backbone) -> None:
-    """Random schedules of adding and cancelling: survivors get what they would get alone."""
-    prompts = _prompts(30)
+def test_a_step_that_fails_leaves_nothing_wrong_behind() -> None:
+    prompt = list(range(30))
+    runner = _FailingRunner(num_slots=1)
+    engine = Engine(runner)
+    run_requests(engine, [TokenRequest(prompt, 5, GREEDY, seed=0)])
+    other = TokenRequest([*prompt[:20], *prompt[25:], 1, 2, 3], 5, GREEDY, seed=0)
+    expected = run_requests(Engine(RememberingRunner(1)), [other])
+    runner.is_failing = True
+    key = engine.add(other)
+    with pytest.raises(MemoryError):
+        engine.step()
+    engine.cancel(key)
+    runner.is_failing = False
+    assert run_requests(engine, [other]) == expected
+
+
+class _FailingRunner(RememberingRunner):
+    is_failing = False
+
+    def run(self, work: Sequence[SlotWork]) -> Tensor:
+        logits = super().run(work)
+        if self.is_failing:
+            raise MemoryError
+        return logits
+
+
+# ------------------------------------------------------------------ joining and leaving
+
+
+def _ends_with(token_id: int, new_ids: Sequence[int]) -> bool:
+    return new_ids[-1] == token_id
+
+
+def _any_requests(numbers: random.Random, count: int) -> Iterator[TokenRequest]:
+    """Requests of all kinds; many share their beginning."""
+    vocabulary = range(RememberingRunner.vocab_size)
+    shared = [numbers.choice(vocabulary) for _ in range(40)]
+    for number in range(count):
+        own = [numbers.choice(vocabulary) for _ in range(numbers.randint(1, 12))]
+        forbidden = numbers.choice(vocabulary)
+        yield TokenRequest(
+            prompt_ids=[*shared[: numbers.choice((0, 0, 18, 30, 40))], *own],
+            max_new_tokens=numbers.randint(1, 10),
+            sampling=SamplingParameters(temperature=numbers.choice((0.0, 0.3, 1.0))),
+            seed=number,
+            stop_ids=frozenset(numbers.sample(vocabulary, numbers.choice((0, 0, 4)))),
+            min_new_tokens=numbers.choice((0, 0, 3)),
+            forbids=partial(_ends_with, forbidden) if number % 3 == 0 else None,
+            num_prompt_log_probabilities=1 if number % 5 == 0 else None,
+        )
+
+
+@pytest.mark.parametrize(
+    "num_schedules", [60, pytest.param(10_000, marks=LONG)], ids=["short", "long"]
+)
+def test_schedules_of_adding_and_cancelling_mix_nothing_up(
+    num_schedules: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No slot is lost, and every request gets the tokens that it would get alone, as far as it came."""
+    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 9)
+    numbers = random.Random(11)
+    pool = list(_any_requests(numbers, 60))
     alone = [
-        _run(Engine(backbone, num_slots=1), [TokenRequest(prompt, 6, GREEDY, seed=0)])[0]
-        for prompt in prompts
+        run_requests(Engine(RememberingRunner(1), guesses=False), [request])[0] for request in pool
     ]
-    numbers = random.Random(5)
-    engine = Engine(backbone, num_slots=4)
-    running: dict[int, int] = {}
-    results: dict[int, list[int]] = {}
-    waiting = list(range(len(prompts)))
-    while waiting or running:
-        while waiting and engine.num_free_slots and numbers.random() < 0.7:
-            number = waiting.pop()
-            key = engine.add(TokenRequest(prompts[number], 6, GREEDY, seed=0))
-            running[key] = number
-            results[number] = []
-        if running and numbers.random() < 0.1:
-            key = numbers.choice(sorted(running))
-            engine.cancel(key)
-            del results[running.pop(key)]
-        for event in engine.step():
-            if event.token_id is not None:
-                results[running[event.request_id]].append(event.token_id)
-            if event.finish_reason is not None:
-                del running[event.request_id]
-    assert engine.num_free_slots == engine.num_slots
-    assert len(results) > 10
-    assert all(alone[number] == tokens for number, tokens in results.items())
+    num_finished = 0
+    for _ in range(num_schedules):
+        engine = Engine(RememberingRunner(numbers.randint(1, 5)))
+        waiting = [numbers.randrange(len(pool)) for _ in range(numbers.randint(2, 9))]
+        running: dict[int, int] = {}
+        tokens: dict[int, list[int]] = {}
+        while waiting or running:
+            if waiting and engine.num_free_slots and numbers.random() < 0.7:
+                number = waiting.pop()
+                key = engine.add(pool[number])
+                running[key], tokens[key] = number, []
+            if running and numbers.random() < 0.05:
+                key = numbers.choice(sorted(running))
+                engine.cancel(key)
+                number, so_far = running.pop(key), tokens.pop(key)
+                assert so_far == alone[number][: len(so_far)]
+            for event in engine.step():
+                tokens[event.request_id] += tokens_of([event])
+                if event.finish_reason is not None:
+                    number = running.pop(event.request_id)
+                    assert tokens[event.request_id] == alone[number]
+                    num_finished += 1
+            assert engine.num_running == len(running)
+            assert engine.num_free_slots + engine.num_running == engine.num_slots
+    assert num_finished > 2 * num_schedules
 
 
-def test_a_stop_token_ends_and_is_left_out(backbone: Backbone) -> None:
-    request = TokenRequest(_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
-    [tokens] = _run(Engine(backbone, num_slots=1), [request])
+# ------------------------------------------------------------------ how requests end
+
+
+def test_a_stop_token_ends_and_is_left_out(new_runner: MakeRunner) -> None:
+    request = TokenRequest(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
+    [tokens] = run_requests(Engine(new_runner(1)), [request])
     stopping = replace(request, stop_ids=frozenset({tokens[4]}))
     first = tokens.index(tokens[4])
-    assert _run(Engine(backbone, num_slots=1), [stopping]) == [tokens[:first]]
+    assert run_requests(Engine(new_runner(1)), [stopping]) == [tokens[:first]]
 
 
-def test_forbidden_tokens_are_drawn_again(backbone: Backbone) -> None:
-    request = TokenRequest(_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
-    [tokens] = _run(Engine(backbone, num_slots=1), [request])
+def test_nothing_ends_a_request_before_its_minimum(new_runner: MakeRunner) -> None:
+    everything = frozenset(range(VOCABULARY)) - {7, 8}
+    request = TokenRequest([5, 6], 10, SAMPLED, seed=0, stop_ids=everything, min_new_tokens=6)
+    [events] = run_events(Engine(new_runner(1)), [request])
+    assert len(tokens_of(events)) >= 6
+    assert set(tokens_of(events)) <= {7, 8}
+
+
+def test_forbidden_tokens_are_drawn_again(new_runner: MakeRunner) -> None:
+    request = TokenRequest(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
+    [tokens] = run_requests(Engine(new_runner(1)), [request])
     forbidding = replace(request, forbids=lambda new_ids: new_ids[-1] in set(tokens))
-    [others] = _run(Engine(backbone, num_slots=1), [forbidding])
+    [others] = run_requests(Engine(new_runner(1)), [forbidding])
     assert len(others) == 10
     assert not set(others) & set(tokens)
     nothing = replace(request, forbids=lambda new_ids: True)
-    assert _run(Engine(backbone, num_slots=1), [nothing]) == [[]]
+    assert run_requests(Engine(new_runner(1)), [nothing]) == [[]]
 
 
-def test_nan_ends_a_request_with_an_error_and_no_token() -> None:
-    backbone = _backbone("llama")
-    engine = Engine(backbone, num_slots=2)
-    engine.add(TokenRequest([5, 6], 5, GREEDY, seed=0))
+def test_what_is_allowed_is_drawn_as_if_the_rest_did_not_exist() -> None:
+    """Of 40 tokens all but the unlikely odd ones are forbidden."""
+    runner = RememberingRunner(1)
+    scores = runner._scores([3])
+    odd = torch.full_like(scores, -torch.inf)
+    odd[1::2] = scores[1::2]
+    counts = torch.zeros(40)
+    engine = Engine(runner)
+    for seed in range(400):
+        request = TokenRequest(
+            [3], 1, SamplingParameters(), seed, forbids=lambda new_ids: new_ids[-1] % 2 == 0
+        )
+        [[token_id]] = run_requests(engine, [request])
+        counts[token_id] += 1
+    torch.testing.assert_close(counts / 400, odd.softmax(dim=-1), atol=0.07, rtol=0.0)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_end_a_request_with_an_error_and_no_token(
+    value: float, sampling: SamplingParameters
+) -> None:
+    engine = Engine(_BreakingRunner(value))
+    broken = engine.add(TokenRequest([5, 6], 5, sampling, seed=0))
+    sound = engine.add(TokenRequest([5, 7], 5, sampling, seed=0))
+    events = [*engine.step(), *engine.step()]
+    assert TokenEvent(broken, None, "error") in events
+    assert all(event.token_id is None for event in events if event.request_id == broken)
+    assert tokens_of([event for event in events if event.request_id == sound])
+    scored = TokenRequest([5, 6, 7], 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
+    engine = Engine(_BreakingRunner(value))
+    assert run_events(engine, [scored]) == [[TokenEvent(0, None, "error")]]
+
+
+class _BreakingRunner(RememberingRunner):
+    """One of the scores after token 6 is none."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(num_slots=2)
+        self._value = value
+
+    def _scores(self, token_ids: Sequence[int]) -> Tensor:
+        scores = super()._scores(token_ids)
+        scores[9] = self._value if 6 in token_ids else 0.0
+        return scores
+
+
+def test_weights_that_are_no_numbers_are_noticed() -> None:
+    backbone = copy.deepcopy(small_backbone("llama"))
     with torch.no_grad():
         backbone.get_input_embeddings().weight[6] = float("nan")
-    [event] = engine.step()
-    assert (event.token_id, event.finish_reason) == (None, "error")
-    assert engine.num_free_slots == 2
+    engine = Engine(TorchRunner(backbone, num_slots=1))
+    request = TokenRequest([5, 6], 5, GREEDY, seed=0)
+    assert run_events(engine, [request]) == [[TokenEvent(0, None, "error")]]
 
 
 @pytest.mark.parametrize(
@@ -178,21 +395,80 @@ def test_nan_ends_a_request_with_an_error_and_no_token() -> None:
         ([5] * 100, 29, "context is 128 tokens, but the prompt has 100 and 29"),
         ([5, 300], 5, "between 0 and 299"),
         ([-1], 5, "between 0 and 299"),
+        ([5], 0, "no new token"),
     ],
 )
 def test_what_can_never_be_generated_is_refused(
-    backbone: Backbone, prompt: list[int], max_new_tokens: int, message: str
+    prompt: list[int], max_new_tokens: int, message: str
 ) -> None:
-    engine = Engine(backbone, num_slots=1)
+    engine = Engine(make_runner("torch", num_slots=1))
     with pytest.raises(RequestError, match=message):
         engine.add(TokenRequest(prompt, max_new_tokens, GREEDY, seed=0))
     assert engine.num_free_slots == 1
 
 
-def test_a_saved_model_generates_as_before(model_dir: Path) -> None:
-    request = TokenRequest([0, 40, 50], max_new_tokens=10, sampling=GREEDY, seed=0)
-    results = [
-        _run(Engine(open_model(model_dir, device="cpu").backbone, num_slots=1), [request])
-        for _ in range(2)
-    ]
-    assert results[0] == results[1]
+# ------------------------------------------------------------------ what else comes out
+
+
+def test_log_probabilities_are_those_of_the_model(new_runner: MakeRunner) -> None:
+    """Of the prompt's tokens and of the new ones, before any penalty or temperature."""
+    prompt = random_prompts(5)[4][:40]
+    request = TokenRequest(
+        prompt, 6, SAMPLED, seed=1, num_log_probabilities=3, num_prompt_log_probabilities=2
+    )
+    runner = new_runner(1)
+    [events] = run_events(Engine(runner), [request])
+    whole = [*prompt, *tokens_of(events)]
+    logits = runner.run([SlotWork(0, 0, whole, num_logits=len(whole))])
+    expected = logits.log_softmax(dim=-1)
+    scored = [*events[0].scored_prompt, *(event.scored for event in events)]
+    assert len(scored) == len(whole) - 1
+    for place, one in enumerate(scored):
+        assert one is not None and one.token_id == whole[place + 1]
+        assert one.log_probability == pytest.approx(float(expected[place, one.token_id]), abs=1e-3)
+        num_alternatives = 2 if place < len(prompt) - 1 else 3
+        best = expected[place].topk(num_alternatives).values.tolist()
+        assert [value for _, value in one.alternatives] == pytest.approx(best, abs=1e-3)
+
+
+def test_a_prompt_is_scored_without_a_new_token(new_runner: MakeRunner) -> None:
+    engine = Engine(new_runner(1))
+    for prompt in ([5], list(range(3, 3 + CONTEXT))):
+        request = TokenRequest(prompt, 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
+        [[event]] = run_events(engine, [request])
+        assert (event.token_id, event.finish_reason) == (None, "length")
+        assert [one.token_id for one in event.scored_prompt] == prompt[1:]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "gpt_neox"])
+@pytest.mark.parametrize("kind", ["torch", "float32"])
+def test_hidden_states_are_those_after_the_last_norm(
+    kind: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (kind, shape) == ("float32", "gpt_neox"):
+        pytest.skip("the C++ decoder does not know gpt_neox")
+    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 20)
+    engine = Engine(make_runner(kind, shape, num_slots=3))
+    prompts = random_prompts(7)
+    for prompt, states in zip(prompts, engine.hidden_states(prompts), strict=True):
+        with torch.inference_mode():
+            output = small_backbone(shape)(torch.tensor([prompt]), output_hidden_states=True)
+        torch.testing.assert_close(states, output.hidden_states[-1][0], atol=1e-4, rtol=1e-4)
+    # What the slots hold now serves those who come after.
+    request = TokenRequest([*prompts[-1], 5], 5, GREEDY, seed=0)
+    assert run_requests(engine, [request])[0] == _generated(
+        small_backbone(shape), request.prompt_ids, 5
+    )
+
+
+def test_hidden_states_leave_requests_under_way_alone(new_runner: MakeRunner) -> None:
+    requests = [TokenRequest(prompt, 9, GREEDY, seed=0) for prompt in random_prompts(2)]
+    expected = run_requests(Engine(new_runner(3)), requests)
+    engine = Engine(new_runner(3))
+    keys = [engine.add(request) for request in requests]
+    results: dict[int, list[int]] = {key: [] for key in keys}
+    while engine.num_running:
+        engine.hidden_states(random_prompts(4))
+        for event in engine.step():
+            results[event.request_id] += tokens_of([event])
+    assert list(results.values()) == expected

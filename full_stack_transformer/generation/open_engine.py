@@ -1,0 +1,124 @@
+"""A model and the wishes of its user -> an engine on what computes fastest here."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.errors import MachineError, ModelError
+from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.native.decoder import (
+    NativeRunner,
+    WeightsDtype,
+    why_not_native,
+)
+from full_stack_transformer.generation.runners import Runner, TorchRunner
+from full_stack_transformer.modelling.backbones import context_length
+
+logger = logging.getLogger(__name__)
+
+# Part of the free memory that keys and values may take.
+_MAX_MEMORY_PART = 0.7
+_TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def open_engine(
+    backbone: Backbone,
+    *,
+    num_slots: int,
+    weights_dtype: Literal["auto"] | WeightsDtype = "auto",
+    max_length: int | None = None,
+) -> Engine:
+    """An engine for up to `num_slots` requests at once; fewer where memory is short, aloud.
+
+    Args:
+        backbone: in evaluation mode, where it is to compute.
+        num_slots: requests under way at once.
+        weights_dtype: auto is bfloat16 where the hardware multiplies it, else float32.
+        max_length: tokens of a request at most; none for the model's context.
+
+    Raises:
+        ModelError: the weights cannot be had in that type here.
+        MachineError: memory is short for a single request.
+    """
+    if weights_dtype == "auto":
+        weights_dtype = "bfloat16" if _multiplies_bfloat16(backbone) else "float32"
+    max_length = min(max_length or context_length(backbone.config), context_length(backbone.config))
+    num_slots = _fitting_slots(backbone, num_slots, max_length, weights_dtype)
+    runner = open_runner(
+        backbone, num_slots=num_slots, weights_dtype=weights_dtype, max_length=max_length
+    )
+    logger.info("generating with %s", runner.name)
+    return Engine(runner)
+
+
+def open_runner(
+    backbone: Backbone, *, num_slots: int, weights_dtype: WeightsDtype, max_length: int
+) -> Runner:
+    """What computes fastest here with such weights.
+
+    Raises:
+        ModelError: the weights cannot be had in that type here.
+        MachineError: memory is short.
+    """
+    problem = why_not_native(backbone)
+    if problem is None:
+        return NativeRunner(
+            backbone, num_slots=num_slots, weights_dtype=weights_dtype, max_length=max_length
+        )
+    if weights_dtype == "int8":
+        raise ModelError(
+            f"--weights_dtype int8 needs the C++ decoder, which cannot run this model here: {problem}; "
+            "pass bfloat16 or float32"
+        )
+    if next(backbone.parameters()).device.type == "cpu":
+        logger.warning(
+            "generating through PyTorch, which is slower than the C++ decoder: %s", problem
+        )
+    backbone = backbone.to(_TORCH_TYPES[weights_dtype])
+    return TorchRunner(backbone, num_slots=num_slots, max_length=max_length)
+
+
+def _multiplies_bfloat16(backbone: Backbone) -> bool:
+    device = next(backbone.parameters()).device
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _fitting_slots(
+    backbone: Backbone, num_slots: int, max_length: int, weights_dtype: WeightsDtype
+) -> int:
+    """As many slots as are asked for, or as memory holds."""
+    config = backbone.config
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    num_values = 2 * config.num_hidden_layers * heads * head_size * max_length
+    slot_bytes = num_values * (4 if weights_dtype == "float32" else 2)
+    free_bytes = _free_bytes(next(backbone.parameters()).device)
+    if free_bytes is None:
+        return num_slots
+    fitting = int(free_bytes * _MAX_MEMORY_PART) // slot_bytes
+    if fitting < 1:
+        raise MachineError(
+            f"a request of {max_length:,} tokens needs {slot_bytes / 1e6:,.0f} MB for its keys and values, "
+            f"{free_bytes / 1e6:,.0f} MB are free; choose a smaller model"
+        )
+    if fitting < num_slots:
+        logger.warning("memory holds %d requests at once, not %d", fitting, num_slots)
+    return min(num_slots, int(fitting))
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+    return int(available[0]) * 1024 if available else None

@@ -1,0 +1,154 @@
+"""Small backbones with random weights, every runner for them, and how tests drive an engine."""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
+from full_stack_transformer.generation.native.decoder import NativeRunner, why_not_native
+from full_stack_transformer.generation.runners import Runner, SlotWork, TorchRunner
+from full_stack_transformer.generation.sampling import SamplingParameters
+from full_stack_transformer.modelling.backbones import new_backbone
+
+VOCABULARY, CONTEXT = 300, 128
+GREEDY = SamplingParameters(temperature=0)
+SAMPLED = SamplingParameters(temperature=0.9, top_p=0.9, repetition_penalty=1.1)
+SHAPES = ("llama", "gpt2")
+RUNNERS = ("torch", "float32", "bfloat16", "int8")
+
+
+@cache
+def small_backbone(shape: str) -> Backbone:
+    """Two layers, width 64, in evaluation mode; never changed by a test."""
+    torch.manual_seed(1)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    if shape == "llama":
+        backbone = new_backbone(
+            "tiny",
+            vocab_size=VOCABULARY,
+            max_length=CONTEXT,
+            special_token_ids={"begin": 0, "end": 1, "pad": 2},
+        )
+    elif shape == "gpt2":
+        config = transformers.GPT2Config(
+            **ids, vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=2
+        )
+        backbone = transformers.GPT2LMHeadModel(config)
+    else:
+        assert shape == "gpt_neox"
+        config = transformers.GPTNeoXConfig(
+            **ids,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=CONTEXT,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+        backbone = transformers.GPTNeoXForCausalLM(config)
+    # Fresh weights predict all tokens about alike, or the last one again.
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    return backbone.eval()
+
+
+def make_runner(kind: str, shape: str = "llama", *, num_slots: int = 4) -> Runner:
+    """A runner of this kind; skips the test where the machine cannot have it."""
+    backbone = small_backbone(shape)
+    if kind == "torch":
+        return TorchRunner(backbone, num_slots=num_slots)
+    problem = why_not_native(backbone)
+    if problem is not None:
+        pytest.skip(f"no C++ decoder here: {problem}")
+    return NativeRunner(backbone, num_slots=num_slots, weights_dtype=kind)  # type: ignore[arg-type]
+
+
+class RememberingRunner:
+    """Its next token is a function of all tokens before it, which it remembers for each slot.
+
+    Whatever an engine mixes up, forgets or takes from another request changes what comes out.
+    """
+
+    name = "remembering"
+    vocab_size = 40
+    max_length = 64
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.num_read_tokens = 0
+        self._held: list[list[int]] = [[] for _ in range(num_slots)]
+
+    def run(self, work: Sequence[SlotWork]) -> Tensor:
+        """Scores that follow from the tokens."""
+        slots = [one.slot for one in work]
+        assert len(set(slots)) == len(slots)
+        rows = []
+        for one in work:
+            held = self._held[one.slot]
+            assert one.start <= len(held), "tokens before those of the work are missing"
+            del held[one.start :]
+            held += one.token_ids
+            self.num_read_tokens += len(one.token_ids)
+            for end in range(len(held) - one.num_logits + 1, len(held) + 1):
+                rows.append(self._scores(held[:end]))
+        return torch.stack(rows) if rows else torch.zeros(0, self.vocab_size)
+
+    def hidden_states(self, work: Sequence[SlotWork]) -> Tensor:
+        """Not asked for."""
+        raise NotImplementedError
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        """Remember another slot's tokens."""
+        assert source != target and num_tokens <= len(self._held[source])
+        self._held[target] = self._held[source][:num_tokens]
+
+    def _scores(self, token_ids: Sequence[int]) -> Tensor:
+        # Tokens come back after a while, so that guesses from the text are right now and then.
+        numbers = random.Random(
+            hash(tuple(token_ids[-3:])) if len(token_ids) % 7 else str(token_ids)
+        )
+        return torch.tensor([numbers.gauss(0, 3) for _ in range(self.vocab_size)])
+
+
+def run_requests(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[int]]:
+    """Tokens of all requests, added as slots become free."""
+    return [tokens_of(events) for events in run_events(engine, requests)]
+
+
+def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
+    """The new tokens."""
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+def run_events(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[TokenEvent]]:
+    """Events of all requests, added as slots become free."""
+    waiting = list(enumerate(requests))
+    numbers: dict[int, int] = {}
+    results: list[list[TokenEvent]] = [[] for _ in requests]
+    while waiting or engine.num_running:
+        while waiting and engine.num_free_slots:
+            number, request = waiting.pop(0)
+            numbers[engine.add(request)] = number
+        for event in engine.step():
+            results[numbers[event.request_id]].append(event)
+    assert engine.num_free_slots == engine.num_slots
+    return results
+
+
+def random_prompts(
+    count: int, *, vocab_size: int = VOCABULARY, max_tokens: int = 60
+) -> list[list[int]]:
+    """Prompts of 1 to `max_tokens` tokens."""
+    numbers = random.Random(3)
+    return [
+        [numbers.randrange(3, vocab_size) for _ in range(numbers.randint(1, max_tokens))]
+        for _ in range(count)
+    ]

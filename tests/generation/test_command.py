@@ -1,0 +1,291 @@
+"""`fst generate`: prompts from everywhere, every option reaches the engine, a session of lines."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from full_stack_transformer.arguments import GenerateArguments
+from full_stack_transformer.errors import InputError, UsageError
+from full_stack_transformer.generation import command
+from full_stack_transformer.generation.chat import ChatMessage
+from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from tests.conftest import RunFst
+
+PROMPT = "The reader"
+
+
+@pytest.fixture(scope="module")
+def exact(model_dir: Path) -> TextGenerator:
+    return TextGenerator.open(model_dir, device="cpu", weights_dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def chatting_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a chat template."""
+    directory = tmp_path_factory.mktemp("models") / "chatting"
+    shutil.copytree(model_dir, directory)
+    template = "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template + "{{ bos_token }}")
+    return directory
+
+
+def _arguments(model_dir: Path, **options: Any) -> GenerateArguments:
+    given = {
+        "max_new_tokens": 12,
+        "seed": 5,
+        "temperature": 2.0,
+        "device": "cpu",
+        "weights_dtype": "float32",
+        **options,
+    }
+    return GenerateArguments(model_dir, **given)
+
+
+def _printed(capsys: pytest.CaptureFixture[str], arguments: GenerateArguments) -> str:
+    command.generate(arguments)
+    return capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ one prompt
+
+
+def test_the_command_prints_prompt_and_continuations(run_fst: RunFst, model_dir: Path) -> None:
+    words = ("generate", model_dir, "--max_new_tokens", "12", "--seed", "5", "--temperature", "2")
+    done = run_fst(*words, "--prompt", PROMPT, "--num_return_sequences", "2", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.removesuffix("\n").split("\n---\n")
+    assert first.startswith(PROMPT)
+    assert first != second
+    assert "seed 5" in done.stderr
+
+
+def test_a_prompt_comes_from_the_option_a_file_or_standard_input(
+    model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = _printed(capsys, _arguments(model_dir, prompt=PROMPT))
+    file = tmp_path / "prompt.txt"
+    file.write_text(f"{PROMPT}\n", encoding="utf-8")
+    assert _printed(capsys, _arguments(model_dir, prompt_file=file)) == expected
+    with file.open() as opened:
+        monkeypatch.setattr("sys.stdin", opened)
+        assert _printed(capsys, _arguments(model_dir)) == expected
+
+
+def test_sequences_made_at_once_are_printed_in_order(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = [
+        _printed(capsys, _arguments(model_dir, prompt=PROMPT, seed=seed, max_new_tokens=30))
+        for seed in range(5, 15)
+    ]
+    together = _arguments(model_dir, prompt=PROMPT, num_return_sequences=10, max_new_tokens=30)
+    assert _printed(capsys, together) == "---\n".join(alone)
+
+
+def test_every_option_reaches_the_engine(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[GenerationOptions] = []
+
+    def pieces(self: TextGenerator, prompt: str, options: GenerationOptions, **_: Any) -> Any:
+        seen.append(options)
+        return iter(())
+
+    monkeypatch.setattr(TextGenerator, "pieces", pieces)
+    given: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.8,
+        "min_p": 0.02,
+        "typical_p": 0.9,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.6,
+    }
+    bias = {"logit_bias": ("11=-100", "12=2.5")}
+    others = {"min_new_tokens": 3, "stop": ("a", "b"), "ignored_words": ("c",), "seed": 9}
+    _printed(capsys, _arguments(model_dir, prompt=PROMPT, **given, **bias, **others))
+    [options] = seen
+    sampling = dataclasses.asdict(options.sampling)
+    assert sampling == {**given, "logit_bias": {11: -100.0, 12: 2.5}}
+    assert {name: getattr(options, name) for name in others} == others
+
+
+def test_log_probabilities_are_lines_of_json(
+    model_dir: Path, exact: TextGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(
+        model_dir, prompt=PROMPT, log_probabilities=3, num_return_sequences=2, max_new_tokens=9
+    )
+    lines = [json.loads(line) for line in _printed(capsys, arguments).splitlines()]
+    texts = ["", ""]
+    for line in lines:
+        texts[line["sequence"]] += line["text"]
+        values = [one["log_probability"] for one in line["alternatives"]]
+        assert len(values) == 3 and values == sorted(values, reverse=True)
+        assert line["log_probability"] <= values[0]
+    options = command._options(arguments, seed=5)
+    assert texts == exact.generate(PROMPT, options, num_return_sequences=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_bias": ("11",)}, "--logit_bias must be ID=VALUE"),
+        ({"logit_bias": ("a=1",)}, "--logit_bias must be ID=VALUE"),
+        ({"logit_bias": ("11=nan",)}, "--logit_bias must lie between -100 and 100"),
+        ({"min_p": 2.0}, "--min_p must lie between 0 and 1"),
+        ({"typical_p": 0.0}, "--typical_p"),
+        ({"presence_penalty": 200.0}, "--presence_penalty"),
+        ({"min_new_tokens": 13}, "--min_new_tokens 13 is above --max_new_tokens 12"),
+        ({"log_probabilities": -1}, "--log_probabilities must be at least 0"),
+        ({"prompt": "a", "prompt_file": Path("b")}, "--prompt or --prompt_file"),
+        ({"interactive": True, "prompt": "a"}, "drop --prompt"),
+        ({"interactive": True, "num_return_sequences": 2}, "drop --num_return_sequences"),
+        ({"interactive": True, "log_probabilities": 1}, "drop --log_probabilities"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _arguments(Path("model"), **options)
+
+
+def test_a_prompt_that_cannot_be_read_is_named(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    with pytest.raises(InputError, match=r"--prompt_file .*No such file"):
+        command.generate(_arguments(model_dir, prompt_file=file))
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"--prompt_file .* is no UTF-8"):
+        command.generate(_arguments(model_dir, prompt_file=file))
+
+
+# ------------------------------------------------------------------ a session of lines
+
+
+def _session(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: GenerateArguments,
+    lines: list[str],
+) -> list[str]:
+    """The lines that are printed when a person types these and then Ctrl-D."""
+    typed: Iterator[str] = iter(lines)
+
+    def read(prompt: str = "") -> str:
+        try:
+            line = next(typed)
+        except StopIteration:
+            raise EOFError from None
+        if line == "Ctrl-C":
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    output = _printed(capsys, arguments)
+    return output.splitlines()
+
+
+@pytest.fixture
+def _text_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models write every character that breaks lines; these tests count lines."""
+    breaks = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    before = command._options
+
+    def options(arguments: GenerateArguments, seed: int) -> GenerationOptions:
+        return dataclasses.replace(before(arguments, seed), ignored_words=tuple(breaks))
+
+    monkeypatch.setattr(command, "_options", options)
+
+
+@pytest.mark.usefixtures("_text_of_one_line")
+def test_a_session_goes_on_with_one_text(
+    model_dir: Path,
+    exact: TextGenerator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = _arguments(model_dir, interactive=True)
+    lines = ["The reader", " learns", "/reset", "/seed 5", "The reader", "", "/seed", "/what"]
+    first, second, again, more = _session(monkeypatch, capsys, arguments, lines)
+
+    def expected(text: str, seed: int) -> str:
+        return "".join(exact.stream(text, command._options(arguments, seed)))
+
+    assert first == again == expected("The reader", 5)
+    assert second == expected(f"The reader{first} learns", 6)
+    assert more == expected(f"The reader{first}", 6)
+
+
+@pytest.mark.usefixtures("_text_of_one_line")
+def test_a_session_is_a_chat_where_the_model_has_a_template(
+    chatting_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = _arguments(chatting_dir, interactive=True)
+    generator = TextGenerator.open(chatting_dir, device="cpu", weights_dtype="float32")
+    messages: list[ChatMessage] = []
+    answers = _session(monkeypatch, capsys, arguments, ["hello", "Ctrl-C", "why", "/quit", "x"])
+    assert answers[1] == ""  # the line that was given up
+    for seed, (line, answer) in enumerate(
+        zip(["hello", "why"], [answers[0], *answers[2:]], strict=True), start=5
+    ):
+        messages.append(ChatMessage("user", line))
+        pieces = generator.stream_chat(messages, command._options(arguments, seed))
+        assert "".join(pieces) == answer
+        messages.append(ChatMessage("assistant", answer))
+
+
+@pytest.mark.usefixtures("_text_of_one_line")
+def test_ctrl_c_stops_an_answer_and_the_session_goes_on(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(model_dir, interactive=True, max_new_tokens=60)
+    whole = _session(monkeypatch, capsys, arguments, ["The reader"])[0]
+    stream = TextGenerator.stream
+
+    def interrupted(self: TextGenerator, *words: Any) -> Iterator[str]:
+        for number, piece in enumerate(stream(self, *words)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield piece
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(TextGenerator, "stream", interrupted)
+    lines = _session(monkeypatch, capsys, arguments, ["The reader", "/reset", "/seed 5", "The"])
+    assert 0 < len(lines[0]) < len(whole)
+    assert whole.startswith(lines[0])
+    assert len(lines) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_text_that_has_become_too_long_is_said(
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        _session(monkeypatch, capsys, _arguments(model_dir, interactive=True), ["word " * 200])
+    assert "context is 128 tokens" in caplog.text
+    assert "/reset begins anew" in caplog.text
+
+
+def test_a_session_of_piped_lines_ends_with_them(run_fst: RunFst, model_dir: Path) -> None:
+    words = ("generate", model_dir, "--interactive", "--max_new_tokens", "3", "--seed", "1")
+    done = run_fst(*words, stdin="The reader\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "a text that you and the model continue in turn" in done.stderr
