@@ -81,11 +81,19 @@ class Pool {
     work_ = &work;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    num_busy_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    is_open_.store(true);
+    round_.fetch_add(1);
     round_.notify_all();
     take();
-    while (num_busy_.load(std::memory_order_acquire) > 0) _mm_pause();
+    // Only those that have come in are waited for: on a busy machine a thread may not run for milliseconds.
+    is_open_.store(false);
+    for (int spins = 0; num_inside_.load() > 0; ++spins) {
+      if (spins < 2000) {
+        _mm_pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
   }
 
  private:
@@ -100,17 +108,20 @@ class Pool {
         _mm_pause();
       }
       round_.wait(seen, std::memory_order_acquire);
-      ++seen;
+      seen = round_.load(std::memory_order_acquire);
       if (is_over_) return;
-      take();
-      num_busy_.fetch_sub(1, std::memory_order_release);
+      // Come in first, look second: whoever finds it open is waited for.
+      num_inside_.fetch_add(1);
+      if (is_open_.load()) take();
+      num_inside_.fetch_sub(1);
     }
   }
 
   std::vector<std::thread> threads_;
   const std::function<void(int)>* work_ = nullptr;
   int count_ = 0;
-  std::atomic<int> next_{0}, num_busy_{0};
+  std::atomic<int> next_{0}, num_inside_{0};
+  std::atomic<bool> is_open_{false};
   std::atomic<uint32_t> round_{0};
   std::atomic<bool> is_over_{false};
 };
