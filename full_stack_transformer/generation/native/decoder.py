@@ -22,6 +22,8 @@ from full_stack_transformer.modelling.backbones import context_length
 
 WeightsDtype = Literal["float32", "bfloat16", "int8"]
 
+# Before anybody tells PyTorch to use fewer, as `open_runner` does.
+_NUM_THREADS = torch.get_num_threads()
 _WEIGHTS_TYPES: dict[WeightsDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _ATTENTION_IN, _ATTENTION_OUT, _MLP_IN, _MLP_OUT = range(4)
 _ATTENTION_NORM, _MLP_NORM = range(2)
@@ -95,7 +97,7 @@ class NativeRunner:
         self.vocab_size = backbone.get_input_embeddings().num_embeddings
         self._hidden_size: int = config.hidden_size
         # OMP_NUM_THREADS, the cores this process may use, or what torch.set_num_threads said.
-        self.num_threads = num_threads or torch.get_num_threads()
+        self.num_threads = num_threads or _NUM_THREADS
         self.name = f"C++, {weights_dtype} weights, {self.num_threads} threads"
         self._library = load_library()
         shape = _shape(config, self, _WEIGHTS_TYPES[weights_dtype])
