@@ -1,0 +1,70 @@
+"""What this processor can do at most, and what the model says exactly: the measures of the benchmark.
+
+python tests/benchmarks/generation_reference.py '{"kind": "limits", "repetitions": 3}'
+
+Knows nothing of who generates.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+
+_READ_BYTES = 512 << 20  # far more than caches hold
+_SIDE = 2048
+
+
+def measure_limits(repetitions: int) -> dict[str, float]:
+    """Bytes read, and operations of multiplying matrices of each type, each in a second."""
+    numbers = torch.zeros(_READ_BYTES // 4)
+    limits = {"read": _READ_BYTES / _best_seconds(numbers.sum, repetitions)}
+    del numbers
+    for dtype in (torch.float32, torch.bfloat16):
+        one, other = (torch.randn(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
+        seconds = _best_seconds(partial(torch.matmul, one, other), repetitions)
+        limits[str(dtype).removeprefix("torch.")] = 2 * _SIDE**3 / seconds
+    one, other = (torch.randint(-127, 127, (_SIDE, _SIDE), dtype=torch.int8) for _ in range(2))
+    # Weights (outputs, inputs): the other way round they would be turned in every run.
+    seconds = _best_seconds(partial(torch._int_mm, one, other.T), repetitions)
+    limits["int8"] = 2 * _SIDE**3 / seconds
+    return limits
+
+
+def _best_seconds(work: Callable[[], Any], repetitions: int) -> float:
+    """The shortest run: others on the machine only ever make it longer."""
+    seconds = []
+    for _ in range(repetitions + 1):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def find_gaps(model: str, cases: list[dict[str, Any]]) -> list[float]:
+    """How far apart the model puts two tokens after a text, in logits."""
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    gaps = []
+    for case in cases:
+        with torch.inference_mode():
+            logits = backbone(torch.tensor([case["ids"]]), logits_to_keep=1).logits[0, -1]
+        one, other = case["tokens"]
+        gaps.append(float(logits[one] - logits[other]))
+    return gaps
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    is_limits = job["kind"] == "limits"
+    result = (
+        measure_limits(job["repetitions"]) if is_limits else find_gaps(job["model"], job["cases"])
+    )
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
