@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from full_stack_transformer.arguments import TrainArguments
@@ -27,6 +28,8 @@ GPT2_WITH_DROPOUT = {
     "embd_pdrop": 0.2,
     "attn_pdrop": 0.2,
 }
+
+_EVENT_FILE_NUMBERS = event_file_writer.AtomicCounter(10**6)  # all of one width
 
 
 class CrashError(BaseException):
@@ -63,7 +66,7 @@ class TrainingHere:
 
     def __call__(self, **options: Any) -> Path | int:
         """Train; what the command returns."""
-        with mock.patch.object(throughput, "_SECONDS_PER_SIDE", 1e-3):
+        with mock.patch.object(throughput, "_SECONDS_PER_SIDE", 1e-3), _sorted_event_files():
             return train(TrainArguments(**{**self._options, **options}))
 
     def to_the_end(self, **options: Any) -> Path:
@@ -80,6 +83,17 @@ class TrainingHere:
             except CrashError:
                 return
         raise AssertionError("the training ended before it crashed")
+
+
+@contextlib.contextmanager
+def _sorted_event_files() -> Iterator[None]:
+    """The names of the event files of this process sort by age, also within one second.
+
+    TensorBoard reads the files of a run in the order of their names: second, process, counter. Each
+    command has a process of its own; here the counter decides, and "10" sorts before "9".
+    """
+    with mock.patch.object(event_file_writer, "_global_uid", _EVENT_FILE_NUMBERS):
+        yield
 
 
 @contextlib.contextmanager
