@@ -6,6 +6,12 @@ Requests join and leave between steps. Each has a slot of the runner's cache; a 
 of a new prompt and makes a token for every request whose prompt has been read, so that a long prompt never
 stalls the others for long. What a slot holds after its request has ended stays there: a request that begins
 with the same tokens goes on from them. Knows nothing of text, of HTTP and of threads: one thread owns it.
+
+The same request with the same seed gives the same tokens, alone or among others, in any slot, whatever was
+cancelled, read before or guessed. Exactly so, bit for bit, on the C++ decoder (see native/decoder.py), for
+each type of its weights, any number of threads and any cut of the prompt, on one kind of processor and one
+version of PyTorch. Through PyTorch the logits' last bits depend on what is computed together; see
+`TorchRunner` for what that means.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +22,7 @@ import torch
 from torch import Tensor
 
 from full_stack_transformer.errors import RequestError
+from full_stack_transformer.generation.guessing import guess_from_text
 from full_stack_transformer.generation.runners import Runner, SlotWork
 from full_stack_transformer.generation.sampling import (
     History,
@@ -23,6 +30,7 @@ from full_stack_transformer.generation.sampling import (
     ScoredToken,
     adjusted_scores,
     draw,
+    draw_allowed,
     score_tokens,
 )
 
@@ -33,9 +41,6 @@ _MIN_REUSED_TOKENS = 16
 # Tokens that are guessed at once, and requests at most while guessing pays: with many requests the
 # processor has no spare time for guesses that fail.
 _MAX_GUESSED_TOKENS, _MAX_REQUESTS_WITH_GUESSES = 6, 2
-_GUESSED_FROM_TOKENS = 3
-# Likeliest tokens of which a request is asked at once whether it forbids them.
-_MIN_TOKENS_TO_ASK = 16
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -407,24 +412,6 @@ class Engine:
         return TokenEvent(key, token_id, reason, scored, prompt)
 
 
-def guess_from_text(token_ids: Tensor, max_guesses: int) -> list[int]:
-    """What followed the newest tokens (tokens,) where they last occurred together before.
-
-    Prompt lookup: Saxena 2023; Leviathan et al. 2023 for why checking guesses changes nothing.
-    """
-    num_tokens = len(token_ids)
-    if max_guesses < 1 or num_tokens <= _GUESSED_FROM_TOKENS:
-        return []
-    newest = token_ids[-_GUESSED_FROM_TOKENS:]
-    windows = token_ids[:-1].unfold(0, _GUESSED_FROM_TOKENS, 1)
-    places = (windows == newest).all(dim=1).nonzero()
-    if not len(places):
-        return []
-    after = int(places[-1]) + _GUESSED_FROM_TOKENS
-    guesses: list[int] = token_ids[after : after + max_guesses].tolist()
-    return guesses
-
-
 def _score_prompt(running: _Running, start: int, logits: Tensor) -> None:
     """Remember the log-probabilities of the prompt's tokens that follow those from `start`.
 
@@ -456,31 +443,20 @@ def _history(running: _Running) -> History:
 
 
 def _allowed_token(token_id: int, scores: Tensor, running: _Running) -> int | None:
-    """`token_id`, or another draw among those that the request allows; none when nothing is left.
+    """`token_id`, or another draw from `scores` (vocabulary,) among those that the request allows.
 
-    Args:
-        token_id: drawn from `scores`.
-        scores: (vocabulary,).
-        running: the request.
+    None when nothing is left.
     """
     forbids = running.request.forbids
-    new_ids = running.token_ids[running.num_prompt : running.num_tokens].tolist()
     if not bool(scores[token_id] > -torch.inf):
         return None
-    if forbids is None or not forbids([*new_ids, token_id]):
+    if forbids is None:
         return token_id
-    # Where one is forbidden others mostly are: more and more of the likeliest are looked at before each draw.
-    scores = scores.clone()
-    order = scores.sort(descending=True, stable=True).indices.tolist()
-    num_seen, allowed = 0, set()
-    while token_id not in allowed:
-        seen = order[num_seen : max(_MIN_TOKENS_TO_ASK, 2 * num_seen)]
-        num_seen += len(seen)
-        forbidden = {candidate for candidate in seen if forbids([*new_ids, candidate])}
-        allowed |= set(seen) - forbidden
-        scores[list(forbidden)] = -torch.inf
-        if not bool((scores > -torch.inf).any()):
-            return None
-        uniform = torch.rand(1, generator=running.generator, dtype=torch.float64)
-        token_id = int(draw(scores[None], [running.request.sampling], uniform))
-    return token_id
+    new_ids = running.token_ids[running.num_prompt : running.num_tokens].tolist()
+
+    def is_forbidden(candidate: int) -> bool:
+        return forbids([*new_ids, candidate])
+
+    if not is_forbidden(token_id):
+        return token_id
+    return draw_allowed(scores, running.request.sampling, is_forbidden, running.generator)

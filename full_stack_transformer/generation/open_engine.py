@@ -14,13 +14,15 @@ from full_stack_transformer.generation.native.decoder import (
     WeightsDtype,
     why_not_native,
 )
-from full_stack_transformer.generation.runners import Runner, TorchRunner
+from full_stack_transformer.generation.runners import Runner, SlotWork, TorchRunner
 from full_stack_transformer.modelling.backbones import context_length
 
 logger = logging.getLogger(__name__)
 
 # Part of the free memory that keys and values may take.
 _MAX_MEMORY_PART = 0.7
+# Of logits read in pieces to those read at once, in bfloat16; what is computed wrong is about 1 off.
+_MAX_CACHE_ERROR = 0.1
 _TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -81,7 +83,38 @@ def open_runner(
             "generating through PyTorch, which is slower than the C++ decoder: %s", problem
         )
     backbone = backbone.to(_TORCH_TYPES[weights_dtype])
-    return TorchRunner(backbone, num_slots=num_slots, max_length=max_length)
+    runner = TorchRunner(backbone, num_slots=num_slots, max_length=max_length)
+    _check_cache(backbone, runner)
+    return runner
+
+
+@torch.inference_mode()
+def _check_cache(backbone: Backbone, runner: Runner) -> None:
+    """Compare a short text read in pieces with the same text read at once, without a cache.
+
+    Raises:
+        ModelError: they differ, as where a model keeps something else than keys and values.
+    """
+    length = min(9, runner.max_length)
+    ids = [number % runner.vocab_size for number in range(3, 3 + length)]
+    device = next(backbone.parameters()).device
+    try:
+        expected = backbone(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
+        runner.run([SlotWork(0, 0, ids[:-3], num_logits=0)])
+        runner.run([SlotWork(0, length - 3, ids[-3:-1], num_logits=0)])
+        found = runner.run([SlotWork(0, length - 1, ids[-1:])])[0]
+    except Exception as error:  # each architecture fails in its own way
+        raise _no_cache(backbone, f"{type(error).__name__}: {error}") from error
+    distance = float((found - expected).float().norm() / expected.float().norm())
+    if not distance < _MAX_CACHE_ERROR:
+        raise _no_cache(backbone, f"its cached logits are {distance:.0%} off")
+
+
+def _no_cache(backbone: Backbone, reason: str) -> ModelError:
+    return ModelError(
+        f"{backbone.config.model_type} cannot be generated with here, as it does not keep plain keys and "
+        f"values of the tokens before: {reason.splitlines()[0]}"
+    )
 
 
 def _multiplies_bfloat16(backbone: Backbone) -> bool:

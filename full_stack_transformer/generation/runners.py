@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer.generation.attention_masks import AttentionMasks
 from full_stack_transformer.generation.slot_cache import SlotCache
 from full_stack_transformer.modelling.backbones import context_length
 
@@ -28,7 +29,10 @@ class SlotWork:
 
 
 class Runner(Protocol):
-    """Computes logits; one thread at a time."""
+    """Computes logits; one thread at a time.
+
+    Logits of a token follow from it and those before it in its slot, whatever else is computed.
+    """
 
     num_slots: int
     max_length: int
@@ -50,7 +54,12 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """Any causal language model of transformers, on any device.
+    """Any causal language model of transformers whose layers keep keys and values, on any device.
+
+    The same work gives the same bits, but other work beside it or a prompt cut in another way may change the
+    last ones: matrix products add up in an order that depends on the shape. Then a token changes where two
+    scores, or a random number and a border between two tokens, are as near as that: about one in a million
+    in fp32.
 
     Args:
         backbone: in evaluation mode.
@@ -67,6 +76,7 @@ class TorchRunner:
         self._backbone = backbone
         self._device = next(backbone.parameters()).device
         self.name = f"PyTorch, {str(backbone.dtype).removeprefix('torch.')} on {self._device}"
+        self._masks = AttentionMasks(backbone.config, backbone.dtype)
         self._cache = SlotCache(backbone.config.num_hidden_layers, num_slots, self.max_length)
 
     @torch.inference_mode()
@@ -112,10 +122,10 @@ class TorchRunner:
         starts = torch.tensor([[one.start] for one in work])
         positions = (starts + torch.arange(num_tokens)).to(self._device)
         slots = torch.tensor([one.slot for one in work], device=self._device)
-        mask = self._cache.select(slots, positions)
+        num_keys = self._cache.select(slots, positions)
         return {
             "input_ids": torch.tensor([list(one.token_ids) for one in work], device=self._device),
             "position_ids": positions,
-            "attention_mask": mask.to(self._backbone.dtype),
+            "attention_mask": self._masks.make(positions, num_keys),
             "past_key_values": self._cache,
         }

@@ -10,7 +10,7 @@ with the same result. Each request brings its own random number, so its tokens d
 neighbours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 # Likeliest tokens that are looked at before the whole vocabulary is: sorting 50,257 scores takes 20 times
 # as long as finding 256 of them.
 _NUM_CANDIDATES = 256
+# Likeliest ids of which a request is asked at once whether it forbids them.
+_MIN_IDS_TO_ASK = 16
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,39 @@ def draw(scores: Tensor, parameters: Sequence[SamplingParameters], uniforms: Ten
         everything = _Candidates(values, ids, totals[place : place + 1], heated.shape[-1])
         found[place] = everything.draw(chosen[place : place + 1], uniforms[rows][place : place + 1])
     drawn[rows] = found
+    return drawn
+
+
+def draw_allowed(
+    scores: Tensor,
+    parameters: SamplingParameters,
+    is_forbidden: Callable[[int], bool],
+    generator: torch.Generator,
+) -> int | None:
+    """One token id, as if those that are forbidden did not exist; none when nothing is left.
+
+    Args:
+        scores: (vocabulary,) in fp32.
+        parameters: of the request.
+        is_forbidden: asked of the likeliest ids first, and of no more than needed.
+        generator: of the request's random numbers.
+    """
+    scores = scores.clone()
+    order = scores.sort(descending=True, stable=True).indices.tolist()
+    allowed: set[int] = set()
+    num_asked, drawn = 0, -1
+    while drawn not in allowed:
+        # Where one is forbidden others mostly are, and a draw costs more than an answer.
+        asked = order[num_asked : max(_MIN_IDS_TO_ASK, 2 * num_asked)]
+        num_asked += len(asked)
+        forbidden = [token_id for token_id in asked if is_forbidden(token_id)]
+        allowed |= set(asked) - set(forbidden)
+        if forbidden:
+            scores[forbidden] = -torch.inf
+        if not bool((scores > -torch.inf).any()):
+            return None
+        uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+        drawn = int(draw(scores[None], [parameters], uniform))
     return drawn
 
 

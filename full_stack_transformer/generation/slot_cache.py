@@ -22,21 +22,16 @@ class SlotCache(Cache):
         self.length = 0
         super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
 
-    def select(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Say what the next forward pass computes.
+    def select(self, slots: Tensor, positions: Tensor) -> int:
+        """Say what the next forward pass computes; returns the number of keys that it will see.
 
         Args:
             slots: (rows,) the slot of each row.
             positions: (rows, queries) the position of each new token in its slot.
-
-        Returns:
-            Attention mask (rows, 1, queries, keys): 0 where a query may look, -inf elsewhere.
         """
         self.slots, self.positions = slots, positions
         self.length = int(positions.max()) + 1
-        keys = torch.arange(self.length, device=positions.device)
-        allowed = keys[None, None, None, :] <= positions[:, None, :, None]
-        return torch.zeros(allowed.shape, device=positions.device).masked_fill(~allowed, -torch.inf)
+        return self.length
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Let slot `target` hold the first tokens of `source`."""

@@ -84,7 +84,7 @@ class RememberingRunner:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.num_read_tokens = 0
-        self._held: list[list[int]] = [[] for _ in range(num_slots)]
+        self.held: list[list[int]] = [[] for _ in range(num_slots)]
 
     def run(self, work: Sequence[SlotWork]) -> Tensor:
         """Scores that follow from the tokens."""
@@ -92,7 +92,7 @@ class RememberingRunner:
         assert len(set(slots)) == len(slots)
         rows = []
         for one in work:
-            held = self._held[one.slot]
+            held = self.held[one.slot]
             assert one.start <= len(held), "tokens before those of the work are missing"
             del held[one.start :]
             held += one.token_ids
@@ -107,8 +107,8 @@ class RememberingRunner:
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Remember another slot's tokens."""
-        assert source != target and num_tokens <= len(self._held[source])
-        self._held[target] = self._held[source][:num_tokens]
+        assert source != target and num_tokens <= len(self.held[source])
+        self.held[target] = self.held[source][:num_tokens]
 
     def _scores(self, token_ids: Sequence[int]) -> Tensor:
         # Tokens come back after a while, so that guesses from the text are right now and then.

@@ -277,7 +277,8 @@ def test_schedules_of_adding_and_cancelling_mix_nothing_up(
     ]
     num_finished = 0
     for _ in range(num_schedules):
-        engine = Engine(RememberingRunner(numbers.randint(1, 5)))
+        runner = RememberingRunner(numbers.randint(1, 5))
+        engine = Engine(runner)
         waiting = [numbers.randrange(len(pool)) for _ in range(numbers.randint(2, 9))]
         running: dict[int, int] = {}
         tokens: dict[int, list[int]] = {}
@@ -299,6 +300,8 @@ def test_schedules_of_adding_and_cancelling_mix_nothing_up(
                     num_finished += 1
             assert engine.num_running == len(running)
             assert engine.num_free_slots + engine.num_running == engine.num_slots
+            for said, held in zip(engine._held, runner.held, strict=True):
+                assert said == held[: len(said)]
     assert num_finished > 2 * num_schedules
 
 
@@ -361,6 +364,7 @@ def test_scores_that_are_no_numbers_end_a_request_with_an_error_and_no_token(
     assert TokenEvent(broken, None, "error") in events
     assert all(event.token_id is None for event in events if event.request_id == broken)
     assert tokens_of([event for event in events if event.request_id == sound])
+    assert [] in engine._held  # nobody goes on from what was broken
     scored = TokenRequest([5, 6, 7], 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
     engine = Engine(_BreakingRunner(value))
     assert run_events(engine, [scored]) == [[TokenEvent(0, None, "error")]]

@@ -215,9 +215,9 @@ def test_the_bits_depend_on_nothing_but_the_tokens(shape: str, dtype: WeightsDty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: WeightsDtype) -> None:
-    prompts = random_prompts(5)
+    prompts = random_prompts(2)
     expected = [_read(make_runner(dtype, num_slots=1), 0, prompt) for prompt in prompts]
-    for num_threads in (2, 3, 5):
+    for num_threads in (2, 5):
         runner = NativeRunner(
             small_backbone("llama"), num_slots=1, weights_dtype=dtype, num_threads=num_threads
         )

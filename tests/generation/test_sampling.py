@@ -165,7 +165,7 @@ def test_the_likeliest_tokens_give_what_the_whole_vocabulary_gives(
 ) -> None:
     """Rounded scores have many equals, also at the border between what is looked at and the rest."""
     numbers = random.Random(3)
-    for seed in range(40):
+    for seed in range(25):
         scores = _logits(32, seed, vocabulary=numbers.choice([200, 700, 3000]))
         scores *= numbers.choice([0.2, 0.5, 1.0])
         if rounding == "bfloat16":
