@@ -42,6 +42,8 @@ _MIN_REUSED_TOKENS = 16
 # processor has no spare time for guesses that fail.
 _MAX_GUESSED_TOKENS, _MAX_REQUESTS_WITH_GUESSES = 6, 2
 
+_NO_UNIFORM = torch.zeros(1, dtype=torch.float64)
+
 FinishReason = Literal["stop", "length", "error"]
 
 
@@ -98,6 +100,12 @@ class _Running:
     @property
     def num_new(self) -> int:
         return self.num_tokens - self.num_prompt
+
+    def next_uniform(self) -> Tensor:
+        """A random number (1,) in [0, 1), of the request's own; greedy ones need none."""
+        if self.request.sampling.temperature == 0:
+            return _NO_UNIFORM
+        return torch.rand(1, generator=self.generator, dtype=torch.float64)
 
     @property
     def is_reading(self) -> bool:
@@ -337,9 +345,10 @@ class Engine:
                 guesses = list(one.token_ids[len(one.token_ids) - one.num_logits + 1 :])
                 open_requests.append((key, row, guesses))
         while open_requests:
+            places = [row for _, row, _ in open_requests]
             drawn = self._draw(
                 [key for key, _, _ in open_requests],
-                logits[[row for _, row, _ in open_requests]],
+                logits if places == list(range(len(logits))) else logits[places],
             )
             events += drawn
             open_requests = [
@@ -364,11 +373,10 @@ class Engine:
         # NaN spreads to the largest score; -inf alone is a token out of the question.
         is_broken = (~torch.isfinite(logits.amax(dim=-1))).tolist()
         parameters = [one.request.sampling for one in batch]
-        numbers = logits.nan_to_num(neginf=-torch.inf)
-        scores = adjusted_scores(numbers, parameters, list(map(_history, batch)))
-        uniforms = torch.cat(
-            [torch.rand(1, generator=one.generator, dtype=torch.float64) for one in batch]
-        )
+        if any(is_broken):
+            logits = logits.nan_to_num(neginf=-torch.inf)
+        scores = adjusted_scores(logits, parameters, list(map(_history, batch)))
+        uniforms = torch.cat([one.next_uniform() for one in batch])
         drawn = draw(scores, parameters, uniforms).tolist()
         events = []
         for row, (key, one) in enumerate(zip(keys, batch, strict=True)):

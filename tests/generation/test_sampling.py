@@ -81,12 +81,17 @@ def _assert_draws_from(
 ) -> None:
     """Each token is drawn from the start to the end of its stretch of [0, 1), and no other is.
 
+    The stretches lie in the order of the ids where nothing bounds them, else of falling scores.
+
     Args:
         probabilities: (vocabulary,) expected.
         scores: (vocabulary,) to draw from.
         parameters: of the draw.
     """
-    order = scores.sort(descending=True, stable=True).indices
+    is_free = parameters == SamplingParameters(temperature=parameters.temperature)
+    order = (
+        torch.arange(len(scores)) if is_free else scores.sort(descending=True, stable=True).indices
+    )
     ends = probabilities[order].cumsum(dim=0)
     starts = ends - probabilities[order]
     is_wide = probabilities[order] > 4 * NEAR

@@ -28,6 +28,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kMaxTokensOfTile = 12;
+constexpr int kPairsOfPiece = 4;
 
 // ---------------------------------------------------------------- memory and threads
 
@@ -133,6 +134,13 @@ inline uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
   std::memcpy(&bits, &value, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);  // NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void round_to_bfloat16(const float* values, int num_values, uint16_t* out) {
+  for (int k = 0; k < num_values; k += kLanes) {
+    const auto rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + k));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k), rounded);
+  }
 }
 
 inline __m512 from_bfloat16(const uint16_t* values) {
@@ -293,7 +301,10 @@ inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
     __m512i loaded[Panels];
 #pragma GCC unroll 8
     for (int panel = 0; panel < Panels; ++panel) {
-      loaded[panel] = _mm512_load_si512(weights + panel * panel_bytes + group * 64);
+      const uint8_t* place = weights + panel * panel_bytes + group * 64;
+      loaded[panel] = _mm512_load_si512(place);
+      // The next tile's, else memory rests while there are many tokens to multiply.
+      _mm_prefetch(reinterpret_cast<const char*>(place + Panels * panel_bytes), _MM_HINT_T1);
     }
 #pragma GCC unroll 12
     for (int token = 0; token < Tokens; ++token) {
@@ -418,13 +429,11 @@ class Decoder {
     const int hidden = shape_.hidden_size;
     ids_ = ids, slots_ = slots, positions_ = positions, num_tokens_ = num_tokens;
     hidden_.reserve(static_cast<size_t>(num_tokens) * hidden);
-    each_token([&](int token) { embed(token); });
+    each_token(num_tokens, [&](int token) { embed(token); });
     for (int layer = 0; layer < shape_.num_layers; ++layer) {
-      normalize(layers_[layer].norms[kAttentionNorm], num_tokens);
       attend(layer);
       apply(layers_[layer].linears[kAttentionOut], prepare(attended_.get(), attention_size(), num_tokens),
             num_tokens, hidden_.get(), hidden, Ending::kAdd);
-      normalize(layers_[layer].norms[kMlpNorm], num_tokens);
       compute_mlp(layers_[layer]);
     }
     if (num_rows == 0) return;
@@ -432,14 +441,13 @@ class Decoder {
       std::memmove(hidden_.get() + static_cast<size_t>(row) * hidden,
                    hidden_.get() + static_cast<size_t>(rows[row]) * hidden, hidden * sizeof(float));
     }
-    normalize(last_norm_, num_rows);
-    apply(head_, prepare(normalized_.get(), hidden, num_rows), num_rows, logits, shape_.vocab_size,
-          Ending::kStore);
+    apply(head_, normalized(last_norm_, num_rows), num_rows, logits, shape_.vocab_size, Ending::kStore);
   }
 
   // Hidden states (tokens, hidden) of the last forward pass, after the last norm.
   void hidden_states(float* out) {
-    normalize(last_norm_, num_tokens_);
+    normalized_.reserve(static_cast<size_t>(num_tokens_) * shape_.hidden_size);
+    each_token(num_tokens_, [&](int token) { normalize(last_norm_, token); });
     std::memcpy(out, normalized_.get(), sizeof(float) * num_tokens_ * shape_.hidden_size);
   }
 
@@ -464,11 +472,12 @@ class Decoder {
     return number * head_values_ * cache_bytes();
   }
 
-  void each_token(const std::function<void(int)>& work) {
-    if (num_tokens_ < 4) {
-      for (int token = 0; token < num_tokens_; ++token) work(token);
+  // Few tokens are done sooner than another thread has noticed them.
+  void each_token(int num_tokens, const std::function<void(int)>& work) {
+    if (num_tokens < 4) {
+      for (int token = 0; token < num_tokens; ++token) work(token);
     } else {
-      pool_.run(num_tokens_, work);
+      pool_.run(num_tokens, work);
     }
   }
 
@@ -486,65 +495,57 @@ class Decoder {
     }
   }
 
-  // hidden_ -> normalized_, both (tokens, hidden).
-  void normalize(const Norm& norm, int num_tokens) {
+  // One token's hidden state -> normalized_.
+  void normalize(const Norm& norm, int token) {
     const int hidden = shape_.hidden_size;
-    normalized_.reserve(static_cast<size_t>(num_tokens) * hidden);
-    const auto one = [&](int token) {
-      const float* in = hidden_.get() + static_cast<size_t>(token) * hidden;
-      float* out = normalized_.get() + static_cast<size_t>(token) * hidden;
-      __m512 mean = _mm512_setzero_ps();
-      if (shape_.centers_in_norm) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int k = 0; k < hidden; k += kLanes) sum = _mm512_add_ps(sum, _mm512_loadu_ps(in + k));
-        mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / hidden);
-      }
-      __m512 squares = _mm512_setzero_ps();
-      for (int k = 0; k < hidden; k += kLanes) {
-        const __m512 value = _mm512_sub_ps(_mm512_loadu_ps(in + k), mean);
-        squares = _mm512_fmadd_ps(value, value, squares);
-      }
-      const float variance = _mm512_reduce_add_ps(squares) / hidden;
-      const __m512 factor = _mm512_set1_ps(1 / std::sqrt(variance + shape_.norm_epsilon));
-      for (int k = 0; k < hidden; k += kLanes) {
-        const __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(in + k), mean), factor);
-        const __m512 bias =
-            norm.has_bias ? _mm512_load_ps(norm.bias.get() + k) : _mm512_setzero_ps();
-        _mm512_storeu_ps(out + k, _mm512_fmadd_ps(value, _mm512_load_ps(norm.weight.get() + k), bias));
-      }
-    };
-    if (num_tokens < 4) {
-      for (int token = 0; token < num_tokens; ++token) one(token);
-    } else {
-      pool_.run(num_tokens, one);
+    const float* in = hidden_.get() + static_cast<size_t>(token) * hidden;
+    float* out = normalized_.get() + static_cast<size_t>(token) * hidden;
+    __m512 mean = _mm512_setzero_ps();
+    if (shape_.centers_in_norm) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int k = 0; k < hidden; k += kLanes) sum = _mm512_add_ps(sum, _mm512_loadu_ps(in + k));
+      mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / hidden);
+    }
+    __m512 squares = _mm512_setzero_ps();
+    for (int k = 0; k < hidden; k += kLanes) {
+      const __m512 value = _mm512_sub_ps(_mm512_loadu_ps(in + k), mean);
+      squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    const float variance = _mm512_reduce_add_ps(squares) / hidden;
+    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(variance + shape_.norm_epsilon));
+    for (int k = 0; k < hidden; k += kLanes) {
+      const __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(in + k), mean), factor);
+      const __m512 bias = norm.has_bias ? _mm512_load_ps(norm.bias.get() + k) : _mm512_setzero_ps();
+      _mm512_storeu_ps(out + k, _mm512_fmadd_ps(value, _mm512_load_ps(norm.weight.get() + k), bias));
     }
   }
 
-  // Values (T, K) as the linear layers take them.
-  Inputs prepare(const float* values, int num_values, int num_tokens) {
-    if (type_ == kFloat32) return {reinterpret_cast<const int32_t*>(values), nullptr, nullptr};
+  // Hidden states, normalized, as the linear layers take them.
+  Inputs normalized(const Norm& norm, int num_tokens) {
+    normalized_.reserve(static_cast<size_t>(num_tokens) * shape_.hidden_size);
+    return prepare(normalized_.get(), shape_.hidden_size, num_tokens, &norm);
+  }
+
+  // Values (T, K) as the linear layers take them; normalized before, where there is a norm.
+  Inputs prepare(const float* values, int num_values, int num_tokens, const Norm* norm = nullptr) {
+    if (type_ == kFloat32) {
+      if (norm) each_token(num_tokens, [&](int token) { normalize(*norm, token); });
+      return {reinterpret_cast<const int32_t*>(values), nullptr, nullptr};
+    }
     const int num_groups = num_values / values_of_group(type_);
     int32_t* groups = groups_.reserve(static_cast<size_t>(num_tokens) * num_groups);
     float* scales = scales_.reserve(num_tokens);
     int32_t* sums = sums_.reserve(num_tokens);
-    const auto one = [&](int token) {
+    each_token(num_tokens, [&](int token) {
+      if (norm) normalize(*norm, token);
       const float* in = values + static_cast<size_t>(token) * num_values;
       int32_t* out = groups + static_cast<size_t>(token) * num_groups;
       if (type_ == kBFloat16) {
-        auto* halves = reinterpret_cast<uint16_t*>(out);
-        for (int k = 0; k < num_values; k += kLanes) {
-          const auto rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(in + k));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves + k), rounded);
-        }
+        round_to_bfloat16(in, num_values, reinterpret_cast<uint16_t*>(out));
       } else {
         quantize(in, num_values, reinterpret_cast<int8_t*>(out), scales[token], sums[token]);
       }
-    };
-    if (num_tokens < 4) {
-      for (int token = 0; token < num_tokens; ++token) one(token);
-    } else {
-      pool_.run(num_tokens, one);
-    }
+    });
     return {groups, scales, sums};
   }
 
@@ -572,9 +573,9 @@ class Decoder {
   void apply(const Linear& linear, Inputs inputs, int num_tokens, float* outputs, int stride,
              Ending ending) {
     const Tile tile{&linear, inputs, outputs, stride, ending};
-    // Pieces small enough to share evenly, large enough to be worth taking.
+    // Pieces small enough to share evenly, large enough for the widest tile.
     const int num_pairs = linear.num_panels / 2;
-    const int pairs_of_piece = std::max(1, std::min(8, num_pairs / (4 * shape_.num_threads)));
+    const int pairs_of_piece = std::max(1, std::min(kPairsOfPiece, num_pairs / (2 * shape_.num_threads)));
     const int num_pieces = (num_pairs + pairs_of_piece - 1) / pairs_of_piece;
     pool_.run(num_pieces, [&](int piece) {
       const int first = 2 * piece * pairs_of_piece;
@@ -590,7 +591,7 @@ class Decoder {
   void compute_mlp(Layer& layer) {
     const int size = shape_.intermediate_size, hidden = shape_.hidden_size;
     float* inner = inner_.reserve(static_cast<size_t>(num_tokens_) * size);
-    apply(layer.linears[kMlpIn], prepare(normalized_.get(), hidden, num_tokens_), num_tokens_, inner, size,
+    apply(layer.linears[kMlpIn], normalized(layer.norms[kMlpNorm], num_tokens_), num_tokens_, inner, size,
           shape_.is_gated ? Ending::kGated : Ending::kGelu);
     apply(layer.linears[kMlpOut], prepare(inner, size, num_tokens_), num_tokens_, hidden_.get(), hidden,
           Ending::kAdd);
@@ -601,10 +602,9 @@ class Decoder {
     const int num_all = num_heads + 2 * shape_.num_key_value_heads;
     float* projected = projected_.reserve(static_cast<size_t>(num_tokens_) * num_all * size);
     attended_.reserve(static_cast<size_t>(num_tokens_) * attention_size());
-    apply(layers_[layer].linears[kAttentionIn],
-          prepare(normalized_.get(), shape_.hidden_size, num_tokens_), num_tokens_, projected,
-          num_all * size, Ending::kStore);
-    each_token([&](int token) { remember(layer, token); });
+    apply(layers_[layer].linears[kAttentionIn], normalized(layers_[layer].norms[kAttentionNorm], num_tokens_),
+          num_tokens_, projected, num_all * size, Ending::kStore);
+    each_token(num_tokens_, [&](int token) { remember(layer, token); });
     // By heads first: neighbouring tokens of a prompt read the same keys.
     pool_.run(num_heads * num_tokens_, [&](int item) {
       const int head = item / num_tokens_, token = item % num_tokens_;
@@ -629,19 +629,34 @@ class Decoder {
       const float* value = key + num_kv * size;
       uint8_t* keys = keys_.get() + offset(layer, slots_[token], head);
       uint8_t* values = values_.get() + offset(layer, slots_[token], head);
-      // Keys: [block of 16 positions][group of D][16 positions][group]; values: [position][D].
-      const size_t block = static_cast<size_t>(position / kLanes) * kLanes * size;
-      for (int d = 0; d < size; ++d) {
-        if (type_ == kFloat32) {
-          reinterpret_cast<float*>(keys)[block + d * kLanes + position % kLanes] = key[d];
-          reinterpret_cast<float*>(values)[static_cast<size_t>(position) * size + d] = value[d];
-        } else {
-          const size_t place = block + (d / 2 * kLanes + position % kLanes) * 2 + d % 2;
-          reinterpret_cast<uint16_t*>(keys)[place] = to_bfloat16(key[d]);
-          reinterpret_cast<uint16_t*>(values)[static_cast<size_t>(position) * size + d] =
-              to_bfloat16(value[d]);
-        }
+      if (type_ == kFloat32) {
+        remember<kFloat32>(key, value, position, keys, values);
+      } else {
+        remember<kBFloat16>(key, value, position, keys, values);
       }
+    }
+  }
+
+  // Keys: [16 positions][group of D][position][group]; values: [group of positions][D][group]. Neighbours
+  // are written by other threads at the same time, so nothing but one's own numbers is touched.
+  template <WeightsType Type>
+  void remember(const float* key, const float* value, int position, uint8_t* keys, uint8_t* values) const {
+    const int size = shape_.head_size;
+    const size_t block = static_cast<size_t>(position / kLanes) * kLanes * size;
+    if constexpr (Type == kFloat32) {
+      float* place = reinterpret_cast<float*>(keys) + block + position % kLanes;
+      for (int d = 0; d < size; ++d) place[d * kLanes] = key[d];
+      std::copy(value, value + size, reinterpret_cast<float*>(values) + static_cast<size_t>(position) * size);
+    } else {
+      thread_local Buffer<uint16_t> buffer;
+      uint16_t* halves = buffer.reserve(size);
+      round_to_bfloat16(key, size, halves);
+      int32_t* pairs = reinterpret_cast<int32_t*>(keys) + block / 2 + position % kLanes;
+      for (int d = 0; d < size; d += 2) std::memcpy(pairs + d / 2 * kLanes, halves + d, 4);
+      round_to_bfloat16(value, size, halves);
+      uint16_t* place = reinterpret_cast<uint16_t*>(values) + static_cast<size_t>(position / 2) * 2 * size +
+                        position % 2;
+      for (int d = 0; d < size; ++d) place[2 * d] = halves[d];
     }
   }
 
@@ -669,18 +684,20 @@ class Decoder {
     float* scores = score_buffer.reserve(static_cast<size_t>(num_blocks + 4) * kLanes);
     int32_t* groups = query_buffer.reserve(size);
     const int num_groups = size / values_of_group(Type);
-    for (int d = 0; d < size; ++d) {
-      if constexpr (Type == kFloat32) {
-        std::memcpy(groups + d, query + d, 4);
-      } else {
-        reinterpret_cast<uint16_t*>(groups)[d] = to_bfloat16(query[d]);
-      }
+    if constexpr (Type == kFloat32) {
+      std::memcpy(groups, query, sizeof(float) * size);
+    } else {
+      round_to_bfloat16(query, size, reinterpret_cast<uint16_t*>(groups));
     }
     const uint8_t* keys = keys_.get() + offset(layer, slots_[token], kv_head);
     int block = 0;
     for (; block + 4 <= num_blocks; block += 4) score<Type, 4>(keys, groups, num_groups, block, scores);
     for (; block < num_blocks; ++block) score<Type, 1>(keys, groups, num_groups, block, scores);
     const __m512 inverse = soften(scores, length, num_blocks);
+    // In place: a number is read before half as many bytes are written.
+    if constexpr (Type == kBFloat16) {
+      round_to_bfloat16(scores, num_blocks * kLanes, reinterpret_cast<uint16_t*>(scores));
+    }
     const uint8_t* values = values_.get() + offset(layer, slots_[token], kv_head);
     float* out = attended_.get() + static_cast<size_t>(token) * attention_size() + head * size;
     for (int d = 0; d < size; d += 4 * kLanes) {
@@ -734,25 +751,28 @@ class Decoder {
     return _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
   }
 
-  // Weighted mean of 16 * `Parts` numbers of the values.
+  // Weighted mean of 16 * `Parts` numbers of the values; weights and values are of one type.
   template <WeightsType Type, int Parts>
   void mix(const uint8_t* values, const float* weights, int length, __m512 inverse, int d, float* out) const {
-    __m512 sums[Parts];
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
-    for (int position = 0; position < length; ++position) {
-      const __m512 weight = _mm512_set1_ps(weights[position]);
-      const size_t first = static_cast<size_t>(position) * shape_.head_size + d;
+    constexpr int kPositions = values_of_group(Type);
+    const size_t stride = static_cast<size_t>(shape_.head_size) * 4;  // bytes of a group of positions
+    __m512i sums[Parts];
+    for (auto& sum : sums) sum = _mm512_setzero_si512();
+    const auto add = [&](int number, __m512i mask) {
+      int32_t group;
+      std::memcpy(&group, weights + number, 4);
 #pragma GCC unroll 4
       for (int part = 0; part < Parts; ++part) {
-        const __m512 value =
-            Type == kFloat32
-                ? _mm512_loadu_ps(reinterpret_cast<const float*>(values) + first + part * kLanes)
-                : from_bfloat16(reinterpret_cast<const uint16_t*>(values) + first + part * kLanes);
-        sums[part] = _mm512_fmadd_ps(weight, value, sums[part]);
+        const __m512i value = _mm512_load_si512(values + number * stride + (d + part * kLanes) * 4);
+        sums[part] = add_products<Type>(sums[part], _mm512_and_si512(value, mask), group);
       }
-    }
+    };
+    const __m512i everything = _mm512_set1_epi32(-1);
+    for (int number = 0; number < length / kPositions; ++number) add(number, everything);
+    // Behind the last position may stand anything, even what is no number and would survive a weight of 0.
+    if (length % kPositions) add(length / kPositions, _mm512_set1_epi32(0xffff));
     for (int part = 0; part < Parts; ++part) {
-      _mm512_storeu_ps(out + part * kLanes, _mm512_mul_ps(sums[part], inverse));
+      _mm512_storeu_ps(out + part * kLanes, _mm512_mul_ps(_mm512_castsi512_ps(sums[part]), inverse));
     }
   }
 
