@@ -14,6 +14,7 @@ version of PyTorch. Through PyTorch the logits' last bits depend on what is comp
 `TorchRunner` for what that means.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -377,13 +378,16 @@ class Engine:
             logits = logits.nan_to_num(neginf=-torch.inf)
         scores = adjusted_scores(logits, parameters, list(map(_history, batch)))
         uniforms = torch.cat([one.next_uniform() for one in batch])
-        drawn = draw(scores, parameters, uniforms).tolist()
+        drawn = draw(scores, parameters, uniforms)
+        of_drawn = scores.gather(-1, drawn[:, None].to(scores.device))[:, 0].tolist()
         events = []
         for row, (key, one) in enumerate(zip(keys, batch, strict=True)):
             if is_broken[row]:
                 events.append(self._end_broken(key))
                 continue
-            token_id = _allowed_token(drawn[row], scores[row], one)
+            token_id: int | None = None  # where nothing is left
+            if of_drawn[row] > -math.inf:
+                token_id = _allowed_token(int(drawn[row]), scores[row], one)
             events.append(self._accept(key, one, token_id, logits[row]))
         return events
 
@@ -456,8 +460,6 @@ def _allowed_token(token_id: int, scores: Tensor, running: _Running) -> int | No
     None when nothing is left.
     """
     forbids = running.request.forbids
-    if not bool(scores[token_id] > -torch.inf):
-        return None
     if forbids is None:
         return token_id
     new_ids = running.token_ids[running.num_prompt : running.num_tokens].tolist()
