@@ -68,6 +68,7 @@ _EXTRA_OF_PACKAGE = {
     "fastapi": "serve",
     "fastapi_offline": "serve",
     "uvicorn": "serve",
+    "prometheus_client": "serve",
     "aiogram": "telegram",
 }
 

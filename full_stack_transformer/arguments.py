@@ -424,21 +424,62 @@ class ServeArguments:
     """Address to listen on; 0.0.0.0 for every interface of the machine."""
     port: int = 9228
     """Port to listen on; 0 for any free one."""
-    max_batch_size: int = 16
-    """Requests that are generated at once."""
+    served_model_name: str | None = None
+    """Name of the model for clients; without it the name of its experiment or directory."""
+    more_models: tuple[str, ...] = ()
+    """NAME=PATH of another model that is served beside; may be repeated."""
+    watch: bool = False
+    """When training writes a better model into the directory, serve that, between two requests."""
+    max_batch_size: int = 32
+    """Texts that are generated at once, of each model."""
     max_queue_size: int = 64
-    """Requests that may wait; more are answered 429."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, mps."""
+    """Texts that may wait, for each model; more are answered 429."""
+    max_length: int | None = None
+    """Tokens of prompt and answer together, at most; without it the model's context."""
     weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Arithmetic of the weights. auto: bfloat16 where the hardware computes in it. int8: the fastest,
     with a small loss of quality, which fst evaluate --weights_dtype int8 measures."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, mps."""
+    api_keys_file: Path | None = None
+    """File with a key on each line (or sha256: and its digest); the environment variable FST_API_KEYS adds
+    more, separated by commas. With keys, everything but /health needs one."""
+    allowed_origins: tuple[str, ...] = ()
+    """Site whose web pages may ask from a browser, such as https://example.org; may be repeated; *: all."""
+    request_timeout_seconds: float = 600.0
+    """Time of a request in queue and slot, at most."""
+    header_timeout_seconds: float = 10.0
+    """Time in which the head of a request must arrive."""
+    body_timeout_seconds: float = 30.0
+    """Time in which the body of a request must arrive."""
+    max_body_bytes: int = 1_048_576
+    """Bytes of a body, at most."""
+    shutdown_seconds: float = 20.0
+    """After SIGTERM: time in which running requests may finish; the others end with an error then."""
+    log_format: Literal["text", "json"] = "text"
+    """json: log JSON lines, with one for each request: sizes, times and outcome, never texts."""
+    workers: int = 1
+    """Always 1: one process owns the device. For more, run several services behind a balancer."""
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
         _between(self, 0, 65535, "port")
-        _at_least(self, 1, "max_batch_size")
-        _at_least(self, 0, "max_queue_size")
+        _at_least(self, 1, "max_batch_size", "max_body_bytes")
+        _at_least(self, 0, "max_queue_size", "shutdown_seconds")
+        _at_least(self, 0.01, "request_timeout_seconds", "header_timeout_seconds")
+        _at_least(self, 0.01, "body_timeout_seconds")
+        if self.max_length is not None:
+            _at_least(self, 2, "max_length")
+        for word in self.more_models:
+            name, _, path = word.partition("=")
+            if not name or not path:
+                raise UsageError(f"--more_models must be NAME=PATH, found {word!r}")
+        if self.workers != 1:
+            raise UsageError(
+                f"--workers {self.workers}: one process owns the device and generates for all requests "
+                "together, a second one would only compete with it; for more machines or devices run one "
+                "service on each, with --port, behind a balancer"
+            )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ ROOM_OF_PACKAGE = {
     "fastapi": "serving",
     "fastapi_offline": "serving",
     "uvicorn": "serving",
+    "prometheus_client": "serving",
+    "llguidance": "serving",
     "aiogram": "telegram",
     "cyclopts": "__main__",
 }

@@ -125,6 +125,8 @@ class Engine:
     def __init__(self, runner: Runner, *, guesses: bool = True) -> None:
         self.max_length = runner.max_length
         self.num_slots = runner.num_slots
+        self.computed_by = runner.name
+        """What computes, for people."""
         self.num_reused_tokens = 0
         """Prompt tokens that did not have to be read."""
         self._runner = runner

@@ -1,147 +1,389 @@
-"""The one thread that owns the engine: a bounded queue in front, events out to asyncio.
+"""The one thread that owns the engines: a bounded queue in front, pieces of text out to asyncio.
 
-    handlers --submit--> queue --> thread: add, step, cancel --call_soon_threadsafe--> handlers
+    handlers --submit--> queue --> thread: add, step, cancel --one call_soon_threadsafe a step--> mailboxes
 
-Each request has its own asyncio queue of text pieces. Knows nothing of HTTP.
+One thread steps the engines of all models in turn: they share the device. Knows nothing of HTTP.
 """
 
 import asyncio
 import logging
+import math
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from full_stack_transformer.errors import ServiceUnavailableError
-from full_stack_transformer.generation.continuation import Continuation, TextPiece
-from full_stack_transformer.generation.engine import Engine, TokenRequest
-from full_stack_transformer.generation.text_generator import GenerationOptions, as_token_request
-from full_stack_transformer.modelling.model_directory import OpenedModel
+from torch import Tensor
+
+from full_stack_transformer.errors import (
+    FullStackTransformerError,
+    RequestError,
+    ServiceBusyError,
+    ServiceUnavailableError,
+)
+from full_stack_transformer.generation.engine import Engine, FinishReason, TokenEvent, TokenRequest
+from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.generation.text_generator import Continuation
 
 logger = logging.getLogger(__name__)
+
+_MAX_RETRY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step did for one continuation; the last one has a finish reason."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    num_tokens: int = 0
+    scored: tuple[ScoredToken, ...] = ()
+    scored_prompt: tuple[ScoredToken, ...] = ()
+    problem: FullStackTransformerError | None = None
+    """Why the continuation ends with "error"."""
+
+
+class Mailbox:
+    """Pieces of the continuations of one HTTP request, with their numbers; read on the event loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._arrived: list[tuple[int, Piece]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, number: int, piece: Piece) -> None:
+        """Called on the event loop."""
+        self._arrived.append((number, piece))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[tuple[int, Piece]]:
+        """What has arrived since the last time, at least one piece; for one reader."""
+        if not self._arrived:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+
+@dataclass
+class Times:
+    """When things happened to a continuation, by time.monotonic(); 0 before they did."""
+
+    submitted: float = 0.0
+    started: float = 0.0
+    first_token: float = 0.0
+    ended: float = 0.0
 
 
 @dataclass(eq=False)
 class Ticket:
-    """One request on its way through the worker; made and read on the event loop."""
+    """One continuation on its way through the worker."""
 
-    token_request: TokenRequest
+    engine: Engine
+    request: TokenRequest
     continuation: Continuation
-    loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[TextPiece] = field(default_factory=asyncio.Queue)
+    mailbox: Mailbox
+    number: int
+    deadline: float
+    """By time.monotonic()."""
+    times: Times = field(default_factory=Times)
     is_cancelled: bool = False
 
-    def deliver(self, piece: TextPiece) -> None:
-        """Called by the worker's thread."""
-        self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
-    async def read(self) -> AsyncIterator[TextPiece]:
-        """Pieces until the last one, which has a finish reason."""
-        while True:
-            piece = await self.pieces.get()
-            yield piece
-            if piece.finish_reason is not None:
-                return
+@dataclass(eq=False)
+class _Reading:
+    """Sequences whose hidden states are wanted; one is read between two steps."""
+
+    engine: Engine
+    sequences: list[Sequence[int]]
+    answer: "asyncio.Future[list[Tensor]]"
+    loop: asyncio.AbstractEventLoop
+    deadline: float
+    states: list[Tensor] = field(default_factory=list)
 
 
 class EngineWorker:
-    """Owns a model and its engine; every method may be called from any thread."""
+    """Owns the thread; every method may be called from the event loop.
 
-    def __init__(self, model: OpenedModel, engine: Engine, *, max_queue_size: int) -> None:
-        self.model = model
-        self._engine = engine
+    Args:
+        max_queue_size: continuations of one model that may wait.
+        on_piece: told of each piece on the event loop, before it is read; for metrics.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_queue_size: int,
+        on_piece: Callable[[Ticket, Piece], None] = lambda ticket, piece: None,
+    ) -> None:
         self._max_queue_size = max_queue_size
+        self._on_piece = on_piece
         self._waiting: deque[Ticket] = deque()
-        self._running: dict[int, Ticket] = {}
+        self._readings: deque[_Reading] = deque()
+        self._running: dict[tuple[Engine, int], Ticket] = {}
         self._wake = threading.Condition()
         self._is_stopping = False
+        self._stop_at = math.inf
+        self._seconds_per_ticket = 1.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def token_request(self, prompt: str, options: GenerationOptions) -> TokenRequest:
-        """Tokens of a prompt, checked against the context.
+    @property
+    def num_waiting(self) -> int:
+        """Continuations that wait for a slot."""
+        return len(self._waiting) + len(self._readings)
+
+    @property
+    def num_running(self) -> int:
+        """Continuations in slots."""
+        return len(self._running)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._is_stopping
+
+    def check_room(self, engine: Engine, num_tickets: int) -> None:
+        """Refuse what would not be taken now; cheap, for before the work of tokenizing.
 
         Raises:
-            RequestError: it can never be generated.
+            RequestError: so many are never taken at once.
+            ServiceBusyError: the queue is full.
+            ServiceUnavailableError: the service is stopping.
         """
-        request = as_token_request(prompt, options, self.model, self._engine.max_length)
-        self._engine.check(request)
-        return request
+        if self._is_stopping:
+            raise ServiceUnavailableError("the service is stopping")
+        most = self._max_queue_size + engine.num_slots
+        if num_tickets > most:
+            raise RequestError(
+                f"at most {most} texts are generated at once, {num_tickets} were asked for"
+            )
+        num_ahead = sum(1 for ticket in tuple(self._waiting) if ticket.engine is engine)
+        num_ahead += sum(1 for key in tuple(self._running) if key[0] is engine)
+        num_ahead += len(self._readings)
+        if num_ahead + num_tickets > most:
+            rounds = max(1, num_ahead - engine.num_slots) / engine.num_slots
+            seconds = math.ceil(rounds * self._seconds_per_ticket)
+            raise ServiceBusyError(
+                f"{num_ahead} requests are under way or waiting; try again later",
+                min(_MAX_RETRY_SECONDS, max(1, seconds)),
+            )
 
-    def submit(self, requests: list[tuple[TokenRequest, GenerationOptions]]) -> list[Ticket]:
-        """Queue requests, all of them or none.
+    def submit(self, tickets: list[Ticket]) -> None:
+        """Queue continuations of one model, all of them or none.
 
         Raises:
-            ServiceUnavailableError: the queue is full, or the service is stopping.
+            ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`.
         """
-        loop = asyncio.get_running_loop()
-        tickets = [
-            Ticket(request, Continuation(self.model.tokenizer, options.stop), loop)
-            for request, options in requests
-        ]
+        now = time.monotonic()
         with self._wake:
-            if self._is_stopping:
-                raise ServiceUnavailableError("the service is stopping")
-            num_ahead = len(self._waiting) + len(self._running)
-            if num_ahead + len(tickets) > self._max_queue_size + self._engine.num_slots:
-                raise ServiceUnavailableError(
-                    f"{num_ahead} requests are under way or waiting; try again later"
-                )
+            self.check_room(tickets[0].engine, len(tickets))
+            for ticket in tickets:
+                ticket.times.submitted = now
             self._waiting.extend(tickets)
             self._wake.notify()
-        return tickets
+
+    async def hidden_states(
+        self, engine: Engine, sequences: list[Sequence[int]], deadline: float
+    ) -> list[Tensor]:
+        """What the model makes of each token of each sequence, (tokens, hidden).
+
+        Raises:
+            ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`, or the model failed.
+        """
+        loop = asyncio.get_running_loop()
+        reading = _Reading(engine, sequences, loop.create_future(), loop, deadline)
+        with self._wake:
+            self.check_room(engine, 1)
+            self._readings.append(reading)
+            self._wake.notify()
+        return await reading.answer
 
     def cancel(self, tickets: list[Ticket]) -> None:
-        """End requests nobody waits for; they free their slots before the next step."""
+        """End continuations nobody waits for: those in slots before the next step."""
         with self._wake:
             for ticket in tickets:
                 ticket.is_cancelled = True
+            waiting = [ticket for ticket in self._waiting if not ticket.is_cancelled]
+            if len(waiting) < len(self._waiting):
+                self._waiting = deque(waiting)
+            self._wake.notify()
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new from now on; what is not finished after `seconds` ends with an error."""
+        with self._wake:
+            self._is_stopping = True
+            self._stop_at = min(self._stop_at, time.monotonic() + seconds)
             self._wake.notify()
 
     def stop(self) -> None:
-        """Finish what is under way, refuse the rest, and end the thread."""
-        with self._wake:
-            self._is_stopping = True
-            self._wake.notify()
+        """Drain at once and wait for the thread."""
+        self.drain(0)
         self._thread.join()
+
+    # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
         while self._take_in():
             try:
+                self._read_one()
                 self._step()
             except Exception:
                 # One broken step must not leave every later client waiting for ever.
                 logger.exception("a generation step failed; its requests are ended")
-                for key in list(self._running):
-                    self._finish(key, TextPiece("", "error"))
+                self._end_all(ServiceUnavailableError("the model failed on this request"))
 
     def _take_in(self) -> bool:
-        """Wait for work, move it into free slots, drop what was cancelled; false when it is time to end."""
+        """Wait for work, end what is cancelled or late, fill free slots; false when it is time to leave."""
+        late: list[Ticket] = []
         with self._wake:
-            while not (self._waiting or self._running):
+            while not (self._waiting or self._running or self._readings):
                 if self._is_stopping:
                     return False
                 self._wake.wait()
             for key in [key for key, ticket in self._running.items() if ticket.is_cancelled]:
-                self._engine.cancel(key)
-                del self._running[key]
-            while self._waiting and self._engine.num_free_slots:
-                ticket = self._waiting.popleft()
-                if not ticket.is_cancelled:
-                    self._running[self._engine.add(ticket.token_request)] = ticket
+                self._release(key)
+            now = time.monotonic()
+            if now >= self._stop_at:
+                late = list(self._waiting)
+                self._waiting.clear()
+            elif self._waiting and min(ticket.deadline for ticket in self._waiting) <= now:
+                late = [ticket for ticket in self._waiting if ticket.deadline <= now]
+                self._waiting = deque(ticket for ticket in self._waiting if ticket.deadline > now)
+            self._fill_slots(now)
+        if now >= self._stop_at:
+            self._end_all(ServiceUnavailableError("the service is stopping"), late)
+            return True
+        self._end_late(now, late)
         return True
 
-    def _step(self) -> None:
-        for event in self._engine.step():
-            ticket = self._running.get(event.request_id)
-            if ticket is None:
-                continue  # it ended at a stop string earlier in this step
-            piece = ticket.continuation.push(event)
-            if piece.finish_reason is not None:
-                self._finish(event.request_id, piece)
-            elif piece.text:
-                ticket.deliver(piece)
+    def _fill_slots(self, now: float) -> None:
+        passed: list[Ticket] = []
+        while self._waiting:
+            ticket = self._waiting.popleft()
+            if not ticket.engine.num_free_slots:
+                passed.append(ticket)
+                continue
+            ticket.times.started = now
+            self._running[ticket.engine, ticket.engine.add(ticket.request)] = ticket
+        self._waiting.extend(passed)
 
-    def _finish(self, key: int, piece: TextPiece) -> None:
-        self._engine.cancel(key)
-        self._running.pop(key).deliver(piece)
+    def _end_late(self, now: float, late: list[Ticket]) -> None:
+        for key in [key for key, ticket in self._running.items() if ticket.deadline <= now]:
+            late.append(self._running[key])
+            self._release(key)
+        if late:
+            problem = ServiceUnavailableError("the request took longer than the service allows")
+            self._deliver([(ticket, Piece("", "error", problem=problem)) for ticket in late])
+
+    def _read_one(self) -> None:
+        """Read one sequence for hidden states, where a slot is free."""
+        for reading in tuple(self._readings):
+            if reading.answer.cancelled():
+                self._readings.remove(reading)
+            elif time.monotonic() >= min(reading.deadline, self._stop_at):
+                problem = ServiceUnavailableError(
+                    "the service is stopping or the request took too long"
+                )
+                self._finish_reading(reading, problem)
+            elif reading.engine.num_free_slots:
+                try:
+                    sequence = reading.sequences[len(reading.states)]
+                    reading.states += reading.engine.hidden_states([sequence])
+                except FullStackTransformerError as error:
+                    self._finish_reading(reading, error)
+                    return
+                if len(reading.states) == len(reading.sequences):
+                    self._finish_reading(reading, None)
+                else:
+                    self._readings.rotate(-1)
+                return
+
+    def _finish_reading(self, reading: _Reading, problem: Exception | None) -> None:
+        def finish() -> None:
+            if reading.answer.done():
+                return
+            if problem is not None:
+                reading.answer.set_exception(problem)
+            else:
+                reading.answer.set_result(reading.states)
+
+        self._readings.remove(reading)
+        _call_on(reading.loop, finish)
+
+    def _step(self) -> None:
+        deliveries: list[tuple[Ticket, Piece]] = []
+        for engine in dict.fromkeys(engine for engine, _ in self._running):
+            events: dict[int, list[TokenEvent]] = {}
+            for event in engine.step():
+                events.setdefault(event.request_id, []).append(event)
+            for request_id, some in events.items():
+                ticket = self._running[engine, request_id]
+                piece = _piece_of(ticket.continuation, some)
+                if piece.finish_reason is not None:
+                    self._release((engine, request_id))
+                    self._note_end(ticket)
+                ticket.times.first_token = ticket.times.first_token or time.monotonic()
+                deliveries.append((ticket, piece))
+        if deliveries:
+            self._deliver(deliveries)
+
+    def _note_end(self, ticket: Ticket) -> None:
+        ticket.times.ended = time.monotonic()
+        taken = ticket.times.ended - ticket.times.started
+        self._seconds_per_ticket += 0.1 * (taken - self._seconds_per_ticket)
+
+    def _end_all(self, problem: FullStackTransformerError, others: Sequence[Ticket] = ()) -> None:
+        tickets = [*self._running.values(), *others]
+        for key in list(self._running):
+            self._release(key)
+        self._deliver([(ticket, Piece("", "error", problem=problem)) for ticket in tickets])
+
+    def _release(self, key: tuple[Engine, int]) -> None:
+        key[0].cancel(key[1])
+        del self._running[key]
+
+    def _deliver(self, deliveries: list[tuple[Ticket, Piece]]) -> None:
+        """Hand pieces over to the event loops of their readers: one call a loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Piece]]] = {}
+        for delivery in deliveries:
+            by_loop.setdefault(delivery[0].mailbox.loop, []).append(delivery)
+        for loop, some in by_loop.items():
+            _call_on(loop, lambda some=some: self._put(some))  # type: ignore[misc]
+
+    def _put(self, deliveries: list[tuple[Ticket, Piece]]) -> None:
+        for ticket, piece in deliveries:
+            self._on_piece(ticket, piece)
+            ticket.mailbox.put(ticket.number, piece)
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:  # the loop has ended, and with it everybody who waited
+        logger.debug("an answer came after the end of the service")
+
+
+def _piece_of(continuation: Continuation, events: list[TokenEvent]) -> Piece:
+    """All that a step did for one continuation; what comes after its end is ignored."""
+    text = ""
+    scored: list[ScoredToken] = []
+    scored_prompt: list[ScoredToken] = []
+    num_before = continuation.num_tokens
+    reason: FinishReason | None = None
+    for event in events:
+        released = continuation.push(event)
+        text += released.text
+        if event.scored is not None:
+            scored.append(event.scored)
+        scored_prompt += event.scored_prompt
+        reason = released.finish_reason
+        if reason is not None:
+            break
+    problem = None
+    if reason == "error":
+        problem = ServiceUnavailableError("the model computed scores that are no numbers")
+    num_tokens = continuation.num_tokens - num_before
+    return Piece(text, reason, num_tokens, tuple(scored), tuple(scored_prompt), problem)

@@ -1,44 +1,40 @@
-"""OpenAI-compatible routes: `/v1/models` and `/v1/completions`, streamed and not."""
-
-import json
-import time
-import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+"""OpenAI-compatible routes: `/v1/models`, `/v1/completions`, `/v1/chat/completions`, `/v1/embeddings`."""
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 
-from full_stack_transformer.errors import FullStackTransformerError
-from full_stack_transformer.serving.bodies import body_schema, parse_body
-from full_stack_transformer.serving.engine_worker import EngineWorker
-from full_stack_transformer.serving.generation import (
-    merged_pieces,
-    options_of,
-    submitted,
-    wait_for_texts,
-)
-from full_stack_transformer.serving.schemas import (
-    CompletionChoice,
-    CompletionRequest,
+from full_stack_transformer.serving.answers import (
+    ChatCompletionResponse,
     CompletionResponse,
-    CompletionUsage,
-    ErrorDetail,
-    ErrorResponse,
+    EmbeddingResponse,
     ModelCard,
     ModelList,
 )
+from full_stack_transformer.serving.bodies import body_schema, parse_body
+from full_stack_transformer.serving.chats import answer_chat
+from full_stack_transformer.serving.completions import answer_completion
+from full_stack_transformer.serving.embeddings import answer_embeddings
+from full_stack_transformer.serving.models import ServedModel, ServedModels
+from full_stack_transformer.serving.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+)
 
 
-def make_openai_router(worker: EngineWorker) -> APIRouter:
+def make_openai_router(models: ServedModels) -> APIRouter:
     """The routes below `/v1`."""
     router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"])
-    started = int(time.time())
 
     @router.get("/models")
     async def list_models() -> ModelList:
-        """The model that is served."""
-        return ModelList(data=[ModelCard(id=worker.model.name, created=started)])
+        """The models that are served."""
+        return ModelList(data=[_card(model) for model in models.all])
+
+    @router.get("/models/{name:path}")
+    async def retrieve_model(name: str) -> ModelCard:
+        """One of the models."""
+        return _card(models.find(name))
 
     @router.post(
         "/completions",
@@ -48,78 +44,30 @@ def make_openai_router(worker: EngineWorker) -> APIRouter:
     async def complete(request: Request) -> Response:
         """Continue a text; with `stream` as server-sent events."""
         body = await parse_body(request, CompletionRequest)
-        head: dict[str, Any] = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": worker.model.name,
-        }
-        if body.stream:
-            return await _streaming_response(worker, body, head)
-        with submitted(worker, body.prompt, options_of(body), body.n) as tickets:
-            texts = await wait_for_texts(tickets, request)
-            num_prompt_tokens = len(tickets[0].token_request.prompt_ids)
-        before = body.prompt if body.echo else ""
-        num_new_tokens = sum(text.num_tokens for text in texts)
-        answer = CompletionResponse(
-            **head,
-            choices=[
-                CompletionChoice(
-                    index=index,
-                    text=before + text.text,
-                    finish_reason="stop" if text.finish_reason == "stop" else "length",
-                )
-                for index, text in enumerate(texts)
-            ],
-            usage=CompletionUsage(
-                prompt_tokens=num_prompt_tokens,
-                completion_tokens=num_new_tokens,
-                total_tokens=num_prompt_tokens + num_new_tokens,
-            ),
-        )
-        return JSONResponse(answer.model_dump())
+        return await answer_completion(request, body, models.find(body.model))
+
+    @router.post(
+        "/chat/completions",
+        response_model=ChatCompletionResponse,
+        openapi_extra=body_schema(ChatCompletionRequest),
+    )
+    async def chat(request: Request) -> Response:
+        """The model's next turn in a chat; with `stream` as server-sent events."""
+        body = await parse_body(request, ChatCompletionRequest)
+        return await answer_chat(request, body, models.find(body.model))
+
+    @router.post(
+        "/embeddings",
+        response_model=EmbeddingResponse,
+        openapi_extra=body_schema(EmbeddingRequest),
+    )
+    async def embed(request: Request) -> Response:
+        """A vector for each text: the mean of the model's last states, at length one."""
+        body = await parse_body(request, EmbeddingRequest)
+        return await answer_embeddings(request, body, models.find(body.model))
 
     return router
 
 
-async def _streaming_response(
-    worker: EngineWorker, body: CompletionRequest, head: dict[str, Any]
-) -> Response:
-    events = _stream(worker, body, head)
-    # The first event is made here: an impossible request then still gets its status.
-    first = await anext(events)
-
-    async def all_events() -> AsyncIterator[bytes]:
-        yield first
-        async for event in events:
-            yield event
-
-    return StreamingResponse(
-        all_events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
-    )
-
-
-async def _stream(
-    worker: EngineWorker, body: CompletionRequest, head: dict[str, Any]
-) -> AsyncIterator[bytes]:
-    with submitted(worker, body.prompt, options_of(body), body.n) as tickets:
-        if body.echo:
-            for index in range(body.n):
-                yield _event(_chunk(head, index, body.prompt, None))
-        try:
-            async for index, piece in merged_pieces(tickets):
-                yield _event(_chunk(head, index, piece.text, piece.finish_reason))
-        except FullStackTransformerError as error:
-            # The status has been sent already; the stream itself says what happened.
-            detail = ErrorDetail(message=str(error), type="server_error")
-            yield _event(ErrorResponse(error=detail).model_dump())
-            return
-    yield b"data: [DONE]\n\n"
-
-
-def _chunk(head: dict[str, Any], index: int, text: str, finish_reason: Any) -> dict[str, Any]:
-    choice = CompletionChoice(index=index, text=text, finish_reason=finish_reason)
-    return CompletionResponse(**head, choices=[choice]).model_dump(exclude={"usage"})
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(id=model.name, created=model.loaded_at)

@@ -1,56 +1,167 @@
-"""`fst serve`: open a model, listen, say where."""
+"""`fst serve`: open models, listen, say where, and end well."""
 
 import contextlib
 import logging
+import resource
 import signal
 import socket
+import sys
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 
+from full_stack_transformer import __version__
 from full_stack_transformer.arguments import ServeArguments
 from full_stack_transformer.errors import MachineError
-from full_stack_transformer.generation.open_engine import open_engine
-from full_stack_transformer.modelling.model_directory import find_model_directory, open_model
-from full_stack_transformer.serving.app import make_app
+from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.serving.api_keys import ApiKeys, read_api_keys
+from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.engine_worker import EngineWorker
+from full_stack_transformer.serving.metrics import Metrics
+from full_stack_transformer.serving.models import OpeningOptions, ServedModels, open_served
+from full_stack_transformer.serving.protocol import protocol_with
+from full_stack_transformer.serving.request_log import log_json_lines
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_TO_FINISH = 30
+# After the deadline the errors are still to be written.
+_SECONDS_TO_SAY_ERRORS = 5
+_MAX_HEADER_BYTES = 32 * 1024
+# The engine's thread holds the interpreter for milliseconds; others must not wait for Python's usual five.
+_SECONDS_OF_INTERPRETER = 0.001
+_WANTED_FILES = 16_384
+_FILES_BESIDE_CONNECTIONS = 128
 
 
 def serve(arguments: ServeArguments) -> int:
-    """Serve until SIGTERM or Ctrl-C; requests under way are finished.
+    """Serve until SIGTERM or Ctrl-C; requests under way are finished, or told why not.
 
     Raises:
         ModelError: there is no model to serve.
         MachineError: the port is in use or forbidden.
+        UsageError: the keys cannot be read.
     """
-    find_model_directory(arguments.model)  # a wrong path is said before the port is taken
+    if arguments.log_format == "json":
+        log_json_lines()
+    # A wrong path or key file is said before the port is taken.
+    sources: list[tuple[str | None, Path]] = [(arguments.served_model_name, arguments.model)]
+    for word in arguments.more_models:
+        name, _, path = word.partition("=")
+        sources.append((name, Path(path)))
+    for _, path_ in sources:
+        find_model_directory(path_)
+    keys = read_api_keys(arguments.api_keys_file)
     listener = _listen(arguments.host, arguments.port)
-    model = open_model(arguments.model, device=arguments.device)
-    engine = open_engine(
-        model.backbone,
+    opening = OpeningOptions(
+        device=arguments.device,
         num_slots=arguments.max_batch_size,
         weights_dtype=arguments.weights_dtype,
+        max_length=arguments.max_length,
     )
-    worker = EngineWorker(model, engine, max_queue_size=arguments.max_queue_size)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 (only shown)
-    logger.info("serving %s at %s (documentation: %s/docs)", model.name, url, url)
+    models = ServedModels([open_served(name, path_, opening) for name, path_ in sources], opening)
+    metrics = Metrics()
+    worker = EngineWorker(max_queue_size=arguments.max_queue_size, on_piece=metrics.on_piece)
+    options = AppOptions(
+        keys=keys,
+        allowed_origins=arguments.allowed_origins,
+        request_timeout_seconds=arguments.request_timeout_seconds,
+        max_body_bytes=arguments.max_body_bytes,
+        watches=arguments.watch,
+    )
+    protocol = protocol_with(
+        head_seconds=arguments.header_timeout_seconds,
+        body_seconds=arguments.body_timeout_seconds,
+        max_connections=_allow_many_files() - _FILES_BESIDE_CONNECTIONS,
+    )
     config = uvicorn.Config(
-        make_app(worker),
-        http="h11",  # httptools accepts headers of any size
+        make_app(models, worker, metrics, options),
+        http=protocol,  # on h11: httptools accepts headers of any size
+        ws="none",
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=int(arguments.shutdown_seconds) + _SECONDS_TO_SAY_ERRORS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    sys.setswitchinterval(_SECONDS_OF_INTERPRETER)
+    _announce(listener, models, keys, arguments)
     # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, worker, arguments.shutdown_seconds).run(sockets=[listener])
+    worker.stop()
     return 0
+
+
+class _Server(uvicorn.Server):
+    """Tells the worker when the end begins."""
+
+    def __init__(
+        self, config: uvicorn.Config, worker: EngineWorker, shutdown_seconds: float
+    ) -> None:
+        super().__init__(config)
+        self._worker = worker
+        self._shutdown_seconds = shutdown_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take nothing new, let the running requests finish, end the others with an error."""
+        self._worker.drain(self._shutdown_seconds)
+        await super().shutdown(sockets)
+
+
+def _announce(
+    listener: socket.socket, models: ServedModels, keys: ApiKeys, arguments: ServeArguments
+) -> None:
+    """Say where, what and how; the first line has the address."""
+    host, port = listener.getsockname()[:2]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 (only shown)
+    url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    summary: dict[str, Any] = {
+        "url": url,
+        "package_version": __version__,
+        "num_api_keys": keys.num_keys,
+        "models": [
+            model.facts.model_dump(exclude={"description"}) | {"num_slots": model.engine.num_slots}
+            for model in models.all
+        ],
+        "max_queue_size": arguments.max_queue_size,
+        "watch": arguments.watch,
+    }
+    if keys.is_open and not _is_local(host):
+        logger.warning(
+            "anybody who reaches %s may use this service; set FST_API_KEYS or --api_keys_file", host
+        )
+    for model in models.all:
+        facts = model.facts
+        logger.info(
+            "%s: step %s, context %d tokens, %d at once, %s",
+            *(model.name, facts.step, facts.context_tokens),
+            *(model.engine.num_slots, facts.computed_by),
+        )
+    logger.info(
+        "serving %s at %s (documentation: %s/docs; %s)",
+        ", ".join(model.name for model in models.all),
+        *(url, url),
+        "no keys" if keys.is_open else f"{keys.num_keys} keys",
+        extra={"facts": summary},
+    )
+
+
+def _is_local(host: str) -> bool:
+    return host.startswith("127.") or host == "::1"
+
+
+def _allow_many_files() -> int:
+    """Open files that the process may have: as many as it is allowed to want, up to a bound."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(_WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return _WANTED_FILES if soft == resource.RLIM_INFINITY else min(soft, _WANTED_FILES)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -59,7 +170,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(1024)
+        listener.listen(2048)
     except OSError as error:
         listener.close()
         raise MachineError(

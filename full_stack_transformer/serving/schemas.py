@@ -1,7 +1,8 @@
 """The bodies of the HTTP API: what a stranger may send, with bounds on everything.
 
-Parsed with `model_validate_json` in strict mode; NaN, infinities and unknown fields are refused.
-Knows nothing of models or of the web framework.
+Parsed with `model_validate_json` in strict mode; NaN, infinities and unknown fields are refused. Fields of
+OpenAI's that change nothing here are accepted and ignored, by name. Knows nothing of models or of the web
+framework; what OpenAI's routes answer stands in answers.py.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,12 +10,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_TEXT_CHARACTERS = 200_000
-MAX_NEW_TOKENS = 8192
+MAX_PROMPT_TOKENS = 131_072
+MAX_NEW_TOKENS = 131_072
+MAX_PROMPTS = 64
 MAX_SEQUENCES = 16
 MAX_SEED = 2**63 - 1
+MAX_MESSAGES = 1000
+_MAX_TOKEN_ID = 2**31 - 1
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARACTERS)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]],
+    Field(min_length=1, max_length=MAX_PROMPT_TOKENS),
+]
+IgnoredWords = Annotated[list[ShortText], Field(max_length=64)]
 
 
 class _Body(BaseModel):
@@ -27,8 +37,8 @@ class GeneratedTextsRequest(_Body):
     seed_text: Text = Field(
         default="", description="Text to continue; empty starts a new document."
     )
-    ignored_words: list[ShortText] = Field(
-        default_factory=list, max_length=64, description="Words that must not appear."
+    ignored_words: IgnoredWords = Field(
+        default_factory=list, description="Words that must not appear."
     )
     generation_max_len: int = Field(
         default=64, ge=1, le=MAX_NEW_TOKENS, description="Tokens to add, at most."
@@ -57,6 +67,9 @@ class GeneratedTextsRequest(_Body):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="The same seed gives the same texts."
     )
+    model: ShortText | None = Field(
+        default=None, description="Name of a model of /v1/models; the first one without it."
+    )
 
 
 class GeneratedTextsResponse(BaseModel):
@@ -65,66 +78,159 @@ class GeneratedTextsResponse(BaseModel):
     texts: list[str]
 
 
-class CompletionRequest(_Body):
-    """Body of `POST /v1/completions`, as OpenAI defines it; `top_k` and `repetition_penalty` are ours."""
+class StreamOptions(_Body):
+    """What a stream tells beside the text."""
 
-    model: ShortText
-    prompt: Text = ""
-    max_tokens: int = Field(default=16, ge=1, le=MAX_NEW_TOKENS)
-    temperature: float = Field(default=1.0, ge=0, le=100)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, le=1_000_000)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    n: int = Field(default=1, ge=1, le=MAX_SEQUENCES)
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(default=None, description="Accepted and ignored.")
+
+
+class JsonSchemaFormat(_Body):
+    """A JSON schema with its name, as OpenAI wraps it."""
+
+    name: ShortText = "answer"
+    description: Text | None = Field(default=None, description="Accepted and ignored.")
+    json_schema: dict[str, Any] | bool = Field(default_factory=dict, alias="schema")
+    strict: bool | None = Field(default=None, description="Accepted and ignored: it is kept to.")
+
+
+class ResponseFormat(_Body):
+    """What the text must look like."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchemaFormat | None = None
+    regex: Annotated[str, StringConstraints(min_length=1, max_length=10_000)] | None = Field(
+        default=None, description="A regular expression that the whole text matches; an addition."
+    )
+
+
+class _OpenAIBody(_Body):
+    """What completions and chats share; null always means the default."""
+
+    model: ShortText | None = None
+    temperature: float | None = Field(default=1.0, ge=0, le=100)
+    top_p: float | None = Field(default=1.0, gt=0, le=1)
+    presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
+    n: int | None = Field(default=1, ge=1, le=MAX_SEQUENCES)
     stop: Annotated[list[ShortText], Field(max_length=16)] | ShortText | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    stream: bool = False
-    echo: bool = False
-    user: ShortText | None = Field(default=None, description="Accepted and ignored.")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    # Additions
+    top_k: int = Field(default=0, ge=0, le=1_000_000)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    typical_p: float = Field(default=1.0, gt=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    ignored_words: IgnoredWords = Field(default_factory=list)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_NEW_TOKENS)
+    # Accepted and ignored
+    user: Text | None = Field(default=None, description="Accepted and ignored.")
+    metadata: dict[str, Any] | None = Field(default=None, description="Accepted and ignored.")
+    store: bool | None = Field(default=None, description="Accepted and ignored.")
+    service_tier: ShortText | None = Field(default=None, description="Accepted and ignored.")
+    safety_identifier: ShortText | None = Field(default=None, description="Accepted and ignored.")
+    prompt_cache_key: ShortText | None = Field(default=None, description="Accepted and ignored.")
+
+    @property
+    def num_choices(self) -> int:
+        """Texts that are wanted for each prompt."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionChoice(BaseModel):
-    """One continuation, or a piece of it when streamed."""
+class CompletionRequest(_OpenAIBody):
+    """Body of `POST /v1/completions`, as OpenAI defines it, with additions."""
 
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None
-
-
-class CompletionUsage(BaseModel):
-    """Tokens read and made."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class CompletionResponse(BaseModel):
-    """Answer of `POST /v1/completions`, whole or one piece of the stream."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: CompletionUsage | None = None
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    ) = Field(default="", description="A text, token ids, or a list of either.")
+    max_tokens: int | None = Field(
+        default=16, ge=0, le=MAX_NEW_TOKENS, description="0 only with `echo`, to score a text."
+    )
+    best_of: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
+    echo: bool | None = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    suffix: Text | None = Field(default=None, description="Refused: texts are only continued.")
 
 
-class ModelCard(BaseModel):
-    """One entry of `GET /v1/models`."""
+class ContentPart(_Body):
+    """A part of a message's text."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "full_stack_transformer"
+    type: Literal["text"]
+    text: Text
 
 
-class ModelList(BaseModel):
-    """Answer of `GET /v1/models`."""
+class ChatMessage(_Body):
+    """One turn of a conversation."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES)]
+    name: ShortText | None = Field(default=None, description="Accepted and ignored.")
+
+    @property
+    def text(self) -> str:
+        """The whole text of the message."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatCompletionRequest(_OpenAIBody):
+    """Body of `POST /v1/chat/completions`, as OpenAI defines it, with the same additions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    reasoning_effort: ShortText | None = Field(default=None, description="Accepted and ignored.")
+    verbosity: ShortText | None = Field(default=None, description="Accepted and ignored.")
+    parallel_tool_calls: bool | None = Field(default=None, description="Accepted and ignored.")
+    modalities: list[Literal["text"]] | None = Field(default=None, description="Only text.")
+
+
+class EmbeddingRequest(_Body):
+    """Body of `POST /v1/embeddings`, as OpenAI defines it."""
+
+    model: ShortText | None = None
+    input: (
+        Annotated[Text, StringConstraints(min_length=1)]
+        | TokenIds
+        | Annotated[
+            list[Annotated[Text, StringConstraints(min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS),
+        ]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Refused unless it is the model's width."
+    )
+    user: Text | None = Field(default=None, description="Accepted and ignored.")
 
 
 class Health(BaseModel):
@@ -133,14 +239,39 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class Version(BaseModel):
-    """Answer of `GET /version`: which package serves which model."""
+class Readiness(BaseModel):
+    """Answer of `GET /ready`."""
 
-    package_version: str
+    status: Literal["ready", "stopping"]
+    num_running: int
+    num_waiting: int
+
+
+class ServedModelFacts(BaseModel):
+    """What is known of one model that is served."""
+
     model: str
+    checkpoint: str = Field(description="Name of the file or directory that was opened.")
+    step: int | None
+    validation_loss: float | None
+    context_tokens: int
+    computed_by: str
+    num_swaps: int = Field(description="How often --watch has replaced it.")
+    loaded_at: int = Field(description="Seconds since 1970.")
     description: dict[str, Any] = Field(
         description="The model directory's description: step, validation loss, dataset."
     )
+
+
+class Version(BaseModel):
+    """Answer of `GET /version`: which package serves which models."""
+
+    package_version: str
+    model: str = Field(description="The first of the models.")
+    description: dict[str, Any] = Field(
+        description="The model directory's description: step, validation loss, dataset."
+    )
+    models: list[ServedModelFacts] = Field(default_factory=list)
 
 
 class ErrorDetail(BaseModel):
