@@ -40,6 +40,12 @@ class LoggedProcess:
         with self._grown:
             return "".join(self._lines)
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> str:
         """Start, and return the line that says that it is up."""
         self._process = subprocess.Popen(

@@ -54,7 +54,7 @@ STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = 
     (UnknownModelError, 404, "not_found_error"),
     (BodyTooLargeError, 413, "invalid_request_error"),
     (RequestError, 400, "invalid_request_error"),
-    (MissingExtraError, 501, "not_implemented_error"),
+    (MissingExtraError, 400, "invalid_request_error"),
     (ServiceBusyError, 429, "rate_limit_error"),
     (ServiceUnavailableError, 503, "server_error"),
     (FullStackTransformerError, 500, "server_error"),

@@ -15,6 +15,7 @@ from full_stack_transformer.errors import BodyTooLargeError, RequestError
 
 _Body = TypeVar("_Body", bound=BaseModel)
 
+_MAX_ERRORS = 1000
 _NAME = re.compile(r"[A-Za-z0-9_]{1,40}")
 # What to say of fields that may be several things: pydantic names the first kind only.
 _EXPECTED = {
@@ -56,8 +57,10 @@ async def parse_body(request: Request, schema: type[_Body]) -> _Body:
     try:
         return schema.model_validate_json(raw)
     except ValidationError as error:
+        if error.error_count() > _MAX_ERRORS:  # listing them would take longer than finding them
+            raise InvalidBodyError("body: holds too many faults to name one") from None
         errors = error.errors(include_input=False, include_context=False, include_url=False)
-        raise _as_invalid_body(errors[0], error.error_count()) from None
+        raise _as_invalid_body(errors[0], len(errors)) from None
     except ValueError:  # an integer of thousands of digits, among others
         raise InvalidBodyError("body: a number or a text is too long") from None
 

@@ -104,10 +104,12 @@ class Guard:
                 facts.num_bytes += len(message.get("body", b""))
             await send(message)
 
+        self._metrics.on_task(1)
         try:
             answer = self._preflight(scope, headers) or self._refusal(scope, headers, facts)
             await (answer or self._app)(scope, receive, send_guarded)
         finally:
+            self._metrics.on_task(-1)
             self._note(scope, facts)
 
     def _refusal(self, scope: Scope, headers: Headers, facts: RequestFacts) -> Response | None:

@@ -7,7 +7,7 @@ What has no such name begins with `fst_`.
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -96,6 +96,7 @@ class Metrics:
         self._errors = Counter(
             "fst_errors", "Answers that were errors, by their kind.", ["kind"], registry=registry
         )
+        self._tasks = Gauge("fst_http_tasks", "HTTP requests under way.", registry=registry)
         self._last_token: dict[Ticket, float] = {}
 
     def watch_worker(self, worker: EngineWorker) -> None:
@@ -126,6 +127,10 @@ class Metrics:
             self._success.labels(piece.finish_reason).inc()
         self._latency.observe(now - times.submitted)
         self._new_tokens.observe(ticket.continuation.num_tokens)
+
+    def on_task(self, change: int) -> None:
+        """An HTTP request has begun (1) or ended (-1), streams and waiting ones among them."""
+        self._tasks.inc(change)
 
     def forget(self, tickets: list[Ticket]) -> None:
         """Their request has ended, however far they came."""

@@ -17,6 +17,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _SECONDS_TO_LINGER = 5.0
 _MAX_LINGERING_BYTES = 256 << 20
+# h11 takes 20 us for a chunk, and a chunk may be one byte long: others must not wait for many of them.
+_READ_BYTES, _LINGERING_READ_BYTES = 8 << 10, 256 << 10
 # A client that reads nothing of its answer for so long has gone.
 _SECONDS_TO_READ_ANSWER = 60.0
 
@@ -62,6 +64,7 @@ class DeadlineProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
         self._inner = transport
+        self._read_at_once(_READ_BYTES)
         super().connection_made(_LingeringTransport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.max_connections:
             self._answer(503, "too many connections are open; try again later")
@@ -92,9 +95,13 @@ class DeadlineProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Go on to the next request of this connection."""
+        if self.conn.their_state is h11.SEND_BODY:
+            # An early answer, such as 401 or 413: whatever else of the body comes is not worth parsing.
+            self.server_state.total_requests += 1
+            self.linger()
+            return
         super().on_response_complete()
-        if not self.is_lingering:
-            self._set_deadline()
+        self._set_deadline()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP."""
@@ -194,9 +201,16 @@ class DeadlineProtocol(H11Protocol):
         self._clear_deadline()
         self._unset_keepalive_if_required()
         self._inner.resume_reading()
-        if self._inner.can_write_eof():
+        self._read_at_once(_LINGERING_READ_BYTES)
+        try:
             self._inner.write_eof()
+        except OSError:  # the client has closed both ways already
+            self._inner.close()
         self._deadline = self.loop.call_later(_SECONDS_TO_LINGER, self._end_lingering)
+
+    def _read_at_once(self, num_bytes: int) -> None:
+        # Read by asyncio's transport for sockets; one that lacks it reads as it likes.
+        self._inner.max_size = num_bytes  # type: ignore[attr-defined]
 
     def _end_lingering(self) -> None:
         if (

@@ -85,7 +85,8 @@ def serve(arguments: ServeArguments) -> int:
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_graceful_shutdown=int(arguments.shutdown_seconds) + _SECONDS_TO_SAY_ERRORS,
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    # Its warnings are one for each malformed request: anybody could fill the disk with them.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     sys.setswitchinterval(_SECONDS_OF_INTERPRETER)
     _announce(listener, models, keys, arguments)
     # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.

@@ -22,9 +22,9 @@ Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARACTERS)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]],
-    Field(min_length=1, max_length=MAX_PROMPT_TOKENS),
+    Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
 ]
-IgnoredWords = Annotated[list[ShortText], Field(max_length=64)]
+IgnoredWords = Annotated[list[ShortText], Field(max_length=64, fail_fast=True)]
 
 
 class _Body(BaseModel):
@@ -123,7 +123,7 @@ class _OpenAIBody(_Body):
         | None
     ) = None
     n: int | None = Field(default=1, ge=1, le=MAX_SEQUENCES)
-    stop: Annotated[list[ShortText], Field(max_length=16)] | ShortText | None = None
+    stop: Annotated[list[ShortText], Field(max_length=16, fail_fast=True)] | ShortText | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -165,8 +165,8 @@ class CompletionRequest(_OpenAIBody):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(default="", description="A text, token ids, or a list of either.")
     max_tokens: int | None = Field(
         default=16, ge=0, le=MAX_NEW_TOKENS, description="0 only with `echo`, to score a text."
@@ -188,7 +188,7 @@ class ChatMessage(_Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES)]
+    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
     name: ShortText | None = Field(default=None, description="Accepted and ignored.")
 
     @property
@@ -202,7 +202,7 @@ class ChatMessage(_Body):
 class ChatCompletionRequest(_OpenAIBody):
     """Body of `POST /v1/chat/completions`, as OpenAI defines it, with the same additions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
     logprobs: bool | None = False
@@ -222,9 +222,9 @@ class EmbeddingRequest(_Body):
         | TokenIds
         | Annotated[
             list[Annotated[Text, StringConstraints(min_length=1)]],
-            Field(min_length=1, max_length=MAX_PROMPTS),
+            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
         ]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(
