@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,11 @@ class LoggedProcess:
 def running_service(model: Path, *options: str) -> Iterator[tuple[str, LoggedProcess]]:
     """`fst serve` on a free port: its address and its process."""
     command = [sys.executable, "-m", "full_stack_transformer", "serve", str(model)]
+    if taskset := shutil.which("taskset"):
+        # On one core: the two threads of a tiny model's decoder wait for each other, and on a machine that
+        # others use too that takes ten times as long as computing.
+        core = max(os.sched_getaffinity(0))
+        command = [taskset, "--cpu-list", str(core), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = LoggedProcess(
         [*command, "--port", "0", "--device", "cpu", *options], "serving ", environment

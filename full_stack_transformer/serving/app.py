@@ -36,7 +36,7 @@ from full_stack_transformer.serving.generation import (
     token_requests,
     wait_for_texts,
 )
-from full_stack_transformer.serving.guard import Guard, error_response
+from full_stack_transformer.serving.guard import Guard, RequestFacts, error_response
 from full_stack_transformer.serving.metrics import Metrics
 from full_stack_transformer.serving.models import ServedModels
 from full_stack_transformer.serving.openai import make_openai_router
@@ -106,7 +106,26 @@ def make_app(
     _add_native_routes(app, models)
     _add_operating_routes(app, models, worker, metrics)
     app.include_router(make_openai_router(models))
-    return Guard(app, keys=options.keys, allowed_origins=options.allowed_origins, metrics=metrics)
+
+    def early_answer(facts: RequestFacts) -> Response | None:
+        """While every queue is full: known before a body is read."""
+        error: Exception | None = None
+        for model in models.all:
+            try:
+                worker.check_room(model.engine, 1)
+            except ServiceUnavailableError as refusal:
+                error = refusal
+            else:
+                return None
+        return None if error is None else _as_response(facts, error)
+
+    return Guard(
+        app,
+        keys=options.keys,
+        allowed_origins=options.allowed_origins,
+        metrics=metrics,
+        early_answer=early_answer,
+    )
 
 
 def _add_native_routes(app: FastAPI, models: ServedModels) -> None:
@@ -171,13 +190,19 @@ def _add_operating_routes(
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    return _as_response(
+        request.state.facts, error, is_native=not request.url.path.startswith("/v1/")
+    )
+
+
+def _as_response(facts: RequestFacts, error: Exception, *, is_native: bool = False) -> Response:
     status, kind = next(
         (status, kind) for cls, status, kind in STATUS_OF_ERROR if isinstance(error, cls)
     )
     # The ancestor's clients know 422 for a body that does not fit; OpenAI's know 400.
-    if isinstance(error, InvalidBodyError) and not request.url.path.startswith("/v1/"):
+    if isinstance(error, InvalidBodyError) and is_native:
         status = 422
-    request.state.facts.error_kind = kind
+    facts.error_kind = kind
     headers = {}
     if isinstance(error, ServiceBusyError):
         headers["retry-after"] = str(error.retry_after_seconds)

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,15 +67,24 @@ class Guard:
         keys: what opens it.
         allowed_origins: sites whose pages may ask from a browser; "*" for all.
         metrics: counts answers.
+        early_answer: an answer to any POST while nothing can be taken; what it costs decides how many
+            requests too many the service stands.
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys, allowed_origins: Sequence[str], metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        allowed_origins: Sequence[str],
+        metrics: Metrics,
+        early_answer: Callable[[RequestFacts], Response | None],
     ) -> None:
         self._app = app
         self._keys = keys
         self._origins = frozenset(allowed_origins)
         self._metrics = metrics
+        self._early_answer = early_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -107,6 +116,8 @@ class Guard:
         self._metrics.on_task(1)
         try:
             answer = self._preflight(scope, headers) or self._refusal(scope, headers, facts)
+            if answer is None and scope["method"] == "POST":
+                answer = self._early_answer(facts)
             await (answer or self._app)(scope, receive, send_guarded)
         finally:
             self._metrics.on_task(-1)

@@ -113,6 +113,13 @@ class DeadlineProtocol(H11Protocol):
     def _should_upgrade(self) -> bool:
         return False
 
+    def shutdown(self) -> None:
+        """The service ends: an idle connection is closed at once, another after its answer."""
+        if self.cycle is None or self.cycle.response_complete:
+            self._inner.close()
+        else:
+            self.cycle.keep_alive = False
+
     # ------------------------------------------------------------------ deadlines
 
     def _set_deadline(self) -> None:

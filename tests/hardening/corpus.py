@@ -4,10 +4,11 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tests.hardening.raw import post
 
-_ROUTES = {
+_ROUTES: dict[str, dict[str, Any]] = {
     "/generated_texts/": {"seed_text": "x", "generation_max_len": 1},
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
@@ -67,7 +68,9 @@ def _bodies() -> Iterator[HostileRequest]:
         "a form": b"prompt=x&max_tokens=1",
         "multipart": b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\ny\r\n--b--\r\n',
         "XML": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>',
-        "a pickle": b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+        "a pickle": b"\x80\x04\x95\x1a"
+        + b"\x00" * 7
+        + b"\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
         "two megabytes": b'{"prompt": "' + b"x" * 2_000_000 + b'"}',
         "a list of a million": b'{"prompt": [' + b"1," * 500_000 + b"1]}",
     }
@@ -151,11 +154,11 @@ def _fields() -> Iterator[HostileRequest]:
         ("best_of streamed", {"best_of": 4, "stream": True}),
         ("a format without a schema", {"response_format": {"type": "json_schema"}}),
         ("a format of no kind", {"response_format": {"type": "grammar"}}),
-        ("a broken expression", {"response_format": {"type": "regex", "regex": "(["}}),
-        ("an expression that explodes", {"response_format": {"type": "regex", "regex": "(a{1000}){1000}{1000}"}}),
-        ("an impossible schema", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}}),
-        ("a schema that refers to itself", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}}),
-        ("a schema of another host", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "http://169.254.169.254/"}}}}),
+        ("a broken expression", _regex("([")),
+        ("an expression that explodes", _regex("(a{1000}){1000}{1000}")),
+        ("an impossible schema", _schema({"type": "nothing"})),
+        ("a schema that refers to itself", _schema({"$ref": "#"})),
+        ("a schema of another host", _schema({"$ref": "http://169.254.169.254/"})),
         ("tools", {"tools": []}),
         ("a field of ours misspelt", {"temprature": 1}),
     ]  # fmt: skip
@@ -171,6 +174,15 @@ def _fields() -> Iterator[HostileRequest]:
     for name, messages in {"none": [], "1,001": [{"role": "user", "content": "x"}] * 1001}.items():
         body = json.dumps({"messages": messages}).encode()
         yield HostileRequest(f"messages: {name}", (post("/v1/chat/completions", body),))
+
+
+def _regex(expression: str) -> dict[str, object]:
+    return {"response_format": {"type": "regex", "regex": expression}}
+
+
+def _schema(schema: object) -> dict[str, object]:
+    wrapped = {"name": "a", "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": wrapped}}
 
 
 def _heads() -> Iterator[HostileRequest]:
@@ -264,6 +276,7 @@ def _framing() -> Iterator[HostileRequest]:
     start = b"POST /v1/completions HTTP/1.1\r\nhost: service\r\n"
     body = b'{"prompt": "x", "max_tokens": 1}'
     chunked = start + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    close = b"connection: close\r\n\r\n"
     known = start + b"content-length: %d\r\n" % len(body)
     cases: dict[str, tuple[bytes, ...]] = {
         "a negative length": (start + b"content-length: -1\r\n\r\n" + body,),
@@ -292,11 +305,11 @@ def _framing() -> Iterator[HostileRequest]:
         "a bad trailer": (chunked + b"20\r\n" + body + b"\r\n0\r\nbad trailer\r\n\r\n",),
         "a wrong chunk after the body began": (chunked + b"20\r\n" + body + b"\r\n", b"zz\r\n\r\n"),
         "a body after a pause": (known + b"connection: close\r\n\r\n", body),
-        "a body letter by letter": (known + b"connection: close\r\n\r\n", *(body[n : n + 1] for n in range(10))),
+        "a body letter by letter": (known + close, *(body[n : n + 1] for n in range(10))),
         "100 MB": (post("/v1/completions", b" " * 100_000_000),),
         "100 MB to no route": (post("/nothing", b" " * 100_000_000),),
         "10 MB in chunks": (chunked + b"a00000\r\n" + b" " * 0xA00000 + b"\r\n0\r\n\r\n",),
-        "a body for GET": (b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\nconnection: close\r\n\r\nabcde",),
+        "a body for GET": (b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n" + close + b"abcde",),
         "expect 100": (known + b"expect: 100-continue\r\nconnection: close\r\n\r\n", body),
         "expect something": (known + b"expect: tea\r\nconnection: close\r\n\r\n" + body,),
         "an upgrade to a web socket": (
@@ -311,7 +324,7 @@ def _framing() -> Iterator[HostileRequest]:
             start + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
             b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n",
         ),
-        "a request from a page": (known + b"origin: https://evil.example\r\nconnection: close\r\n\r\n" + body,),
+        "a request from a page": (known + b"origin: https://evil.example\r\n" + close + body,),
         "a request from null": (known + b"origin: null\r\nconnection: close\r\n\r\n" + body,),
         "a forwarded address": (known + b"x-forwarded-for: 1.2.3.4\r\nconnection: close\r\n\r\n" + body,),
         "an id with a line end": (known + b"x-request-id: a%0d%0ab: c\r\nconnection: close\r\n\r\n" + body,),

@@ -1,5 +1,8 @@
 """A tiny model directory for commands that run outside pytest."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -7,6 +10,17 @@ import torch
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tokenization import TrainedTokenizer
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Inside, models are opened for one core: see `running_service` for why."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def make_tiny_model(

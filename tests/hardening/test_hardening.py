@@ -1,0 +1,50 @@
+"""Each command for a few seconds. Bounds of time are the commands' own business, on a quiet machine."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hardening import disconnects, hostile, overload, sigterm, soak
+from tests.hardening.corpus import corpus
+from tests.hardening.raw import quantile
+from tests.hardening.service import Service, hardening_service
+
+
+@pytest.fixture(scope="module")
+def service(model_dir: Path) -> Iterator[Service]:
+    with hardening_service(model_dir, *overload.SERVICE_OPTIONS) as service:
+        yield service
+        assert service.process.stop() == 0
+        assert "Traceback" not in service.process.log
+
+
+def test_hundreds_of_hostile_requests_get_short_answers(service: Service) -> None:
+    requests = corpus()
+    assert len(requests) >= 300
+    report = asyncio.run(hostile.send_corpus(service, requests))
+    assert report.faults == []
+    assert quantile(report.health_seconds, 0.5) < 0.1
+
+
+def test_clients_that_go_away_leave_nothing_behind(service: Service) -> None:
+    report = asyncio.run(disconnects.many(service, 60))
+    assert disconnects.holds(report), report
+
+
+def test_overload_is_refused_and_slow_sockets_hurt_nobody(service: Service) -> None:
+    report = asyncio.run(overload.measure(service, 1.5, 50, factor=3))
+    assert report["others"] == []
+    assert report["num_served"] > 0
+    assert report["num_refused"] > 0
+
+
+def test_mixed_load_is_served(service: Service) -> None:
+    report = asyncio.run(soak.soak(service, 3))
+    assert set(report.statuses) <= {"200", "400", "404", "429", "went away"}
+
+
+def test_sigterm_in_the_middle_truncates_nothing(model_dir: Path) -> None:
+    report = sigterm.stop_in_the_middle(model_dir, 1)
+    assert sigterm.holds(report), report
