@@ -114,7 +114,7 @@ def stop_in_the_middle(model: Path, times: int) -> EndReport:
 
 def holds(report: EndReport) -> bool:
     """Whether every end was a good one."""
-    return not report.faults and set(report.exit_codes) == {"0"} and report.longest_seconds < 10
+    return not report.faults and set(report.exit_codes) == {"0"}
 
 
 def main() -> int:
@@ -125,7 +125,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         report = stop_in_the_middle(make_tiny_model(Path(directory)), options.times)
     print(json.dumps(vars(report), indent=2))
-    return int(not holds(report))
+    return int(not holds(report) or report.longest_seconds > 10)
 
 
 if __name__ == "__main__":
