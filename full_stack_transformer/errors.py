@@ -11,8 +11,12 @@
     │   └── MissingExtraError        a package that this command needs is not installed
     ├── TrainingError                who chose the options of a training that cannot go on
     ├── RequestError                 who sent a request to the service: impossible as it stands
+    │   ├── AccessError              without a key, or from a page of another site
+    │   ├── UnknownModelError        for a model that is not served
+    │   └── BodyTooLargeError        with more bytes than are read
     └── ServiceError                 who runs the service: unreachable, overloaded, failing
         ├── ServiceUnavailableError  try again later
+        │   └── ServiceBusyError     the queue is full; the error says for how long
         └── ServiceRefusedError      the same request will be refused again
 
 A message says what was expected, what was found, where, and what to do.
@@ -69,12 +73,32 @@ class RequestError(FullStackTransformerError):
     """A request that can never be served as it stands."""
 
 
+class AccessError(RequestError):
+    """A request without a valid key, or from a web page that may not ask."""
+
+
+class UnknownModelError(RequestError):
+    """A request for a model that is not served."""
+
+
+class BodyTooLargeError(RequestError):
+    """A request whose body has more bytes than are read."""
+
+
 class ServiceError(FullStackTransformerError):
     """The service that was called did not answer as it should."""
 
 
 class ServiceUnavailableError(ServiceError):
     """The service is away or overloaded; the same request may succeed later."""
+
+
+class ServiceBusyError(ServiceUnavailableError):
+    """The queue is full."""
+
+    def __init__(self, message: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class ServiceRefusedError(ServiceError):

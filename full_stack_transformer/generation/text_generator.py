@@ -39,7 +39,7 @@ from full_stack_transformer.modelling.model_directory import (
     find_model_directory,
     open_model,
 )
-from full_stack_transformer.tokenization import TextStream
+from full_stack_transformer.tokenization import DocumentTokenizer, TextStream
 
 _MAX_RANDOM_SEED = 2**32
 _GREEDY = SamplingParameters(temperature=0)
@@ -86,20 +86,25 @@ class ScoredText:
 
 
 def as_token_request(
-    prompt: str | Sequence[int], options: GenerationOptions, model: OpenedModel, max_length: int
+    prompt: str | Sequence[int],
+    options: GenerationOptions,
+    tokenizer: DocumentTokenizer,
+    *,
+    end_ids: frozenset[int],
+    max_length: int,
 ) -> TokenRequest:
     """The engine's view of a request.
 
     Args:
         prompt: the beginning of a document, or token ids.
         options: how to continue it.
-        model: whose tokenizer and end tokens are used.
+        tokenizer: of the model.
+        end_ids: of the model; see `find_end_ids`.
         max_length: tokens of the context.
 
     Raises:
         RequestError: the prompt alone fills the context.
     """
-    tokenizer = model.tokenizer
     prompt_ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
     room = max_length - len(prompt_ids)
     if room < 1:
@@ -116,13 +121,13 @@ def as_token_request(
         min_new_tokens=options.min_new_tokens,
         sampling=options.sampling,
         seed=secrets.randbelow(_MAX_RANDOM_SEED) if options.seed is None else options.seed,
-        stop_ids=options.stop_ids | _end_ids(model),
+        stop_ids=options.stop_ids | end_ids,
         forbids=ignored.forbid if any(options.ignored_words) else None,
         num_log_probabilities=options.num_log_probabilities,
     )
 
 
-def _end_ids(model: OpenedModel) -> frozenset[int]:
+def find_end_ids(model: OpenedModel) -> frozenset[int]:
     """Tokens that end a text: those of the tokenizer, and what the model's own settings name."""
     tokenizer = model.tokenizer
     settings = model.backbone.generation_config
@@ -159,6 +164,7 @@ class TextGenerator:
     ) -> None:
         self.model = model
         self.template = template
+        self._end_ids = find_end_ids(model)
         self._engine = engine or Engine(TorchRunner(model.backbone, num_slots=num_slots))
         # Of requests under way whose events nobody has read yet: several streams may share the engine.
         self._inboxes: dict[int, list[TokenEvent]] = {}
@@ -222,12 +228,15 @@ class TextGenerator:
             ModelError: the model computed scores that are no numbers.
         """
         first_seed = secrets.randbelow(_MAX_RANDOM_SEED) if options.seed is None else options.seed
-        max_length = self._engine.max_length
         waiting = [
             (
                 index,
                 as_token_request(
-                    prompt, replace(options, seed=first_seed + index), self.model, max_length
+                    prompt,
+                    replace(options, seed=first_seed + index),
+                    self.model.tokenizer,
+                    end_ids=self._end_ids,
+                    max_length=self._engine.max_length,
                 ),
             )
             for index in range(num_return_sequences)

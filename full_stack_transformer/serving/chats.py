@@ -90,16 +90,11 @@ class _Answer:
                 f"{len(self._prompt_ids)}; shorten them"
             )
         max_tokens = body.max_completion_tokens or body.max_tokens or room
-        options = options_of_openai(body, max_tokens)
+        num_scored = (body.top_logprobs or 0) if body.logprobs else None
+        options = options_of_openai(body, max_tokens, num_scored)
+        options = dataclasses.replace(options, stop_ids=model.turn_end_ids)
         return [
-            Wanted(
-                dataclasses.replace(
-                    one,
-                    num_log_probabilities=(body.top_logprobs or 0) if body.logprobs else None,
-                    min_new_tokens=min(body.min_tokens, max_tokens),
-                ),
-                (*body.stops, *model.chat_template.stops),
-            )
+            Wanted(one, (*body.stops, *model.chat_template.stops))
             for one in token_requests(model, self._prompt_ids, options, body.num_choices)
         ]
 

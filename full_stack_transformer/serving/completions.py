@@ -109,10 +109,10 @@ class _Answer:
         """The candidates of the first prompt, then those of the second …"""
         body, self._prompt_ids = self._body, prompt_ids
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        options = options_of_openai(body, max_tokens)
         num_scored = body.logprobs
         if num_scored is None and self.num_candidates > body.num_choices:
             num_scored = 0  # to tell which are the best
+        options = options_of_openai(body, max_tokens, num_scored)
         wanted = []
         for ids in prompt_ids:
             requests = token_requests(self._model, ids, options, self.num_candidates)
@@ -121,12 +121,7 @@ class _Answer:
                 num_prompt = body.logprobs if scores_prompt else None
                 if not max_tokens:
                     num_prompt = num_prompt or 0
-                one = dataclasses.replace(
-                    one,
-                    num_log_probabilities=num_scored,
-                    num_prompt_log_probabilities=num_prompt,
-                    min_new_tokens=min(body.min_tokens, max_tokens),
-                )
+                one = dataclasses.replace(one, num_prompt_log_probabilities=num_prompt)
                 wanted.append(Wanted(one, body.stops))
         return wanted
 

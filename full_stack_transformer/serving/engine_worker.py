@@ -22,9 +22,9 @@ from full_stack_transformer.errors import (
     ServiceBusyError,
     ServiceUnavailableError,
 )
+from full_stack_transformer.generation.continuation import Continuation
 from full_stack_transformer.generation.engine import Engine, FinishReason, TokenEvent, TokenRequest
 from full_stack_transformer.generation.sampling import ScoredToken
-from full_stack_transformer.generation.text_generator import Continuation
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,10 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from full_stack_transformer.errors import RequestError
+from full_stack_transformer.generation.continuation import Continuation
 from full_stack_transformer.generation.engine import FinishReason, TokenRequest
 from full_stack_transformer.generation.sampling import SamplingParameters, ScoredToken
-from full_stack_transformer.generation.text_generator import (
-    Continuation,
-    GenerationOptions,
-    as_token_request,
-)
+from full_stack_transformer.generation.text_generator import GenerationOptions, as_token_request
 from full_stack_transformer.serving.bodies import InvalidBodyError
 from full_stack_transformer.serving.engine_worker import EngineWorker, Mailbox, Piece, Ticket
 from full_stack_transformer.serving.models import ServedModel
@@ -177,11 +174,14 @@ def options_of_texts(body: GeneratedTextsRequest) -> GenerationOptions:
 
 
 def options_of_openai(
-    body: CompletionRequest | ChatCompletionRequest, max_new_tokens: int
+    body: CompletionRequest | ChatCompletionRequest,
+    max_new_tokens: int,
+    num_log_probabilities: int | None,
 ) -> GenerationOptions:
     """What OpenAI's routes ask for, in the generator's words."""
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min(body.min_tokens, max_new_tokens),
         sampling=SamplingParameters(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=body.top_k,
@@ -194,6 +194,7 @@ def options_of_openai(
             logit_bias={int(key): value for key, value in (body.logit_bias or {}).items()},
         ),
         ignored_words=tuple(body.ignored_words),
+        num_log_probabilities=num_log_probabilities,
         seed=body.seed,
     )
 
@@ -203,8 +204,13 @@ def token_requests(
 ) -> list[TokenRequest]:
     """Requests of `num_sequences` continuations of one prompt; the second has the seed after the first's."""
     first_seed = secrets.randbelow(_MAX_RANDOM_SEED) if options.seed is None else options.seed
-    one = as_token_request(prompt_ids, options, model.tokenizer, model.engine.max_length)
-    one = dataclasses.replace(one, stop_ids=one.stop_ids | model.stop_ids)
+    one = as_token_request(
+        prompt_ids,
+        options,
+        model.tokenizer,
+        end_ids=model.end_ids,
+        max_length=model.engine.max_length,
+    )
     # Seeds wrap around at 2^63, the largest that a body may name.
     return [
         dataclasses.replace(one, seed=(first_seed + index) % 2**63)

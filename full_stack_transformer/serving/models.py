@@ -22,6 +22,7 @@ from full_stack_transformer.generation.engine import Engine, TokenRequest
 from full_stack_transformer.generation.native.decoder import WeightsDtype
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.sampling import SamplingParameters
+from full_stack_transformer.generation.text_generator import find_end_ids
 from full_stack_transformer.modelling.model_directory import (
     OpenedModel,
     find_model_directory,
@@ -60,7 +61,10 @@ class ServedModel:
     description: dict[str, Any]
     engine: Engine
     chat_template: ChatTemplate
-    stop_ids: frozenset[int]
+    end_ids: frozenset[int]
+    """Tokens that end a text."""
+    turn_end_ids: frozenset[int]
+    """Tokens that end an answer in a chat, beside those."""
     loaded_at: int
     num_swaps: int = 0
 
@@ -171,7 +175,7 @@ def _open_once(
         max_length=options.max_length,
     )
     template = load_chat_template(find_model_directory(path))
-    stop_ids = _checked_stop_ids(opened, path) | template.stop_ids(opened.tokenizer)
+    _check_end_ids(opened, path)
     _make_one_token(opened, engine, path)
     return ServedModel(
         name=name or opened.name,
@@ -181,13 +185,14 @@ def _open_once(
         description=opened.description,
         engine=engine,
         chat_template=template,
-        stop_ids=stop_ids,
+        end_ids=find_end_ids(opened),
+        turn_end_ids=template.stop_ids(opened.tokenizer),
         loaded_at=int(time.time()),
     )
 
 
-def _checked_stop_ids(opened: OpenedModel, path: Path) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's, and those of the generation settings.
+def _check_end_ids(opened: OpenedModel, path: Path) -> None:
+    """Compare what the generation settings name as the end of a text with tokenizer and weights.
 
     Raises:
         ModelError: the settings name ids that the model does not have.
@@ -208,7 +213,6 @@ def _checked_stop_ids(opened: OpenedModel, path: Path) -> frozenset[int]:
             "%s: the tokenizer ends a text with %d, generation_config.json with %s; both end a text here",
             *(path, tokenizer.end_id, sorted(ids)),
         )
-    return ids | {tokenizer.end_id, tokenizer.begin_id, tokenizer.pad_id}
 
 
 def _make_one_token(opened: OpenedModel, engine: Engine, path: Path) -> None:

@@ -20,6 +20,7 @@ from full_stack_transformer.generation.text_generator import (
     GenerationOptions,
     TextGenerator,
     as_token_request,
+    find_end_ids,
 )
 
 OPTIONS = GenerationOptions(max_new_tokens=30, seed=7)
@@ -209,8 +210,10 @@ def test_the_end_tokens_that_the_model_names_end_a_text(generator: TextGenerator
     backbone = copy.deepcopy(generator.model.backbone)
     backbone.generation_config.eos_token_id = [40, 41, 100_000]
     model = replace(generator.model, backbone=backbone)
-    request = as_token_request("The", OPTIONS, model, 128)
     tokenizer = generator.model.tokenizer
+    request = as_token_request(
+        "The", OPTIONS, tokenizer, end_ids=find_end_ids(model), max_length=128
+    )
     ours = {tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id}
     assert request.stop_ids == ours | {40, 41}
 

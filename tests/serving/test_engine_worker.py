@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from full_stack_transformer.errors import RequestError, ServiceBusyError, ServiceUnavailableError
+from full_stack_transformer.generation.continuation import Continuation
 from full_stack_transformer.generation.engine import TokenRequest
 from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import Continuation
 from full_stack_transformer.serving.engine_worker import EngineWorker, Mailbox, Piece, Ticket
 from full_stack_transformer.serving.models import OpeningOptions, ServedModel, open_served
 from tests.serving.tiny_model import one_core
