@@ -16,11 +16,11 @@ import sys
 import time
 from typing import Any
 
-from tests.hardening.raw import ask_raw, post
+from tests.hardening.raw import ask_raw, connected, post
 from tests.hardening.service import Service, hardening_service
 
 _NUM_AT_ONCE = 24
-_MAX_SECONDS_TO_SETTLE = 20.0
+_MAX_SECONDS_TO_SETTLE = 60.0
 
 
 async def go_away(service: Service, number: int) -> str:
@@ -31,23 +31,20 @@ async def go_away(service: Service, number: int) -> str:
     body |= {"stream": is_streamed, "n": chance.choice((1, 1, 1, 3)), "seed": number}
     data = post("/v1/completions", body, close=False)
     is_cut = chance.random() < 0.2
-    reader, writer = await asyncio.open_connection(*service.address)
-    with contextlib.suppress(ConnectionError):
-        writer.write(data[: chance.randrange(len(data))] if is_cut else data)
-        await writer.drain()
-        if is_cut:
-            await asyncio.sleep(chance.uniform(0, 0.05))
-        else:
-            with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
-                async with asyncio.timeout(chance.uniform(0, 0.4)):
-                    await reader.readexactly(chance.randrange(1, 20_000))
-    if chance.random() < 0.5:  # with a reset instead of a quiet end
-        raw = writer.get_extra_info("socket")
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        writer.transport.abort()
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
+    async with connected(service.address) as (reader, writer):
+        with contextlib.suppress(ConnectionError):
+            writer.write(data[: chance.randrange(len(data))] if is_cut else data)
+            await writer.drain()
+            if is_cut:
+                await asyncio.sleep(chance.uniform(0, 0.05))
+            else:
+                with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
+                    async with asyncio.timeout(chance.uniform(0, 0.4)):
+                        await reader.readexactly(chance.randrange(1, 20_000))
+        if chance.random() < 0.5:  # with a reset instead of a quiet end
+            raw = writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
     return "cut" if is_cut else "streamed" if is_streamed else "whole"
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.hardening.raw import RawAnswer, ask_raw, get, post, quantile
+from tests.hardening.raw import RawAnswer, ask_raw, connected, get, post, quantile
 from tests.hardening.service import Service, hardening_service
 from tests.serving.tiny_model import make_tiny_model
 
@@ -103,13 +103,12 @@ async def slow_sockets(service: Service, number: int) -> AsyncIterator[None]:
     async def drip() -> None:
         while True:
             with contextlib.suppress(ConnectionError):
-                _, writer = await asyncio.open_connection(*service.address)
-                for byte in get("/health"):
-                    writer.write(bytes([byte]))
-                    await asyncio.sleep(1.0)
-                    if writer.transport.is_closing():
-                        break
-                writer.close()
+                async with connected(service.address) as (_, writer):
+                    for byte in get("/health"):
+                        writer.write(bytes([byte]))
+                        await asyncio.sleep(1.0)
+                        if writer.transport.is_closing():
+                            break
 
     dripping = [asyncio.create_task(drip()) for _ in range(number)]
     try:

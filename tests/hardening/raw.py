@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 _TIMEOUT_SECONDS = 60.0
@@ -29,34 +29,48 @@ class RawAnswer:
         return len(self.head) + len(self.body)
 
 
+@contextlib.asynccontextmanager
+async def connected(
+    address: tuple[str, int],
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that is closed at the end, whatever the end is."""
+    reader, writer = await asyncio.open_connection(*address, limit=1 << 20)
+    try:
+        yield reader, writer
+    except BaseException:
+        writer.transport.abort()
+        raise
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
 async def ask_raw(
     address: tuple[str, int], data: bytes | Sequence[bytes], *, pause_seconds: float = 0.05
 ) -> RawAnswer:
     """Send bytes, in several parts with pauses where a sequence is given, and read one answer."""
     parts = [data] if isinstance(data, bytes) else list(data)
     started = time.perf_counter()
-    reader, writer = await asyncio.open_connection(*address, limit=1 << 20)
-    sending = asyncio.create_task(_send(writer, parts, pause_seconds))
     head = body = b""
     was_reset = False
     seconds = 0.0
-    try:
-        async with asyncio.timeout(_TIMEOUT_SECONDS):
-            head = await reader.readuntil(b"\r\n\r\n")
-            seconds = time.perf_counter() - started
-            while head.startswith(b"HTTP/1.1 1"):
+    async with connected(address) as (reader, writer):
+        sending = asyncio.create_task(_send(writer, parts, pause_seconds))
+        try:
+            async with asyncio.timeout(_TIMEOUT_SECONDS):
                 head = await reader.readuntil(b"\r\n\r\n")
-            body = await _read_body(reader, head)
-    except asyncio.IncompleteReadError as error:
-        head = head or error.partial
-    except (ConnectionResetError, BrokenPipeError):
-        was_reset = True
-    sending.cancel()
-    with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-        await sending
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
+                seconds = time.perf_counter() - started
+                while head.startswith(b"HTTP/1.1 1"):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                body = await _read_body(reader, head)
+        except asyncio.IncompleteReadError as error:
+            head = head or error.partial
+        except (ConnectionResetError, BrokenPipeError):
+            was_reset = True
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
     status = int(head.split(b" ", 2)[1]) if head.startswith(b"HTTP/1.1 ") else None
     return RawAnswer(status, head, body, was_reset, seconds or time.perf_counter() - started)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from tests.hardening.raw import post
+from tests.hardening.raw import connected, post
 from tests.hardening.service import Service, hardening_service
 from tests.serving.tiny_model import make_tiny_model
 
@@ -53,10 +53,9 @@ async def ask_until_end(service: Service, number: int, report: EndReport) -> Non
         body: dict[str, Any] = {"prompt": "x", "max_tokens": chance.randrange(20, 120)}
         body |= {"stream": is_streamed, "min_tokens": body["max_tokens"]}
         try:
-            reader, writer = await asyncio.open_connection(*service.address)
-            writer.write(post("/v1/completions", body))
-            received = await reader.read(-1)
-            writer.close()
+            async with connected(service.address) as (reader, writer):
+                writer.write(post("/v1/completions", body))
+                received = await reader.read(-1)
         except ConnectionError:
             # Refused, or waiting to be accepted when the end came: nothing had begun.
             report.note("not accepted")
