@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _REPOSITORY = Path(__file__).parents[1]
-_TIMEOUT_SECONDS = 60
+_TIMEOUT_SECONDS = 300
 
 
 class LoggedProcess:

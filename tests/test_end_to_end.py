@@ -49,7 +49,7 @@ def url(experiment: Path) -> Iterator[str]:
 
 
 def test_the_service_names_the_experiment_and_its_data(url: str, experiment: Path) -> None:
-    version = httpx.get(f"{url}/version").json()
+    version = httpx.get(f"{url}/version", timeout=60).json()
     assert version["model"] == "road/0"
     assert version["description"]["experiment"] == "road/0"
     assert version["description"]["dataset"]["dataset_name"] == "road"
@@ -99,7 +99,7 @@ def test_the_bot_replies_with_a_continuation_and_repeats(url: str) -> None:
 def test_the_library_generates_what_the_service_does(url: str, experiment: Path) -> None:
     """The few lines of the README: open, generate."""
     body = {"seed_text": "The corpus", "generation_max_len": 25, "seed": 11, "temperature": 0.8}
-    [text] = httpx.post(f"{url}/generated_texts/", json=body).json()["texts"]
+    [text] = httpx.post(f"{url}/generated_texts/", json=body, timeout=60).json()["texts"]
     generator = TextGenerator.open(experiment, device="cpu")
     options = GenerationOptions(
         max_new_tokens=25, seed=11, sampling=SamplingParameters(temperature=0.8)
@@ -133,9 +133,9 @@ def test_the_demo_walks_the_road_and_serves_when_typed_again(
         assert "is trained already" in again.log
         assert "$ fst train" not in again.log
         docs = again.wait_for_log("  API docs").split()[2]
-        assert httpx.get(docs).status_code == 200
+        assert httpx.get(docs, timeout=60).status_code == 200
         board = again.wait_for_log("  TensorBoard").split()[1]
-        assert httpx.get(board).status_code == 200
+        assert httpx.get(board, timeout=60).status_code == 200
         again.send_signal(signal.SIGTERM)
         assert again.wait() == 0
         with pytest.raises(httpx.ConnectError):

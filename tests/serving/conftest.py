@@ -27,11 +27,11 @@ class KeyedService:
 def keyed_service(
     model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[KeyedService]:
-    """A service with keys, one allowed site and JSON logs, which ends well."""
+    """A service with keys and one allowed site, which ends well."""
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text(f"# for the tests\n{KEY}\nanother-key-of-the-tests # a second one\n")
     options = ("--api_keys_file", str(keys), "--allowed_origins", "https://friend.example")
-    with running_service(model_dir, *options, "--header_timeout_seconds", "1") as (url, process):
+    with running_service(model_dir, *options) as (url, process):
         yield KeyedService(url, KEY)
         assert process.stop() == 0
         assert "Traceback" not in process.log

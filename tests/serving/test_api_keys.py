@@ -26,7 +26,7 @@ def test_every_route_but_the_open_ones_wants_a_key(
     routes |= {(method.upper(), path) for path, method in hidden.items()}
     routes |= {("POST", "/generated_texts")}
     for method, path in sorted(routes):
-        answer = httpx.request(method, keyed_service.url + path, content=b"{}")
+        answer = httpx.request(method, keyed_service.url + path, content=b"{}", timeout=60)
         is_open = (method, path) in OPEN
         assert answer.status_code == (200 if is_open else 401), path
         if not is_open:
@@ -58,7 +58,7 @@ def test_no_spelling_of_a_path_gets_around_the_key(
     keyed_service: KeyedService, target: str
 ) -> None:
     host, port = keyed_service.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         request = f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
         connection.sendall(request.encode())
         assert connection.recv(100).startswith((b"HTTP/1.1 401", b"HTTP/1.1 400"))
@@ -77,13 +77,16 @@ def test_no_spelling_of_a_path_gets_around_the_key(
 )
 def test_what_is_no_key_opens_nothing(keyed_service: KeyedService, header: str) -> None:
     url = f"{keyed_service.url}/v1/models"
-    assert httpx.get(url, headers={"authorization": header}).status_code == 401
+    assert httpx.get(url, headers={"authorization": header}, timeout=60).status_code == 401
 
 
 def test_each_of_several_keys_opens(keyed_service: KeyedService) -> None:
     for key in (keyed_service.key, "another-key-of-the-tests"):
         headers = {"authorization": f"bearer {key}"}
-        assert httpx.get(f"{keyed_service.url}/version", headers=headers).status_code == 200
+        assert (
+            httpx.get(f"{keyed_service.url}/version", headers=headers, timeout=60).status_code
+            == 200
+        )
 
 
 def test_a_page_of_another_site_may_not_ask_unless_allowed(http: httpx.Client) -> None:
@@ -104,18 +107,22 @@ def test_a_page_of_another_site_may_not_ask_unless_allowed(http: httpx.Client) -
 
 def test_a_browser_may_ask_whether_it_may_ask(keyed_service: KeyedService) -> None:
     asked = {"origin": "https://friend.example", "access-control-request-method": "POST"}
-    answer = httpx.options(f"{keyed_service.url}/v1/completions", headers=asked)
+    answer = httpx.options(f"{keyed_service.url}/v1/completions", headers=asked, timeout=60)
     assert answer.status_code == 204
     assert "authorization" in answer.headers["access-control-allow-headers"]
     asked["origin"] = "https://evil.example"
-    answer = httpx.options(f"{keyed_service.url}/v1/completions", headers=asked)
+    answer = httpx.options(f"{keyed_service.url}/v1/completions", headers=asked, timeout=60)
     assert answer.status_code == 403
 
 
 def test_every_answer_has_the_headers_of_security(
     http: httpx.Client, keyed_service: KeyedService
 ) -> None:
-    for answer in (http.get("/health"), http.get("/x"), httpx.get(f"{keyed_service.url}/docs")):
+    for answer in (
+        http.get("/health"),
+        http.get("/x"),
+        httpx.get(f"{keyed_service.url}/docs", timeout=60),
+    ):
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["x-frame-options"] == "DENY"
         assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]

@@ -43,7 +43,7 @@ def _text(service: Service, model: str) -> str:
 
 
 def test_models_are_asked_by_name(service: Service) -> None:
-    listed = httpx.get(f"{service.url}/v1/models").json()["data"]
+    listed = httpx.get(f"{service.url}/v1/models", timeout=60).json()["data"]
     assert [model["id"] for model in listed] == ["good", "other"]
     assert _text(service, "good") != _text(service, "other")
     native = {"seed_text": "The", "generation_max_len": 12, "temperature": 0}
@@ -89,7 +89,7 @@ def test_a_better_model_is_served_without_dropping_a_request(
     after = _text(service, "good")
     assert texts <= {before, after}
     assert after != before
-    facts = httpx.get(f"{service.url}/version").json()["models"][0]
+    facts = httpx.get(f"{service.url}/version", timeout=60).json()["models"][0]
     assert (facts["step"], facts["num_swaps"]) == (7, 1)
 
 

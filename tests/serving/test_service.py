@@ -37,10 +37,16 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_texts_are_those_of_the_library(url: str, generator: TextGenerator) -> None:
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as http:
+        yield http
+
+
+def test_texts_are_those_of_the_library(http: httpx.Client, generator: TextGenerator) -> None:
     body = {"seed_text": "The reader", "generation_max_len": 20, "num_return_sequences": 2}
     body |= {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
-    answer = httpx.post(f"{url}/generated_texts/", json=body)
+    answer = http.post("/generated_texts/", json=body)
     assert answer.status_code == 200
     sampling = SamplingParameters(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.1)
     options = GenerationOptions(max_new_tokens=20, sampling=sampling, seed=3)
@@ -48,14 +54,14 @@ def test_texts_are_those_of_the_library(url: str, generator: TextGenerator) -> N
     assert answer.json() == {"texts": expected}
 
 
-def test_ignored_words_never_appear(url: str) -> None:
+def test_ignored_words_never_appear(http: httpx.Client) -> None:
     body: dict[str, Any] = {
         "seed_text": "The",
         "ignored_words": ["e", "a"],
         "num_return_sequences": 2,
     }
     body["generation_max_len"] = 24
-    for text in httpx.post(f"{url}/generated_texts/", json=body, timeout=60).json()["texts"]:
+    for text in http.post("/generated_texts/", json=body).json()["texts"]:
         assert not set("ea") & set(text)
 
 
@@ -143,62 +149,73 @@ def test_the_openai_client_understands_errors(client: openai.OpenAI) -> None:
     ],
     ids=lambda body: body[:40].decode(errors="replace"),
 )
-def test_bad_bodies_are_refused_in_few_words(body: bytes, url: str) -> None:
+def test_bad_bodies_are_refused_in_few_words(body: bytes, http: httpx.Client) -> None:
     for path, expected in {"/generated_texts/": 422, "/v1/completions": 400}.items():
-        answer = httpx.post(url + path, content=body)
+        answer = http.post(path, content=body)
         assert answer.status_code == (413 if len(body) > 1_048_576 else expected)
         assert set(answer.json()) == {"error"}
         assert len(answer.content) < 1000
         assert b"xxxx" not in answer.content
 
 
-def test_a_full_queue_says_try_again_later(url: str) -> None:
-    """Two slots and a queue of three are taken by one stream of five texts; the sixth is refused."""
-    body = {"model": "tiny-model", "prompt": "x", "max_tokens": 120, "n": 5, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body | {"min_tokens": 120}) as stream:
-        assert stream.status_code == 200
-        answer = httpx.post(f"{url}/generated_texts/", json={"seed_text": "x"})
+def test_a_full_queue_says_try_again_later(http: httpx.Client) -> None:
+    """Five texts fill two slots and a queue of three; clients ask for so many until one is refused."""
+    body = {"prompt": "x", "max_tokens": 120, "min_tokens": 120, "n": 5}
+    refused: list[httpx.Response] = []
+
+    def ask() -> None:
+        while not refused:
+            answer = http.post("/v1/completions", json=body)
+            if answer.status_code != 200:
+                refused.append(answer)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answer in refused:
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_more_than_is_ever_taken_at_once_is_refused_for_good(url: str) -> None:
+def test_more_than_is_ever_taken_at_once_is_refused_for_good(http: httpx.Client) -> None:
     body = {"seed_text": "x", "num_return_sequences": 6}
-    answer = httpx.post(f"{url}/generated_texts/", json=body)
+    answer = http.post("/generated_texts/", json=body)
     assert answer.status_code == 400
     assert "at most 5" in answer.json()["error"]["message"]
 
 
-def test_the_service_tells_what_it_serves(url: str) -> None:
-    version = httpx.get(f"{url}/version").json()
+def test_the_service_tells_what_it_serves(http: httpx.Client) -> None:
+    version = http.get("/version").json()
     assert version["package_version"] == __version__
     assert version["model"] == "tiny-model"
     assert version["description"]["validation_loss"] == 5.5
     [facts] = version["models"]
     assert (facts["step"], facts["context_tokens"], facts["num_swaps"]) == (0, 128, 0)
     for path in ("/health", "/health_check/"):
-        assert httpx.get(url + path).json() == {"status": "ok"}
+        assert http.get(path).json() == {"status": "ok"}
 
 
-def test_the_documentation_asks_no_other_host(url: str) -> None:
-    page = httpx.get(f"{url}/docs")
+def test_the_documentation_asks_no_other_host(http: httpx.Client) -> None:
+    page = http.get("/docs")
     assert page.status_code == 200
     assert "https://" not in page.text
-    schema = httpx.get(f"{url}/openapi.json").json()
+    schema = http.get("/openapi.json").json()
     body = schema["paths"]["/generated_texts/"]["post"]["requestBody"]
     properties = body["content"]["application/json"]["schema"]["properties"]
     assert all("description" in facts for facts in properties.values())
 
 
-def test_clients_at_once_get_what_they_would_get_alone(url: str, generator: TextGenerator) -> None:
+def test_clients_at_once_get_what_they_would_get_alone(
+    http: httpx.Client, generator: TextGenerator
+) -> None:
     texts: dict[int, str] = {}
 
     def ask(number: int) -> None:
         body = {"seed_text": f"Number {number}", "generation_max_len": 30, "seed": number}
-        texts[number] = httpx.post(f"{url}/generated_texts/", json=body, timeout=60).json()[
-            "texts"
-        ][0]
+        texts[number] = http.post("/generated_texts/", json=body).json()["texts"][0]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
     for thread in threads:
@@ -212,17 +229,14 @@ def test_clients_at_once_get_what_they_would_get_alone(url: str, generator: Text
     assert len(texts) == 5
 
 
-def test_a_client_that_goes_away_frees_its_slot(url: str) -> None:
+def test_a_client_that_goes_away_frees_its_slot(http: httpx.Client) -> None:
     """More streams than slots and queue together, all dropped after their first piece."""
     body = {"prompt": "x", "max_tokens": 100, "stream": True}
     for _ in range(12):
-        with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        with http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200
             assert next(answer.iter_lines()).startswith("data: ")
-    assert (
-        httpx.post(f"{url}/generated_texts/", json={"seed_text": "x"}, timeout=60).status_code
-        == 200
-    )
+    assert http.post("/generated_texts/", json={"seed_text": "x"}).status_code == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
