@@ -98,7 +98,7 @@ def make_app(
     app.state.worker = worker
     app.state.max_body_bytes = options.max_body_bytes
     app.state.request_timeout_seconds = options.request_timeout_seconds
-    metrics.watch_worker(worker)
+    metrics.watch_worker(worker, [model.name for model in models.all])
     app.add_exception_handler(FullStackTransformerError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)

@@ -1,4 +1,7 @@
-"""`/v1/embeddings`: the mean of what the model makes of a text's tokens, at length one."""
+"""`/v1/embeddings`: the mean of what the model makes of a text's tokens, at length one.
+
+The token that begins a document is the same in all texts; it counts where there is no other.
+"""
 
 import base64
 import time
@@ -35,12 +38,17 @@ async def answer_embeddings(
         )
     deadline = time.monotonic() + state.request_timeout_seconds
     states = await unless_gone(
-        request.receive, state.worker.hidden_states(model.engine, token_ids, deadline)
+        request.receive, state.worker.hidden_states(model.name, model.engine, token_ids, deadline)
     )
     width = states[0].shape[-1]
     if body.dimensions not in (None, width):
         raise InvalidBodyError(f"dimensions: this model's vectors have {width}", "dimensions")
-    means = torch.stack([one.float().mean(dim=0) for one in states])
+    begin_id = model.tokenizer.begin_id
+    words = [
+        one[1:] if ids[0] == begin_id and len(ids) > 1 else one
+        for one, ids in zip(states, token_ids, strict=True)
+    ]
+    means = torch.stack([one.float().mean(dim=0) for one in words])
     vectors = torch.nn.functional.normalize(means, dim=-1)
     num_tokens = sum(map(len, token_ids))
     return JSONResponse(

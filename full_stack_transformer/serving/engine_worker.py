@@ -81,6 +81,7 @@ class Times:
 class Ticket:
     """One continuation on its way through the worker."""
 
+    model_name: str
     engine: Engine
     request: TokenRequest
     continuation: Continuation
@@ -96,6 +97,7 @@ class Ticket:
 class _Reading:
     """Sequences whose hidden states are wanted; one is read between two steps."""
 
+    model_name: str
     engine: Engine
     sequences: list[Sequence[int]]
     answer: "asyncio.Future[list[Tensor]]"
@@ -139,6 +141,13 @@ class EngineWorker:
     def num_running(self) -> int:
         """Continuations in slots."""
         return len(self._running)
+
+    def count(self, model_name: str) -> tuple[int, int]:
+        """Continuations of a model in slots, and what waits for one."""
+        running = tuple(self._running.values())
+        waiting = [one.model_name for one in tuple(self._waiting)]
+        waiting += [one.model_name for one in tuple(self._readings)]
+        return [one.model_name for one in running].count(model_name), waiting.count(model_name)
 
     @property
     def is_stopping(self) -> bool:
@@ -186,7 +195,11 @@ class EngineWorker:
             self._wake.notify()
 
     async def hidden_states(
-        self, engine: Engine, sequences: list[Sequence[int]], deadline: float
+        self,
+        model_name: str,
+        engine: Engine,
+        sequences: list[Sequence[int]],
+        deadline: float,
     ) -> list[Tensor]:
         """What the model makes of each token of each sequence, (tokens, hidden).
 
@@ -194,12 +207,13 @@ class EngineWorker:
             ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`, or the model failed.
         """
         loop = asyncio.get_running_loop()
-        reading = _Reading(engine, sequences, loop.create_future(), loop, deadline)
+        answer: asyncio.Future[list[Tensor]] = loop.create_future()
+        reading = _Reading(model_name, engine, sequences, answer, loop, deadline)
         with self._wake:
             self.check_room(engine, 1)
             self._readings.append(reading)
             self._wake.notify()
-        return await reading.answer
+        return await answer
 
     def cancel(self, tickets: list[Ticket]) -> None:
         """End continuations nobody waits for: those in slots before the next step."""

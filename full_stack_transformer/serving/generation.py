@@ -123,6 +123,7 @@ def submit(request: Request, model: ServedModel, wanted: Sequence[Wanted]) -> Ex
     deadline = time.monotonic() + state.request_timeout_seconds
     tickets = [
         Ticket(
+            model_name=model.name,
             engine=model.engine,
             request=one.request,
             continuation=Continuation(model.tokenizer, one.stops),

@@ -192,6 +192,7 @@ def _line(route: str, scope: Scope, facts: RequestFacts) -> dict[str, Any]:
         "key": facts.key,
         "method": scope["method"] if scope["method"].isalpha() else "other",
         "route": route,
+        "model": facts.tickets[0].model_name if facts.tickets else None,
         "status": facts.status or 499,
         "error": facts.error_kind,
         "seconds": round(time.monotonic() - facts.started, 6),

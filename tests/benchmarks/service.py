@@ -229,6 +229,7 @@ def main() -> None:
         for _ in range(options.repetitions):
             for subject in chance.sample(sorted(subjects), len(subjects)):
                 runs[subject].append(subjects[subject]())
+                print(subject, runs[subject][-1], file=sys.stderr, flush=True)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     print(f"preset {options.preset}, n = {options.repetitions}, medians")
     for num_clients in _NUM_CLIENTS:

@@ -2,34 +2,74 @@
 
     python -m tests.hardening.schema_fuzz --schemathesis /path/to/schemathesis --cases 10000
 
-No answer may be a server error. schemathesis is no dependency: any environment that has it will do.
+No answer may be a server error, and /health must answer under 100 ms (p99) meanwhile. schemathesis is no
+dependency: any environment that has it will do. The default suite sends `near_misses` instead.
 """
 
 import argparse
+import asyncio
+import contextlib
+import json
+import random
 import re
 import shutil
-import subprocess
 import sys
+from typing import Any
 
 import httpx
 
+from tests.hardening.hostile import HostileReport
+from tests.hardening.near_misses import near_miss
+from tests.hardening.raw import ask_raw, post, quantile, watch_health
 from tests.hardening.service import Service, hardening_service
 
+_MAX_ANSWER_BYTES = 1024
 
-def fuzz(service: Service, command: str, cases: int) -> tuple[int, str]:
+
+async def fuzz(
+    service: Service, command: str, cases: int, health_seconds: list[float]
+) -> tuple[int, str]:
     """Exit code and output of schemathesis, with so many cases over all operations together."""
-    paths = httpx.get(f"{service.url}/openapi.json", timeout=30).json()["paths"]
-    operations = sum(len(methods) for methods in paths.values())
+    operations = sum(map(len, _paths(service).values()))
     words = [command, "run", f"{service.url}/openapi.json", "--checks", "not_a_server_error"]
-    words += [
-        "--max-examples",
-        str(max(1, cases // operations)),
-        "--phases",
-        "examples,coverage,fuzzing",
-    ]
+    words += ["--max-examples", str(max(1, cases // operations))]
+    words += ["--phases", "examples,coverage,fuzzing"]
     words += ["--continue-on-failure", "--seed", "1", "--request-timeout", "60", "--no-color"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    watching = asyncio.create_task(watch_health(service.address, health_seconds))
+    running = await asyncio.create_subprocess_exec(
+        *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await running.communicate()
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    assert running.returncode is not None
+    return running.returncode, output.decode()
+
+
+async def send_near_misses(service: Service, number: int) -> HostileReport:
+    """Bodies that nearly fit, to each route that takes one."""
+    report = HostileReport()
+    for path, methods in _paths(service).items():
+        if "post" not in methods:
+            continue
+        schema = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for seed in range(number):
+            body = near_miss(schema, random.Random(f"{path} {seed}"))
+            answer = await ask_raw(service.address, post(path, body))
+            status = str(answer.status)
+            report.num_requests += 1
+            report.statuses[status] = report.statuses.get(status, 0) + 1
+            is_long = status != "200" and answer.num_bytes > _MAX_ANSWER_BYTES
+            if status not in ("200", "400", "404", "422", "429") or answer.was_reset or is_long:
+                report.faults.append(f"{path} {status}: {json.dumps(body)[:300]}")
+    return report
+
+
+def _paths(service: Service) -> dict[str, Any]:
+    """Operations of the OpenAPI description, by path and method."""
+    paths: dict[str, Any] = httpx.get(f"{service.url}/openapi.json", timeout=60).json()["paths"]
+    return paths
 
 
 def num_cases(output: str) -> int:
@@ -47,12 +87,17 @@ def main() -> int:
     options = parser.parse_args()
     if options.schemathesis is None:
         parser.error("no schemathesis here; name one with --schemathesis")
+    health_seconds: list[float] = []
     with hardening_service(options.model, "--max_queue_size", "256") as service:
-        exit_code, output = fuzz(service, options.schemathesis, options.cases)
+        exit_code, output = asyncio.run(
+            fuzz(service, options.schemathesis, options.cases, health_seconds)
+        )
+        health = quantile(health_seconds, 0.99)
         print(output[-4000:])
-        print(f"{num_cases(output):,} cases")
-        alive = httpx.get(f"{service.url}/health", timeout=30).status_code == 200
-    return int(exit_code != 0 or not alive)
+        print(f"{num_cases(output):,} cases; /health p99 {1000 * health:.1f} ms")
+        faults = asyncio.run(send_near_misses(service, 500)).faults
+        print("\n".join(faults[:20]))
+    return int(exit_code != 0 or bool(faults) or health > 0.1)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ class Service:
         return host, int(port)
 
     def metric(self, name: str) -> float:
-        """One value of /metrics."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-        return float(line.split()[1])
+        """One value of /metrics, over all models."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        found = re.findall(rf"^{name}(?:{{.*}})? (.*)$", text, re.MULTILINE)
+        return sum(map(float, found))
 
     def num_files(self) -> int:
         """Descriptors that the process has open."""

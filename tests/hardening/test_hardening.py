@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hardening import disconnects, hostile, overload, sigterm, soak
+from tests.hardening import disconnects, hostile, overload, schema_fuzz, sigterm, soak
 from tests.hardening.corpus import corpus
 from tests.hardening.service import Service, hardening_service
 from tests.logged_process import running_service
@@ -30,6 +30,12 @@ def test_hundreds_of_hostile_requests_get_short_answers(model_dir: Path) -> None
     assert report.faults == []
     assert report.health_seconds
     assert "Traceback" not in service.process.log
+
+
+def test_bodies_that_nearly_fit_get_short_answers(service: Service) -> None:
+    report = asyncio.run(schema_fuzz.send_near_misses(service, 60))
+    assert report.faults == []
+    assert {"200", "400", "422"} <= set(report.statuses)
 
 
 def test_clients_that_go_away_leave_nothing_behind(service: Service) -> None:

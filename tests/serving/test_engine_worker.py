@@ -58,7 +58,7 @@ def _ticket(
     request = TokenRequest([1, 5, 6], num_tokens, SamplingParameters(), seed=1, forbids=forbids)
     continuation = Continuation(model.tokenizer, ())
     deadline = time.monotonic() + seconds
-    return Ticket(model.engine, request, continuation, mailbox, 0, deadline)
+    return Ticket(model.name, model.engine, request, continuation, mailbox, 0, deadline)
 
 
 def _run(work: Callable[[], Awaitable[None]]) -> None:
