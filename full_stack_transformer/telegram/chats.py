@@ -1,86 +1,394 @@
-"""Whose turn it is: one chat's answers in order, different chats at the same time.
+"""Whose turn it is: in each chat one text after the other, and beside them the bot's own words.
 
-Knows neither Telegram nor the service: an answer is something to await.
+    store ──wake──> lane of a chat ──job──> service ──text, committed──> messages ──> job ended
+
+A lane takes the oldest job of its chat from the database, so that a restart goes on where the last
+process ended. Knows how a job is done; not where it comes from.
 """
 
 import asyncio
+import functools
 import logging
+import time
 import traceback
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from aiogram.exceptions import TelegramAPIError, TelegramBadRequest
+from aiogram.methods import DeleteMessage, EditMessageText, SendMessage
+from aiogram.types import InlineKeyboardMarkup
+
+from full_stack_transformer.errors import ServiceRefusedError, ServiceUnavailableError
+from full_stack_transformer.telegram.buttons import reply_keyboard
+from full_stack_transformer.telegram.delivery import (
+    ChatGoneError,
+    ChatMovedError,
+    Courier,
+    MessageGoneError,
+)
+from full_stack_transformer.telegram.monitoring import Metrics
+from full_stack_transformer.telegram.replies import NO_PREVIEW, Piece, answers_to, reply_pieces
+from full_stack_transformer.telegram.screen import Screen
+from full_stack_transformer.telegram.store import Job, Lane, Reply, Store
+from full_stack_transformer.telegram.texts import LANGUAGES
+from full_stack_transformer.telegram.writing import Draft, Writer, request_body
 
 logger = logging.getLogger(__name__)
 
-Answer = Callable[[], Awaitable[object]]
+# Below what a service admits by default (16 at once, 64 waiting): a rush of chats waits here,
+# where nobody is turned away, and leaves room for the service's other clients.
+MAX_RUNNING = 32
+_MAX_SERVICE_PAUSE_SECONDS = 30.0
+_MAX_FAILURES = 3
+_AGAIN_SECONDS = 1.0
+# A text that is a day late helps nobody.
+_GIVE_UP_SECONDS = 24 * 3600.0
+
+WordsJob = Callable[[Job], Awaitable[None]]
+
+
+class PostponedError(Exception):
+    """The process ends before a job began; the next one does it."""
+
+
+@dataclass
+class Running:
+    """A reply that is being written."""
+
+    drafts: list[Draft] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """End it; what became of it is in the database already."""
+        if self.task is not None:
+            self.task.cancel()
 
 
 class Chats:
-    """The answers that are owed; use it inside one event loop."""
+    """The lanes of all chats; use it inside one event loop."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[int, deque[Answer]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+    def __init__(
+        self,
+        store: Store,
+        courier: Courier,
+        writer: Writer,
+        metrics: Metrics,
+        *,
+        log_texts: bool = False,
+    ) -> None:
+        self._store = store
+        self._courier = courier
+        self._writer = writer
+        self._metrics = metrics
+        self._log_texts = log_texts
+        self.say: WordsJob | None = None
+        """What does the jobs of the other lane."""
+        self._lanes: dict[tuple[Lane, int], asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(MAX_RUNNING)
+        self._ending = asyncio.Event()
+        self._is_abandoned = False
+        self.running: dict[int, Running] = {}
+        """Replies that are being written, by their number."""
 
-    def submit(self, chat_id: int, answer: Answer) -> None:
-        """Give `answer` after all earlier ones of this chat."""
-        if chat_id in self._waiting:
-            self._waiting[chat_id].append(answer)
-        else:
-            self._waiting[chat_id] = deque([answer])
-            self._start(self._work(chat_id))
+    def wake(self) -> None:
+        """Give every chat that something is owed to its lane."""
+        lanes: tuple[Lane, ...] = ("words",) if self._ending.is_set() else ("words", "answers")
+        for lane in lanes:
+            for chat_id in self._store.chats_with_jobs(lane):
+                key = (lane, chat_id)
+                if key not in self._lanes:
+                    self._lanes[key] = asyncio.create_task(self._run_lane(lane, chat_id))
+                    self._lanes[key].add_done_callback(functools.partial(self._left, key))
 
-    def submit_aside(self, chat_id: int, answer: Answer) -> None:
-        """Give `answer` at once, without waiting for the turn of its chat."""
-        self._start(_give(chat_id, answer))
+    def _left(self, key: tuple[Lane, int], task: asyncio.Task[None]) -> None:
+        del self._lanes[key]
+        if not self._is_abandoned:
+            self.wake()  # a job may have come after the lane looked for one
 
-    def num_waiting(self, chat_id: int) -> int:
-        """Answers of this chat that wait for their turn."""
-        return len(self._waiting.get(chat_id, ()))
-
-    def num_owed(self) -> int:
-        """Answers of all chats that wait or are being given."""
-        return len(self._tasks) + sum(len(waiting) for waiting in self._waiting.values())
+    def num_ahead(self) -> int:
+        """Texts that wait because the bound over all chats is reached."""
+        num_lanes = sum(lane == "answers" for lane, _ in self._lanes)
+        return max(0, num_lanes - MAX_RUNNING + 1)
 
     async def finish(self, max_seconds: float) -> None:
-        """Wait until every answer is given, and abandon what is left after `max_seconds`."""
+        """Finish what is being written or said; what has not begun stays for the next process."""
+        self._ending.set()
+        if self._lanes:
+            logger.info(
+                "%d chats are answered to the end; a second signal leaves at once", len(self._lanes)
+            )
         try:
             async with asyncio.timeout(max_seconds):
-                while self._tasks:
-                    await asyncio.wait(self._tasks)
+                while self._lanes:
+                    await asyncio.wait(self._lanes.values())
+                    await asyncio.sleep(0)  # for the callbacks that take lanes out
         except TimeoutError:
-            self.abandon()
-            await asyncio.wait(self._tasks)
+            await self.abandon()
+        num_left = self._store.num_jobs() + self._store.num_jobs(lane="words")
+        if num_left:
+            logger.info("%d jobs stay for the next start", num_left)
 
-    def abandon(self) -> None:
-        """Give up all answers that are owed."""
-        logger.warning("abandoned %d answers", self.num_owed())
-        for task in self._tasks:
+    async def abandon(self) -> None:
+        """Leave everything as it is in the database."""
+        self._is_abandoned = True
+        self._ending.set()
+        tasks = list(self._lanes.values())
+        for task in tasks:
             task.cancel()
+        if tasks:
+            logger.warning("left %d chats in mid-answer; the next start goes on", len(tasks))
+            await asyncio.wait(tasks)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        # The loop refers to tasks weakly: without the set one could vanish in mid-run.
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _run_lane(self, lane: Lane, chat_id: int) -> None:
+        while (job := self._store.next_job(chat_id, lane)) is not None:
+            if lane == "answers" and self._ending.is_set():
+                return
+            try:
+                if lane == "answers":
+                    await self._answer(job)
+                else:
+                    assert self.say is not None
+                    await self.say(job)
+                self._store.end_job(job.id)
+            except PostponedError:
+                return
+            except ChatMovedError:
+                asyncio.get_running_loop().call_soon(self.wake)
+                return
+            except ChatGoneError:
+                logger.warning("chat %d is gone or shut the bot out; its data are deleted", chat_id)
+                self._store.forget_chat(chat_id)
+            except Exception as error:  # one failed job must not take the next ones with it
+                await self._failed(job, error)
 
-    async def _work(self, chat_id: int) -> None:
-        waiting = self._waiting[chat_id]
+    async def _failed(self, job: Job, error: Exception) -> None:
+        self._metrics.failures.inc()
+        where = "" if isinstance(error, TelegramAPIError) else f"\n{_frames(error)}"
+        name = type(error).__name__
+        logger.error("a job (%s) in chat %d failed: %s%s", job.kind, job.chat_id, name, where)
+        num_failures = job.content.get("failures", 0) + 1
+        if num_failures < _MAX_FAILURES and not isinstance(error, TelegramBadRequest):
+            self._store.remember(job.id, failures=num_failures)
+            await asyncio.sleep(_AGAIN_SECONDS)
+            return
+        reply = None if job.reply_id is None else self._store.reply(job.reply_id)
+        with self._store.transaction():
+            if reply is not None and job.kind == "answer":
+                words = LANGUAGES[reply.language]
+                self._store.add_job(
+                    job.chat_id,
+                    "words",
+                    "say",
+                    {"text": words.failed, "reply_to": reply.prompt_message_id},
+                )
+            self._store.end_job(job.id)
+        self.wake()
+
+    async def _answer(self, job: Job) -> None:
+        """From a prompt to its delivered text; may begin anywhere between."""
+        assert job.reply_id is not None
+        while True:
+            reply = self._store.reply(job.reply_id)
+            if reply is None:  # forgotten meanwhile
+                return
+            if reply.texts or reply.finish:
+                break
+            await self._write(job, reply)
+        await self.show(reply, str(job.id))
+        await self._delete_notices(job)
+
+    async def _delete_notices(self, job: Job) -> None:
+        fresh = self._store.job(job.id)
+        self._store.end_job(job.id)  # from here on a notice that is still under way deletes itself
+        for message_id in fresh.content.get("notices", []) if fresh else []:
+            await self.delete(job.chat_id, message_id)
+
+    async def delete(self, chat_id: int, message_id: int) -> None:
+        """Delete a message of the bot; one that cannot be deleted stays."""
         try:
-            while waiting:
-                await _give(chat_id, waiting.popleft())
+            await self._courier.call(DeleteMessage(chat_id=chat_id, message_id=message_id))
+        except (TelegramAPIError, MessageGoneError):
+            logger.debug("a message of chat %d could not be deleted", chat_id)
+        self._store.forget_message(chat_id, message_id)
+
+    async def _write(self, job: Job, reply: Reply) -> None:
+        """Have the text made and keep it; returns without one when it should be tried again."""
+        await self._or_end(self._slots.acquire())
+        running = Running([Draft() for _ in range(reply.settings.variants)])
+        self.running[reply.id] = running
+        try:
+            running.task = asyncio.create_task(self._write_on_screen(job, reply, running.drafts))
+            await asyncio.wait({running.task})
+            if running.task.cancelled():
+                return  # stopped: the text so far is in the database
+            running.task.result()
+        except ServiceUnavailableError as error:
+            await self._wait_for_service(job, reply, error)
+        except ServiceRefusedError as error:
+            reason = str(error).partition(": ")[0]  # what follows may quote the prompt
+            logger.warning("no text for chat %d: %s", reply.chat_id, reason)
+            self.keep(reply, [], "refused")
+        else:
+            self.keep(reply, running.drafts, running.drafts[0].finish or "stop")
         finally:
-            del self._waiting[chat_id]
+            if running.task is not None and not running.task.done():
+                running.task.cancel()
+                await asyncio.wait({running.task})
+            del self.running[reply.id]
+            self._slots.release()
+
+    async def _write_on_screen(self, job: Job, reply: Reply, drafts: list[Draft]) -> None:
+        started = time.monotonic()
+        conversation = self._store.conversation(reply.parent_id) if reply.mode == "chat" else []
+
+        async with Screen(
+            self._courier, self._store, reply, f"{job.id}:0", lambda: drafts[0].text
+        ) as screen:
+
+            def grew() -> None:
+                nonlocal started
+                if started:
+                    self._metrics.first_text_seconds.observe(time.monotonic() - started)
+                    started = 0.0
+                screen.changed()
+
+            await self._writer.write(reply, conversation, drafts, grew)
+
+    def keep(self, reply: Reply, drafts: list[Draft], finish: str) -> None:
+        """A reply has its texts; they are kept before anybody sees them whole."""
+        current = self._store.reply(reply.id)
+        if current is None or current.texts or current.finish:
+            return  # forgotten, or stopped in this moment
+        reply.texts = [draft.text for draft in drafts]
+        reply.requests = [request_body(draft.request) for draft in drafts if draft.request]
+        reply.finish = finish
+        num_tokens = sum(draft.num_tokens for draft in drafts)
+        with self._store.transaction():
+            self._store.save_reply(reply)
+            self._store.charge(reply.user_id, num_tokens)
+        self._metrics.replies.labels(finish).inc()
+        self._metrics.tokens.inc(num_tokens)
+        logger.info(
+            "wrote %d texts of %d characters in chat %d (%s)",
+            *(len(reply.texts), sum(map(len, reply.texts)), reply.chat_id, finish),
+        )
+        if self._log_texts:
+            logger.info("prompt %r, texts %r", reply.prompt, reply.texts)
+
+    async def _wait_for_service(
+        self, job: Job, reply: Reply, error: ServiceUnavailableError
+    ) -> None:
+        self._metrics.service_failures.inc()
+        reason = str(error).partition(": ")[0]
+        num_failures = job.content.get("away", 0) + 1
+        job.content["away"] = num_failures
+        self._store.remember(job.id, away=num_failures)
+        seconds = min(0.5 * 2 ** min(num_failures - 1, 10), _MAX_SERVICE_PAUSE_SECONDS)
+        logger.warning("no text for chat %d yet: %s; again in %.1f s", job.chat_id, reason, seconds)
+        if time.time() - job.created > _GIVE_UP_SECONDS:
+            self.keep(reply, [], "failed")
+            return
+        if num_failures == 1:
+            self.notify(job, reply, LANGUAGES[reply.language].service_away)
+            self.wake()
+        await self._or_end(asyncio.sleep(seconds))
+
+    def notify(self, job: Job, reply: Reply, text: str) -> None:
+        """Say something that is deleted when the text comes."""
+        self._store.add_job(
+            reply.chat_id,
+            "words",
+            "notice",
+            {
+                "text": text,
+                "job_id": job.id,
+                "thread_id": reply.thread_id,
+                "reply_to": reply.prompt_message_id,
+            },
+            reply.id,
+        )
+
+    async def _or_end(self, waiting: Awaitable[object]) -> None:
+        """Wait, unless the process ends meanwhile."""
+        task = asyncio.ensure_future(waiting)
+        ending = asyncio.create_task(self._ending.wait())
+        try:
+            await asyncio.wait({task, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise PostponedError
+        finally:
+            ending.cancel()
+            if not task.done():
+                task.cancel()
+
+    async def show(self, reply: Reply, key: str) -> None:
+        """Make the messages of a finished reply show its text: edit, send, delete what is too much."""
+        words = LANGUAGES[reply.language]
+        pieces = reply_pieces(reply)
+        messages = self._store.messages_of_reply(reply.id)
+        is_text = reply.finish not in ("refused", "failed")
+        for position, piece in enumerate(pieces):
+            is_last = position == len(pieces) - 1
+            keyboard = (
+                reply_keyboard(words, reply.id, reply.shown, len(reply.texts))
+                if is_last and is_text
+                else None
+            )
+            if position < len(messages):
+                try:
+                    await self._edit(reply.chat_id, messages[position], piece, keyboard)
+                    continue
+                except MessageGoneError:  # deleted by a person
+                    self._store.forget_message(reply.chat_id, messages[position])
+                    self._store.withdraw_send(reply.chat_id, f"{key}:{position}")
+            await self._send(reply, f"{key}:{position}", position, piece, keyboard)
+        for message_id in messages[len(pieces) :]:
+            await self.delete(reply.chat_id, message_id)
+
+    async def _edit(
+        self, chat_id: int, message_id: int, piece: Piece, keyboard: InlineKeyboardMarkup | None
+    ) -> None:
+        await self._courier.call(
+            EditMessageText(
+                chat_id=chat_id,
+                message_id=message_id,
+                text=piece.text,
+                entities=piece.entities,
+                parse_mode=None,
+                link_preview_options=NO_PREVIEW,
+                reply_markup=keyboard,
+            )
+        )
+
+    async def _send(
+        self,
+        reply: Reply,
+        key: str,
+        position: int,
+        piece: Piece,
+        keyboard: InlineKeyboardMarkup | None,
+    ) -> None:
+        method = SendMessage(
+            chat_id=reply.chat_id,
+            message_thread_id=reply.thread_id or None,
+            text=piece.text,
+            entities=piece.entities,
+            parse_mode=None,
+            link_preview_options=NO_PREVIEW,
+            reply_parameters=answers_to(reply.prompt_message_id),
+            reply_markup=keyboard,
+        )
+        try:
+            await self._courier.send(key, method, reply.id, position)
+        except TelegramBadRequest as error:
+            if "thread not found" not in error.message:
+                raise
+            # The topic was deleted; the text is owed all the same.
+            await self._courier.send(
+                key, method.model_copy(update={"message_thread_id": None}), reply.id, position
+            )
 
 
-async def _give(chat_id: int, answer: Answer) -> None:
-    try:
-        await answer()
-    except Exception as error:  # one failed answer must not take the next ones with it
-        logger.error("an answer in chat %d failed: %s", chat_id, without_content(error))
-
-
-def without_content(error: BaseException) -> str:
-    """Type and place of an error; its message stays away, because it may quote what a user wrote."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    return f"{type(error).__name__}\n{frames}".rstrip()
+def _frames(error: BaseException) -> str:
+    """Where an error happened; its message stays away, because it may quote what a user wrote."""
+    return "".join(traceback.format_tb(error.__traceback__)).rstrip()

@@ -1,38 +1,71 @@
-"""Calls to Telegram: those that must arrive, and errors that carry neither token nor texts.
+"""Calls to Telegram: what is owed arrives once, what adorns is tried once, errors carry no secrets.
 
-Knows aiogram's session and errors; neither prompts nor the service.
+The one window: Telegram may have taken a message whose answer we did not see (a broken connection, a
+5xx, kill -9 in that moment). It is resolved on the side of "rather twice than never": the message is
+sent again; then the numbers between what was known before and the new message are looked through for
+the lost one, and that is deleted. Where numbers cannot tell (more than 30 strangers between), the
+message stays twice.
+
+Knows aiogram's session and errors, the database's intentions and the pace; neither prompts nor the
+service.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections import defaultdict
+from typing import Any, TypeVar
 
 from aiogram import Bot
 from aiogram.client.session.aiohttp import AiohttpSession
 from aiogram.exceptions import (
     ClientDecodeError,
     TelegramAPIError,
+    TelegramBadRequest,
+    TelegramEntityTooLarge,
+    TelegramForbiddenError,
     TelegramMigrateToChat,
     TelegramNetworkError,
     TelegramRetryAfter,
     TelegramServerError,
+    TelegramUnauthorizedError,
 )
-from aiogram.methods import Response, TelegramMethod
+from aiogram.methods import (
+    DeleteMessage,
+    EditMessageReplyMarkup,
+    Response,
+    SendDocument,
+    SendMessage,
+    TelegramMethod,
+)
+
+from full_stack_transformer.telegram.pace import Pace
+from full_stack_transformer.telegram.store import Store
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Pauses of 0.5, 1, 2 … 30 s: half a minute of trouble on the way costs nobody an answer.
-_MAX_ATTEMPTS = 8
 _FIRST_PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 30.0
-# Longer bans are Telegram's answer to a flood; an answer that is this late helps nobody.
-_MAX_RETRY_AFTER_SECONDS = 600
-# A client shows "typing" for five seconds. https://core.telegram.org/bots/api#sendchataction
-_TYPING_INTERVAL_SECONDS = 4.5
+# Answers that say neither yes nor no, such as a 429 without a time: owed, but not for ever.
+_MAX_STRANGE_ANSWERS = 8
+_MAX_PROBES = 30
+# BadRequest comes in variants that differ by text only.
+_NOT_MODIFIED = "message is not modified"
+_GONE = ("chat not found", "user is deactivated", "peer_id_invalid", "group is deactivated")
+_MESSAGE_GONE = ("message to edit not found", "message can't be edited", "message_id_invalid")
+
+
+class ChatGoneError(Exception):
+    """The chat exists no more, or shut the bot out."""
+
+
+class ChatMovedError(Exception):
+    """The group has a new number; the database knows it already."""
+
+
+class MessageGoneError(Exception):
+    """The message that should be edited exists no more."""
 
 
 class DiscreetSession(AiohttpSession):
@@ -70,65 +103,143 @@ def _name(cause: BaseException | None) -> str:
     return f"{type(cause).__name__}: {reason}" if reason else type(cause).__name__
 
 
-async def deliver(bot: Bot, method: TelegramMethod[_Result]) -> _Result:
-    """Call `method` until Telegram took it.
+class Courier:
+    """Brings things to chats; one for all chats."""
 
-    An attempt whose confirmation was lost is repeated: rather an answer twice than none.
+    def __init__(self, bot: Bot, store: Store, pace: Pace) -> None:
+        self.bot = bot
+        self._store = store
+        self._pace = pace
+        # One message at a time in a chat: what lies between two numbers is then easy to tell.
+        self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.unauthorized = asyncio.Event()
+        """Set when Telegram does not know the token any more."""
 
-    Raises:
-        TelegramAPIError: Telegram refused it, or was away for all attempts.
-    """
-    pause_seconds = _FIRST_PAUSE_SECONDS
-    for attempt in range(1, _MAX_ATTEMPTS + 1):
+    async def send(
+        self,
+        key: str,
+        method: SendMessage | SendDocument,
+        reply_id: int | None = None,
+        position: int = 0,
+    ) -> int:
+        """Send a message and return its number; called again with the same key, sends nothing more.
+
+        Args:
+            key: JOB:PART, the same after a restart.
+            method: the message.
+            reply_id: whose text it shows, and
+            position: which part of it.
+
+        Raises:
+            ChatGoneError, ChatMovedError: it cannot be sent there.
+            TelegramBadRequest: Telegram refused this very message.
+        """
+        chat_id = int(method.chat_id)
+        async with self._locks[chat_id]:
+            is_uncertain, floor, message_id = self._store.intend_send(chat_id, key)
+            if message_id is None:
+                try:
+                    message, lost_sight = await self._until_taken(chat_id, method)
+                except (ChatGoneError, TelegramBadRequest):
+                    self._store.withdraw_send(chat_id, key)
+                    raise
+                message_id = message.message_id
+                self._store.sent(chat_id, key, message_id, reply_id, position)
+                is_uncertain |= lost_sight
+            if is_uncertain:
+                await self._delete_lost(chat_id, floor, message_id)
+            return message_id
+
+    async def call(self, method: TelegramMethod[Any]) -> None:
+        """Call a method that does no harm when it is called twice, until Telegram took it.
+
+        Raises:
+            MessageGoneError: there is nothing to edit.
+            ChatGoneError, ChatMovedError, TelegramBadRequest: as `send`.
+        """
         try:
-            return await bot(method)
-        except TelegramMigrateToChat as error:
-            reason: TelegramAPIError = error
-            method = method.model_copy(update={"chat_id": error.migrate_to_chat_id})
-            wait_seconds = 0.0
+            await self._until_taken(int(getattr(method, "chat_id", 0)), method)
+        except TelegramBadRequest as error:
+            if _NOT_MODIFIED in error.message:
+                return
+            if any(words in error.message.lower() for words in _MESSAGE_GONE):
+                raise MessageGoneError from None
+            raise
+
+    async def attempt(self, method: TelegramMethod[Any]) -> bool:
+        """Try something that nobody would miss, once; whether Telegram took it."""
+        chat_id = int(getattr(method, "chat_id", 0) or 0)
+        if chat_id and not self._pace.try_take(chat_id):
+            return False
+        return await self.attempt_now(method)
+
+    async def attempt_now(self, method: TelegramMethod[Any]) -> bool:
+        """As `attempt`, for calls that no limit of a chat counts, such as answers to buttons."""
+        try:
+            await self.bot(method)
         except TelegramRetryAfter as error:
-            if error.retry_after > _MAX_RETRY_AFTER_SECONDS:
+            self._pace.pause(int(getattr(method, "chat_id", 0) or 0), error.retry_after)
+        except TelegramUnauthorizedError:
+            self.unauthorized.set()
+        except TelegramBadRequest as error:
+            return _NOT_MODIFIED in error.message
+        except TelegramAPIError as error:
+            logger.debug("%s was not taken: %s", type(method).__name__, type(error).__name__)
+        else:
+            return True
+        return False
+
+    async def _until_taken(
+        self, chat_id: int, method: TelegramMethod[_Result]
+    ) -> tuple[_Result, bool]:
+        """The result, and whether an earlier attempt may have succeeded unseen."""
+        pause_seconds, lost_sight, num_strange = _FIRST_PAUSE_SECONDS, False, 0
+        while True:
+            await self._pace.take(chat_id)
+            try:
+                return await self.bot(method), lost_sight
+            except TelegramRetryAfter as error:
+                self._pace.pause(chat_id, error.retry_after)
+                reason, wait_seconds = error, float(error.retry_after)
+            except TelegramEntityTooLarge:  # aiogram derives it from TelegramNetworkError
                 raise
-            reason, wait_seconds = error, float(error.retry_after)
-        except (TelegramNetworkError, TelegramServerError) as error:
-            reason, wait_seconds = error, pause_seconds
+            except (TelegramNetworkError, TelegramServerError) as error:
+                lost_sight = True
+                reason, wait_seconds = error, pause_seconds  # type: ignore[assignment]
+            except TelegramAPIError as error:
+                num_strange += 1
+                self._raise_refusal(chat_id, error, is_last=num_strange == _MAX_STRANGE_ANSWERS)
+                reason, wait_seconds = error, pause_seconds  # type: ignore[assignment]
+            name, cause = type(method).__name__, type(reason).__name__
+            logger.warning("%s in chat %d: %s; again in %.1f s", name, chat_id, cause, wait_seconds)
+            await asyncio.sleep(wait_seconds)
             pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
-        if attempt == _MAX_ATTEMPTS:
-            break
-        logger.warning(
-            "%s failed (%s), attempt %d of %d; again in %.1f s",
-            type(method).__name__,
-            type(reason).__name__,
-            attempt,
-            _MAX_ATTEMPTS,
-            wait_seconds,
-        )
-        await asyncio.sleep(wait_seconds)
-    raise reason
 
+    def _raise_refusal(self, chat_id: int, error: TelegramAPIError, *, is_last: bool) -> None:
+        """Turn what waiting cannot mend into an exception; return where it may."""
+        if isinstance(error, TelegramMigrateToChat):
+            self._store.move_chat(chat_id, error.migrate_to_chat_id)
+            raise ChatMovedError from None
+        if isinstance(error, TelegramUnauthorizedError):
+            self.unauthorized.set()  # the process ends; what is owed stays owed
+            return
+        if isinstance(error, TelegramForbiddenError) or (
+            isinstance(error, TelegramBadRequest)
+            and any(words in error.message.lower() for words in _GONE)
+        ):
+            raise ChatGoneError from None
+        if isinstance(error, TelegramBadRequest) or is_last:
+            raise error
 
-@asynccontextmanager
-async def typing(bot: Bot, chat_id: int, thread_id: int | None) -> AsyncIterator[None]:
-    """Show "typing" in a chat while the block runs.
-
-    Not aiogram's ChatActionSender: its end waits for a call in flight, which delays the answer, and
-    one 429 ends it for good.
-    """
-    task = asyncio.create_task(_keep_typing(bot, chat_id, thread_id))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
-async def _keep_typing(bot: Bot, chat_id: int, thread_id: int | None) -> None:
-    while True:
-        pause_seconds = _TYPING_INTERVAL_SECONDS
-        try:
-            await bot.send_chat_action(chat_id, "typing", message_thread_id=thread_id)
-        except TelegramRetryAfter as error:
-            pause_seconds = max(pause_seconds, error.retry_after)
-        except TelegramAPIError as error:  # an ornament: the answer itself tells what is wrong
-            logger.debug("no typing in chat %d: %s", chat_id, type(error).__name__)
-        await asyncio.sleep(pause_seconds)
+    async def _delete_lost(self, chat_id: int, floor: int, message_id: int) -> None:
+        """Delete the message that Telegram took unseen, if it did."""
+        for candidate in range(floor + 1, min(message_id, floor + 1 + _MAX_PROBES)):
+            if self._store.is_own_message(chat_id, candidate):
+                continue
+            try:
+                # Changes nothing that stays: a message of somebody else cannot be edited.
+                await self.call(EditMessageReplyMarkup(chat_id=chat_id, message_id=candidate))
+                await self.call(DeleteMessage(chat_id=chat_id, message_id=candidate))
+            except (MessageGoneError, TelegramBadRequest):
+                continue
+            logger.info("deleted a message of chat %d that had arrived unseen", chat_id)

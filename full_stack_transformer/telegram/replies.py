@@ -1,23 +1,17 @@
-"""A prompt and its continuation as Telegram messages: bold, split where they are too long, a button.
+"""A text as Telegram messages: the prompt in bold, split where it is too long, nothing lost.
 
-Knows Telegram's limits and formatting; neither the service nor how messages are sent.
+Knows Telegram's limits and formatting; neither the database nor how messages are sent.
 """
 
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from aiogram.filters.callback_data import CallbackData
-from aiogram.methods import SendMessage
-from aiogram.types import (
-    InlineKeyboardButton,
-    InlineKeyboardMarkup,
-    LinkPreviewOptions,
-    ReplyParameters,
-)
-from aiogram.utils.formatting import Bold, Text
+from aiogram.types import LinkPreviewOptions, MessageEntity, ReplyParameters
+from aiogram.utils.formatting import Bold, Pre, Text
 
-from full_stack_transformer.telegram import texts
+from full_stack_transformer.telegram.store import Reply
+from full_stack_transformer.telegram.texts import LANGUAGES
 
 # Code points, although offsets of entities count UTF-16 units.
 # https://core.telegram.org/bots/api#sendmessage
@@ -26,89 +20,84 @@ _ZERO_WIDTH_JOINER = "\u200d"
 # The longest emoji sequences in use (families, flags of regions) stay below this.
 _MAX_CLUSTER_CHARACTERS = 32
 
-
-class RepeatButton(CallbackData, prefix="repeat"):
-    """Asks for another continuation; the prompt is the message that its message replies to.
-
-    Nothing about the prompt is kept here or in the bot, so buttons outlive a restart.
-    """
+# An address that the model invents should not fetch a stranger's page.
+NO_PREVIEW = LinkPreviewOptions(is_disabled=True)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an answer belongs: its chat, the topic of a forum, the message that it replies to."""
+class Piece:
+    """One message: text and entities, never a parse mode, because a model's text may look like markup."""
 
-    chat_id: int
-    thread_id: int | None
-    message_id: int
-
-
-def sentence(place: Place, words: str) -> SendMessage:
-    """A message of the bot's own words."""
-    return _message(place, Text(words), None)
+    text: str
+    entities: list[MessageEntity]
 
 
-def continuation(place: Place, prompt: str, continued: str) -> list[SendMessage]:
-    """The prompt in bold and its continuation, in as many messages as they need.
+def reply_pieces(reply: Reply) -> list[Piece]:
+    """A finished reply, or an unfinished one with the text so far in `texts`; never empty."""
+    words = LANGUAGES[reply.language]
+    if reply.finish in ("refused", "failed"):
+        return [Piece(getattr(words, reply.finish), [])]
+    if reply.finish == "stopped" and not reply.text.strip():
+        return [Piece(words.stopped, [])]
+    bold = reply.prompt if reply.mode == "continue" else ""
+    return text_pieces(bold, reply.text) or [Piece(words.empty, [])]
 
-    Every message replies to the prompt and the last one carries the Repeat button. A piece of
-    white space alone is left out: Telegram refuses it, and trims white space at a message's ends.
+
+def text_pieces(bold: str, plain: str) -> list[Piece]:
+    """A bold text and a plain one after it, in as many messages as they need.
+
+    Joined, the pieces are the text again, but for pieces of white space alone: Telegram refuses
+    those, and trims white space at a message's ends.
     """
-    formatted: list[Text] = []
-    num_bold = len(prompt)
-    for piece in split_text(prompt + continued):
-        bold, plain = piece[:num_bold], piece[num_bold:]
-        num_bold -= len(bold)
-        if piece.strip():
-            formatted.append(Text(Bold(bold), plain) if bold else Text(plain))
-    button = InlineKeyboardButton(text=texts.REPEAT_BUTTON, callback_data=RepeatButton().pack())
-    keyboard = InlineKeyboardMarkup(inline_keyboard=[[button]])
-    last = len(formatted) - 1
-    return [
-        _message(place, text, keyboard if index == last else None)
-        for index, text in enumerate(formatted)
-    ]
+    pieces = []
+    num_bold = len(bold)
+    for text in split_text(bold + plain):
+        first, second = text[:num_bold], text[num_bold:]
+        num_bold -= len(first)
+        if text.strip():
+            formatted = Text(Bold(first), second) if first else Text(second)
+            pieces.append(Piece(*formatted.render()))
+    return pieces
 
 
-def _message(place: Place, text: Text, keyboard: InlineKeyboardMarkup | None) -> SendMessage:
-    return SendMessage(
-        chat_id=place.chat_id,
-        message_thread_id=place.thread_id,
-        reply_parameters=ReplyParameters(
-            message_id=place.message_id,
-            # Who deletes the prompt meanwhile gets the answer all the same.
-            allow_sending_without_reply=True,
-        ),
-        reply_markup=keyboard,
-        # An address that the model invents should not fetch a stranger's page.
-        link_preview_options=LinkPreviewOptions(is_disabled=True),
-        **text.as_kwargs(),  # clears the parse mode: a model's text may look like markup
-    )
+def explained_pieces(explanation: str, codes: list[tuple[str, str]]) -> list[Piece]:
+    """Own words, then titled blocks to copy; a long block is split like any text."""
+    pieces = [Piece(explanation, [])]
+    for title, code in codes:
+        for index, part in enumerate(split_text(code, MAX_MESSAGE_CHARACTERS - len(title) - 1)):
+            formatted = Text(f"{title}\n", Pre(part)) if index == 0 else Text(Pre(part))
+            pieces.append(Piece(*formatted.render()))
+    return pieces
 
 
-def split_text(text: str) -> list[str]:
-    """Pieces of at most 4096 code points which, joined, are `text` again.
+def answers_to(message_id: int) -> ReplyParameters:
+    """The message that a message answers; who deletes it meanwhile gets the answer all the same."""
+    return ReplyParameters(message_id=message_id, allow_sending_without_reply=True)
+
+
+def split_text(text: str, size: int = MAX_MESSAGE_CHARACTERS) -> list[str]:
+    """Pieces of at most `size` code points which, joined, are `text` again.
 
     Cuts after a line, else after a word, else between characters, but not inside an emoji that is
     made of several code points.
     """
-    return list(_pieces(text))
+    return list(_pieces(text, size))
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: str, size: int) -> Iterator[str]:
     start = 0
-    while len(text) - start > MAX_MESSAGE_CHARACTERS:
-        end = _cut(text, start)
+    while len(text) - start > size:
+        end = _cut(text, start, size)
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-def _cut(text: str, start: int) -> int:
-    end = start + MAX_MESSAGE_CHARACTERS
+def _cut(text: str, start: int, size: int) -> int:
+    end = start + size
     for separator in ("\n", " "):
         # Not in the first half: pieces should be few.
-        position = text.rfind(separator, start + MAX_MESSAGE_CHARACTERS // 2, end)
+        position = text.rfind(separator, start + size // 2, end)
         if position != -1:
             return position + 1
     for position in range(end, end - _MAX_CLUSTER_CHARACTERS, -1):

@@ -10,13 +10,15 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
 from full_stack_transformer.arguments import TelegramBotArguments
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.serving.schemas import GeneratedTextsRequest
+from full_stack_transformer.telegram.settings import MAX_LENGTH, Settings
 
 TOKEN_VARIABLE = "TELEGRAM_BOT_TOKEN"  # noqa: S105 - the name of the variable, no token
+SECRET_VARIABLE = "TELEGRAM_WEBHOOK_SECRET"  # noqa: S105 - as above
+API_KEY_VARIABLE = "SERVICE_API_KEY"
+# https://core.telegram.org/bots/api#setwebhook takes 1 to 256; a short one could be guessed
+_SECRET_PATTERN = re.compile(r"[A-Za-z0-9_-]{16,256}")
 # https://core.telegram.org/bots/api#authorizing-your-bot; nothing that could change an address
 _TOKEN_PATTERN = re.compile(r"[0-9]{1,20}:[A-Za-z0-9_-]{1,200}")
 _MAX_TOKEN_FILE_CHARACTERS = 4096
@@ -26,22 +28,55 @@ def run_bot(arguments: TelegramBotArguments) -> int:
     """Answer Telegram messages until SIGTERM or SIGINT, and return the exit code.
 
     Raises:
-        UsageError: the token is missing or malformed, or an option is.
+        UsageError: the token or the webhook's secret is missing or malformed, or an option is.
         InputError: Telegram does not accept the token.
-        MachineError: Telegram cannot be reached.
+        MachineError: Telegram cannot be reached, or a file or port is taken.
     """
     token = _read_token(arguments.token_file)
     _check_address("--telegram_api_base", arguments.telegram_api_base)
     _check_address("--service_url", arguments.service_url)
-    settings = _generation_settings(arguments)
+    secret = ""
+    if arguments.webhook_url is not None:
+        _check_address("--webhook_url", arguments.webhook_url)
+        secret = _read_webhook_secret()
+    settings = _default_settings(arguments)
     # Imported here: aiogram takes 3 s, and a missing token should be said at once.
-    from full_stack_transformer.telegram.polling import answer_messages
+    from full_stack_transformer.telegram.bot import BotOptions, run
 
-    hide_from_logs(token)
-    asyncio.run(
-        answer_messages(token, arguments.telegram_api_base, arguments.service_url, settings)
+    api_key = os.environ.get(API_KEY_VARIABLE, "").strip() or None
+    for hidden in filter(None, (token, secret, api_key)):
+        hide_from_logs(hidden)
+    options = BotOptions(
+        token=token,
+        telegram_api_base=arguments.telegram_api_base,
+        database=arguments.database,
+        default_settings=settings,
+        service_url=arguments.service_url.rstrip("/").removesuffix("/v1"),
+        service_api_key=api_key,
+        checkpoint=arguments.checkpoint,
+        device=arguments.device,
+        allowed_ids=frozenset(arguments.allowed_ids),
+        admin_ids=frozenset(arguments.admin_ids),
+        max_tokens_per_day=arguments.max_tokens_per_day,
+        webhook_url=arguments.webhook_url,
+        webhook_secret=secret,
+        webhook_host=arguments.webhook_host,
+        webhook_port=arguments.webhook_port,
+        monitoring_port=arguments.monitoring_port,
+        log_texts=arguments.log_texts,
     )
+    asyncio.run(run(options))
     return 0
+
+
+def _read_webhook_secret() -> str:
+    secret = os.environ.get(SECRET_VARIABLE, "").strip()
+    if not _SECRET_PATTERN.fullmatch(secret):
+        raise UsageError(
+            f"--webhook_url needs a secret that nobody can guess, of 16 to 256 letters, digits, - and _, "
+            f"in the environment variable {SECRET_VARIABLE}; found {'none' if not secret else 'another'}"
+        )
+    return secret
 
 
 def _read_token(token_file: Path | None) -> str:
@@ -89,19 +124,20 @@ def _check_address(flag: str, address: str) -> None:
         )
 
 
-def _generation_settings(arguments: TelegramBotArguments) -> GeneratedTextsRequest:
-    """The request that every prompt is put into, within the service's bounds."""
-    try:
-        return GeneratedTextsRequest(
-            generation_max_len=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            repetition_penalty=arguments.repetition_penalty,
+def _default_settings(arguments: TelegramBotArguments) -> Settings:
+    """The settings of a chat that never changed them, within the bounds that chats have."""
+    if arguments.max_new_tokens > MAX_LENGTH:
+        raise UsageError(
+            f"--max_new_tokens must be at most {MAX_LENGTH}, found {arguments.max_new_tokens}"
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "max_new_tokens" if first["loc"] == ("generation_max_len",) else first["loc"][0]
-        raise UsageError(f"--{name}: {first['msg']}, found {first['input']!r}") from None
+    return Settings(
+        mode=arguments.mode,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        repetition_penalty=arguments.repetition_penalty,
+        length=arguments.max_new_tokens,
+    )
 
 
 class _HideSecret(logging.Filter):

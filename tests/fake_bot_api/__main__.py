@@ -10,11 +10,14 @@ from tests.fake_bot_api.process import DEFAULT_TOKEN
 from tests.fake_bot_api.server import make_app
 
 
-async def serve(host: str, port: int, token: str) -> None:
+async def serve(host: str, port: int, token: str, *, with_limits: bool) -> None:
     """Serve until SIGTERM or SIGINT."""
     # A poll whose bot has died ends at once, as at Telegram, and holds up nothing at the end.
     runner = web.AppRunner(
-        make_app(token), access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+        make_app(token, with_limits=with_limits),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=0.1,
     )
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
@@ -33,8 +36,11 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8081, help="0 for any free one")
     parser.add_argument("--token", default=DEFAULT_TOKEN, help="of the only bot that is known")
+    parser.add_argument(
+        "--no_limits", action="store_true", help="chats take any number of messages"
+    )
     options = parser.parse_args()
-    asyncio.run(serve(options.host, options.port, options.token))
+    asyncio.run(serve(options.host, options.port, options.token, with_limits=not options.no_limits))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """The methods that a bot calls, by their lower-case names; Telegram takes any spelling."""
 
+import json
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from aiohttp import web
 
 from tests.fake_bot_api.checks import (
     checked_keyboard,
@@ -15,6 +19,19 @@ from tests.fake_bot_api.state import UPDATE_TYPES, ApiError, Chat, Json, World
 
 _MAX_UPDATES = 100
 _MAX_QUERY_TEXT_CHARACTERS = 200
+_MAX_CAPTION_CHARACTERS = 1024
+# https://core.telegram.org/bots/api#botcommandscope
+_SCOPES = frozenset(
+    [
+        "default",
+        "all_private_chats",
+        "all_group_chats",
+        "all_chat_administrators",
+        "chat",
+        "chat_administrators",
+        "chat_member",
+    ]
+)
 # https://core.telegram.org/bots/api#sendchataction
 _CHAT_ACTIONS = frozenset(
     [
@@ -35,7 +52,7 @@ _CHAT_ACTIONS = frozenset(
 
 async def get_me(world: World, parameters: Json) -> Json:
     """Who the bot is."""
-    return {**world.bot, "can_join_groups": True, "can_read_all_group_messages": False}
+    return {**world.bot, "can_join_groups": True}
 
 
 async def get_updates(world: World, parameters: Json) -> list[Json]:
@@ -78,21 +95,67 @@ async def send_message(world: World, parameters: Json) -> Json:
     """Write into a chat."""
     if "chat_id" not in parameters:
         raise refuse("chat_id is empty")
-    chat = world.chat(parameters["chat_id"])
+    chat = world.writable_chat(parameters["chat_id"])
     text, entities = checked_text(parameters)
     message: Json = {"from": world.bot, "text": text}
     if entities:
         message["entities"] = entities
+    return _added(chat, message, parameters)
+
+
+def _added(chat: Chat, message: Json, parameters: Json) -> Json:
     if keyboard := checked_keyboard(parameters):
         message["reply_markup"] = keyboard
     if replied := _replied(chat, parameters):
         message["reply_to"] = replied
     if "message_thread_id" in parameters:
-        if chat.type == "private":
+        thread_id = integer(parameters, "message_thread_id")
+        if thread_id not in chat.threads:
             raise refuse("message thread not found")
-        message["message_thread_id"] = integer(parameters, "message_thread_id")
+        message["message_thread_id"] = thread_id
         message["is_topic_message"] = True
+    chat.draft = None  # a real message takes the place of what streamed
     return chat.view(chat.add(message))
+
+
+async def send_document(world: World, parameters: Json) -> Json:
+    """Write a file into a chat; its content stays readable for the test."""
+    chat = world.writable_chat(parameters.get("chat_id"))
+    uploads = [value for value in parameters.values() if isinstance(value, web.FileField)]
+    if len(uploads) != 1:
+        raise refuse("there is no document in the request")
+    content = uploads[0].file.read()
+    caption = str(parameters.get("caption", ""))
+    if len(caption) > _MAX_CAPTION_CHARACTERS:
+        raise refuse("message caption is too long")
+    document = {
+        "file_id": "file",
+        "file_unique_id": "unique",
+        "file_name": uploads[0].filename,
+        "file_size": len(content),
+        "content": content.decode("utf-8", "replace"),
+    }
+    message = {"from": world.bot, "caption": caption, "document": document}
+    return _added(chat, message, parameters)
+
+
+async def send_message_draft(world: World, parameters: Json) -> bool:
+    """Stream a text into a private chat; it vanishes with time, and with a real message."""
+    chat = world.writable_chat(parameters.get("chat_id"))
+    if chat.type != "private":
+        raise refuse("message drafts are supported in private chats only")
+    draft_id = integer(parameters, "draft_id", 0)
+    if draft_id == 0:
+        raise refuse("DRAFT_ID_INVALID")
+    text, entities = ("", []) if not parameters.get("text") else checked_text(parameters)
+    chat.draft = {
+        "draft_id": draft_id,
+        "text": text,
+        "entities": entities,
+        "can_stop": str(parameters.get("can_stop", "")).lower() == "true",
+        "at": time.monotonic(),
+    }
+    return True
 
 
 def _replied(chat: Chat, parameters: Json) -> int | None:
@@ -108,7 +171,9 @@ def _replied(chat: Chat, parameters: Json) -> int | None:
 
 
 def _own_message(world: World, parameters: Json, action: str) -> tuple[Chat, Json]:
-    chat = world.chat(parameters.get("chat_id"))
+    # Deleting is not counted; what a probe finds missing is.
+    find = world.chat if action == "delete" else world.writable_chat
+    chat = find(parameters.get("chat_id"))
     message = chat.messages.get(integer(parameters, "message_id", 0))
     if message is None:
         raise refuse(f"message to {action} not found")
@@ -173,25 +238,47 @@ async def send_chat_action(world: World, parameters: Json) -> bool:
 
 
 async def set_my_commands(world: World, parameters: Json) -> bool:
-    """Set the menu of commands."""
+    """Set the menu of commands of a scope and language."""
     commands = from_json(parameters, "commands", list, [])
+    scope = from_json(parameters, "scope", dict, {"type": "default"})
+    if scope.get("type") not in _SCOPES:
+        raise refuse("unsupported scope specified")
+    language = str(parameters.get("language_code", ""))
+    if not re.fullmatch(r"[a-z]{2}|", language):
+        raise refuse("invalid language code specified")
     for command in commands:
         if not re.fullmatch(r"[a-z0-9_]{1,32}", str(command.get("command"))):
             raise refuse("BOT_COMMAND_INVALID")
         if not 1 <= len(str(command.get("description", ""))) <= 256:
             raise refuse("BOT_COMMAND_DESCRIPTION_INVALID")
-    world.commands = commands
+    world.commands[_menu_key(scope, language)] = commands
     return True
 
 
 async def get_my_commands(world: World, parameters: Json) -> list[Json]:
-    """The menu of commands."""
-    return world.commands
+    """The menu of a scope and language."""
+    scope = from_json(parameters, "scope", dict, {"type": "default"})
+    key = _menu_key(scope, str(parameters.get("language_code", "")))
+    return world.commands.get(key, [])
+
+
+def _menu_key(scope: Json, language: str) -> str:
+    return json.dumps([scope, language], sort_keys=True)
 
 
 async def set_webhook(world: World, parameters: Json) -> bool:
-    """Remember a webhook; updates are never pushed, but polling conflicts with it."""
-    world.webhook_url = str(parameters.get("url", ""))
+    """Push updates to an address from now on; polling conflicts with it.
+
+    Less strict than Telegram in one thing: http will do, because it runs on one machine.
+    """
+    secret = str(parameters.get("secret_token", ""))
+    if not re.fullmatch(r"[A-Za-z0-9_-]{0,256}", secret):
+        raise refuse("secret token contains unallowed characters")
+    allowed = from_json(parameters, "allowed_updates", list, None)
+    if allowed is not None:
+        world.allowed_updates = tuple(allowed) or UPDATE_TYPES
+    world.webhook_url, world.webhook_secret = str(parameters.get("url", "")), secret
+    world.bell.ring()
     return True
 
 
@@ -220,6 +307,8 @@ METHODS: dict[str, Method] = {
         "get_me": get_me,
         "get_updates": get_updates,
         "send_message": send_message,
+        "send_message_draft": send_message_draft,
+        "send_document": send_document,
         "edit_message_text": edit_message_text,
         "edit_message_reply_markup": edit_message_reply_markup,
         "delete_message": delete_message,

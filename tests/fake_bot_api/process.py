@@ -40,6 +40,41 @@ class FakeBotApi:
         body = {"chat_id": chat_id, "message_id": message_id, **more}
         return str(self._post("/user/presses", body)["query_id"])
 
+    def stop(self, chat_id: int) -> None:
+        """A user presses the Stop of the draft that streams."""
+        self._post("/user/stops", {"chat_id": chat_id})
+
+    def block(self, chat_id: int, *, is_blocked: bool = True, tell: bool = True) -> None:
+        """A user blocks the bot; `tell` false keeps the update from it."""
+        self._post("/user/blocks", {"chat_id": chat_id, "is_blocked": is_blocked, "tell": tell})
+
+    def migrate(self, chat_id: int, new_id: int, *, tell: bool = True) -> None:
+        """A group becomes a supergroup."""
+        self._post("/user/migrations", {"chat_id": chat_id, "new_id": new_id, "tell": tell})
+
+    def edit(self, chat_id: int, message_id: int, text: str) -> Json:
+        """A user edits a message."""
+        body = {"chat_id": chat_id, "message_id": message_id, "text": text}
+        return self._post("/user/edits", body)
+
+    def send_raw_updates(self, updates: list[Any]) -> None:
+        """Updates that Telegram would never send."""
+        self._post("/user/updates", {"updates": updates})
+
+    def draft(self, chat_id: int, words: str = "", timeout: float = 10) -> Json:
+        """The draft in a chat, once there is one that holds `words`."""
+        query: Json = {"at_least": 1, "words": words, "timeout": timeout}
+        return self._get(f"/user/chats/{chat_id}/draft", query)[0]
+
+    def has_draft(self, chat_id: int) -> bool:
+        """Whether something streams into a chat."""
+        return bool(self._get(f"/user/chats/{chat_id}/draft", {"at_least": 0}))
+
+    def state(self, **query: Any) -> Json:
+        """How many updates wait, how many calls went beyond a limit."""
+        state: Json = self.http.get("/user/state", params=query).json()
+        return state
+
     def delete(self, chat_id: int, message_id: int) -> None:
         """A user deletes a message."""
         self._post("/user/deletions", {"chat_id": chat_id, "message_id": message_id})
@@ -63,7 +98,7 @@ class FakeBotApi:
         return self._get("/user/requests", query)
 
     def fail(self, method: str, kind: str, times: int = 1, **more: Any) -> None:
-        """The next calls of `method` go wrong: retry_after, bad_gateway, reset or error."""
+        """The next calls of `method` (or "*") go wrong: retry_after, bad_gateway, reset, error, hang."""
         self._post("/user/faults", {"method": method, "kind": kind, "times": times, **more})
 
     def _post(self, path: str, body: Json) -> Json:
@@ -78,9 +113,12 @@ class FakeBotApi:
 
 
 @contextmanager
-def running_fake_bot_api(token: str = DEFAULT_TOKEN) -> Iterator[FakeBotApi]:
+def running_fake_bot_api(
+    token: str = DEFAULT_TOKEN, *, with_limits: bool = True
+) -> Iterator[FakeBotApi]:
     """Start the server on a free port, and stop it at the end."""
     command = [sys.executable, "-m", "tests.fake_bot_api", "--port", "0", "--token", token]
+    command += [] if with_limits else ["--no_limits"]
     with subprocess.Popen(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -1,9 +1,12 @@
 """The web application: reads a call in any of Telegram's forms, records it, lets faults strike."""
 
+import asyncio
 import json
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
 from tests.fake_bot_api.methods import METHODS
 from tests.fake_bot_api.state import ApiError, Fault, Json, World
@@ -12,10 +15,11 @@ from tests.fake_bot_api.user_side import user_routes
 _BAD_GATEWAY_PAGE = "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
 
 
-def make_app(token: str) -> web.Application:
+def make_app(token: str, *, with_limits: bool = True) -> web.Application:
     """A server that knows one bot."""
-    world = World(token)
-    app = web.Application()
+    world = World(token, with_limits=with_limits)
+    app = web.Application(client_max_size=64 << 20)
+    app.cleanup_ctx.append(lambda _: _pushing(world))
     app.add_routes(user_routes(world))
 
     async def call(request: web.Request) -> web.StreamResponse:
@@ -28,7 +32,13 @@ def make_app(token: str) -> web.Application:
 async def _call(world: World, request: web.Request) -> web.StreamResponse:
     method = request.match_info["method"].lower()
     parameters = await _parameters(request)
-    record: Json = {"method": method, "parameters": parameters, "status": None}
+    shown = {name: _shown(value) for name, value in parameters.items()}
+    record: Json = {
+        "method": method,
+        "parameters": shown,
+        "status": None,
+        "at": time.monotonic(),
+    }
     world.requests.append(record)
     world.bell.ring()
     if request.match_info["token"] != world.token:
@@ -46,6 +56,9 @@ async def _carry_out(
     world: World, request: web.Request, method: str, parameters: Json
 ) -> web.Response:
     fault = world.take_fault(method, parameters)
+    if fault is not None and fault.kind == "hang":
+        await asyncio.sleep(fault.seconds)
+        return web.Response(status=504)
     if fault is not None and not fault.after:
         return _strike(request, fault)
     try:
@@ -68,6 +81,39 @@ def _strike(request: web.Request, fault: Fault) -> web.Response:
         request.transport.abort()
         return web.Response(status=499)  # written to nobody
     return _error(ApiError(fault.status, fault.description))
+
+
+def _shown(value: Any) -> Any:
+    return f"file {value.filename}" if isinstance(value, web.FileField) else value
+
+
+async def _pushing(world: World) -> AsyncIterator[None]:
+    """Deliver updates to the webhook while the server runs."""
+    task = asyncio.create_task(_push(world))
+    yield
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def _push(world: World) -> None:
+    async with ClientSession(timeout=ClientTimeout(total=10)) as client:
+        while True:
+            while not (world.webhook_url and world.updates):
+                await world.bell.wait_until(
+                    lambda: bool(world.webhook_url and world.updates), timeout_seconds=3600
+                )
+            update = world.updates[0]
+            headers = {"X-Telegram-Bot-Api-Secret-Token": world.webhook_secret}
+            try:
+                async with client.post(world.webhook_url, json=update, headers=headers) as answer:
+                    is_taken = answer.status == 200
+            except (ClientError, TimeoutError):
+                is_taken = False
+            if is_taken and update in world.updates:
+                world.updates.remove(update)
+            else:
+                world.webhook_failures += 1
+                await asyncio.sleep(0.1)
 
 
 def _error(error: ApiError) -> web.Response:

@@ -1,6 +1,7 @@
 """Chats, messages, updates and what was called; time passes only when somebody acts."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,18 @@ from typing import Any
 Json = dict[str, Any]
 
 # https://core.telegram.org/bots/api#getupdates
-UPDATE_TYPES = ("message", "edited_message", "callback_query", "my_chat_member")
+UPDATE_TYPES = (
+    "message",
+    "edited_message",
+    "callback_query",
+    "my_chat_member",
+    "stopped_message_generation",
+)
+# https://core.telegram.org/bots/api#sendmessagedraft
+DRAFT_SECONDS = 30.0
+# https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this: capacity, per second
+PRIVATE_LIMIT = (5.0, 1.0)
+GROUP_LIMIT = (20.0, 20 / 60)
 
 
 class ApiError(Exception):
@@ -44,6 +56,25 @@ class Bell:
         return True
 
 
+class Bucket:
+    """How many messages a chat still takes."""
+
+    def __init__(self, capacity: float, per_second: float) -> None:
+        self._capacity = self._tokens = capacity
+        self._per_second = per_second
+        self._filled_at = time.monotonic()
+
+    def seconds_to_wait(self) -> float:
+        """Take a token, or tell when there is one."""
+        now = time.monotonic()
+        gained = (now - self._filled_at) * self._per_second
+        self._tokens, self._filled_at = min(self._capacity, self._tokens + gained), now
+        if self._tokens < 1:
+            return (1 - self._tokens) / self._per_second
+        self._tokens -= 1
+        return 0.0
+
+
 @dataclass
 class Chat:
     """Messages of one chat by id; `reply_to` holds an id, so that a deleted message is gone."""
@@ -52,6 +83,23 @@ class Chat:
     type: str
     messages: dict[int, Json] = field(default_factory=dict)
     num_messages: int = 0
+    threads: set[int] = field(default_factory=set)
+    """Topics that somebody wrote in."""
+    draft: Json | None = None
+    """What streams into the chat now; read it with `living_draft`."""
+    is_blocked: bool = False
+    moved_to: int | None = None
+    bucket: Bucket = field(init=False)
+
+    def __post_init__(self) -> None:
+        """A chat's limit follows its kind."""
+        self.bucket = Bucket(*(PRIVATE_LIMIT if self.type == "private" else GROUP_LIMIT))
+
+    def living_draft(self) -> Json | None:
+        """The draft, unless it has vanished by itself."""
+        if self.draft is not None and time.monotonic() - self.draft["at"] > DRAFT_SECONDS:
+            self.draft = None
+        return self.draft
 
     def as_json(self) -> Json:
         """The chat as Telegram describes it."""
@@ -90,6 +138,7 @@ class Fault:
     status: int
     description: str
     retry_after: int
+    seconds: float
     after: bool
     """Carry the call out, and lose only its answer."""
 
@@ -97,13 +146,15 @@ class Fault:
 class World:
     """Everything that one fake server knows."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, *, with_limits: bool = True) -> None:
         self.token = token
+        self.with_limits = with_limits
         self.bot: Json = {
             "id": int(token.partition(":")[0]),
             "is_bot": True,
             "first_name": "Bot",
             "username": "fake_bot",
+            "can_read_all_group_messages": False,
         }
         self.bell = Bell()
         self.chats: dict[int, Chat] = {}
@@ -112,7 +163,12 @@ class World:
         self.num_polls = 0
         self.allowed_updates: tuple[str, ...] = UPDATE_TYPES
         self.webhook_url = ""
-        self.commands: list[Json] = []
+        self.webhook_secret = ""
+        self.webhook_failures = 0
+        self.commands: dict[str, list[Json]] = {}
+        """Scope and language, as JSON -> menu."""
+        self.num_limited = 0
+        """Calls that went beyond a chat's limit."""
         self.open_queries: dict[str, int] = {}
         """Button presses that wait for their answer: query id -> chat id."""
         self.query_answers: dict[str, Json] = {}
@@ -126,6 +182,22 @@ class World:
             return self.chats[int(str(chat_id))]
         except (KeyError, ValueError):
             raise ApiError(400, "Bad Request: chat not found") from None
+
+    def writable_chat(self, chat_id: object) -> Chat:
+        """The chat that a bot writes into now; counts against its limit."""
+        chat = self.chat(chat_id)
+        if chat.moved_to is not None:
+            description = "Bad Request: group chat was upgraded to a supergroup chat"
+            raise ApiError(400, description, {"migrate_to_chat_id": chat.moved_to})
+        if chat.is_blocked:
+            raise ApiError(403, "Forbidden: bot was blocked by the user")
+        seconds = chat.bucket.seconds_to_wait() if self.with_limits else 0.0
+        if seconds > 0:
+            self.num_limited += 1
+            retry_after = math.ceil(seconds)
+            description = f"Too Many Requests: retry after {retry_after}"
+            raise ApiError(429, description, {"retry_after": retry_after})
+        return chat
 
     def open_chat(self, chat_id: int) -> Chat:
         """The chat that a user writes in; negative ids are groups."""
@@ -145,7 +217,7 @@ class World:
             chats_match = fault.chat_id is None or str(fault.chat_id) == str(
                 parameters.get("chat_id")
             )
-            if fault.method.lower() == method and chats_match and fault.times > 0:
+            if fault.method.lower() in ("*", method) and chats_match and fault.times > 0:
                 fault.times -= 1
                 return fault
         return None

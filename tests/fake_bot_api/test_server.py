@@ -16,7 +16,7 @@ CHAT = 5
 @pytest.fixture(scope="module")
 def telegram() -> Iterator[FakeBotApi]:
     """A server with one open chat."""
-    with running_fake_bot_api() as fake:
+    with running_fake_bot_api(with_limits=False) as fake:
         fake.write(CHAT, "Hello")
         yield fake
 

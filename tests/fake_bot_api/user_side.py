@@ -11,7 +11,7 @@ from aiohttp import web
 
 from tests.fake_bot_api.state import Chat, Fault, Json, World
 
-FAULT_KINDS = ("retry_after", "bad_gateway", "reset", "error")
+FAULT_KINDS = ("retry_after", "bad_gateway", "reset", "error", "hang")
 
 
 def user_routes(world: World) -> list[web.RouteDef]:
@@ -21,6 +21,14 @@ def user_routes(world: World) -> list[web.RouteDef]:
         web.post("/user/messages", user.write),
         web.post("/user/presses", user.press),
         web.post("/user/deletions", user.delete),
+        web.post("/user/stops", user.stop),
+        web.post("/user/blocks", user.block),
+        web.post("/user/migrations", user.migrate),
+        web.post("/user/edits", user.edit),
+        web.post("/user/updates", user.add_raw_updates),
+        web.post("/user/bot", user.change_bot),
+        web.get("/user/state", user.read_state),
+        web.get("/user/chats/{chat_id}/draft", user.read_draft),
         web.get("/user/chats/{chat_id}/messages", user.read),
         web.get("/user/query_answers/{query_id}", user.read_query_answer),
         web.get("/user/requests", user.read_requests),
@@ -38,7 +46,8 @@ class _User:
         """{chat_id, text} or {chat_id, content: {"photo": [...]}}; user_id, reply_to_message_id …"""
         body = await request.json()
         chat = self._world.open_chat(int(body["chat_id"]))
-        message: Json = {"from": _person(body.get("user_id", abs(chat.id)))}
+        user_id = body.get("user_id", abs(chat.id))
+        message: Json = {"from": _person(user_id, body.get("language_code"))}
         if "text" in body:
             message["text"] = body["text"]
             message.update(_command_entities(body["text"]))
@@ -47,20 +56,23 @@ class _User:
             message["reply_to"] = int(body["reply_to_message_id"])
         if "message_thread_id" in body:
             message["message_thread_id"] = int(body["message_thread_id"])
+            chat.threads.add(message["message_thread_id"])
             message["is_topic_message"] = True
         message = chat.add(message)
         self._world.add_update("message", chat.view(message))
         return web.json_response(chat.view(message))
 
     async def press(self, request: web.Request) -> web.Response:
-        """{chat_id, message_id} presses its first button; `data` sends that instead.
+        """{chat_id, message_id} presses its first button, or the one whose text holds `button`.
+
+        `data` sends that instead of what the button carries.
 
         `inaccessible` has Telegram describe the message as too old to be seen.
         """
         body = await request.json()
         chat = self._world.open_chat(int(body["chat_id"]))
         message = chat.messages[int(body["message_id"])]
-        data = body.get("data") or message["reply_markup"]["inline_keyboard"][0][0]["callback_data"]
+        data = body.get("data") or _button_data(message, body.get("button", ""))
         self._world.num_queries += 1
         query_id = str(self._world.num_queries)
         self._world.open_queries[query_id] = chat.id
@@ -68,13 +80,109 @@ class _User:
             "callback_query",
             {
                 "id": query_id,
-                "from": _person(body.get("user_id", abs(chat.id))),
+                "from": _person(body.get("user_id", abs(chat.id)), body.get("language_code")),
                 "message": _described(chat, message, bool(body.get("inaccessible"))),
                 "chat_instance": str(chat.id),
                 "data": data,
             },
         )
         return web.json_response({"query_id": query_id})
+
+    async def stop(self, request: web.Request) -> web.Response:
+        """{chat_id} presses the Stop of the draft that streams now."""
+        chat = self._world.open_chat(int((await request.json())["chat_id"]))
+        draft = chat.living_draft()
+        if draft is None or not draft["can_stop"]:
+            return web.json_response({"error": "nothing streams that can be stopped"}, status=409)
+        stopped = {"chat": chat.as_json(), "draft_id": draft["draft_id"]}
+        self._world.add_update("stopped_message_generation", stopped)
+        return web.json_response({"draft_id": draft["draft_id"]})
+
+    async def block(self, request: web.Request) -> web.Response:
+        """{chat_id}: a user blocks the bot, or with `is_blocked` false lets it in again."""
+        body = await request.json()
+        chat = self._world.open_chat(int(body["chat_id"]))
+        chat.is_blocked = bool(body.get("is_blocked", True))
+        statuses = ["member", "kicked"] if chat.is_blocked else ["kicked", "member"]
+        old: Json
+        new: Json
+        old, new = ({"user": self._world.bot, "status": status} for status in statuses)
+        if new["status"] == "kicked":
+            new["until_date"] = 0
+        else:
+            old["until_date"] = 0
+        update = {
+            "chat": chat.as_json(),
+            "from": _person(abs(chat.id)),
+            "date": int(time.time()),
+            "old_chat_member": old,
+            "new_chat_member": new,
+        }
+        if body.get("tell", True):
+            self._world.add_update("my_chat_member", update)
+        return web.json_response({})
+
+    async def migrate(self, request: web.Request) -> web.Response:
+        """{chat_id, new_id}: a group becomes a supergroup; `tell` false keeps it from the bot."""
+        body = await request.json()
+        old = self._world.open_chat(int(body["chat_id"]))
+        new = self._world.open_chat(int(body["new_id"]))
+        old.moved_to = new.id
+        person = {"from": _person(abs(old.id))}
+        leaving = old.add({**person, "migrate_to_chat_id": new.id})
+        arriving = new.add({**person, "migrate_from_chat_id": old.id})
+        if body.get("tell", True):
+            self._world.add_update("message", old.view(leaving))
+            self._world.add_update("message", new.view(arriving))
+        return web.json_response({})
+
+    async def edit(self, request: web.Request) -> web.Response:
+        """{chat_id, message_id, text}: a user edits a message."""
+        body = await request.json()
+        chat = self._world.open_chat(int(body["chat_id"]))
+        message = chat.messages[int(body["message_id"])]
+        message.update({"text": body["text"], "edit_date": int(time.time())})
+        self._world.add_update("edited_message", chat.view(message))
+        return web.json_response(chat.view(message))
+
+    async def add_raw_updates(self, request: web.Request) -> web.Response:
+        """{updates: [...]}: what Telegram would never send; an update without number is given one."""
+        for update in (await request.json())["updates"]:
+            self._world.num_updates += 1
+            if isinstance(update, dict):
+                update = {"update_id": self._world.num_updates, **update}
+            self._world.updates.append(update)
+        self._world.bell.ring()
+        return web.json_response({"num_updates": self._world.num_updates})
+
+    async def change_bot(self, request: web.Request) -> web.Response:
+        """{can_read_all_group_messages: true}: what the bot's owner changes."""
+        self._world.bot.update(await request.json())
+        return web.json_response(self._world.bot)
+
+    async def read_state(self, request: web.Request) -> web.Response:
+        """How many updates wait, how many calls went beyond a limit; waits for `idle`."""
+        if "idle" in request.query:
+            timeout_seconds = float(request.query.get("timeout", 10))
+            await self._world.bell.wait_until(lambda: not self._world.updates, timeout_seconds)
+        return web.json_response(
+            {
+                "num_waiting_updates": len(self._world.updates),
+                "num_limited": self._world.num_limited,
+                "webhook_failures": self._world.webhook_failures,
+            }
+        )
+
+    async def read_draft(self, request: web.Request) -> web.Response:
+        """What streams into a chat now; waits for a draft whose text holds `words`."""
+        chat = self._world.open_chat(int(request.match_info["chat_id"]))
+        words = request.query.get("words", "")
+
+        def drafts() -> list[Json]:
+            draft = chat.living_draft()
+            return [draft] if draft is not None and words in draft["text"] else []
+
+        return await self._when_enough(request, drafts)
 
     async def delete(self, request: web.Request) -> web.Response:
         """{chat_id, message_id}: a user deletes a message; bots are not told."""
@@ -143,6 +251,7 @@ class _User:
             status=int(body.get("status", 403)),
             description=body.get("description", "Forbidden: bot was blocked by the user"),
             retry_after=int(body.get("retry_after", 1)),
+            seconds=float(body.get("seconds", 3600)),
             after=bool(body.get("after", False)),
         )
         self._world.faults.append(fault)
@@ -159,8 +268,15 @@ class _User:
         return web.json_response({})
 
 
-def _person(user_id: Any) -> Json:
-    return {"id": int(user_id), "is_bot": False, "first_name": f"User {user_id}"}
+def _person(user_id: Any, language_code: str | None = None) -> Json:
+    person = {"id": int(user_id), "is_bot": False, "first_name": f"User {user_id}"}
+    return person if language_code is None else {**person, "language_code": language_code}
+
+
+def _button_data(message: Json, words: str) -> str:
+    rows = message["reply_markup"]["inline_keyboard"]
+    found = [button["callback_data"] for row in rows for button in row if words in button["text"]]
+    return str(found[0])
 
 
 def _command_entities(text: str) -> Json:

@@ -6,13 +6,21 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fake_bot_api.process import FakeBotApi, running_fake_bot_api
-from tests.telegram.bot_process import BotProcess, bot_command
+from tests.telegram.bot_forks import BotForks, ForkedBot, bot_forks
+from tests.telegram.bot_process import bot_command
 from tests.telegram.stand_in_service import StandInService, serving
 
 _chat_ids = itertools.count(1000)
 
 
 @pytest.fixture(scope="session")
+def forks() -> Iterator[BotForks]:
+    """What starts bots."""
+    with bot_forks() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def telegram() -> Iterator[FakeBotApi]:
     """The fake Bot API."""
     with running_fake_bot_api() as fake:
@@ -27,15 +35,16 @@ def service() -> Iterator[StandInService]:
 
 
 @pytest.fixture(scope="module")
-def bot(telegram: FakeBotApi, service: StandInService) -> Iterator[BotProcess]:
-    """The bot, polling."""
-    process = BotProcess(bot_command(service.url, telegram.url), telegram.token)
+def bot(telegram: FakeBotApi, service: StandInService, forks: BotForks) -> Iterator[ForkedBot]:
+    """The bot, polling; user 99 is its admin."""
+    command = bot_command(service.url, telegram.url, "--admin_ids", "99")
+    forked = forks.bot(command, telegram.token)
     try:
-        process.start()
-        yield process
-        assert process.stop() == 0
+        forked.start()
+        yield forked
+        assert forked.stop() == 0
     finally:
-        process.kill()
+        forked.kill()
 
 
 @pytest.fixture

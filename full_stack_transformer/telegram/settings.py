@@ -1,0 +1,122 @@
+"""How a chat wants its texts made: values, bounds, presets. Knows neither Telegram nor the service."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from full_stack_transformer.serving.schemas import MAX_SEED
+
+Mode = Literal["auto", "continue", "chat"]
+MODES: tuple[Mode, ...] = ("auto", "continue", "chat")
+MAX_VARIANTS = 4
+MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one chat, or of one topic of a forum."""
+
+    mode: Mode = "auto"
+    """auto: chat where the model has a chat template, else continue."""
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.95
+    repetition_penalty: float = 1.1
+    length: int = 80
+    """New tokens in a text, at most."""
+    variants: int = 1
+    seed: int | None = None
+    """None takes a new one for every text."""
+
+    def as_json(self) -> str:
+        """For the database."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, content: str) -> "Settings":
+        """From the database; fields of another version are passed over."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(content).items() if name in known})
+
+
+NUMERIC_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty", "length", "variants")
+
+# What the buttons of /settings step through; /settings NAME VALUE sets anything in between.
+_STEPS: dict[str, tuple[float, ...]] = {
+    "temperature": (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0),
+    "top_k": (0, 5, 10, 20, 40, 80, 160),
+    "top_p": (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
+    "repetition_penalty": (1.0, 1.05, 1.1, 1.2, 1.3, 1.5),
+    "length": (20, 40, 80, 120, 160, 240, 320, 480, 640, MAX_LENGTH),
+    "variants": tuple(range(1, MAX_VARIANTS + 1)),
+}
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_k": (0, 100_000),
+    "top_p": (0.01, 1),
+    "repetition_penalty": (0.5, 2),
+    "length": (1, MAX_LENGTH),
+    "variants": (1, MAX_VARIANTS),
+}
+_WHOLE = ("top_k", "length", "variants")
+
+# Only what decides how bold the choice of words is.
+PRESETS: dict[str, dict[str, Any]] = {
+    "precise": {"temperature": 0.2, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.1},
+    "balanced": {"temperature": 0.7, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.1},
+    "creative": {"temperature": 1.1, "top_k": 0, "top_p": 0.98, "repetition_penalty": 1.05},
+}
+
+
+def preset_of(settings: Settings) -> str | None:
+    """Name of the preset that these settings are."""
+    for name, values in PRESETS.items():
+        if all(getattr(settings, field) == value for field, value in values.items()):
+            return name
+    return None
+
+
+def stepped(settings: Settings, name: str, direction: int) -> Settings:
+    """The next value up (1) or down (-1); the same settings at either end."""
+    value = getattr(settings, name)
+    beyond = [step for step in _STEPS[name] if (step - value) * direction > 0]
+    if not beyond:
+        return settings
+    step = min(beyond) if direction > 0 else max(beyond)
+    return _with(settings, name, step)
+
+
+def with_value(settings: Settings, name: str, text: str) -> Settings | str:
+    """Settings with the value that a user typed, or a text that says what is possible."""
+    if name in PRESETS and not text:
+        return replace(settings, **PRESETS[name])
+    if name == "mode":
+        return replace(settings, mode=text) if text in MODES else " | ".join(MODES)
+    if name == "seed":
+        return _with_seed(settings, text)
+    if name not in NUMERIC_FIELDS:
+        return " | ".join((*NUMERIC_FIELDS, "seed", "mode", *PRESETS))
+    low, high = _BOUNDS[name]
+    whole = name in _WHOLE
+    expected = f"{name}: {low:g} … {high:g}"
+    try:
+        value = float(text.replace(",", ".")[:20])
+    except ValueError:
+        return expected
+    if not math.isfinite(value) or not low <= value <= high or (whole and value != int(value)):
+        return expected
+    return _with(settings, name, value)
+
+
+def _with(settings: Settings, name: str, value: float) -> Settings:
+    changed: dict[str, Any] = {name: int(value) if name in _WHOLE else value}
+    return replace(settings, **changed)
+
+
+def _with_seed(settings: Settings, text: str) -> Settings | str:
+    if text in ("random", "off"):
+        return replace(settings, seed=None)
+    if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED:
+        return replace(settings, seed=int(text))
+    return "seed: random | 0 … 2^63-1"
