@@ -247,11 +247,21 @@ class Asks:
 
     def forget_chat(self, chat_id: int, stopped: list[Running]) -> None:
         """Delete everything of a chat."""
-        for reply_id, running in self._chats.running.items():
-            reply = self._store.reply(reply_id)
-            if reply is not None and reply.chat_id == chat_id:
-                stopped.append(running)
+        stopped.extend(self._running_in(chat_id))
         self._store.forget_chat(chat_id)
+
+    def move_chat(self, old_id: int, new_id: int, stopped: list[Running]) -> None:
+        """A group has a new number; what is being written there begins anew in the new one."""
+        stopped.extend(self._running_in(old_id))
+        self._store.move_chat(old_id, new_id)
+
+    def _running_in(self, chat_id: int) -> list[Running]:
+        replies = {reply_id: self._store.reply(reply_id) for reply_id in self._chats.running}
+        return [
+            self._chats.running[reply_id]
+            for reply_id, reply in replies.items()
+            if reply is not None and reply.chat_id == chat_id
+        ]
 
     def _why(self, ask: Ask, argument: str, stopped: list[Running]) -> None:
         if ask.replied_id is not None:

@@ -41,6 +41,7 @@ MAX_RUNNING = 32
 _MAX_SERVICE_PAUSE_SECONDS = 30.0
 _MAX_FAILURES = 3
 _AGAIN_SECONDS = 1.0
+_LEAVING_SECONDS = 0.05
 # A text that is a day late helps nobody.
 _GIVE_UP_SECONDS = 24 * 3600.0
 
@@ -191,17 +192,24 @@ class Chats:
             reply = self._store.reply(job.reply_id)
             if reply is None:  # forgotten meanwhile
                 return
+            if reply.chat_id != job.chat_id:
+                raise ChatMovedError  # the lane of the new chat does it
             if reply.texts or reply.finish:
                 break
             await self._write(job, reply)
         await self.show(reply, str(job.id))
-        await self._delete_notices(job)
+        self._delete_notices(job)
 
-    async def _delete_notices(self, job: Job) -> None:
+    def _delete_notices(self, job: Job) -> None:
         fresh = self._store.job(job.id)
-        self._store.end_job(job.id)  # from here on a notice that is still under way deletes itself
-        for message_id in fresh.content.get("notices", []) if fresh else []:
-            await self.delete(job.chat_id, message_id)
+        with self._store.transaction():
+            for message_id in fresh.content.get("notices", []) if fresh else []:
+                content = {"message_id": message_id}
+                self._store.add_job(job.chat_id, "words", "delete", content)
+            self._store.end_job(
+                job.id
+            )  # from here on a notice that is still under way deletes itself
+        self.wake()
 
     async def delete(self, chat_id: int, message_id: int) -> None:
         """Delete a message of the bot; one that cannot be deleted stays."""
@@ -213,6 +221,9 @@ class Chats:
 
     async def _write(self, job: Job, reply: Reply) -> None:
         """Have the text made and keep it; returns without one when it should be tried again."""
+        while reply.id in self.running:  # the lane that the chat had before it moved
+            self.running[reply.id].stop()
+            await asyncio.sleep(_LEAVING_SECONDS)
         await self._or_end(self._slots.acquire())
         running = Running([Draft() for _ in range(reply.settings.variants)])
         self.running[reply.id] = running

@@ -129,7 +129,7 @@ class Intake:
         if chat.type not in _CHAT_TYPES or not _is_sane(chat.id, message.message_id):
             return False
         if message.migrate_to_chat_id is not None and _is_sane(message.migrate_to_chat_id):
-            self._store.move_chat(chat.id, message.migrate_to_chat_id)
+            self._asks.move_chat(chat.id, message.migrate_to_chat_id, effects.stopped)
             return True
         self._store.saw_message(chat.id, message.message_id)
         user = message.from_user

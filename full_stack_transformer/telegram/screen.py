@@ -87,8 +87,10 @@ class Screen:
                 if not is_new:
                     await self._type()
                 continue
-            if shown is None and await self._wait(_GRACE_SECONDS[self._reply.chat_id > 0]):
-                return
+            if shown is None:
+                if await self._wait(_GRACE_SECONDS[self._reply.chat_id > 0]):
+                    return
+                newest = self._newest_piece() or newest
             was_shown = True
             # A draft is shown anew before it vanishes, also when the text does not grow.
             if newest.text != shown or (not is_new and self._reply.chat_id > 0):

@@ -2,7 +2,8 @@
 
     say      a text of the bot                    panel    /settings, in the place of its message
     notice   one that vanishes with the answer    render   a reply whose shown variant changed
-    status   /status                              export   /export
+    delete   what was such a notice               status   /status
+    export   /export
 
 Knows how to send and what the database holds; not what was asked.
 """
@@ -55,6 +56,7 @@ class Voice:
         kinds = {
             "say": self._say,
             "notice": self._notice,
+            "delete": self._delete,
             "panel": self._panel,
             "render": self._render,
             "status": self._status,
@@ -104,6 +106,9 @@ class Voice:
         else:
             notices = [*answer.content.get("notices", []), message_id]
             self._store.remember(answer_id, notices=notices)
+
+    async def _delete(self, job: Job) -> None:
+        await self._chats.delete(job.chat_id, job.content["message_id"])
 
     async def _panel(self, job: Job) -> None:
         if self._store.has_newer_panel(job):

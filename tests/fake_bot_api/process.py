@@ -19,6 +19,8 @@ Json = dict[str, Any]
 DEFAULT_TOKEN = "42:FAKE-token_of-the-only-bot"
 _REPOSITORY = Path(__file__).parents[2]
 _STOP_SECONDS = 10
+# Long, because a busy machine is slow; what is expected comes in milliseconds.
+_PATIENCE_SECONDS = 40.0
 
 
 class FakeBotApi:
@@ -61,7 +63,7 @@ class FakeBotApi:
         """Updates that Telegram would never send."""
         self._post("/user/updates", {"updates": updates})
 
-    def draft(self, chat_id: int, words: str = "", timeout: float = 10) -> Json:
+    def draft(self, chat_id: int, words: str = "", timeout: float = _PATIENCE_SECONDS) -> Json:
         """The draft in a chat, once there is one that holds `words`."""
         query: Json = {"at_least": 1, "words": words, "timeout": timeout}
         return self._get(f"/user/chats/{chat_id}/draft", query)[0]
@@ -79,17 +81,23 @@ class FakeBotApi:
         """A user deletes a message."""
         self._post("/user/deletions", {"chat_id": chat_id, "message_id": message_id})
 
-    def bot_messages(self, chat_id: int, at_least: int = 0, timeout: float = 10) -> list[Json]:
+    def bot_messages(
+        self, chat_id: int, at_least: int = 0, timeout: float = _PATIENCE_SECONDS
+    ) -> list[Json]:
         """The bot's messages in a chat, once there are `at_least` so many."""
         query = {"sender": "bot", "at_least": at_least, "timeout": timeout}
         return self._get(f"/user/chats/{chat_id}/messages", query)
 
-    def query_answer(self, query_id: str, timeout: float = 10) -> Json:
+    def query_answer(self, query_id: str, timeout: float = _PATIENCE_SECONDS) -> Json:
         """How the bot answered a press, once it did."""
         return self._get(f"/user/query_answers/{query_id}", {"timeout": timeout})[0]
 
     def requests(
-        self, method: str, chat_id: int | None = None, at_least: int = 0, timeout: float = 10
+        self,
+        method: str,
+        chat_id: int | None = None,
+        at_least: int = 0,
+        timeout: float = _PATIENCE_SECONDS,
     ) -> list[Json]:
         """Recorded calls of the bot, once there are `at_least` so many."""
         query: Json = {"method": method, "at_least": at_least, "timeout": timeout}

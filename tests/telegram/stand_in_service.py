@@ -32,6 +32,7 @@ MODEL = "stand-in-model"
 VERSION = "9.8.7"
 _MAX_HOLD_SECONDS = 30
 _PIECE_CHARACTERS = 7
+_MAX_PIECES = 2000
 
 Request = CompletionRequest | ChatCompletionRequest
 
@@ -169,10 +170,8 @@ def serving(service: StandInService, port: int = 0) -> Iterator[StandInService]:
             self.end_headers()
             self.close_connection = True
             text = service.text_for(request)
-            pieces = [
-                text[start : start + _PIECE_CHARACTERS]
-                for start in range(0, len(text), _PIECE_CHARACTERS)
-            ]
+            size = max(_PIECE_CHARACTERS, len(text) // _MAX_PIECES)
+            pieces = [text[start : start + size] for start in range(0, len(text), size)]
             service.num_running += 1
             num_after_close = 0
             try:

@@ -1,30 +1,37 @@
-"""How the real bot process starts, ends, and starts again."""
+"""How the real bot process starts, ends, is killed, and goes on."""
 
-import asyncio
+import json
+import os
 import re
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
-from full_stack_transformer.errors import MachineError
-from full_stack_transformer.serving.schemas import GeneratedTextsRequest
-from full_stack_transformer.telegram import texts
-from full_stack_transformer.telegram.polling import answer_messages
+from full_stack_transformer.telegram.texts import ENGLISH
 from tests.fake_bot_api.process import FakeBotApi
+from tests.telegram.bot_forks import BotForks, ForkedBot
 from tests.telegram.bot_process import BotProcess, bot_command, run_to_the_end
 from tests.telegram.stand_in_service import StandInService, serving
+from tests.telegram.test_bot import finals, words_of
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port, where nothing listens
+SECRET = "a-secret-of-the-webhook"
 
 
 @contextmanager
-def stopped_bot(service: StandInService, telegram: FakeBotApi) -> Iterator[BotProcess]:
+def stopped_bot(
+    forks: BotForks, service_url: str, telegram: FakeBotApi, *more: str, **environment: str
+) -> Iterator[ForkedBot]:
     """A bot to start; it is gone afterwards."""
-    bot = BotProcess(bot_command(service.url, telegram.url), telegram.token)
+    command = bot_command(service_url, telegram.url, *more)
+    bot = forks.bot(command, telegram.token, environment)
     try:
         yield bot
     finally:
@@ -39,63 +46,241 @@ def assert_one_sentence(finished: subprocess.CompletedProcess[str], exit_code: i
     assert finished.stdout == ""
 
 
-def test_a_signal_lets_the_bot_deliver_what_it_owes(telegram: FakeBotApi, chat_id: int) -> None:
+def test_a_signal_lets_the_bot_finish_what_runs_and_the_next_start_does_the_rest(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int
+) -> None:
     prompt = f"owed {chat_id}"
-    with serving(StandInService()) as service, stopped_bot(service, telegram) as bot:
+    with (
+        serving(StandInService()) as service,
+        stopped_bot(forks, service.url, telegram) as bot,
+    ):
         bot.start()
         with service.holding(prompt) as arrived:
             telegram.write(chat_id, prompt)
             telegram.write(chat_id, "waiting behind it")
-            assert arrived.wait(10)
+            assert arrived.wait(30)
+            bot.wait_for_log("answering")
+            telegram.state(idle=1)
             bot.send_signal(signal.SIGTERM)
-            bot.wait_for_log("2 answers are owed")
+            bot.wait_for_log("answered to the end")
         assert bot.wait() == 0
-        answers = telegram.bot_messages(chat_id, at_least=2, timeout=0)
-    assert answers[0]["text"].startswith(prompt)
-    assert answers[1]["text"].startswith("waiting behind it")
-    assert "Traceback" not in bot.log
+        assert "1 jobs stay for the next start" in bot.log
+        (first,) = finals(telegram, chat_id)
+        assert first["text"].startswith(prompt)
+        bot.start()
+        _, second = finals(telegram, chat_id, at_least=2)
+        assert second["text"].startswith("waiting behind it")
+        assert "Traceback" not in bot.log
+        with service.holding("cut short") as arrived:
+            telegram.write(chat_id, "cut short")
+            assert arrived.wait(30)
+            bot.send_signal(signal.SIGTERM)
+            bot.wait_for_log("answered to the end")
+            bot.send_signal(signal.SIGTERM)
+            assert bot.wait() == 0
+        bot.start()
+        assert finals(telegram, chat_id, at_least=3)[-1]["text"].startswith("cut short")
 
 
-def test_buttons_outlive_the_bot_and_the_service_may_come_back(
-    telegram: FakeBotApi, chat_id: int
+def test_killed_in_mid_text_the_bot_goes_on_with_the_same_text(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int
+) -> None:
+    with (
+        serving(StandInService()) as service,
+        stopped_bot(forks, service.url, telegram) as bot,
+    ):
+        service.seconds_between_pieces = 0.02
+        prompt = f"killed {chat_id}"
+        service.continuations[prompt] = lambda: " word" * 200
+        bot.start()
+        telegram.write(chat_id, prompt)
+        telegram.write(-chat_id, prompt, user_id=5)
+        telegram.draft(chat_id, " word")
+        telegram.bot_messages(-chat_id, at_least=1)
+        bot.kill()
+        bot.start()
+        (answer,) = finals(telegram, chat_id)
+        assert answer["text"] == prompt + " word" * 200
+        (answer,) = finals(telegram, -chat_id)
+        assert len(telegram.bot_messages(-chat_id)) == 1
+        seeds = {request.seed for request in service.requests}
+        assert len(service.requests) == 4
+        assert len(seeds) == 2
+
+
+def test_a_text_waits_for_the_service_and_comes_when_it_is_back(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int
 ) -> None:
     service = StandInService()
-    with serving(service), stopped_bot(service, telegram) as bot:
-        num_polls = len(telegram.requests("getUpdates"))
-        bot.start()
-        telegram.requests("getUpdates", at_least=num_polls + 1)
-        # The poll that would confirm the message fails; it must not be answered twice.
-        telegram.fail("getUpdates", "bad_gateway")
-        telegram.write(chat_id, "Before the restart")
-        (first,) = telegram.bot_messages(chat_id, at_least=1)
-        bot.wait_for_log("Failed to fetch updates")
-        bot.send_signal(signal.SIGINT)
-        assert bot.wait() == 0
-    telegram.http.post(f"/bot{telegram.token}/setWebhook", json={"url": "https://example.org"})
-    telegram.press(chat_id, first["message_id"])
-    with stopped_bot(service, telegram) as bot:
+    with serving(service):
+        pass
+    with stopped_bot(forks, service.url, telegram) as bot:
         bot.start()
         assert "does not answer (ServiceUnavailableError)" in bot.log
-        _, apology = telegram.bot_messages(chat_id, at_least=2)
-        assert apology["text"] == texts.SERVICE_AWAY
+        telegram.write(chat_id, "Patient")
+        (apology,) = telegram.bot_messages(chat_id, at_least=1)
+        assert apology["text"] == ENGLISH.service_away
+        bot.kill()
+        bot.start()
         with serving(service, port=int(service.url.rpartition(":")[2])):
-            telegram.press(chat_id, first["message_id"])
-            *_, second = telegram.bot_messages(chat_id, at_least=3)
-            assert second["text"].startswith("Before the restart goes on")
-            leave_at_once(bot, telegram, service, chat_id)
+            (answer,) = finals(telegram, chat_id)
+            assert answer["text"].startswith("Patient goes on")
+            telegram.requests("deleteMessage", chat_id, at_least=1)
 
 
-def leave_at_once(
-    bot: BotProcess, telegram: FakeBotApi, service: StandInService, chat_id: int
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [(401, "does not accept the bot's token"), (409, "another process polls")],
+)
+def test_a_lost_token_and_a_second_poller_end_the_bot_with_a_sentence(
+    telegram: FakeBotApi, forks: BotForks, status: int, sentence: str
 ) -> None:
-    with service.holding("never answered") as arrived:
-        telegram.write(chat_id, "never answered")
-        assert arrived.wait(10)
-        bot.send_signal(signal.SIGTERM)
-        bot.wait_for_log("1 answers are owed")
-        bot.send_signal(signal.SIGTERM)
-        assert bot.wait() == 0
-    assert "abandoned 1 answers" in bot.log
+    with stopped_bot(forks, NOWHERE, telegram) as bot:
+        bot.start()
+        telegram.fail("getUpdates", "error", times=9, status=status, description="Conflict")
+        telegram.write(1, "wakes the poll")
+        assert bot.wait() == 1
+        assert sentence in bot.log.splitlines()[-1]
+        assert telegram.token not in bot.log
+        telegram.http.delete("/user/faults")
+
+
+def test_people_beyond_the_list_and_the_quota_hear_one_sentence(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int
+) -> None:
+    admin, stranger = chat_id, chat_id + 500_000
+    options = ("--allowed_ids", "7777", "--admin_ids", str(admin), "--max_tokens_per_day", "2")
+    with (
+        serving(StandInService()) as service,
+        stopped_bot(forks, service.url, telegram, *options) as bot,
+    ):
+        bot.start()
+        refused = words_of(telegram, stranger, "Let me in")
+        assert refused["text"] == ENGLISH.not_allowed.format(user_id=stranger)
+        assert words_of(telegram, admin, "/allow")["text"] == ENGLISH.admin_usage.format(
+            command="allow"
+        )
+        assert words_of(telegram, admin, f"/allow {stranger}")["text"] == ENGLISH.admin_done
+        telegram.write(stranger, "Now then")
+        (answer,) = finals(telegram, stranger)
+        query_id = telegram.press(stranger, answer["message_id"], button="Repeat")
+        assert telegram.query_answer(query_id)["text"] == ENGLISH.quota.format(quota=2)
+        assert words_of(telegram, stranger, "More")["text"] == ENGLISH.quota.format(quota=2)
+        assert str(stranger) in words_of(telegram, admin, "/status")["text"]
+        telegram.write(admin, "Without limits")
+        finals(telegram, admin)
+        words_of(telegram, admin, f"/deny {stranger}")
+        query_id = telegram.press(stranger, answer["message_id"], button="Repeat")
+        assert telegram.query_answer(query_id)["text"] == ENGLISH.alert_foreign
+
+
+def test_updates_come_by_webhook_with_the_secret_only(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/updates"
+    options = ("--webhook_url", address, "--webhook_port", str(port), "--monitoring_port", "0")
+    with (
+        serving(StandInService()) as service,
+        stopped_bot(forks, service.url, telegram, *options, TELEGRAM_WEBHOOK_SECRET=SECRET) as bot,
+    ):
+        bot.start()
+        update = {"update_id": 10**9, "message": {}}
+        header = "X-Telegram-Bot-Api-Secret-Token"
+        assert httpx.post(address, json=update).status_code == 401
+        for wrong in (b"wrong", "é".encode()):
+            assert httpx.post(address, json=update, headers={header: wrong}).status_code == 401
+        for content, status in ((b"[", 400), (b"[]", 400), (b'"' + b"x" * (1 << 20), 413)):
+            answer = httpx.post(address, content=content, headers={header: SECRET})
+            assert answer.status_code == status
+        telegram.write(chat_id, "By webhook")
+        (answer,) = finals(telegram, chat_id)
+        assert answer["text"].startswith("By webhook goes on")
+        assert telegram.state()["webhook_failures"] == 0
+        match = re.search(r"http://127.0.0.1:\d+", bot.wait_for_log("monitoring at"))
+        assert match is not None
+        assert httpx.get(f"{match.group()}/health").json() == {"status": "ok"}
+        metrics = httpx.get(f"{match.group()}/metrics").text
+        assert 'telegram_bot_replies_total{finish="stop"} 1.0' in metrics
+        assert 'telegram_bot_jobs{lane="answers"} 0.0' in metrics
+        assert bot.stop() == 0
+        assert SECRET not in bot.log
+    telegram.http.post(f"/bot{telegram.token}/deleteWebhook")
+
+
+def test_a_model_is_served_by_the_bot_itself_and_its_lines_give_the_same_bytes(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int, model_dir: Path
+) -> None:
+    options = ("--checkpoint", str(model_dir), "--device", "cpu", "--max_new_tokens", "12")
+    with stopped_bot(forks, NOWHERE, telegram, *options, OMP_NUM_THREADS="1") as bot:
+        bot.start()
+        telegram.write(chat_id, "The reader")
+        (answer,) = finals(telegram, chat_id)
+        exported = words_of(telegram, chat_id, "/export")["document"]["content"]
+        telegram.write(chat_id, "/why", reply_to_message_id=answer["message_id"])
+        *_, generate, call = telegram.bot_messages(chat_id, at_least=5)
+        (reply,) = json.loads(exported)["replies"]
+        whole = reply["prompt"] + reply["texts"][0]
+        assert answer["text"] == whole.strip()
+        printed = _in_shell(
+            generate["text"].replace("fst ", "python -m full_stack_transformer ", 1)
+        )
+        assert printed == whole + "\n"
+        answered = json.loads(_in_shell(call["text"]))
+        assert answered["choices"][0]["text"] == reply["texts"][0]
+        line = bot.wait_for_log("service: serving")
+        assert bot.stop() == 0
+    url = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert url is not None
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url.group())
+
+
+def _in_shell(text: str) -> str:
+    """What a person gets who pastes a block of /why."""
+    from tests.telegram.bot_process import _REPOSITORY
+
+    done = subprocess.run(
+        ["bash", "-c", text.split("\n", 1)[1]],
+        capture_output=True,
+        text=True,
+        cwd=_REPOSITORY,
+        env={**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"},  # type: ignore[attr-defined]
+        check=True,
+    )
+    return done.stdout
+
+
+def test_two_bots_do_not_share_a_database(
+    telegram: FakeBotApi, forks: BotForks, tmp_path: Path
+) -> None:
+    database = ("--database", str(tmp_path / "bot.sqlite3"))
+    with (
+        stopped_bot(forks, NOWHERE, telegram, *database) as first,
+        stopped_bot(forks, NOWHERE, telegram, *database) as second,
+    ):
+        first.start()
+        second.begin()
+        assert second.wait() == 1
+        assert "is used by another bot process" in second.log
+        assert first.stop() == 0
+    other = forks.bot(bot_command(NOWHERE, telegram.url, *database), "43:another-bot")
+    other.begin()
+    assert other.wait() == 2
+    assert "belongs to bot 42" in other.log
+
+
+def test_the_real_command_answers_and_ends(telegram: FakeBotApi, chat_id: int) -> None:
+    with serving(StandInService()) as service:
+        bot = BotProcess(bot_command(service.url, telegram.url), telegram.token)
+        try:
+            bot.start()
+            telegram.write(chat_id, "Not forked")
+            finals(telegram, chat_id)
+            assert bot.stop() == 0
+        finally:
+            bot.kill()
 
 
 def test_a_missing_token_is_one_sentence() -> None:
@@ -105,21 +290,52 @@ def test_a_missing_token_is_one_sentence() -> None:
 
 
 def test_a_wrong_token_is_one_sentence_without_the_token(
-    telegram: FakeBotApi, tmp_path: Path
+    telegram: FakeBotApi, forks: BotForks, tmp_path: Path
 ) -> None:
     wrong = "42:a-token-of-nobody"
     token_file = tmp_path / "token"
     token_file.write_text(f"{wrong}\n", encoding="utf-8")
-    command = bot_command(NOWHERE, telegram.url, "--token_file", str(token_file))
-    finished = run_to_the_end(command, token=telegram.token)
-    assert_one_sentence(finished, exit_code=1)
-    assert "token" in finished.stderr
-    assert wrong not in finished.stderr
+    with stopped_bot(forks, NOWHERE, telegram, "--token_file", str(token_file)) as bot:
+        bot.begin()
+        assert bot.wait() == 1
+        (line,) = bot.log.splitlines()
+        assert line.startswith("fst: ")
+        assert "token" in line
+        assert wrong not in line
 
 
-def test_an_unreachable_telegram_is_a_matter_of_the_machine() -> None:
-    settings = GeneratedTextsRequest()
-    with pytest.raises(MachineError, match=re.escape("127.0.0.1:9")) as raised:
-        asyncio.run(answer_messages("42:secret-token", NOWHERE, NOWHERE, settings))
-    assert "secret-token" not in str(raised.value)
-    assert raised.value.__suppress_context__
+def test_an_unreachable_telegram_is_a_matter_of_the_machine(
+    telegram: FakeBotApi, forks: BotForks
+) -> None:
+    bot = forks.bot(bot_command(NOWHERE, NOWHERE), "42:secret-token")
+    bot.begin()
+    assert bot.wait() == 1
+    (line,) = bot.log.splitlines()
+    assert "Telegram cannot be reached at 127.0.0.1:9" in line
+    assert "secret-token" not in line
+
+
+def test_telegram_may_stumble_at_the_start(telegram: FakeBotApi, forks: BotForks) -> None:
+    telegram.fail("getMe", "bad_gateway", times=2)
+    with stopped_bot(forks, NOWHERE, telegram) as bot:
+        bot.start()
+        assert bot.stop() == 0
+
+
+def test_a_hanging_telegram_does_not_hold_up_other_chats(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int
+) -> None:
+    other = chat_id + 500_000
+    with (
+        serving(StandInService()) as service,
+        stopped_bot(forks, service.url, telegram) as bot,
+    ):
+        bot.start()
+        telegram.fail("sendMessage", "hang", chat_id=chat_id, seconds=2)
+        telegram.write(chat_id, "hangs")
+        timer = threading.Timer(0.0, telegram.write, (other, "does not"))
+        timer.start()
+        finals(telegram, other)
+        assert not telegram.bot_messages(chat_id)
+        finals(telegram, chat_id)
+        assert bot.stop() == 0

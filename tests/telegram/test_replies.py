@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from full_stack_transformer.telegram.replies import (
     MAX_MESSAGE_CHARACTERS,
-    Place,
-    continuation,
+    explained_pieces,
     split_text,
+    text_pieces,
 )
 
 PIECES = ["a", " ", "\n", "é", "👩🏽‍🚀", "🇩🇪", "👨‍👩‍👧‍👦", "🏴\U000e0067\U000e0062\U000e007f", "漢"]
@@ -36,11 +36,23 @@ def test_a_cluster_without_end_is_cut_all_the_same() -> None:
 
 
 def test_a_prompt_of_full_length_is_bold_in_every_piece_it_reaches() -> None:
-    place = Place(chat_id=1, thread_id=None, message_id=2)
     prompt = "👋" * MAX_MESSAGE_CHARACTERS
-    first, second = continuation(place, prompt, "!")
-    assert first.entities is not None
+    first, second = text_pieces(prompt, "!")
     assert [(entity.offset, entity.length) for entity in first.entities] == [(0, 8192)]
     assert (second.text, second.entities) == ("!", [])
-    (only,) = continuation(place, "prompt", "")
+    (only,) = text_pieces("prompt", "")
     assert only.text == "prompt"
+
+
+def test_white_space_alone_is_no_message() -> None:
+    pieces = text_pieces("prompt", " " * 9000 + "end" + "\n" * 9000)
+    assert [piece.text.strip() for piece in pieces] == ["prompt", "end"]
+    assert text_pieces("", " \n") == []
+
+
+def test_a_long_block_to_copy_is_split_and_each_part_is_a_block() -> None:
+    first, *blocks = explained_pieces("why", [("again:", "x" * 9000)])
+    assert first.text == "why"
+    assert "".join(block.text for block in blocks) == "again:\n" + "x" * 9000
+    assert all(len(block.text) <= MAX_MESSAGE_CHARACTERS for block in blocks)
+    assert all(entity.type == "pre" for block in blocks for entity in block.entities)

@@ -7,7 +7,12 @@ import pytest
 
 from full_stack_transformer.arguments import TelegramBotArguments
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.telegram.run import TOKEN_VARIABLE, hide_from_logs, run_bot
+from full_stack_transformer.telegram.run import (
+    SECRET_VARIABLE,
+    TOKEN_VARIABLE,
+    hide_from_logs,
+    run_bot,
+)
 
 TOKEN = "42:very-secret"
 
@@ -48,7 +53,7 @@ def test_a_directory_is_no_token_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address", ["", "localhost:9228", "ftp://host", "http://", "http://[", "http://h/{token}"]
 )
-@pytest.mark.parametrize("option", ["service_url", "telegram_api_base"])
+@pytest.mark.parametrize("option", ["service_url", "telegram_api_base", "webhook_url"])
 def test_an_address_that_is_none_is_refused(option: str, address: str) -> None:
     with pytest.raises(UsageError, match=f"--{option}"):
         run_bot(TelegramBotArguments(**{option: address}))  # type: ignore[arg-type]
@@ -57,6 +62,14 @@ def test_an_address_that_is_none_is_refused(option: str, address: str) -> None:
 def test_settings_beyond_the_service_are_refused() -> None:
     with pytest.raises(UsageError, match="--max_new_tokens"):
         run_bot(TelegramBotArguments(max_new_tokens=10_000_000))
+
+
+@pytest.mark.parametrize("secret", ["", "short", "with space and é, long enough"])
+def test_a_webhook_needs_a_secret(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    with pytest.raises(UsageError, match=SECRET_VARIABLE) as refused:
+        run_bot(TelegramBotArguments(webhook_url="https://example.org/updates"))
+    assert not secret or secret not in str(refused.value)
 
 
 def test_the_token_is_hidden_in_messages_and_tracebacks(

@@ -1,0 +1,62 @@
+"""`python -m tests.faults.bot_kills --schedules 200`: random lives of the bot, each checked.
+
+The real bot process, the real service with a tiny model, the fake Bot API; users who write, repeat,
+stop and change settings; 429, 5xx, resets before and after Telegram took a message; SIGTERM and
+kill -9. Afterwards every prompt has exactly one final answer, equal to the service's byte for byte.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.fake_bot_api.process import running_fake_bot_api
+from tests.faults.bot_schedules import BrokenPromiseError, Schedule
+from tests.logged_process import running_service
+from tests.telegram.bot_forks import bot_forks
+from tests.tiny_model import make_tiny_model
+
+
+def run_schedules(num_schedules: int, first_seed: int) -> Counter[str]:
+    """Run them one after the other; what happened in all.
+
+    Raises:
+        BrokenPromiseError: the first broken promise, with its schedule's number and log.
+    """
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fst-kills-")))
+        telegram = stack.enter_context(running_fake_bot_api())
+        forks = stack.enter_context(bot_forks())
+        url, _ = stack.enter_context(running_service(make_tiny_model(directory)))
+        for seed in range(first_seed, first_seed + num_schedules):
+            counts += Schedule(seed, telegram, forks, url, directory).run()
+        counts["429 of a chat's limit"] = telegram.state()["num_limited"]
+    return counts
+
+
+def main() -> int:
+    """Run, and print what happened."""
+    parser = argparse.ArgumentParser(description="Random lives of the bot")
+    parser.add_argument("--schedules", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
+    options = parser.parse_args()
+    started = time.monotonic()
+    try:
+        counts = run_schedules(options.schedules, options.seed)
+    except BrokenPromiseError as error:
+        print(error)
+        return 1
+    print(
+        f"{options.schedules} schedules in {time.monotonic() - started:.0f} s, none broke a promise"
+    )
+    for name, count in sorted(counts.items()):
+        print(f"  {name:<24}{count:>7,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

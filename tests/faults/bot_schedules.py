@@ -1,0 +1,274 @@
+"""One random life of the bot: users, faults, kills; and what must be true afterwards.
+
+Knows the fake server's user side, the bot's process and its database; not how the bot works.
+"""
+
+import contextlib
+import json
+import random
+import signal
+import sqlite3
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from full_stack_transformer.telegram.replies import split_text
+from full_stack_transformer.telegram.texts import ENGLISH
+from tests.fake_bot_api.process import FakeBotApi
+from tests.telegram.bot_forks import BotForks, ForkedBot
+from tests.telegram.bot_process import bot_command
+
+Json = dict[str, Any]
+
+_QUIET_SECONDS = 90.0
+_FAULTY_METHODS = (
+    "sendMessage",
+    "sendMessage",
+    "editMessageText",
+    "sendMessageDraft",
+    "getUpdates",
+    "answerCallbackQuery",
+    "deleteMessage",
+    "getMe",
+)
+_NOTICES = (ENGLISH.service_away, ENGLISH.queued.partition("{")[0])
+
+
+@dataclass
+class Tally:
+    """What happened in all schedules."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first_text_seconds: list[float] = field(default_factory=list)
+
+
+class BrokenPromiseError(AssertionError):
+    """Something that must never be was."""
+
+
+class Schedule:
+    """One life, decided by its seed."""
+
+    def __init__(
+        self, seed: int, telegram: FakeBotApi, forks: BotForks, service_url: str, directory: Path
+    ) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.telegram = telegram
+        self.service_url = service_url
+        self.database = directory / f"schedule-{seed}.sqlite3"
+        base = 1_000_000 + seed * 10
+        self.chats = [base, base + 1, -(base + 2)]
+        command = bot_command(service_url, telegram.url, "--database", str(self.database))
+        self.bot: ForkedBot = forks.bot([*command, "--max_new_tokens", "40"], telegram.token)
+        self.prompts: list[tuple[int, int, str]] = []
+        """(chat, message, text) of everything that is owed a text."""
+        self.num_repeats: Counter[tuple[int, int]] = Counter()
+        self.counts: Counter[str] = Counter()
+
+    def run(self) -> Counter[str]:
+        """Live it, then check every promise.
+
+        Raises:
+            BrokenPromiseError: one is broken.
+        """
+        try:
+            self._start()
+            for _ in range(self.random.randint(6, 12)):
+                self._act()
+                time.sleep(self.random.choice((0.0, 0.02, 0.1, 0.3)))
+            self.telegram.http.delete("/user/faults")
+            if not self.bot.is_running:
+                self._start()
+            self._wait_until_quiet()
+            self._check()
+            if self.bot.stop() != 0:
+                self._fail("SIGTERM did not end the bot with 0")
+            self._check_secrets()
+        finally:
+            self.bot.kill()
+            self.telegram.http.delete("/user/faults")
+        return self.counts
+
+    def _start(self) -> None:
+        """Start, as a supervisor does: again, when Telegram was away at the start."""
+        for _ in range(20):
+            self.bot.begin()
+            try:
+                self.bot.wait_for_log("answering as @", 30)
+                return
+            except AssertionError:
+                if self.bot.is_running:
+                    raise
+                self.bot.wait()
+                self.counts["starts again"] += 1
+        self._fail("the bot does not start")
+
+    def _act(self) -> None:
+        acts = {
+            self._write: 40,
+            self._press_repeat: 12,
+            self._stop: 8,
+            self._change_settings: 6,
+            self._fault: 20,
+            self._kill: 14,
+            self._terminate: 6,
+        }
+        act = self.random.choices(list(acts), list(acts.values()))[0]
+        self.counts[act.__name__.strip("_")] += 1
+        act()
+
+    def _write(self) -> None:
+        chat_id = self.random.choice(self.chats)
+        number = len(self.prompts)
+        text = f"The reader s{self.seed}c{abs(chat_id)}p{number} looks for"
+        message = self.telegram.write(chat_id, text, user_id=abs(chat_id))
+        self.prompts.append((chat_id, message["message_id"], text))
+
+    def _press_repeat(self) -> None:
+        answers = [
+            (chat_id, message)
+            for chat_id in self.chats
+            for message in self.telegram.bot_messages(chat_id)
+            if _is_final(message) and "reply_to_message" in message
+        ]
+        if answers:
+            chat_id, message = self.random.choice(answers)
+            self.telegram.press(
+                chat_id, message["message_id"], button="Repeat", user_id=abs(chat_id)
+            )
+            self.num_repeats[chat_id, message["reply_to_message"]["message_id"]] += 1
+
+    def _stop(self) -> None:
+        chat_id = self.random.choice([chat_id for chat_id in self.chats if chat_id > 0])
+        with contextlib.suppress(httpx.HTTPStatusError):  # nothing streams now
+            self.telegram.stop(chat_id)
+
+    def _change_settings(self) -> None:
+        chat_id = self.random.choice(self.chats)
+        words = self.random.choice(("variants 2", "variants 1", "length 80", "seed 7", "creative"))
+        self.telegram.write(chat_id, f"/settings {words}", user_id=abs(chat_id))
+
+    def _fault(self) -> None:
+        kind = self.random.choice(("retry_after", "bad_gateway", "reset", "error"))
+        self.telegram.fail(
+            self.random.choice(_FAULTY_METHODS),
+            kind,
+            times=self.random.randint(1, 3),
+            after=kind in ("bad_gateway", "reset") and self.random.random() < 0.6,
+            **({"status": 500, "description": "Internal Server Error"} if kind == "error" else {}),
+        )
+
+    def _kill(self) -> None:
+        self.bot.kill()
+        if self.random.random() < 0.7:
+            self._start()
+        else:  # people write meanwhile
+            self._write()
+            self._start()
+
+    def _terminate(self) -> None:
+        self.bot.send_signal(signal.SIGTERM)
+        if self.bot.wait() != 0:
+            self._fail("SIGTERM did not end the bot with 0")
+        self._start()
+
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
+        connection = sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)
+        try:
+            return connection.execute(query).fetchall()
+        finally:
+            connection.close()
+
+    def _wait_until_quiet(self) -> None:
+        until = time.monotonic() + _QUIET_SECONDS
+        self.telegram.state(idle=1, timeout=30)
+        while self._rows("SELECT count(*) FROM jobs")[0][0]:
+            if time.monotonic() > until:
+                self._fail(f"still owed: {self._rows('SELECT kind, content FROM jobs')}")
+            time.sleep(0.05)
+
+    def _check(self) -> None:
+        replies = [
+            (reply_id, chat_id, json.loads(content))
+            for reply_id, chat_id, content in self._rows("SELECT id, chat_id, content FROM replies")
+        ]
+        owed = Counter({(chat_id, message_id): 1 for chat_id, message_id, _ in self.prompts})
+        owed.update(self.num_repeats)
+        given = Counter((chat_id, content["prompt_message_id"]) for _, chat_id, content in replies)
+        if owed != given:
+            self._fail(f"owed {owed - given}, given too much {given - owed}")
+        shown = {
+            chat_id: {
+                message["message_id"]: message for message in self.telegram.bot_messages(chat_id)
+            }
+            for chat_id in self.chats
+        }
+        for reply_id, chat_id, content in replies:
+            self._check_reply(reply_id, content, shown[chat_id])
+        for chat_id, messages in shown.items():
+            self._check_chat(chat_id, messages)
+        self.counts["texts"] += len(replies)
+
+    def _check_reply(self, reply_id: int, content: Json, shown: dict[int, Json]) -> None:
+        ids = [
+            row[0]
+            for row in self._rows(
+                f"SELECT message_id FROM messages WHERE reply_id = {reply_id} ORDER BY position"
+            )
+        ]
+        if content["finish"] == "stopped" and not content["texts"][0].strip():
+            expected = [ENGLISH.stopped]
+        else:
+            whole = content["prompt"] + content["texts"][content["shown"]]
+            expected = [piece.strip() for piece in split_text(whole) if piece.strip()]
+        found = [shown[message_id]["text"] if message_id in shown else None for message_id in ids]
+        if found != expected:
+            self._fail(f"reply {reply_id} should be {expected}, is {found}")
+        for text, request in zip(content["texts"], content["requests"], strict=False):
+            answer = httpx.post(f"{self.service_url}/v1/completions", json=request, timeout=60)
+            made = answer.json()["choices"][0]["text"]
+            is_stopped = content["finish"] == "stopped"
+            if text != made and not (is_stopped and made.startswith(text)):
+                self._fail(f"reply {reply_id} has {text!r}, the service says {made!r}")
+        self.counts[content["finish"]] += 1
+
+    def _check_chat(self, chat_id: int, messages: dict[int, Json]) -> None:
+        finals = Counter(
+            message["reply_to_message"]["message_id"]
+            for message in messages.values()
+            if _is_final(message) or message["text"] == ENGLISH.stopped
+        )
+        owed = Counter({message_id: 1 for chat, message_id, _ in self.prompts if chat == chat_id})
+        owed.update({key[1]: n for key, n in self.num_repeats.items() if key[0] == chat_id})
+        if finals != owed:
+            self._fail(f"chat {chat_id}: owed {owed}, final answers {finals}")
+        foreign = [f"c{abs(other)}p" for other in self.chats if other != chat_id]
+        for message in messages.values():
+            if any(tag in message["text"] for tag in foreign):
+                self._fail(f"chat {chat_id} sees another's text: {message['text']!r}")
+            if message["text"].startswith(_NOTICES):
+                self._fail(f"chat {chat_id} keeps a notice: {message['text']!r}")
+        if self.telegram.has_draft(chat_id):
+            self._fail(f"chat {chat_id} keeps a draft")
+
+    def _check_secrets(self) -> None:
+        token = self.telegram.token.encode()
+        files = [*self.database.parent.glob(self.database.name + "*")]
+        if token in self.bot.log.encode() or any(token in path.read_bytes() for path in files):
+            self._fail("the token was written down")
+        for words in ("Traceback", "failed:", "looks for"):
+            if words in self.bot.log:
+                self._fail(f"the log holds {words!r}:\n{self.bot.log}")
+
+    def _fail(self, words: str) -> None:
+        raise BrokenPromiseError(f"schedule {self.seed}: {words}\nlog:\n{self.bot.log[-6000:]}")
+
+
+def _is_final(message: Json) -> bool:
+    rows = message.get("reply_markup", {}).get("inline_keyboard", [])
+    return any(button["text"] == ENGLISH.repeat_button for row in rows for button in row)

@@ -1,0 +1,168 @@
+"""Updates as they never should be: random, malformed, repeated; and what is recorded of the others."""
+
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiogram.types import User
+
+from full_stack_transformer.serving.client import ServiceClient
+from full_stack_transformer.telegram.asks import Asks
+from full_stack_transformer.telegram.chats import Chats
+from full_stack_transformer.telegram.intake import Intake
+from full_stack_transformer.telegram.monitoring import Metrics
+from full_stack_transformer.telegram.policy import Policy
+from full_stack_transformer.telegram.settings import Settings
+from full_stack_transformer.telegram.store import Store
+from full_stack_transformer.telegram.writing import Writer
+
+Json = dict[str, Any]
+
+# The long tier asks for 10,000; python -m pytest with FST_HOSTILE_UPDATES=10000.
+NUM_HOSTILE = int(os.environ.get("FST_HOSTILE_UPDATES", "1500"))
+
+
+class SleepingChats(Chats):
+    """Records what is owed, and gives nothing."""
+
+    def wake(self) -> None:
+        pass
+
+
+class Laboratory:
+    """An intake on a database, without Telegram and service."""
+
+    def __init__(self, path: Path) -> None:
+        self.store = Store(path, 42)
+        self.metrics = Metrics()
+        writer = Writer(ServiceClient("http://service"))
+        policy = Policy(self.store, max_tokens_per_day=100)
+        self.chats = SleepingChats(self.store, None, writer, self.metrics)  # type: ignore[arg-type]
+        asks = Asks(
+            self.store, self.chats, writer, policy, Settings(), service_url="", log_texts=False
+        )
+        me = User(id=42, is_bot=True, first_name="Bot", username="fake_bot")
+        self.intake = Intake(self.store, self.chats, policy, self.metrics, asks, me)
+
+    def outcomes(self) -> dict[str, float]:
+        """How many updates ended how."""
+        samples = next(iter(self.metrics.updates.collect())).samples
+        return {s.labels["outcome"]: s.value for s in samples if s.name.endswith("_total")}
+
+
+@pytest.fixture
+def laboratory(tmp_path: Path) -> Iterator[Laboratory]:
+    opened = Laboratory(tmp_path / "bot.sqlite3")
+    yield opened
+    opened.store.close()
+
+
+def message(update_id: int, text: str, **more: Any) -> Json:
+    """A private message of user 5."""
+    person = {"id": 5, "is_bot": False, "first_name": "User"}
+    chat = {"id": 5, "type": "private"}
+    content = {"message_id": update_id, "date": 1, "chat": chat, "from": person, "text": text}
+    return {"update_id": update_id, "message": content | more}
+
+
+def test_a_repeated_update_is_dropped(laboratory: Laboratory) -> None:
+    laboratory.intake.take([message(1, "Hello"), message(1, "Hello")])
+    laboratory.intake.take([message(1, "Hello")])
+    assert laboratory.store.num_jobs() == 1
+    assert laboratory.outcomes() == {"handled": 1, "repeated": 2}
+
+
+def test_lone_surrogates_and_zeros_are_kept_as_text(laboratory: Laboratory) -> None:
+    laboratory.intake.take([message(1, "a\ud83d\udc4bb\ud800c\x00d")])
+    job = laboratory.store.next_job(5, "answers")
+    assert job is not None
+    assert job.reply_id is not None
+    reply = laboratory.store.reply(job.reply_id)
+    assert reply is not None
+    assert reply.prompt == "a👋b\ufffdc\x00d"
+
+
+def test_a_full_disk_records_nothing_and_confirms_nothing(laboratory: Laboratory) -> None:
+    import sqlite3
+
+    laboratory.store._connection.execute("PRAGMA max_page_count=1")
+    with pytest.raises(sqlite3.OperationalError):
+        laboratory.intake.take([message(1, "x" * 4000) for _ in range(1)])
+    laboratory.store._connection.execute("PRAGMA max_page_count=100000")
+    laboratory.intake.take([message(1, "x" * 4000)])
+    assert laboratory.outcomes()["handled"] >= 1
+    assert laboratory.store.num_jobs() == 1
+
+
+def _hostile_updates(number: int, seed: int) -> Iterator[Any]:
+    """Valid updates with random parts replaced by anything, and things that are no updates."""
+    chance = random.Random(seed)
+    anything: list[Any] = [
+        None, True, 0, -1, 2**63, 2**64, -(2**70), 1e308, "", "x" * 5000, "\ud800", "\x00", "‮",
+        "<b>&amp;", "/settings " + "9" * 400, "/start" * 900, "/why", "/forget", "/settings seed 1",
+        "/allow 1", "/stop@fake_bot", "@fake_bot", [], [[]], {}, {"id": 1}, "2/set/5/temperature/+",
+        "2/show/1/0", "2/forget/5", "2/repeat/999999999999999999", "private", "channel", "group",
+    ]  # fmt: skip
+    person = {"id": 5, "is_bot": False, "first_name": "User", "language_code": "ru"}
+    chat = {"id": -5, "type": "supergroup", "title": "Group"}
+    content = {
+        "message_id": 7, "date": 1, "chat": chat, "from": person, "text": "Hostile words",
+        "message_thread_id": 3, "is_topic_message": True, "entities": [],
+        "reply_to_message": {"message_id": 6, "date": 1, "chat": chat, "from": person},
+    }  # fmt: skip
+    templates: list[Json] = [
+        {"message": content},
+        {"callback_query": {"id": "1", "from": person, "chat_instance": "1", "data": "2/set/5/seed/0",
+                            "message": content}},
+        {"stopped_message_generation": {"chat": chat, "draft_id": 1}},
+        {"my_chat_member": {"chat": chat, "from": person, "date": 1,
+                            "old_chat_member": {"status": "member", "user": person},
+                            "new_chat_member": {"status": "kicked", "user": person,
+                                                "until_date": 0}}},
+        {"edited_message": content}, {"channel_post": content}, {"unknown_kind": content},
+    ]  # fmt: skip
+    for update_id in range(1, number + 1):
+        if chance.random() < 0.05:
+            yield chance.choice(anything)
+            continue
+        update = json.loads(json.dumps(chance.choice(templates)))
+        for _ in range(chance.randint(0, 3)):
+            place = update
+            while True:
+                key = chance.choice(list(place))
+                if isinstance(place[key], dict) and place[key] and chance.random() < 0.85:
+                    place = place[key]
+                    continue
+                if chance.random() < 0.2:
+                    del place[key]
+                else:
+                    place[key] = chance.choice(anything)
+                break
+            if not update:
+                break
+        yield {"update_id": update_id, **update}
+
+
+def test_hostile_updates_are_all_taken_and_none_is_quoted(
+    laboratory: Laboratory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        for update in _hostile_updates(NUM_HOSTILE, seed=1):
+            laboratory.intake.take([update])
+    outcomes = laboratory.outcomes()
+    assert "failed" not in outcomes
+    assert sum(outcomes.values()) == NUM_HOSTILE
+    assert outcomes["handled"] > NUM_HOSTILE / 20
+    assert outcomes["malformed"] > NUM_HOSTILE / 20
+    assert "Hostile" not in caplog.text
+    # What the bot would say: its own sentences only, with nothing of an update in them.
+    for content in laboratory.store._all("SELECT content FROM jobs WHERE lane = 'words'"):
+        said = json.loads(content[0]).get("text", "")
+        assert "Hostile" not in said
+        assert "<b>" not in said
+        assert len(said) < 2000
