@@ -1,6 +1,7 @@
 """`python -m tests.faults.bot_kills --schedules 200`: random lives of the bot, each checked.
 
-The real bot process, the real service with a tiny model, the fake Bot API; users who write, repeat,
+The real bot process, the fake Bot API, and in turns the real service with a tiny model and a slow
+stand-in that can be stopped in mid-text; users who write, repeat,
 stop and change settings; 429, 5xx, resets before and after Telegram took a message; SIGTERM and
 kill -9. Afterwards every prompt has exactly one final answer, equal to the service's byte for byte.
 """
@@ -14,9 +15,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.fake_bot_api.process import running_fake_bot_api
-from tests.faults.bot_schedules import BrokenPromiseError, Schedule
+from tests.faults.bot_schedules import (
+    BrokenPromiseError,
+    LongTexts,
+    RealService,
+    Schedule,
+    Service,
+    SlowService,
+)
 from tests.logged_process import running_service
 from tests.telegram.bot_forks import bot_forks
+from tests.telegram.stand_in_service import serving
 from tests.tiny_model import make_tiny_model
 
 
@@ -31,9 +40,13 @@ def run_schedules(num_schedules: int, first_seed: int) -> Counter[str]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fst-kills-")))
         telegram = stack.enter_context(running_fake_bot_api())
         forks = stack.enter_context(bot_forks())
+        stand_in = stack.enter_context(serving(LongTexts()))
+        stand_in.seconds_between_pieces = 0.02
+        slow = SlowService(stand_in)
         url, _ = stack.enter_context(running_service(make_tiny_model(directory)))
         for seed in range(first_seed, first_seed + num_schedules):
-            counts += Schedule(seed, telegram, forks, url, directory).run()
+            service: Service = RealService(url) if seed % 2 else slow
+            counts += Schedule(seed, telegram, forks, service, directory).run()
         counts["429 of a chat's limit"] = telegram.state()["num_limited"]
     return counts
 

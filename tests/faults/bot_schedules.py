@@ -10,17 +10,19 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
+from full_stack_transformer.serving.schemas import CompletionRequest
 from full_stack_transformer.telegram.replies import split_text
 from full_stack_transformer.telegram.texts import ENGLISH
 from tests.fake_bot_api.process import FakeBotApi
 from tests.telegram.bot_forks import BotForks, ForkedBot
 from tests.telegram.bot_process import bot_command
+from tests.telegram.stand_in_service import Request, StandInService, prompt_of
 
 Json = dict[str, Any]
 
@@ -38,12 +40,63 @@ _FAULTY_METHODS = (
 _NOTICES = (ENGLISH.service_away, ENGLISH.queued.partition("{")[0])
 
 
-@dataclass
-class Tally:
-    """What happened in all schedules."""
+class Service(Protocol):
+    """What writes the texts, and says afterwards what it would write."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    first_text_seconds: list[float] = field(default_factory=list)
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+
+    def text_for(self, request: Json) -> str:
+        """The text of a request's body."""
+
+    def trouble(self, chance: random.Random) -> None:
+        """Something goes wrong with it, if that can be arranged."""
+
+
+@dataclass(frozen=True)
+class RealService:
+    """`fst serve`."""
+
+    url: str
+
+    def text_for(self, request: Json) -> str:
+        """Asked again, without streaming."""
+        answer = httpx.post(f"{self.url}/v1/completions", json=request, timeout=60)
+        return str(answer.json()["choices"][0]["text"])
+
+    def trouble(self, chance: random.Random) -> None:
+        """It is left alone."""
+
+
+@dataclass
+class SlowService:
+    """The stand-in: slow enough to be stopped and killed in mid-text, and failing now and then."""
+
+    stand_in: StandInService
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self.stand_in.url
+
+    def text_for(self, request: Json) -> str:
+        """A function of prompt and seed."""
+        return self.stand_in.text_for(CompletionRequest.model_validate(request))
+
+    def trouble(self, chance: random.Random) -> None:
+        """The next requests fail."""
+        kinds = ("unavailable", "broken", "error", "foreign")
+        self.stand_in.failures += [chance.choice(kinds) for _ in range(chance.randint(1, 2))]
+
+
+class LongTexts(StandInService):
+    """A stand-in whose texts take a second."""
+
+    def text_for(self, request: Request) -> str:
+        """Words that tell prompt and seed apart."""
+        words = f" seed{request.seed} of {len(prompt_of(request))}"
+        return words * 12
 
 
 class BrokenPromiseError(AssertionError):
@@ -54,16 +107,21 @@ class Schedule:
     """One life, decided by its seed."""
 
     def __init__(
-        self, seed: int, telegram: FakeBotApi, forks: BotForks, service_url: str, directory: Path
+        self,
+        seed: int,
+        telegram: FakeBotApi,
+        forks: BotForks,
+        service: "Service",
+        directory: Path,
     ) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.telegram = telegram
-        self.service_url = service_url
+        self.service = service
         self.database = directory / f"schedule-{seed}.sqlite3"
         base = 1_000_000 + seed * 10
         self.chats = [base, base + 1, -(base + 2)]
-        command = bot_command(service_url, telegram.url, "--database", str(self.database))
+        command = bot_command(service.url, telegram.url, "--database", str(self.database))
         self.bot: ForkedBot = forks.bot([*command, "--max_new_tokens", "40"], telegram.token)
         self.prompts: list[tuple[int, int, str]] = []
         """(chat, message, text) of everything that is owed a text."""
@@ -115,6 +173,7 @@ class Schedule:
             self._stop: 8,
             self._change_settings: 6,
             self._fault: 20,
+            self._trouble: 6,
             self._kill: 14,
             self._terminate: 6,
         }
@@ -162,6 +221,9 @@ class Schedule:
             after=kind in ("bad_gateway", "reset") and self.random.random() < 0.6,
             **({"status": 500, "description": "Internal Server Error"} if kind == "error" else {}),
         )
+
+    def _trouble(self) -> None:
+        self.service.trouble(self.random)
 
     def _kill(self) -> None:
         self.bot.kill()
@@ -230,8 +292,7 @@ class Schedule:
         if found != expected:
             self._fail(f"reply {reply_id} should be {expected}, is {found}")
         for text, request in zip(content["texts"], content["requests"], strict=False):
-            answer = httpx.post(f"{self.service_url}/v1/completions", json=request, timeout=60)
-            made = answer.json()["choices"][0]["text"]
+            made = self.service.text_for(request)
             is_stopped = content["finish"] == "stopped"
             if text != made and not (is_stopped and made.startswith(text)):
                 self._fail(f"reply {reply_id} has {text!r}, the service says {made!r}")

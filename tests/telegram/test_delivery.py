@@ -1,6 +1,7 @@
 """Deliveries through a session that fails as told; no network."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime
@@ -97,7 +98,8 @@ def send(store: Store, chat: FakeChat, key: str = "1:0", text: str = "text") -> 
     """Send one message as a new process would."""
 
     async def sending() -> int:
-        courier = Courier(Bot(TOKEN, chat), store, Pace())
+        quick = Pace(itertools.count(0.0, 100.0).__next__)
+        courier = Courier(Bot(TOKEN, chat), store, quick)
         return await courier.send(key, SendMessage(chat_id=1, text=text))
 
     return asyncio.run(sending())
