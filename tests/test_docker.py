@@ -199,7 +199,10 @@ def test_what_a_command_reads_is_mounted_read_only() -> None:
         (volume,) = services[name]["volumes"]
         assert (volume["target"], volume["read_only"]) == (str(path), True)
         assert volume["bind"] == {"create_host_path": False}
-    assert "volumes" not in services["bot"]
+    (volume,) = services["bot"]["volumes"]
+    database = _parse(services["bot"]["command"]).database
+    assert str(database.parent) == volume["target"]
+    assert "read_only" not in volume
 
 
 def test_compose_builds_targets_that_exist() -> None:
@@ -251,11 +254,11 @@ def test_ports_bind_to_this_machine_only_and_reach_the_port_that_is_listened_on(
 
 def test_health_is_asked_with_python_where_something_listens() -> None:
     services = _compose()["services"]
-    for name in ("service", "tensorboard"):
+    for name in SERVICES:
         kind, *command = services[name]["healthcheck"]["test"]
-        port = _parse(services[name]["command"]).port
+        given = _parse(services[name]["command"])
+        port = given.monitoring_port if name == "bot" else given.port
         assert (kind, command[:2]) == ("CMD", ["python", "-c"])
         assert f'urlopen("http://127.0.0.1:{port}/' in command[2]
         compile(command[2], name, "exec")
-    assert "healthcheck" not in services["bot"]
     assert services["bot"]["depends_on"] == {"service": {"condition": "service_healthy"}}

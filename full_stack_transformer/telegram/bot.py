@@ -230,7 +230,7 @@ class _Process:
         )
         return asyncio.create_task(_for_ever())
 
-    def _take(self, raw_updates: list[dict[str, Any]]) -> None:
+    def _take(self, raw_updates: list[Any]) -> None:
         assert self._intake is not None
         effects: Effects = self._intake.take(raw_updates)
         for answer in effects.answers:

@@ -67,7 +67,7 @@ class Intake:
         self._presses = Presses(store, chats, policy, asks)
         self._me = me
 
-    def take(self, raw_updates: list[dict[str, Any]]) -> Effects:
+    def take(self, raw_updates: list[Any]) -> Effects:
         """Record updates and what is owed for them; after this they may be confirmed.
 
         Raises:

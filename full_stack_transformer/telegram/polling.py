@@ -38,10 +38,10 @@ REFUSED_BY_TELEGRAM = (
 )
 
 
-class GetRawUpdates(TelegramMethod[list[dict[str, Any]]]):
+class GetRawUpdates(TelegramMethod[list[Any]]):
     """`getUpdates` without an opinion on what an update is: one strange one must not cost the others."""
 
-    __returning__ = list[dict[str, Any]]
+    __returning__ = list[Any]
     __api_method__ = "getUpdates"
 
     offset: int | None = None
@@ -49,7 +49,7 @@ class GetRawUpdates(TelegramMethod[list[dict[str, Any]]]):
     allowed_updates: list[str] | None = None
 
 
-async def poll(bot: Bot, take: Callable[[list[dict[str, Any]]], None], metrics: Metrics) -> None:
+async def poll(bot: Bot, take: Callable[[list[Any]], None], metrics: Metrics) -> None:
     """Poll until cancelled; `take` records a batch, or raises where it cannot.
 
     Raises:
@@ -82,15 +82,18 @@ async def poll(bot: Bot, take: Callable[[list[dict[str, Any]]], None], metrics: 
             pause_seconds, num_conflicts = _FIRST_PAUSE_SECONDS, 0
             if updates:
                 take(updates)
-                request = request.model_copy(
-                    update={"offset": _next_offset(updates, request.offset)}
-                )
+                offset = _next_offset(updates, request.offset)
+                if (
+                    offset == request.offset
+                ):  # nothing that could be confirmed: no hurry to see it again
+                    await asyncio.sleep(_MAX_PAUSE_SECONDS)
+                request = request.model_copy(update={"offset": offset})
             continue
         logger.warning("no updates (%s); again in %.1f s", reason, wait_seconds)
         await asyncio.sleep(wait_seconds)
 
 
-def _next_offset(updates: list[dict[str, Any]], offset: int | None) -> int | None:
-    numbers = [update.get("update_id") for update in updates]
+def _next_offset(updates: list[Any], offset: int | None) -> int | None:
+    numbers = [update.get("update_id") for update in updates if isinstance(update, dict)]
     known = [number for number in numbers if type(number) is int]
     return max(known) + 1 if known else offset

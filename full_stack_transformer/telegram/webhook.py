@@ -23,7 +23,7 @@ _SECRET_HEADER = "X-Telegram-Bot-Api-Secret-Token"  # noqa: S105 - the name of a
 
 
 async def serve_webhook(
-    take: Callable[[list[dict[str, Any]]], None],
+    take: Callable[[list[Any]], None],
     metrics: Metrics,
     secret: str,
     url: str,

@@ -88,7 +88,11 @@ def _confirm(world: World, offset: int) -> None:
     if offset < 0:
         world.updates = world.updates[offset:]
     else:
-        world.updates = [update for update in world.updates if update["update_id"] >= offset]
+        world.updates = [
+            update
+            for update in world.updates
+            if isinstance(update, dict) and update["update_id"] >= offset
+        ]
 
 
 async def send_message(world: World, parameters: Json) -> Json:

@@ -148,3 +148,93 @@ def test_faults_strike_as_often_as_told(telegram: FakeBotApi) -> None:
         call(telegram, "sendMessage", chat_id=CHAT, text="Lost answer")
     assert len(telegram.bot_messages(CHAT)) == num_before + 1
     assert telegram.http.get("/user/faults").json() == []
+
+
+def test_a_draft_streams_into_private_chats_and_a_message_takes_its_place(
+    telegram: FakeBotApi,
+) -> None:
+    draft = {"chat_id": CHAT, "draft_id": 3, "text": "grow", "can_stop": True}
+    assert call(telegram, "sendMessageDraft", **draft) == (200, True)
+    assert telegram.draft(CHAT, "grow")["can_stop"]
+    telegram.stop(CHAT)
+    assert "DRAFT_ID_INVALID" in call(telegram, "sendMessageDraft", **{**draft, "draft_id": 0})[1]
+    telegram.write(-CHAT, "a group")
+    refused = call(telegram, "sendMessageDraft", **{**draft, "chat_id": -CHAT})
+    assert "private chats only" in refused[1]
+    call(telegram, "sendMessage", chat_id=CHAT, text="whole")
+    assert not telegram.has_draft(CHAT)
+    with pytest.raises(httpx.HTTPStatusError):
+        telegram.stop(CHAT)
+
+
+def test_chats_take_only_so_many_messages() -> None:
+    with running_fake_bot_api() as telegram:
+        for chat_id, capacity in ((CHAT, 5), (-CHAT, 20)):
+            telegram.write(chat_id, "Hello")
+            statuses = [
+                call(telegram, "sendMessage", chat_id=chat_id, text=str(number))[0]
+                for number in range(capacity + 3)
+            ]
+            assert statuses[:capacity] == [200] * capacity
+            assert 429 in statuses[capacity:]
+        assert telegram.state()["num_limited"] >= 2
+
+
+def test_a_blocked_and_a_moved_chat_take_nothing_and_say_why(telegram: FakeBotApi) -> None:
+    telegram.write(6, "Hello")
+    telegram.block(6)
+    status, description = call(telegram, "sendMessage", chat_id=6, text="a")
+    assert (status, "blocked" in description) == (403, True)
+    telegram.block(6, is_blocked=False)
+    assert call(telegram, "sendMessage", chat_id=6, text="a")[0] == 200
+    telegram.write(-6, "Hello")
+    telegram.migrate(-6, -600)
+    answer = telegram.http.post(
+        f"/bot{telegram.token}/sendMessage", json={"chat_id": -6, "text": "a"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["parameters"] == {"migrate_to_chat_id": -600}
+    assert call(telegram, "sendMessage", chat_id=-600, text="a")[0] == 200
+
+
+def test_an_edited_message_and_a_strange_update_are_delivered() -> None:
+    with running_fake_bot_api() as telegram:
+        message = telegram.write(CHAT, "one")
+        telegram.edit(CHAT, message["message_id"], "two")
+        telegram.send_raw_updates([{"nothing": 1}, 5])
+        _, edited, strange, number = call(telegram, "getUpdates")[1]
+        assert edited["edited_message"]["text"] == "two"
+        assert strange["nothing"] == 1
+        assert number == 5
+
+
+def test_menus_are_kept_by_scope_and_language(telegram: FakeBotApi) -> None:
+    menu = [{"command": "go", "description": "Go"}]
+    place = {"scope": {"type": "all_private_chats"}, "language_code": "ru"}
+    assert call(telegram, "setMyCommands", commands=menu, **place) == (200, True)
+    assert call(telegram, "getMyCommands", **place) == (200, menu)
+    assert call(telegram, "getMyCommands") == (200, [])
+    assert call(telegram, "setMyCommands", commands=menu, scope={"type": "x"})[0] == 400
+    assert call(telegram, "setMyCommands", commands=menu, language_code="russian")[0] == 400
+
+
+def test_a_document_is_kept_with_its_content(telegram: FakeBotApi) -> None:
+    answer = telegram.http.post(
+        f"/bot{telegram.token}/sendDocument",
+        data={"chat_id": str(CHAT), "caption": "A file"},
+        files={"document": ("a.json", b"{}")},
+    )
+    document = answer.json()["result"]["document"]
+    assert (document["file_name"], document["file_size"], document["content"]) == (
+        "a.json",
+        2,
+        "{}",
+    )
+    assert call(telegram, "sendDocument", chat_id=CHAT)[0] == 400
+
+
+def test_a_call_may_hang(telegram: FakeBotApi) -> None:
+    telegram.fail("getMe", "hang", seconds=60)
+    with pytest.raises(httpx.ReadTimeout):
+        telegram.http.get(f"/bot{telegram.token}/getMe", timeout=0.2)
+    assert telegram.http.get(f"/bot{telegram.token}/getMe").status_code == 200

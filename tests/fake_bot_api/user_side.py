@@ -104,13 +104,9 @@ class _User:
         chat = self._world.open_chat(int(body["chat_id"]))
         chat.is_blocked = bool(body.get("is_blocked", True))
         statuses = ["member", "kicked"] if chat.is_blocked else ["kicked", "member"]
-        old: Json
-        new: Json
-        old, new = ({"user": self._world.bot, "status": status} for status in statuses)
-        if new["status"] == "kicked":
-            new["until_date"] = 0
-        else:
-            old["until_date"] = 0
+        out: Json = {"user": self._world.bot, "status": "kicked", "until_date": 0}
+        inside: Json = {"user": self._world.bot, "status": "member"}
+        old, new = (inside, out) if chat.is_blocked else (out, inside)
         update = {
             "chat": chat.as_json(),
             "from": _person(abs(chat.id)),

@@ -227,7 +227,7 @@ def _is_closed(handler: BaseHTTPRequestHandler) -> bool:
     connection = handler.connection
     connection.setblocking(False)
     try:
-        return connection.recv(1) == b""
+        return not connection.recv(1)
     except BlockingIOError:
         return False
     finally:

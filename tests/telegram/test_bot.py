@@ -546,3 +546,23 @@ def test_an_empty_text_is_a_sentence(chat_id: int) -> None:
 
     reply = Reply(1, chat_id, 0, 1, "en", "chat", "hello", 1, Settings(), 1, texts=["  "])
     assert reply_pieces(reply)[0].text == ENGLISH.empty
+
+
+def test_streaming_stays_within_the_limits_of_every_chat(
+    telegram: FakeBotApi, service: StandInService, chat_id: int
+) -> None:
+    service.seconds_between_pieces = 0.02
+    prompt = f"streams long {chat_id}"
+    service.continuations[prompt] = lambda: " word" * 400
+    try:
+        for place in (chat_id, -chat_id):
+            for _ in range(2):
+                telegram.write(place, prompt, user_id=chat_id)
+        for place in (chat_id, -chat_id):
+            for answer in finals(telegram, place, at_least=2):
+                assert answer["text"] == prompt + " word" * 400
+    finally:
+        service.seconds_between_pieces = 0
+    assert telegram.state()["num_limited"] == 0
+    assert len(telegram.requests("sendMessageDraft", chat_id)) >= 4
+    assert len(telegram.requests("editMessageText", -chat_id)) >= 3

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tests.telegram.bot_process import BotProcess, bot_command, run_to_the_end
 from tests.telegram.stand_in_service import StandInService, serving
 from tests.telegram.test_bot import finals, words_of
 
+REPOSITORY = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"  # the discard port, where nothing listens
 SECRET = "a-secret-of-the-webhook"
 
@@ -190,10 +192,11 @@ def test_updates_come_by_webhook_with_the_secret_only(
         header = "X-Telegram-Bot-Api-Secret-Token"
         assert httpx.post(address, json=update).status_code == 401
         for wrong in (b"wrong", "é".encode()):
-            assert httpx.post(address, json=update, headers={header: wrong}).status_code == 401
+            headers = {header.encode(): wrong}
+            assert httpx.post(address, json=update, headers=headers).status_code == 401
         for content, status in ((b"[", 400), (b"[]", 400), (b'"' + b"x" * (1 << 20), 413)):
-            answer = httpx.post(address, content=content, headers={header: SECRET})
-            assert answer.status_code == status
+            posted = httpx.post(address, content=content, headers={header: SECRET})
+            assert posted.status_code == status
         telegram.write(chat_id, "By webhook")
         (answer,) = finals(telegram, chat_id)
         assert answer["text"].startswith("By webhook goes on")
@@ -239,17 +242,15 @@ def test_a_model_is_served_by_the_bot_itself_and_its_lines_give_the_same_bytes(
 
 def _in_shell(text: str) -> str:
     """What a person gets who pastes a block of /why."""
-    from tests.telegram.bot_process import _REPOSITORY
-
     done = subprocess.run(
         ["bash", "-c", text.split("\n", 1)[1]],
         capture_output=True,
         text=True,
-        cwd=_REPOSITORY,
-        env={**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"},  # type: ignore[attr-defined]
+        cwd=REPOSITORY,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         check=True,
     )
-    return done.stdout
+    return str(done.stdout)
 
 
 def test_two_bots_do_not_share_a_database(
