@@ -68,10 +68,9 @@ class Pace:
         self._bucket(chat_id).pause(seconds, self._clock())
 
     def _seconds_until(self, chat_id: int, tokens: float) -> float:
+        bucket = self._bucket(chat_id)
         now = self._clock()
-        return max(
-            self._bucket(chat_id).seconds_until(tokens, now), self._all.seconds_until(1.0, now)
-        )
+        return max(bucket.seconds_until(tokens, now), self._all.seconds_until(1.0, now))
 
     def _spend(self, chat_id: int) -> None:
         self._bucket(chat_id).tokens -= 1

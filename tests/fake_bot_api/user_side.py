@@ -103,7 +103,6 @@ class _User:
         body = await request.json()
         chat = self._world.open_chat(int(body["chat_id"]))
         chat.is_blocked = bool(body.get("is_blocked", True))
-        statuses = ["member", "kicked"] if chat.is_blocked else ["kicked", "member"]
         out: Json = {"user": self._world.bot, "status": "kicked", "until_date": 0}
         inside: Json = {"user": self._world.bot, "status": "member"}
         old, new = (inside, out) if chat.is_blocked else (out, inside)

@@ -67,7 +67,7 @@ def main() -> int:
         f"{options.schedules} schedules in {time.monotonic() - started:.0f} s, none broke a promise"
     )
     for name, count in sorted(counts.items()):
-        print(f"  {name:<24}{count:>7,}")
+        print(f"  {name:<28}{count:>7,}")
     return 0
 
 

@@ -163,7 +163,7 @@ class Schedule:
                 if self.bot.is_running:
                     raise
                 self.bot.wait()
-                self.counts["starts again"] += 1
+                self.counts["started again"] += 1
         self._fail("the bot does not start")
 
     def _act(self) -> None:
@@ -178,7 +178,7 @@ class Schedule:
             self._terminate: 6,
         }
         act = self.random.choices(list(acts), list(acts.values()))[0]
-        self.counts[act.__name__.strip("_")] += 1
+        self.counts[f"user: {act.__name__.strip('_')}"] += 1
         act()
 
     def _write(self) -> None:
@@ -203,9 +203,13 @@ class Schedule:
             self.num_repeats[chat_id, message["reply_to_message"]["message_id"]] += 1
 
     def _stop(self) -> None:
-        chat_id = self.random.choice([chat_id for chat_id in self.chats if chat_id > 0])
-        with contextlib.suppress(httpx.HTTPStatusError):  # nothing streams now
-            self.telegram.stop(chat_id)
+        streaming = [chat_id for chat_id in self.chats if self.telegram.has_draft(chat_id)]
+        if streaming:
+            with contextlib.suppress(httpx.HTTPStatusError):  # it ended in this moment
+                self.telegram.stop(self.random.choice(streaming))
+        else:
+            chat_id = self.random.choice(self.chats)
+            self.telegram.write(chat_id, "/stop", user_id=abs(chat_id))
 
     def _change_settings(self) -> None:
         chat_id = self.random.choice(self.chats)
@@ -296,7 +300,7 @@ class Schedule:
             is_stopped = content["finish"] == "stopped"
             if text != made and not (is_stopped and made.startswith(text)):
                 self._fail(f"reply {reply_id} has {text!r}, the service says {made!r}")
-        self.counts[content["finish"]] += 1
+        self.counts[f"text ended by: {content['finish']}"] += 1
 
     def _check_chat(self, chat_id: int, messages: dict[int, Json]) -> None:
         finals = Counter(
