@@ -223,11 +223,16 @@ class _Process:
         )
         self._stack.push_async_callback(runner.cleanup)
         logger.info("webhook at http://%s:%d", options.webhook_host, runner.addresses[0][1])
-        await self._bot.set_webhook(
-            options.webhook_url,
-            secret_token=options.webhook_secret,
-            allowed_updates=list(ALLOWED_UPDATES),
-        )
+        try:
+            await self._bot.set_webhook(
+                options.webhook_url,
+                secret_token=options.webhook_secret,
+                allowed_updates=list(ALLOWED_UPDATES),
+            )
+        except TelegramAPIError as error:
+            raise MachineError(
+                f"Telegram does not take --webhook_url ({error.message}); check it, and try again"
+            ) from None
         return asyncio.create_task(_for_ever())
 
     def _take(self, raw_updates: list[Any]) -> None:

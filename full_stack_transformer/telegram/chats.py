@@ -159,6 +159,7 @@ class Chats:
             except ChatGoneError:
                 logger.warning("chat %d is gone or shut the bot out; its data are deleted", chat_id)
                 self._store.forget_chat(chat_id)
+                self._store.erase()
             except Exception as error:  # one failed job must not take the next ones with it
                 await self._failed(job, error)
 

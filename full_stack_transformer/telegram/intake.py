@@ -77,6 +77,7 @@ class Intake:
         with self._store.transaction():
             for raw in raw_updates:
                 self._metrics.updates.labels(self._take_one(raw, effects)).inc()
+        self._store.erase()
         for running in effects.stopped:
             running.stop()
         self._chats.wake()

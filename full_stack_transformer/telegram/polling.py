@@ -6,6 +6,7 @@ ever when one update of it cannot be understood, and retries 401 and 409 for eve
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +82,13 @@ async def poll(bot: Bot, take: Callable[[list[Any]], None], metrics: Metrics) ->
             metrics.contact()
             pause_seconds, num_conflicts = _FIRST_PAUSE_SECONDS, 0
             if updates:
-                take(updates)
+                try:
+                    take(updates)
+                except sqlite3.Error as error:
+                    raise MachineError(
+                        f"the database cannot be written ({error}); nothing of it was confirmed, so "
+                        "make room and start again"
+                    ) from None
                 offset = _next_offset(updates, request.offset)
                 if (
                     offset == request.offset

@@ -123,6 +123,7 @@ class Store:
     """
 
     def __init__(self, path: Path, bot_id: int) -> None:
+        self._has_forgotten = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = path.with_name(path.name + ".lock").open("w")
@@ -506,14 +507,22 @@ class Store:
                 self._run(f"DELETE FROM {table} WHERE chat_id = ?", old_id)  # noqa: S608
             self._run("UPDATE OR REPLACE guests SET id = ? WHERE id = ?", new_id, old_id)
 
+    def erase(self) -> None:
+        """Take what was forgotten out of the write-ahead log too; call it outside of a transaction."""
+        if self._has_forgotten and not self._connection.in_transaction:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._has_forgotten = False
+
     def forget_chat(self, chat_id: int) -> None:
         """Delete all rows of a chat."""
+        self._has_forgotten = True
         with self.transaction():
             for table in _CHAT_TABLES:
                 self._run(f"DELETE FROM {table} WHERE chat_id = ?", chat_id)  # noqa: S608
 
     def forget_user_in_chat(self, chat_id: int, user_id: int) -> None:
         """Delete a user's replies and jobs in a group."""
+        self._has_forgotten = True
         with self.transaction():
             mine = "(SELECT id FROM replies WHERE chat_id = ? AND user_id = ?)"
             for table in ("jobs", "messages"):

@@ -91,7 +91,8 @@ def _confirm(world: World, offset: int) -> None:
         world.updates = [
             update
             for update in world.updates
-            if isinstance(update, dict) and update["update_id"] >= offset
+            # What is no update has no number; it goes with the next confirmation.
+            if (update["update_id"] >= offset if isinstance(update, dict) else offset == 0)
         ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fake_bot_api.process import FakeBotApi, running_fake_bot_api
-from tests.telegram.bot_forks import BotForks, ForkedBot, bot_forks
+from tests.telegram.bot_forks import QUICK, BotForks, ForkedBot, bot_forks
 from tests.telegram.bot_process import bot_command
 from tests.telegram.stand_in_service import StandInService, serving
 
@@ -21,9 +21,10 @@ def forks() -> Iterator[BotForks]:
 
 
 @pytest.fixture(scope="module")
-def telegram() -> Iterator[FakeBotApi]:
-    """The fake Bot API."""
-    with running_fake_bot_api() as fake:
+def telegram(request: pytest.FixtureRequest) -> Iterator[FakeBotApi]:
+    """The fake Bot API; a module with WITH_LIMITS = False spares itself the waiting."""
+    with_limits = getattr(request.module, "WITH_LIMITS", True)
+    with running_fake_bot_api(with_limits=with_limits) as fake:
         yield fake
 
 
@@ -35,10 +36,13 @@ def service() -> Iterator[StandInService]:
 
 
 @pytest.fixture(scope="module")
-def bot(telegram: FakeBotApi, service: StandInService, forks: BotForks) -> Iterator[ForkedBot]:
+def bot(
+    request: pytest.FixtureRequest, telegram: FakeBotApi, service: StandInService, forks: BotForks
+) -> Iterator[ForkedBot]:
     """The bot, polling; user 99 is its admin."""
+    more = {} if getattr(request.module, "WITH_LIMITS", True) else QUICK
     command = bot_command(service.url, telegram.url, "--admin_ids", "99")
-    forked = forks.bot(command, telegram.token)
+    forked = forks.bot(command, telegram.token, more)
     try:
         forked.start()
         yield forked

@@ -211,7 +211,11 @@ def serving(service: StandInService, port: int = 0) -> Iterator[StandInService]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that goes away is what many tests are about."""
+
+    with Server(("127.0.0.1", port), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         service.url = f"http://127.0.0.1:{server.server_address[1]}"

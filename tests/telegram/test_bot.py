@@ -5,6 +5,7 @@ import re
 import shlex
 import time
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from tests.telegram.stand_in_service import MODEL, StandInService
 Json = dict[str, Any]
 
 PICTURE: Json = {"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1}
+
+# test_life has the limits; without them these take seconds, not minutes.
+WITH_LIMITS = False
 
 pytestmark = pytest.mark.usefixtures("bot")
 
@@ -285,7 +289,9 @@ def test_status_and_privacy_tell_what_is_so(telegram: FakeBotApi, chat_id: int) 
     assert "/forget" in words_of(telegram, chat_id, "/privacy")["text"]
 
 
-def test_export_has_everything_and_forget_deletes_it(telegram: FakeBotApi, chat_id: int) -> None:
+def test_export_has_everything_and_forget_deletes_it(
+    telegram: FakeBotApi, bot: ForkedBot, chat_id: int
+) -> None:
     telegram.write(chat_id, "Remember this")
     (answer,) = finals(telegram, chat_id)
     exported = json.loads(words_of(telegram, chat_id, "/export")["document"]["content"])
@@ -295,6 +301,9 @@ def test_export_has_everything_and_forget_deletes_it(telegram: FakeBotApi, chat_
     num_before = len(telegram.bot_messages(chat_id))
     telegram.press(chat_id, question["message_id"])
     assert telegram.bot_messages(chat_id, num_before + 1)[-1]["text"] == ENGLISH.forgotten
+    database = Path(bot.words[bot.words.index("--database") + 1])
+    for path in database.parent.iterdir():
+        assert b"Remember this" not in path.read_bytes()
     query_id = telegram.press(chat_id, answer["message_id"])
     assert telegram.query_answer(query_id)["text"] == ENGLISH.alert_gone
     assert (
@@ -546,23 +555,3 @@ def test_an_empty_text_is_a_sentence(chat_id: int) -> None:
 
     reply = Reply(1, chat_id, 0, 1, "en", "chat", "hello", 1, Settings(), 1, texts=["  "])
     assert reply_pieces(reply)[0].text == ENGLISH.empty
-
-
-def test_streaming_stays_within_the_limits_of_every_chat(
-    telegram: FakeBotApi, service: StandInService, chat_id: int
-) -> None:
-    service.seconds_between_pieces = 0.02
-    prompt = f"streams long {chat_id}"
-    service.continuations[prompt] = lambda: " word" * 400
-    try:
-        for place in (chat_id, -chat_id):
-            for _ in range(2):
-                telegram.write(place, prompt, user_id=chat_id)
-        for place in (chat_id, -chat_id):
-            for answer in finals(telegram, place, at_least=2):
-                assert answer["text"] == prompt + " word" * 400
-    finally:
-        service.seconds_between_pieces = 0
-    assert telegram.state()["num_limited"] == 0
-    assert len(telegram.requests("sendMessageDraft", chat_id)) >= 4
-    assert len(telegram.requests("editMessageText", -chat_id)) >= 3

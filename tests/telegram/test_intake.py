@@ -24,7 +24,7 @@ from full_stack_transformer.telegram.writing import Writer
 Json = dict[str, Any]
 
 # The long tier asks for 10,000; python -m pytest with FST_HOSTILE_UPDATES=10000.
-NUM_HOSTILE = int(os.environ.get("FST_HOSTILE_UPDATES", "1500"))
+NUM_HOSTILE = int(os.environ.get("FST_HOSTILE_UPDATES", "600"))
 
 
 class SleepingChats(Chats):

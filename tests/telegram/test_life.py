@@ -340,3 +340,26 @@ def test_a_hanging_telegram_does_not_hold_up_other_chats(
         assert not telegram.bot_messages(chat_id)
         finals(telegram, chat_id)
         assert bot.stop() == 0
+
+
+def test_streaming_stays_within_the_limits_of_every_chat(
+    telegram: FakeBotApi, forks: BotForks, chat_id: int
+) -> None:
+    num_limited = telegram.state()["num_limited"]
+    prompt = f"streams long {chat_id}"
+    with (
+        serving(StandInService()) as service,
+        stopped_bot(forks, service.url, telegram) as bot,
+    ):
+        service.seconds_between_pieces = 0.02
+        service.continuations[prompt] = lambda: " word" * 300
+        bot.start()
+        for place in (chat_id, -chat_id):
+            for _ in range(2):
+                telegram.write(place, prompt, user_id=chat_id)
+        for place in (chat_id, -chat_id):
+            for answer in finals(telegram, place, at_least=2):
+                assert answer["text"] == prompt + " word" * 300
+    assert telegram.state()["num_limited"] == num_limited
+    assert len(telegram.requests("sendMessageDraft", chat_id)) >= 4
+    assert len(telegram.requests("editMessageText", -chat_id)) >= 3

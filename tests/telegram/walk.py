@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fake_bot_api.process import FakeBotApi, running_fake_bot_api
-from tests.telegram.bot_forks import ForkedBot, bot_forks
+from tests.telegram.bot_forks import QUICK, ForkedBot, bot_forks
 from tests.telegram.bot_process import bot_command
 from tests.telegram.stand_in_service import Request, StandInService, prompt_of, serving
 
@@ -265,7 +265,7 @@ def transcript() -> str:
         bot_forks() as forks,
     ):
         command = bot_command(service.url, telegram.url, "--admin_ids", str(_ADMIN))
-        bot: ForkedBot = forks.bot(command, telegram.token)
+        bot: ForkedBot = forks.bot(command, telegram.token, QUICK)
         try:
             bot.start()
             return walk(telegram, service)
