@@ -119,7 +119,7 @@ def test_a_conversation_is_streamed_and_the_key_is_sent() -> None:
         def answer(request: httpx.Request) -> httpx.Response:
             assert request.url.path == "/v1/chat/completions"
             assert request.headers["authorization"] == "Bearer key"
-            deltas = ({"role": "assistant"}, {"content": "Hi"}, {})
+            deltas: list[dict[str, str]] = [{"role": "assistant"}, {"content": "Hi"}, {}]
             events = [
                 {"choices": [{"delta": delta, "finish_reason": None if delta else "stop"}]}
                 for delta in deltas
