@@ -5,11 +5,11 @@ OpenAI-compatible server: what it asks for beyond OpenAI's fields is left out wh
 """
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -20,8 +20,6 @@ from full_stack_transformer.errors import (
     ServiceUnavailableError,
 )
 from full_stack_transformer.serving.schemas import (
-    ChatCompletionRequest,
-    CompletionRequest,
     ErrorResponse,
     GeneratedTextsRequest,
     GeneratedTextsResponse,
@@ -39,6 +37,58 @@ _STREAM_TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 _LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """How a text shall be made, in OpenAI's words and two additions."""
+
+    model: str
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """What is sent: OpenAI's own fields always, the additions only where they change something.
+
+        `temperature` and `top_p` are never left to the server: vLLM takes its defaults for them from
+        the model's generation_config.json.
+        """
+        neutral = {"top_k": 0, "repetition_penalty": 1.0, "seed": None}
+        told = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in neutral or value != neutral[name]
+        }
+        # People read it in /why: what is asked for comes before how.
+        return {
+            name: told.pop(name) for name in ("model", "prompt", "messages") if name in told
+        } | told
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedContinuation(_Wanted):
+    """What `/v1/completions` is asked for."""
+
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedAnswer(_Wanted):
+    """What `/v1/chat/completions` is asked for."""
+
+    messages: tuple[Turn, ...]
+
+
 @dataclass(frozen=True)
 class StreamedText:
     """A piece of a text that is being made; the last one has a finish reason."""
@@ -54,6 +104,8 @@ class ModelDescription:
     model: str
     checkpoint: dict[str, Any]
     """Our own service's description of the model directory; empty for other servers."""
+    has_chat_template: bool = False
+    """Whether the model was made for conversation, as far as the server tells."""
 
 
 class ServiceClient:
@@ -79,6 +131,7 @@ class ServiceClient:
             headers=headers,
             limits=_LIMITS,
         )
+        self._conversing: dict[str, bool] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,14 +171,35 @@ class ServiceClient:
         listed = await self._call("GET", "/v1/models", _Models)
         if not listed.data:
             raise ServiceUnavailableError(f"{self._http.base_url} lists no model at /v1/models")
+        model = listed.data[0].id
         try:
-            version = await self.version()
+            version = await self._call("GET", "/version", _OurVersion)
         except ServiceError:  # another OpenAI-compatible server
-            return ModelDescription(listed.data[0].id, {})
-        return ModelDescription(listed.data[0].id, version.description)
+            return ModelDescription(model, {}, await self._converses(model))
+        return ModelDescription(model, version.description, version.has_chat_template(model))
+
+    async def _converses(self, model: str) -> bool:
+        """Whether a server that is not ours takes a conversation; asked once, for a single token.
+
+        vLLM and llama.cpp refuse one where the model has no chat template.
+        """
+        if model not in self._conversing:
+            body = {
+                "model": model,
+                "max_tokens": 1,
+                "messages": [{"role": "user", "content": "Hi"}],
+            }
+            try:
+                response = await self._http.post("/v1/chat/completions", json=body)
+            except httpx.HTTPError as error:
+                raise self._away(error) from error
+            if response.status_code == 429 or response.status_code >= 500:
+                raise _error_of(response)
+            self._conversing[model] = response.status_code < 400
+        return self._conversing[model]
 
     async def stream_completion(
-        self, request: CompletionRequest
+        self, wanted: WantedContinuation
     ) -> AsyncGenerator[StreamedText, None]:
         """Pieces of a continuation as they are made; leaving early frees the service's slot.
 
@@ -133,17 +207,13 @@ class ServiceClient:
             ServiceUnavailableError: the service is away, overloaded, failing, or the stream broke off.
             ServiceRefusedError: the service will never serve this request.
         """
-        async with aclosing(self._choices("/v1/completions", streamed_body(request))) as choices:
+        async with aclosing(self._choices("/v1/completions", wanted.body())) as choices:
             async for choice in choices:
                 yield StreamedText(choice.text or "", choice.finish_reason)
 
-    async def stream_chat(
-        self, request: ChatCompletionRequest
-    ) -> AsyncGenerator[StreamedText, None]:
+    async def stream_chat(self, wanted: WantedAnswer) -> AsyncGenerator[StreamedText, None]:
         """Pieces of the model's next turn; raises like `stream_completion`."""
-        async with aclosing(
-            self._choices("/v1/chat/completions", streamed_body(request))
-        ) as choices:
+        async with aclosing(self._choices("/v1/chat/completions", wanted.body())) as choices:
             async for choice in choices:
                 yield StreamedText(choice.delta.content or "", choice.finish_reason)
 
@@ -151,22 +221,25 @@ class ServiceClient:
         """Choices of the events until one has a finish reason."""
         try:
             async with self._http.stream(
-                "POST", path, json=body, timeout=_STREAM_TIMEOUT
+                "POST", path, json=body | {"stream": True}, timeout=_STREAM_TIMEOUT
             ) as response:
                 if response.status_code >= 400:
                     await response.aread()
                     raise _error_of(response)
-                async for line in response.aiter_lines():
+                async for line in _lines(response.aiter_bytes()):
                     for choice in _choices_of(line):
                         yield choice
                         if choice.finish_reason is not None:
                             return
         except httpx.HTTPError as error:
-            raise ServiceUnavailableError(
-                f"the service at {self._http.base_url} does not answer "
-                f"({type(error).__name__}); is `fst serve` running there?"
-            ) from error
+            raise self._away(error) from error
         raise ServiceUnavailableError("the service ended a stream before its last piece")
+
+    def _away(self, error: httpx.HTTPError) -> ServiceUnavailableError:
+        return ServiceUnavailableError(
+            f"the service at {self._http.base_url} does not answer "
+            f"({type(error).__name__}); is `fst serve` running there?"
+        )
 
     async def _call(
         self, method: str, path: str, answer: type[_Answer], body: BaseModel | None = None
@@ -176,10 +249,7 @@ class ServiceClient:
         try:
             response = await self._http.request(method, path, content=content, headers=headers)
         except httpx.HTTPError as error:
-            raise ServiceUnavailableError(
-                f"the service at {self._http.base_url} does not answer "
-                f"({type(error).__name__}); is `fst serve` running there?"
-            ) from error
+            raise self._away(error) from error
         if response.status_code >= 400:
             raise _error_of(response)
         try:
@@ -191,17 +261,19 @@ class ServiceClient:
             ) from error
 
 
-def streamed_body(request: CompletionRequest | ChatCompletionRequest) -> dict[str, Any]:
-    """What is sent: OpenAI's own fields always, the additions only where they change something.
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Lines of server-sent events.
 
-    `temperature` and `top_p` are never left to the server: vLLM takes its defaults for them from the
-    model's generation_config.json.
+    httpx's own `aiter_lines` also cuts at U+2028, U+0085 and their like, which JSON may hold as they
+    are: a text with one of them would never arrive.
     """
-    body = request.model_dump(exclude_none=True) | {"stream": True}
-    for name, neutral in (("top_k", 0), ("repetition_penalty", 1.0), ("n", 1), ("echo", False)):
-        if body.get(name) == neutral:
-            del body[name]
-    return body
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+    if rest:
+        yield rest
 
 
 class _Delta(BaseModel):
@@ -228,10 +300,27 @@ class _Models(BaseModel):
     data: list[_Model]
 
 
-def _choices_of(line: str) -> list[_Choice]:
+class _Facts(BaseModel):
+    model: str
+    has_chat_template: bool = False
+
+
+class _OurVersion(BaseModel):
+    """What the bot needs of `/version`; other servers answer it in another way, or not at all."""
+
+    package_version: str
+    description: dict[str, Any]
+    models: list[_Facts] = []
+
+    def has_chat_template(self, model: str) -> bool:
+        told = [facts.has_chat_template for facts in self.models if facts.model == model]
+        return any(told) or bool(self.description.get("chat_template"))
+
+
+def _choices_of(line: bytes) -> list[_Choice]:
     """The choices in one line of server-sent events; other lines have none."""
-    field, _, value = line.partition(":")
-    if field != "data" or value.strip() == "[DONE]":
+    field, _, value = line.partition(b":")
+    if field != b"data" or value.strip() == b"[DONE]":
         return []
     try:
         return _Event.model_validate_json(value).choices
@@ -244,7 +333,7 @@ def _choices_of(line: str) -> list[_Choice]:
         ) from error
 
 
-def _as_object(text: str) -> dict[str, Any]:
+def _as_object(text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from full_stack_transformer.telegram.buttons import forget_keyboard, settings_keyboard
 from full_stack_transformer.telegram.chats import Chats, Running
 from full_stack_transformer.telegram.policy import Policy
+from full_stack_transformer.telegram.records import Reply
 from full_stack_transformer.telegram.settings import Settings, with_value
-from full_stack_transformer.telegram.store import Reply, Store
+from full_stack_transformer.telegram.store import Store
 from full_stack_transformer.telegram.texts import LANGUAGES, Words
 from full_stack_transformer.telegram.writing import Draft, Writer
 
@@ -141,7 +142,7 @@ class Asks:
 
     def owe(self, reply: Reply) -> None:
         """Record a text that is owed, and say how many are before it."""
-        num_ahead = self._store.num_jobs(reply.chat_id) + self._chats.num_ahead()
+        num_ahead = self._store.num_unwritten(reply.chat_id) + self._chats.num_ahead()
         self._store.add_reply(reply)
         job_id = self._store.add_job(reply.chat_id, "answers", "answer", reply_id=reply.id)
         if num_ahead:

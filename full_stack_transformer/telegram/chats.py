@@ -15,23 +15,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from aiogram.exceptions import TelegramAPIError, TelegramBadRequest
-from aiogram.methods import DeleteMessage, EditMessageText, SendMessage
-from aiogram.types import InlineKeyboardMarkup
 
 from full_stack_transformer.errors import ServiceRefusedError, ServiceUnavailableError
-from full_stack_transformer.telegram.buttons import reply_keyboard
-from full_stack_transformer.telegram.delivery import (
-    ChatGoneError,
-    ChatMovedError,
-    Courier,
-    MessageGoneError,
-)
+from full_stack_transformer.telegram.delivery import ChatGoneError, ChatMovedError, Courier
+from full_stack_transformer.telegram.display import Display
 from full_stack_transformer.telegram.monitoring import Metrics
-from full_stack_transformer.telegram.replies import NO_PREVIEW, Piece, answers_to, reply_pieces
+from full_stack_transformer.telegram.records import Job, Lane, Reply
 from full_stack_transformer.telegram.screen import Screen
-from full_stack_transformer.telegram.store import Job, Lane, Reply, Store
+from full_stack_transformer.telegram.store import Store
 from full_stack_transformer.telegram.texts import LANGUAGES
-from full_stack_transformer.telegram.writing import Draft, Writer, request_body
+from full_stack_transformer.telegram.writing import Draft, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +72,7 @@ class Chats:
     ) -> None:
         self._store = store
         self._courier = courier
+        self.display = Display(store, courier)
         self._writer = writer
         self._metrics = metrics
         self._log_texts = log_texts
@@ -198,7 +192,7 @@ class Chats:
             if reply.texts or reply.finish:
                 break
             await self._write(job, reply)
-        await self.show(reply, str(job.id))
+        await self.display.show(reply, str(job.id))
         self._delete_notices(job)
 
     def _delete_notices(self, job: Job) -> None:
@@ -211,14 +205,6 @@ class Chats:
                 job.id
             )  # from here on a notice that is still under way deletes itself
         self.wake()
-
-    async def delete(self, chat_id: int, message_id: int) -> None:
-        """Delete a message of the bot; one that cannot be deleted stays."""
-        try:
-            await self._courier.call(DeleteMessage(chat_id=chat_id, message_id=message_id))
-        except (TelegramAPIError, MessageGoneError):
-            logger.debug("a message of chat %d could not be deleted", chat_id)
-        self._store.forget_message(chat_id, message_id)
 
     async def _write(self, job: Job, reply: Reply) -> None:
         """Have the text made and keep it; returns without one when it should be tried again."""
@@ -272,7 +258,7 @@ class Chats:
         if current is None or current.texts or current.finish:
             return  # forgotten, or stopped in this moment
         reply.texts = [draft.text for draft in drafts]
-        reply.requests = [request_body(draft.request) for draft in drafts if draft.request]
+        reply.requests = [draft.request.body() for draft in drafts if draft.request]
         reply.finish = finish
         num_tokens = sum(draft.num_tokens for draft in drafts)
         with self._store.transaction():
@@ -332,73 +318,6 @@ class Chats:
             ending.cancel()
             if not task.done():
                 task.cancel()
-
-    async def show(self, reply: Reply, key: str) -> None:
-        """Make the messages of a finished reply show its text: edit, send, delete what is too much."""
-        words = LANGUAGES[reply.language]
-        pieces = reply_pieces(reply)
-        messages = self._store.messages_of_reply(reply.id)
-        is_text = reply.finish not in ("refused", "failed")
-        for position, piece in enumerate(pieces):
-            is_last = position == len(pieces) - 1
-            keyboard = (
-                reply_keyboard(words, reply.id, reply.shown, len(reply.texts))
-                if is_last and is_text
-                else None
-            )
-            if position < len(messages):
-                try:
-                    await self._edit(reply.chat_id, messages[position], piece, keyboard)
-                    continue
-                except MessageGoneError:  # deleted by a person
-                    self._store.forget_message(reply.chat_id, messages[position])
-                    self._store.withdraw_send(reply.chat_id, f"{key}:{position}")
-            await self._send(reply, f"{key}:{position}", position, piece, keyboard)
-        for message_id in messages[len(pieces) :]:
-            await self.delete(reply.chat_id, message_id)
-
-    async def _edit(
-        self, chat_id: int, message_id: int, piece: Piece, keyboard: InlineKeyboardMarkup | None
-    ) -> None:
-        await self._courier.call(
-            EditMessageText(
-                chat_id=chat_id,
-                message_id=message_id,
-                text=piece.text,
-                entities=piece.entities,
-                parse_mode=None,
-                link_preview_options=NO_PREVIEW,
-                reply_markup=keyboard,
-            )
-        )
-
-    async def _send(
-        self,
-        reply: Reply,
-        key: str,
-        position: int,
-        piece: Piece,
-        keyboard: InlineKeyboardMarkup | None,
-    ) -> None:
-        method = SendMessage(
-            chat_id=reply.chat_id,
-            message_thread_id=reply.thread_id or None,
-            text=piece.text,
-            entities=piece.entities,
-            parse_mode=None,
-            link_preview_options=NO_PREVIEW,
-            reply_parameters=answers_to(reply.prompt_message_id),
-            reply_markup=keyboard,
-        )
-        try:
-            await self._courier.send(key, method, reply.id, position)
-        except TelegramBadRequest as error:
-            if "thread not found" not in error.message:
-                raise
-            # The topic was deleted; the text is owed all the same.
-            await self._courier.send(
-                key, method.model_copy(update={"message_thread_id": None}), reply.id, position
-            )
 
 
 def _frames(error: BaseException) -> str:

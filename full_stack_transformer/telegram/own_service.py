@@ -9,7 +9,6 @@ import ctypes
 import logging
 import re
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ from full_stack_transformer.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-_STARTED = re.compile(r"serving .* at http://127\.0\.0\.1:\d+")
+_STARTED = re.compile(r"serving .* at http://127\.0\.0\.1:(\d+)")
 _STOP_SECONDS = 35.0
 _FIRST_PAUSE_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 30.0
@@ -33,15 +32,13 @@ async def own_service(checkpoint: Path, device: str) -> AsyncIterator[str]:
     Raises:
         ModelError: it does not start; its own words say why.
     """
-    # The same port again after a crash, so that the address stays.
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "full_stack_transformer", "serve", str(checkpoint)),
-        *("--port", str(port), "--device", device),
+        *("--device", device, "--port"),
     ]
-    process = await _start(command)
-    keeper = asyncio.create_task(_keep(command, process))
+    process, port = await _start([*command, "0"])
+    # The same port again after a crash, so that the address stays.
+    keeper = asyncio.create_task(_keep([*command, port], process))
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -49,8 +46,8 @@ async def own_service(checkpoint: Path, device: str) -> AsyncIterator[str]:
         await asyncio.wait({keeper})
 
 
-async def _start(command: list[str]) -> asyncio.subprocess.Process:
-    """A service that listens."""
+async def _start(command: list[str]) -> tuple[asyncio.subprocess.Process, str]:
+    """A service that listens, and its port."""
     process = await asyncio.create_subprocess_exec(
         *command, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent
     )
@@ -59,8 +56,8 @@ async def _start(command: list[str]) -> asyncio.subprocess.Process:
     async for raw in process.stderr:
         last = raw.decode("utf-8", "replace").rstrip()
         logger.info("service: %s", last)
-        if _STARTED.search(last):
-            return process
+        if started := _STARTED.search(last):
+            return process, started.group(1)
     await process.wait()
     raise ModelError(f"the service of --checkpoint does not start: {last.removeprefix('fst: ')}")
 
@@ -83,7 +80,7 @@ async def _keep(command: list[str], process: asyncio.subprocess.Process) -> None
             await asyncio.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
             with contextlib.suppress(ModelError):
-                process = await _start(command)
+                process, _ = await _start(command)
                 pause_seconds = _FIRST_PAUSE_SECONDS
     finally:
         if process.returncode is None:

@@ -82,22 +82,25 @@ async def poll(bot: Bot, take: Callable[[list[Any]], None], metrics: Metrics) ->
             metrics.contact()
             pause_seconds, num_conflicts = _FIRST_PAUSE_SECONDS, 0
             if updates:
-                try:
-                    take(updates)
-                except sqlite3.Error as error:
-                    raise MachineError(
-                        f"the database cannot be written ({error}); nothing of it was confirmed, so "
-                        "make room and start again"
-                    ) from None
+                _record(take, updates)
                 offset = _next_offset(updates, request.offset)
-                if (
-                    offset == request.offset
-                ):  # nothing that could be confirmed: no hurry to see it again
+                if offset == request.offset:
+                    # Nothing that could be confirmed: no hurry to see it again.
                     await asyncio.sleep(_MAX_PAUSE_SECONDS)
                 request = request.model_copy(update={"offset": offset})
             continue
         logger.warning("no updates (%s); again in %.1f s", reason, wait_seconds)
         await asyncio.sleep(wait_seconds)
+
+
+def _record(take: Callable[[list[Any]], None], updates: list[Any]) -> None:
+    try:
+        take(updates)
+    except sqlite3.Error as error:
+        raise MachineError(
+            f"the database cannot be written ({error}); nothing of it was confirmed, so make room and "
+            "start again"
+        ) from None
 
 
 def _next_offset(updates: list[Any], offset: int | None) -> int | None:

@@ -11,6 +11,7 @@ from full_stack_transformer.telegram.asks import Ask, Asks, joined
 from full_stack_transformer.telegram.buttons import Press, parse_press
 from full_stack_transformer.telegram.chats import Chats, Running
 from full_stack_transformer.telegram.policy import Policy
+from full_stack_transformer.telegram.records import Reply
 from full_stack_transformer.telegram.settings import (
     MODES,
     NUMERIC_FIELDS,
@@ -18,7 +19,7 @@ from full_stack_transformer.telegram.settings import (
     Settings,
     stepped,
 )
-from full_stack_transformer.telegram.store import Reply, Store
+from full_stack_transformer.telegram.store import Store
 from full_stack_transformer.telegram.texts import LANGUAGES, language_of
 
 _CONTINUE_PROMPTS = {"en": "Please continue.", "ru": "Продолжай, пожалуйста."}

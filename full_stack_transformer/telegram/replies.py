@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from aiogram.types import LinkPreviewOptions, MessageEntity, ReplyParameters
 from aiogram.utils.formatting import Bold, Pre, Text
 
-from full_stack_transformer.telegram.store import Reply
+from full_stack_transformer.telegram.records import Reply
 from full_stack_transformer.telegram.texts import LANGUAGES
 
 # Code points, although offsets of entities count UTF-16 units.

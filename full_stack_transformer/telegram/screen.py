@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 from aiogram.exceptions import TelegramBadRequest
 from aiogram.methods import EditMessageText, SendChatAction, SendMessage, SendMessageDraft
+from aiogram.types import InlineKeyboardMarkup
 
 from full_stack_transformer.telegram.buttons import stop_keyboard
 from full_stack_transformer.telegram.delivery import Courier
+from full_stack_transformer.telegram.records import Reply
 from full_stack_transformer.telegram.replies import NO_PREVIEW, Piece, answers_to, text_pieces
-from full_stack_transformer.telegram.store import Reply, Store
+from full_stack_transformer.telegram.store import Store
 from full_stack_transformer.telegram.texts import LANGUAGES
 
 logger = logging.getLogger(__name__)
@@ -150,6 +152,11 @@ class Screen:
                     reply_markup=keyboard,
                 )
             )
+        await self._begin(piece, keyboard)
+        return True
+
+    async def _begin(self, piece: Piece, keyboard: InlineKeyboardMarkup) -> None:
+        """The message that edits let grow; the finished text will take its place."""
         with contextlib.suppress(TelegramBadRequest):
             await self._courier.send(
                 self._key,
@@ -166,4 +173,3 @@ class Screen:
                 self._reply.id,
                 0,
             )
-        return True

@@ -3,209 +3,24 @@
     update ──one transaction──> jobs, replies, settings ──commit──> confirmed to Telegram
     job ──> text (committed) ──> messages (each intended, sent, committed) ──> job deleted
 
-Write-ahead log with `synchronous=FULL`: what is committed survives kill -9 and a power cut. One
-process at a time, held by a lock. Knows neither Telegram's API nor the service.
+Knows neither Telegram's API nor the service.
 """
 
-import contextlib
-import fcntl
 import json
-import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
-from full_stack_transformer.errors import MachineError, UsageError
+from full_stack_transformer.telegram.database import Database, day_of
+from full_stack_transformer.telegram.records import Job, Lane, Reply, pack_reply, unpack_reply
 from full_stack_transformer.telegram.settings import Settings
 
-_FORMAT_VERSION = 1
-# Telegram keeps unconfirmed updates for a day; https://core.telegram.org/bots/api#getupdates
-_KEEP_UPDATES_SECONDS = 8 * 24 * 3600
-_KEEP_REPLIES_SECONDS = 90 * 24 * 3600
-
-Lane = Literal["answers", "words"]
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS updates (update_id INTEGER PRIMARY KEY, recorded REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS chats (
-    chat_id INTEGER PRIMARY KEY,
-    newest_message_id INTEGER NOT NULL
-);
-CREATE TABLE IF NOT EXISTS settings (
-    chat_id INTEGER, thread_id INTEGER, content TEXT, history_start INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (chat_id, thread_id)
-);
-CREATE TABLE IF NOT EXISTS tokens (
-    user_id INTEGER, day TEXT, num_tokens INTEGER NOT NULL, PRIMARY KEY (user_id, day)
-);
-CREATE TABLE IF NOT EXISTS guests (id INTEGER PRIMARY KEY, is_allowed INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS replies (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, chat_id INTEGER NOT NULL, thread_id INTEGER NOT NULL,
-    user_id INTEGER NOT NULL, created REAL NOT NULL, is_finished INTEGER NOT NULL DEFAULT 0,
-    content TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS replies_of_chat ON replies (chat_id, thread_id, id);
-CREATE TABLE IF NOT EXISTS messages (
-    chat_id INTEGER, message_id INTEGER, reply_id INTEGER, position INTEGER,
-    PRIMARY KEY (chat_id, message_id)
-);
-CREATE INDEX IF NOT EXISTS messages_of_reply ON messages (reply_id, position);
-CREATE TABLE IF NOT EXISTS jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, chat_id INTEGER NOT NULL, lane TEXT NOT NULL,
-    kind TEXT NOT NULL, reply_id INTEGER, content TEXT NOT NULL, created REAL NOT NULL
-);
-CREATE INDEX IF NOT EXISTS jobs_of_lane ON jobs (lane, chat_id, id);
-CREATE INDEX IF NOT EXISTS jobs_of_reply ON jobs (reply_id);
-CREATE TABLE IF NOT EXISTS sends (
-    chat_id INTEGER, key TEXT, floor INTEGER NOT NULL, message_id INTEGER,
-    PRIMARY KEY (chat_id, key)
-);
-"""
 # Tables whose rows belong to a chat: they move when the chat does, and go when it does.
 _CHAT_TABLES = ("chats", "settings", "replies", "messages", "jobs", "sends")
 
 
-@dataclass
-class Reply:
-    """One text of the bot, from the moment it is owed; `content` in the database."""
-
-    id: int
-    chat_id: int
-    thread_id: int
-    """0 outside of forums."""
-    user_id: int
-    language: str
-    mode: Literal["continue", "chat"]
-    prompt: str
-    """What the user wrote, or the text that is continued."""
-    prompt_message_id: int
-    settings: Settings
-    seed: int
-    parent_id: int | None = None
-    """The reply before this one in its conversation."""
-    texts: list[str] = field(default_factory=list)
-    """One for each variant; empty while the reply is owed."""
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    """The body that gave each text, as the service took it."""
-    shown: int = 0
-    finish: str = ""
-    """stop, length, stopped (by the user), refused."""
-    model: str = ""
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def text(self) -> str:
-        """The variant that is shown."""
-        return self.texts[self.shown] if self.texts else ""
-
-
-@dataclass
-class Job:
-    """Something that is owed to a chat."""
-
-    id: int
-    chat_id: int
-    kind: str
-    reply_id: int | None
-    content: dict[str, Any]
-    created: float
-
-
-class Store:
-    """The database of one bot; every method is quick and belongs to the event loop's thread.
-
-    Raises:
-        MachineError: another process uses the file, or it cannot be written.
-        UsageError: the file belongs to another bot or another version.
-    """
-
-    def __init__(self, path: Path, bot_id: int) -> None:
-        self._has_forgotten = False
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = path.with_name(path.name + ".lock").open("w")
-        except OSError as error:
-            raise MachineError(
-                f"--database {path} cannot be written: {error.strerror}; name another file"
-            ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise MachineError(
-                f"--database {path} is used by another bot process; stop it, or name another file"
-            ) from None
-        try:
-            self._connection = self._open(path, bot_id)
-        except BaseException:
-            self._lock.close()
-            raise
-
-    def _open(self, path: Path, bot_id: int) -> sqlite3.Connection:
-        try:
-            connection = sqlite3.connect(path, isolation_level=None)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA secure_delete=ON")  # /forget leaves no words in free pages
-            connection.executescript(_SCHEMA)
-            for name, value in (("format", _FORMAT_VERSION), ("bot", bot_id)):
-                connection.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, str(value)))
-            facts = dict(connection.execute("SELECT name, value FROM facts").fetchall())
-        except sqlite3.Error as error:
-            raise MachineError(
-                f"--database {path} cannot be used: {error}; move it away, or name another file"
-            ) from None
-        if facts["bot"] != str(bot_id) or facts["format"] != str(_FORMAT_VERSION):
-            connection.close()
-            raise UsageError(
-                f"--database {path} belongs to bot {facts['bot']} (format {facts['format']}), this is "
-                f"bot {bot_id} (format {_FORMAT_VERSION}); name another file"
-            )
-        now = time.time()
-        connection.execute("DELETE FROM updates WHERE recorded < ?", (now - _KEEP_UPDATES_SECONDS,))
-        connection.execute(
-            "DELETE FROM replies WHERE is_finished AND created < ?", (now - _KEEP_REPLIES_SECONDS,)
-        )
-        connection.execute("DELETE FROM tokens WHERE day < ?", (_day(now - 8 * 86400),))
-        return connection
-
-    def close(self) -> None:
-        """Free the file."""
-        self._connection.close()
-        self._lock.close()
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing; may stand inside another one."""
-        name = "SAVEPOINT step" if self._connection.in_transaction else "BEGIN IMMEDIATE"
-        nested = self._connection.in_transaction
-        self._connection.execute(name)
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK TO step" if nested else "ROLLBACK")
-            if nested:
-                self._connection.execute("RELEASE step")
-            raise
-        self._connection.execute("RELEASE step" if nested else "COMMIT")
-
-    def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._connection.execute(query, values).fetchall()
-
-    def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
-        found: tuple[Any, ...] | None = self._connection.execute(query, values).fetchone()
-        return found
-
-    def _run(self, query: str, *values: Any) -> int:
-        cursor = self._connection.execute(query, values)
-        return cursor.lastrowid or 0
-
-    def _number(self, query: str, *values: Any) -> int:
-        row = self._one(query, *values)
-        return int(row[0] or 0) if row else 0
+class Store(Database):
+    """Everything that the bot owes and remembers."""
 
     # Updates
 
@@ -297,6 +112,14 @@ class Store:
             "SELECT count(*) FROM jobs WHERE lane = ? AND chat_id = ?", lane, chat_id
         )
 
+    def num_unwritten(self, chat_id: int) -> int:
+        """Texts of a chat that wait or are being written; not those that are being sent."""
+        return self._number(
+            "SELECT count(*) FROM jobs JOIN replies ON replies.id = jobs.reply_id "
+            "WHERE lane = 'answers' AND jobs.chat_id = ? AND NOT is_finished",
+            chat_id,
+        )
+
     def waiting_answers(self, chat_id: int, user_id: int) -> list[tuple[int, int]]:
         """(job, reply) of a user's owed replies in a chat, oldest first."""
         rows = self._all(
@@ -313,7 +136,7 @@ class Store:
         """Keep a new reply; its number is given here."""
         reply.id = self._run(
             "INSERT INTO replies (chat_id, thread_id, user_id, created, content) VALUES (?, ?, ?, ?, ?)",
-            *(reply.chat_id, reply.thread_id, reply.user_id, time.time(), _pack(reply)),
+            *(reply.chat_id, reply.thread_id, reply.user_id, time.time(), pack_reply(reply)),
         )
         return reply.id
 
@@ -321,7 +144,7 @@ class Store:
         """Keep what became of a reply."""
         self._run(
             "UPDATE replies SET content = ?, is_finished = ? WHERE id = ?",
-            *(_pack(reply), int(bool(reply.texts)), reply.id),
+            *(pack_reply(reply), int(bool(reply.texts or reply.finish)), reply.id),
         )
 
     def reply(self, reply_id: int) -> Reply | None:
@@ -352,7 +175,7 @@ class Store:
             + condition,
             *values,
         )
-        return None if row is None else _unpack(row)
+        return None if row is None else unpack_reply(row)
 
     def conversation(self, reply_id: int | None, limit: int = 200) -> list[Reply]:
         """A reply and those before it, oldest first."""
@@ -474,7 +297,7 @@ class Store:
         """New tokens that were made for a user since midnight UTC."""
         return self._number(
             "SELECT num_tokens FROM tokens WHERE user_id = ? AND day = ?",
-            *(user_id, _day(time.time())),
+            *(user_id, day_of(time.time())),
         )
 
     def charge(self, user_id: int, num_tokens: int) -> None:
@@ -482,7 +305,7 @@ class Store:
         self._run(
             "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT (user_id, day) DO UPDATE "
             "SET num_tokens = num_tokens + excluded.num_tokens",
-            *(user_id, _day(time.time()), num_tokens),
+            *(user_id, day_of(time.time()), num_tokens),
         )
 
     def allow(self, guest_id: int, is_allowed: bool) -> None:
@@ -507,12 +330,6 @@ class Store:
                 self._run(f"DELETE FROM {table} WHERE chat_id = ?", old_id)  # noqa: S608
             self._run("UPDATE OR REPLACE guests SET id = ? WHERE id = ?", new_id, old_id)
 
-    def erase(self) -> None:
-        """Take what was forgotten out of the write-ahead log too; call it outside of a transaction."""
-        if self._has_forgotten and not self._connection.in_transaction:
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._has_forgotten = False
-
     def forget_chat(self, chat_id: int) -> None:
         """Delete all rows of a chat."""
         self._has_forgotten = True
@@ -532,7 +349,7 @@ class Store:
     def export_chat(self, chat_id: int, user_id: int) -> dict[str, Any]:
         """Everything that is kept about a private chat and its user."""
         replies = [
-            {"created": created, **asdict(_unpack(row))}
+            {"created": created, **asdict(unpack_reply(row))}
             for *row, created in self._all(
                 "SELECT id, chat_id, thread_id, user_id, content, created FROM replies "
                 "WHERE chat_id = ? ORDER BY id",
@@ -558,21 +375,3 @@ class Store:
             ],
             "replies": replies,
         }
-
-
-def _pack(reply: Reply) -> str:
-    content = asdict(reply)
-    for name in ("id", "chat_id", "thread_id", "user_id"):
-        del content[name]
-    return json.dumps(content)
-
-
-def _unpack(row: Sequence[Any]) -> Reply:
-    reply_id, chat_id, thread_id, user_id, packed = row
-    content = json.loads(packed)
-    content["settings"] = Settings(**content["settings"])
-    return Reply(id=reply_id, chat_id=chat_id, thread_id=thread_id, user_id=user_id, **content)
-
-
-def _day(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds))

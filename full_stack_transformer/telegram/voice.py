@@ -19,6 +19,7 @@ from full_stack_transformer.telegram.buttons import settings_keyboard
 from full_stack_transformer.telegram.chats import Chats
 from full_stack_transformer.telegram.delivery import Courier, MessageGoneError
 from full_stack_transformer.telegram.policy import Policy
+from full_stack_transformer.telegram.records import Job
 from full_stack_transformer.telegram.replies import (
     NO_PREVIEW,
     Piece,
@@ -27,7 +28,7 @@ from full_stack_transformer.telegram.replies import (
     text_pieces,
 )
 from full_stack_transformer.telegram.settings import Settings
-from full_stack_transformer.telegram.store import Job, Store
+from full_stack_transformer.telegram.store import Store
 from full_stack_transformer.telegram.texts import LANGUAGES
 from full_stack_transformer.telegram.writing import Writer
 
@@ -102,13 +103,13 @@ class Voice:
         message_id = await self._send(job, 0, Piece(job.content["text"], []))
         answer = self._store.job(answer_id)
         if answer is None:
-            await self._chats.delete(job.chat_id, message_id)
+            await self._chats.display.delete(job.chat_id, message_id)
         else:
             notices = [*answer.content.get("notices", []), message_id]
             self._store.remember(answer_id, notices=notices)
 
     async def _delete(self, job: Job) -> None:
-        await self._chats.delete(job.chat_id, job.content["message_id"])
+        await self._chats.display.delete(job.chat_id, job.content["message_id"])
 
     async def _panel(self, job: Job) -> None:
         if self._store.has_newer_panel(job):
@@ -132,7 +133,7 @@ class Voice:
     async def _render(self, job: Job) -> None:
         reply = None if job.reply_id is None else self._store.reply(job.reply_id)
         if reply is not None:
-            await self._chats.show(reply, str(job.id))
+            await self._chats.display.show(reply, str(job.id))
 
     async def _status(self, job: Job) -> None:
         words = LANGUAGES[job.content["language"]]
@@ -142,7 +143,7 @@ class Voice:
             lines = [words.status_service.format(model=model)]
         except ServiceError:
             lines = [words.status_away]
-        lines.append(words.status.format(num_waiting=self._store.num_jobs(job.chat_id)))
+        lines.append(words.status.format(num_waiting=self._store.num_unwritten(job.chat_id)))
         used, quota = self._store.tokens_today(user_id), self._policy.max_tokens_per_day
         template = words.status_quota if quota else words.status_no_quota
         lines.append(template.format(used=used, quota=quota))

@@ -6,19 +6,19 @@ Knows the service's routes and the replies of the database; nothing of Telegram.
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from full_stack_transformer.errors import ServiceRefusedError, ServiceUnavailableError
-from full_stack_transformer.serving.client import ModelDescription, ServiceClient, streamed_body
-from full_stack_transformer.serving.schemas import (
-    MAX_SEED,
-    MAX_TEXT_CHARACTERS,
-    ChatCompletionRequest,
-    ChatMessage,
-    CompletionRequest,
+from full_stack_transformer.serving.client import (
+    ModelDescription,
+    ServiceClient,
+    Turn,
+    WantedAnswer,
+    WantedContinuation,
 )
-from full_stack_transformer.telegram.store import Reply
+from full_stack_transformer.serving.schemas import MAX_SEED, MAX_TEXT_CHARACTERS
+from full_stack_transformer.telegram.records import Reply
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,10 @@ _MIN_LENGTH = 16
 _TOO_LONG = ("context", "token", "length", "long", "large")
 _KEPT_SHARE = 0.65
 _CHARACTERS_PER_TOKEN = 4
+# What our service takes; odd, because a conversation begins and ends with the user.
+_MAX_TURNS = 999
 
-Request = CompletionRequest | ChatCompletionRequest
+Wanted = WantedContinuation | WantedAnswer
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Draft:
     finish: str = ""
     num_tokens: int = 0
     """Pieces of the stream, of which each holds a token or a few that belong together."""
-    request: Request | None = None
+    request: Wanted | None = None
 
 
 class Writer:
@@ -55,8 +57,7 @@ class Writer:
     @property
     def prefers_chat(self) -> bool:
         """Whether the model is known to have a chat template."""
-        checkpoint = self._described.checkpoint if self._described else {}
-        return bool(checkpoint.get("chat_template") or checkpoint.get("has_chat_template"))
+        return self._described is not None and self._described.has_chat_template
 
     @property
     def known_model(self) -> str | None:
@@ -106,7 +107,7 @@ class Writer:
             self._described = None  # another model may come back
             raise group_error.exceptions[0] from None
 
-    async def _fill(self, draft: Draft, request: Request, grown: Callable[[], None]) -> None:
+    async def _fill(self, draft: Draft, request: Wanted, grown: Callable[[], None]) -> None:
         for _ in range(_MAX_CUTS):
             draft.request = request
             try:
@@ -119,9 +120,9 @@ class Writer:
                 request = shorter
         raise ServiceRefusedError("the service refuses the text however short it is")
 
-    async def _stream(self, draft: Draft, request: Request, grown: Callable[[], None]) -> None:
+    async def _stream(self, draft: Draft, request: Wanted, grown: Callable[[], None]) -> None:
         draft.text, draft.num_tokens = "", 0
-        if isinstance(request, ChatCompletionRequest):
+        if isinstance(request, WantedAnswer):
             pieces = self._client.stream_chat(request)
         else:
             pieces = self._client.stream_completion(request)
@@ -137,7 +138,7 @@ def _nothing() -> None:
     pass
 
 
-def _request(reply: Reply, conversation: list[Reply], model: str, index: int) -> Request:
+def _request(reply: Reply, conversation: list[Reply], model: str, index: int) -> Wanted:
     settings = reply.settings
     sampling: dict[str, Any] = {
         "model": model,
@@ -149,45 +150,36 @@ def _request(reply: Reply, conversation: list[Reply], model: str, index: int) ->
         "seed": (reply.seed + index) % (MAX_SEED + 1),
     }
     if reply.mode == "continue":
-        return CompletionRequest(prompt=reply.prompt[-MAX_TEXT_CHARACTERS:], **sampling)
-    messages = []
-    for turn in conversation:
-        if turn.texts and turn.finish not in ("refused", "failed"):
-            messages.append(ChatMessage(role="user", content=turn.prompt[-MAX_TEXT_CHARACTERS:]))
-            messages.append(ChatMessage(role="assistant", content=turn.text[-MAX_TEXT_CHARACTERS:]))
-    messages.append(ChatMessage(role="user", content=reply.prompt[-MAX_TEXT_CHARACTERS:]))
-    return ChatCompletionRequest(messages=messages[-999:], **sampling)
+        return WantedContinuation(prompt=reply.prompt[-MAX_TEXT_CHARACTERS:], **sampling)
+    turns = []
+    for earlier in conversation:
+        if earlier.texts and earlier.finish not in ("refused", "failed"):
+            turns.append(Turn("user", earlier.prompt[-MAX_TEXT_CHARACTERS:]))
+            turns.append(Turn("assistant", earlier.text[-MAX_TEXT_CHARACTERS:]))
+    turns.append(Turn("user", reply.prompt[-MAX_TEXT_CHARACTERS:]))
+    return WantedAnswer(messages=tuple(turns[-_MAX_TURNS:]), **sampling)
 
 
-def _shortened(request: Request) -> Request | None:
+def _shortened(request: Wanted) -> Wanted | None:
     """The next shorter request; None where nothing is left to cut.
 
     The server's own count of tokens decides, by refusing: no tokenizer is needed here, and no server
     tells its context length in a common way. Whole turns go first, the oldest before the others; then
     the larger part of what is left, the beginning of the text or the room for new tokens.
     """
-    length = request.max_tokens or _MIN_LENGTH
-    if isinstance(request, ChatCompletionRequest):
+    length = request.max_tokens
+    if isinstance(request, WantedAnswer):
         if len(request.messages) > 1:
             # A conversation begins with the user, so turns go in pairs.
-            return request.model_copy(update={"messages": request.messages[2:]})
+            return replace(request, messages=request.messages[2:])
         if length <= _MIN_LENGTH:
             return None
-        return request.model_copy(update={"max_tokens": max(_MIN_LENGTH, length // 2)})
+        return replace(request, max_tokens=max(_MIN_LENGTH, length // 2))
     num_characters = len(request.prompt)
     if length > max(_MIN_LENGTH, num_characters // _CHARACTERS_PER_TOKEN):
-        return request.model_copy(update={"max_tokens": max(_MIN_LENGTH, length // 2)})
+        return replace(request, max_tokens=max(_MIN_LENGTH, length // 2))
     if num_characters <= 1:
         return None
     kept = request.prompt[num_characters - int(num_characters * _KEPT_SHARE) :]
     _, space, rest = kept.partition(" ")
-    return request.model_copy(
-        update={"prompt": rest if space and len(rest) > len(kept) // 2 else kept}
-    )
-
-
-def request_body(request: Request) -> dict[str, Any]:
-    """The body that gives the same text again, without streaming."""
-    body = streamed_body(request)
-    del body["stream"]
-    return body
+    return replace(request, prompt=rest if space and len(rest) > len(kept) // 2 else kept)

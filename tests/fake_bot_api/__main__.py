@@ -6,8 +6,9 @@ import signal
 
 from aiohttp import web
 
-from tests.fake_bot_api.process import DEFAULT_TOKEN
 from tests.fake_bot_api.server import make_app
+
+_DEFAULT_TOKEN = "42:FAKE-token_of-the-only-bot"
 
 
 async def serve(host: str, port: int, token: str, *, with_limits: bool) -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A small Telegram Bot API for tests")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8081, help="0 for any free one")
-    parser.add_argument("--token", default=DEFAULT_TOKEN, help="of the only bot that is known")
+    parser.add_argument("--token", default=_DEFAULT_TOKEN, help="of the only bot that is known")
     parser.add_argument(
         "--no_limits", action="store_true", help="chats take any number of messages"
     )

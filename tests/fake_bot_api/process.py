@@ -5,6 +5,7 @@ with running_fake_bot_api() as telegram:
     (answer,) = telegram.bot_messages(chat_id=1, at_least=1)
 """
 
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,9 @@ import httpx
 
 Json = dict[str, Any]
 
-DEFAULT_TOKEN = "42:FAKE-token_of-the-only-bot"
 _REPOSITORY = Path(__file__).parents[2]
-_STOP_SECONDS = 10
 # Long, because a busy machine is slow; what is expected comes in milliseconds.
-_PATIENCE_SECONDS = 40.0
+_PATIENCE_SECONDS = 120.0
 
 
 class FakeBotApi:
@@ -30,7 +29,7 @@ class FakeBotApi:
         self.url = url
         self.token = token
         # Longer than any waiting read, so that a test fails with 408 and not in the client.
-        self.http = httpx.Client(base_url=url, timeout=120, trust_env=False)
+        self.http = httpx.Client(base_url=url, timeout=2 * _PATIENCE_SECONDS, trust_env=False)
 
     def write(self, chat_id: int, text: str | None = None, **more: Any) -> Json:
         """A user writes; `content={"photo": [...]}` instead of a text for something else."""
@@ -74,6 +73,7 @@ class FakeBotApi:
 
     def state(self, **query: Any) -> Json:
         """How many updates wait, how many calls went beyond a limit."""
+        query = {"timeout": _PATIENCE_SECONDS, **query}
         state: Json = self.http.get("/user/state", params=query).json()
         return state
 
@@ -82,10 +82,14 @@ class FakeBotApi:
         self._post("/user/deletions", {"chat_id": chat_id, "message_id": message_id})
 
     def bot_messages(
-        self, chat_id: int, at_least: int = 0, timeout: float = _PATIENCE_SECONDS
+        self,
+        chat_id: int,
+        at_least: int = 0,
+        button: str = "",
+        timeout: float = _PATIENCE_SECONDS,
     ) -> list[Json]:
-        """The bot's messages in a chat, once there are `at_least` so many."""
-        query = {"sender": "bot", "at_least": at_least, "timeout": timeout}
+        """The bot's messages in a chat, once there are `at_least` so many; those with `button` only."""
+        query: Json = {"sender": "bot", "at_least": at_least, "timeout": timeout, "button": button}
         return self._get(f"/user/chats/{chat_id}/messages", query)
 
     def query_answer(self, query_id: str, timeout: float = _PATIENCE_SECONDS) -> Json:
@@ -97,10 +101,14 @@ class FakeBotApi:
         method: str,
         chat_id: int | None = None,
         at_least: int = 0,
+        *,
+        answered: bool = True,
         timeout: float = _PATIENCE_SECONDS,
     ) -> list[Json]:
-        """Recorded calls of the bot, once there are `at_least` so many."""
+        """Recorded calls of the bot, once there are `at_least` so many that were answered (or begun)."""
         query: Json = {"method": method, "at_least": at_least, "timeout": timeout}
+        if answered:
+            query["answered"] = 1
         if chat_id is not None:
             query["chat_id"] = chat_id
         return self._get("/user/requests", query)
@@ -108,6 +116,10 @@ class FakeBotApi:
     def fail(self, method: str, kind: str, times: int = 1, **more: Any) -> None:
         """The next calls of `method` (or "*") go wrong: retry_after, bad_gateway, reset, error, hang."""
         self._post("/user/faults", {"method": method, "kind": kind, "times": times, **more})
+
+    def clear_faults(self) -> None:
+        """Nothing goes wrong any more; calls that hang end with 504."""
+        self.http.delete("/user/faults")
 
     def _post(self, path: str, body: Json) -> Json:
         answer: Json = self.http.post(path, json=body).raise_for_status().json()
@@ -122,9 +134,14 @@ class FakeBotApi:
 
 @contextmanager
 def running_fake_bot_api(
-    token: str = DEFAULT_TOKEN, *, with_limits: bool = True
+    token: str | None = None, *, with_limits: bool = True
 ) -> Iterator[FakeBotApi]:
-    """Start the server on a free port, and stop it at the end."""
+    """Start the server on a free port, and stop it at the end.
+
+    Its token is one of its own: a bot of another test that polls a port of long ago gets 401 here, and
+    not the updates of this test.
+    """
+    token = token or f"42:FAKE-{secrets.token_urlsafe(16)}"
     command = [sys.executable, "-m", "tests.fake_bot_api", "--port", "0", "--token", token]
     command += [] if with_limits else ["--no_limits"]
     with subprocess.Popen(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
@@ -135,4 +152,4 @@ def running_fake_bot_api(
                 yield telegram
         finally:
             process.terminate()
-            process.wait(_STOP_SECONDS)
+            process.wait(_PATIENCE_SECONDS)

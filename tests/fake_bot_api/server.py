@@ -57,7 +57,7 @@ async def _carry_out(
 ) -> web.Response:
     fault = world.take_fault(method, parameters)
     if fault is not None and fault.kind == "hang":
-        await asyncio.sleep(fault.seconds)
+        await world.bell.wait_until(lambda: fault not in world.faults, fault.seconds)
         return web.Response(status=504)
     if fault is not None and not fault.after:
         return _strike(request, fault)

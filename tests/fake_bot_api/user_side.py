@@ -186,15 +186,16 @@ class _User:
         return web.json_response({})
 
     async def read(self, request: web.Request) -> web.Response:
-        """All messages of a chat; `sender=bot` only the bot's; waits for `at_least` so many."""
+        """Messages of a chat; `sender=bot` only the bot's, `button` only with such a button; waits."""
         chat = self._world.open_chat(int(request.match_info["chat_id"]))
         only_bot = request.query.get("sender") == "bot"
+        button = request.query.get("button", "")
 
         def messages() -> list[Json]:
             return [
                 chat.view(message)
                 for message in list(chat.messages.values())
-                if message["from"]["is_bot"] or not only_bot
+                if (message["from"]["is_bot"] or not only_bot) and _has_button(message, button)
             ]
 
         return await self._when_enough(request, messages)
@@ -210,7 +211,7 @@ class _User:
         return await self._when_enough(request, found, at_least=1)
 
     async def read_requests(self, request: web.Request) -> web.Response:
-        """Recorded calls, of one `method` and `chat_id` if given; waits for `at_least` so many."""
+        """Recorded calls, of one `method` and `chat_id` if given, or `answered`; waits."""
         method, chat_id = request.query.get("method", ""), request.query.get("chat_id")
 
         def requests() -> list[Json]:
@@ -218,6 +219,7 @@ class _User:
                 record
                 for record in self._world.requests
                 if method.lower() in ("", record["method"].lower())
+                and (record["status"] is not None or "answered" not in request.query)
                 and chat_id in (None, str(record["parameters"].get("chat_id")))
             ]
 
@@ -258,8 +260,9 @@ class _User:
         return web.json_response(left)
 
     async def clear_faults(self, request: web.Request) -> web.Response:
-        """Nothing goes wrong any more."""
+        """Nothing goes wrong any more; what hangs ends."""
         self._world.faults.clear()
+        self._world.bell.ring()
         return web.json_response({})
 
 
@@ -272,6 +275,11 @@ def _button_data(message: Json, words: str) -> str:
     rows = message["reply_markup"]["inline_keyboard"]
     found = [button["callback_data"] for row in rows for button in row if words in button["text"]]
     return str(found[0])
+
+
+def _has_button(message: Json, words: str) -> bool:
+    rows = message.get("reply_markup", {}).get("inline_keyboard", [])
+    return not words or any(words == button["text"] for row in rows for button in row)
 
 
 def _command_entities(text: str) -> Json:

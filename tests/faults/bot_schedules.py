@@ -16,17 +16,16 @@ from typing import Any, Protocol
 
 import httpx
 
-from full_stack_transformer.serving.schemas import CompletionRequest
 from full_stack_transformer.telegram.replies import split_text
 from full_stack_transformer.telegram.texts import ENGLISH
 from tests.fake_bot_api.process import FakeBotApi
 from tests.telegram.bot_forks import BotForks, ForkedBot
 from tests.telegram.bot_process import bot_command
-from tests.telegram.stand_in_service import Request, StandInService, prompt_of
+from tests.telegram.stand_in_service import Request, StandInService, prompt_of, request_of
 
 Json = dict[str, Any]
 
-_QUIET_SECONDS = 90.0
+_QUIET_SECONDS = 240.0
 _FAULTY_METHODS = (
     "sendMessage",
     "sendMessage",
@@ -82,7 +81,7 @@ class SlowService:
 
     def text_for(self, request: Json) -> str:
         """A function of prompt and seed."""
-        return self.stand_in.text_for(CompletionRequest.model_validate(request))
+        return self.stand_in.text_for(request_of(request))
 
     def trouble(self, chance: random.Random) -> None:
         """The next requests fail."""
@@ -139,7 +138,7 @@ class Schedule:
             for _ in range(self.random.randint(6, 12)):
                 self._act()
                 time.sleep(self.random.choice((0.0, 0.02, 0.1, 0.3)))
-            self.telegram.http.delete("/user/faults")
+            self.telegram.clear_faults()
             if not self.bot.is_running:
                 self._start()
             self._wait_until_quiet()
@@ -149,7 +148,7 @@ class Schedule:
             self._check_secrets()
         finally:
             self.bot.kill()
-            self.telegram.http.delete("/user/faults")
+            self.telegram.clear_faults()
         return self.counts
 
     def _start(self) -> None:
@@ -157,7 +156,7 @@ class Schedule:
         for _ in range(20):
             self.bot.begin()
             try:
-                self.bot.wait_for_log("answering as @", 30)
+                self.bot.wait_for_log("answering as @")
                 return
             except AssertionError:
                 if self.bot.is_running:
@@ -252,7 +251,7 @@ class Schedule:
 
     def _wait_until_quiet(self) -> None:
         until = time.monotonic() + _QUIET_SECONDS
-        self.telegram.state(idle=1, timeout=30)
+        self.telegram.state(idle=1)
         while self._rows("SELECT count(*) FROM jobs")[0][0]:
             if time.monotonic() > until:
                 self._fail(f"still owed: {self._rows('SELECT kind, content FROM jobs')}")

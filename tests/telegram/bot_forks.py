@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.telegram.bot_process import bot_environment
+from tests.telegram.bot_process import bot_environment, quick_directory
 
 _REPOSITORY = Path(__file__).parents[2]
-_TIMEOUT_SECONDS = 60.0
-_LOOK_SECONDS = 0.01
+_TIMEOUT_SECONDS = 120.0
+_LOOK_SECONDS = 0.02
 # For tests that are not about limits: the bot writes, and lets people write, as often as they like.
 QUICK = {"TESTS_QUICK_PACE": "1"}
 
@@ -46,11 +46,18 @@ class BotForks:
     def bot(
         self, command: Sequence[str], token: str | None, more: Mapping[str, str] | None = None
     ) -> "ForkedBot":
-        """A bot that is not started yet; `command` as `bot_command` gives it."""
+        """A bot that is not started yet; `command` as `bot_command` gives it.
+
+        Where that names no database, the bot gets a new one.
+        """
         self._num_bots += 1
         log = self._directory / f"bot-{self._num_bots}.log"
+        words = list(command)[3:]
+        if "--database" not in words:
+            database = self._directory / f"bot-{self._num_bots}" / "bot.sqlite3"
+            words += ["--database", str(database)]
         environment = {**bot_environment(token), **(more or {})}
-        return ForkedBot(self, list(command)[3:], environment, log)
+        return ForkedBot(self, words, environment, log)
 
 
 class ForkedBot:
@@ -133,7 +140,7 @@ class ForkedBot:
 @contextmanager
 def bot_forks() -> Iterator[BotForks]:
     """The server that forks bots."""
-    with tempfile.TemporaryDirectory(prefix="fst-bots-") as directory:
+    with tempfile.TemporaryDirectory(prefix="fst-bots-", dir=quick_directory()) as directory:
         command = [sys.executable, "-m", "tests.telegram.bot_forks"]
         with subprocess.Popen(
             command, cwd=_REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,13 +1,15 @@
 """One fake Bot API, one stand-in service and one bot for all tests of a module."""
 
 import itertools
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.fake_bot_api.process import FakeBotApi, running_fake_bot_api
 from tests.telegram.bot_forks import QUICK, BotForks, ForkedBot, bot_forks
-from tests.telegram.bot_process import bot_command
+from tests.telegram.bot_process import bot_command, quick_directory
 from tests.telegram.stand_in_service import StandInService, serving
 
 _chat_ids = itertools.count(1000)
@@ -18,6 +20,13 @@ def forks() -> Iterator[BotForks]:
     """What starts bots."""
     with bot_forks() as server:
         yield server
+
+
+@pytest.fixture
+def quick_path() -> Iterator[Path]:
+    """A directory of one test, in memory if possible."""
+    with tempfile.TemporaryDirectory(prefix="fst-test-", dir=quick_directory()) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 """An OpenAI-compatible server in small: streamed completions and chat, with texts that a test decides.
 
-No model, and no FastAPI: the bot sees HTTP and must not need more. Strict as our own service is:
-unknown fields are refused, prompts beyond the context too.
+No model, no FastAPI, no schema of ours: the bot sees HTTP and must not need more. Strict as our own
+service is: unknown fields are refused, prompts beyond the context too.
 """
 
 import json
+import socket
 import threading
 import time
 import uuid
@@ -13,28 +14,43 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from full_stack_transformer.serving.client import Turn, WantedAnswer, WantedContinuation
 
-from full_stack_transformer.serving.schemas import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    ErrorDetail,
-    ErrorResponse,
-    GeneratedTextsRequest,
-    GeneratedTextsResponse,
-    Health,
-    ModelCard,
-    ModelList,
-    Version,
-)
+Json = dict[str, Any]
+Request = WantedContinuation | WantedAnswer
 
 MODEL = "stand-in-model"
 VERSION = "9.8.7"
-_MAX_HOLD_SECONDS = 30
+# Long, because a busy machine is slow; what is expected comes in milliseconds.
+_PATIENCE_SECONDS = 120.0
+_LOOK_SECONDS = 0.02
 _PIECE_CHARACTERS = 7
 _MAX_PIECES = 2000
 
-Request = CompletionRequest | ChatCompletionRequest
+
+class Hold:
+    """Requests that wait at given pieces of their text until the test, or the client's leaving, ends it."""
+
+    def __init__(self, after_pieces: int) -> None:
+        self.after_pieces = after_pieces
+        self._arrived = threading.Event()
+        self._released = threading.Event()
+
+    def wait(self) -> None:
+        """Wait until a request has come so far."""
+        assert self._arrived.wait(_PATIENCE_SECONDS), "no request came so far"
+
+    def release(self) -> None:
+        """Let it go on."""
+        self._released.set()
+
+    def keep(self, handler: BaseHTTPRequestHandler) -> None:
+        """The request's side: wait here."""
+        self._arrived.set()
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not self._released.wait(_LOOK_SECONDS) and time.monotonic() < until:
+            if is_closed(handler):
+                return
 
 
 class StandInService:
@@ -48,8 +64,6 @@ class StandInService:
         self.speaks_native = True
         """Whether it is ours: `/version` exists."""
         self.requests: list[Request] = []
-        self.texts: list[tuple[str, int, str]] = []
-        """(prompt, seed, text) of every text that was streamed to its end."""
         self.continuations: dict[str, Callable[[], str]] = {}
         """Prompt -> what continues it; other texts are a function of prompt and seed."""
         self.refusals: dict[str, int] = {}
@@ -57,35 +71,34 @@ class StandInService:
         self.failures: list[str] = []
         """What goes wrong with the next requests: unavailable, broken, error, foreign."""
         self.seconds_between_pieces = 0.0
-        self.num_pieces_after_close = 0
-        """Pieces that could still be written after the client had gone, in the last broken stream."""
-        self.num_running = 0
-        self.num_broken = 0
-        """Streams that the client left before their end."""
-        self._lock = threading.Lock()
-        self._held: dict[str, tuple[threading.Event, threading.Event]] = {}
+        self.left: dict[str, int] = {}
+        """Prompt of a stream that the client left -> pieces that could still be written after that."""
+        self.changed = threading.Condition()
+        self._holds: dict[str, Hold] = {}
 
     @contextmanager
-    def holding(self, prompt: str) -> Iterator[threading.Event]:
-        """Inside, `prompt` is not answered; the event tells that it arrived."""
-        arrived, released = threading.Event(), threading.Event()
-        self._held[prompt] = (arrived, released)
+    def holding(self, prompt: str, after_pieces: int = 0) -> Iterator[Hold]:
+        """Inside, the text for `prompt` comes to a halt after so many pieces; 0: before the answer."""
+        hold = self._holds[prompt] = Hold(after_pieces)
         try:
-            yield arrived
+            yield hold
         finally:
-            del self._held[prompt]
-            released.set()
+            del self._holds[prompt]
+            hold.release()
 
-    def wait_if_held(self, prompt: str) -> None:
-        """Wait for the test, where it holds this prompt."""
-        if prompt in self._held:
-            arrived, released = self._held[prompt]
-            arrived.set()
-            released.wait(_MAX_HOLD_SECONDS)
+    def hold_of(self, prompt: str) -> Hold | None:
+        """The hold that a request meets, if the test wants one."""
+        return self._holds.get(prompt)
+
+    def wait_until_left(self, prompt: str) -> int:
+        """Wait until the client has left a stream; how many pieces were written after that."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: prompt in self.left, _PATIENCE_SECONDS)
+            return self.left[prompt]
 
     def record(self, request: Request) -> str | None:
         """Remember a request; the failure that it meets."""
-        with self._lock:
+        with self.changed:
             self.requests.append(request)
             return self.failures.pop(0) if self.failures else None
 
@@ -94,131 +107,169 @@ class StandInService:
         prompt = prompt_of(request)
         if prompt in self.continuations:
             return self.continuations[prompt]()
-        if isinstance(request, ChatCompletionRequest):
+        if isinstance(request, WantedAnswer):
             return f"You said {prompt!r}, turn {len(request.messages)}, seed {request.seed}."
         return f" goes on, seed {request.seed}"
+
+    def description(self) -> Json:
+        """The answer of `/version`."""
+        facts = {"model": MODEL, "has_chat_template": self.chat_template}
+        return {"package_version": VERSION, "model": MODEL, "description": {}, "models": [facts]}
+
+
+def request_of(body: Json) -> Request:
+    """A request from its body.
+
+    Raises:
+        TypeError: the body has a field too much or too few.
+    """
+    if "messages" in body:
+        turns = tuple(Turn(**turn) for turn in body["messages"])
+        return WantedAnswer(**{**body, "messages": turns})
+    return WantedContinuation(**body)
 
 
 def prompt_of(request: Request) -> str:
     """What the user wrote last."""
-    if isinstance(request, ChatCompletionRequest):
+    if isinstance(request, WantedAnswer):
         return request.messages[-1].content
     return request.prompt
 
 
 def _size(request: Request) -> int:
-    if isinstance(request, ChatCompletionRequest):
-        return sum(len(message.content) for message in request.messages)
+    if isinstance(request, WantedAnswer):
+        return sum(len(turn.content) for turn in request.messages)
     return len(request.prompt)
 
 
-def _error(status: int, message: str) -> tuple[int, BaseModel]:
-    return status, ErrorResponse(error=ErrorDetail(message=message, type="error"))
+class _Handler(BaseHTTPRequestHandler):
+    """One connection; `service` is set by `serving`."""
+
+    service: StandInService
+
+    def do_GET(self) -> None:
+        bodies: dict[str, Json] = {
+            "/health": {"status": "ok"},
+            "/v1/models": {"object": "list", "data": [{"id": MODEL, "object": "model"}]},
+        }
+        if self.service.speaks_native:
+            bodies["/version"] = self.service.description()
+        if self.path in bodies:
+            self._answer(200, bodies[self.path])
+        else:
+            self._refuse(404, "Not Found")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        is_streamed = body.pop("stream", False)
+        try:
+            request = request_of(body)
+        except TypeError:
+            self._refuse(422, "the body does not fit")
+            return
+        if is_streamed:
+            self._complete(request)
+        elif self.service.chat_template:
+            self._answer(200, {"choices": []})
+        else:
+            self._refuse(400, "this model has no chat template")
+
+    def _complete(self, request: Request) -> None:
+        service, prompt = self.service, prompt_of(request)
+        failure = service.record(request)
+        hold = service.hold_of(prompt) if failure is None else None
+        if hold is not None and hold.after_pieces == 0:
+            hold.keep(self)
+        if failure == "unavailable":
+            self._refuse(503, "busy")
+        elif prompt in service.refusals:
+            self._refuse(service.refusals[prompt], f"cannot serve {prompt!r}")
+        elif _size(request) + request.max_tokens > service.context:
+            self._refuse(400, f"the context is {service.context} tokens")
+        else:
+            self._stream(request, failure, hold)
+
+    def _stream(self, request: Request, failure: str | None, hold: Hold | None) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        text = self.service.text_for(request)
+        size = max(_PIECE_CHARACTERS, len(text) // _MAX_PIECES)
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        num_after_close = 0
+        try:
+            for number, piece in enumerate(pieces):
+                if number == len(pieces) // 2 and failure is not None:
+                    self._fail(failure)
+                    return
+                if hold is not None and number == hold.after_pieces:
+                    hold.keep(self)
+                if self.service.seconds_between_pieces:
+                    time.sleep(self.service.seconds_between_pieces)
+                num_after_close += is_closed(self)
+                self._event(_chunk(request, piece, None))
+            self._event(_chunk(request, "", "stop" if failure is None else None))
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            with self.service.changed:
+                self.service.left[prompt_of(request)] = num_after_close
+                self.service.changed.notify_all()
+
+    def _fail(self, failure: str) -> None:
+        if failure == "error":
+            self._event({"error": {"message": "failed", "type": "server_error"}})
+        elif failure == "foreign":
+            self._event({"something": "else"})
+
+    def _event(self, content: Json) -> None:
+        # As our own service writes it: characters beyond ASCII as they are.
+        self.wfile.write(f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode())
+        self.wfile.flush()
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._answer(status, {"error": {"message": message, "type": "error"}})
+
+    def _answer(self, status: int, body: Json) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Nothing."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is what many tests are about."""
+
+
+def bound_socket() -> socket.socket:
+    """A port that is ours and refuses connections until `serving` is given it."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    return bound
 
 
 @contextmanager
-def serving(service: StandInService, port: int = 0) -> Iterator[StandInService]:
-    """Serve on a free port, or on the one of an earlier time."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            description = {"chat_template": True} if service.chat_template else {}
-            version = Version(package_version=VERSION, model=MODEL, description=description)
-            bodies: dict[str, BaseModel] = {
-                "/health": Health(),
-                "/v1/models": ModelList(data=[ModelCard(id=MODEL, created=0)]),
-            }
-            if service.speaks_native:
-                bodies["/version"] = version
-            if self.path in bodies:
-                self._answer(200, bodies[self.path])
-            else:
-                self._answer(*_error(404, "Not Found"))
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            try:
-                if self.path == "/generated_texts/":
-                    self._generate(GeneratedTextsRequest.model_validate_json(body))
-                elif self.path == "/v1/chat/completions":
-                    self._complete(ChatCompletionRequest.model_validate_json(body))
-                else:
-                    self._complete(CompletionRequest.model_validate_json(body))
-            except ValidationError:
-                self._answer(*_error(422, "the body does not fit"))
-
-        def _generate(self, request: GeneratedTextsRequest) -> None:
-            self._answer(200, GeneratedTextsResponse(texts=[" goes on"]))
-
-        def _complete(self, request: Request) -> None:
-            failure = service.record(request)
-            prompt = prompt_of(request)
-            service.wait_if_held(prompt)
-            if failure == "unavailable":
-                self._answer(*_error(503, "busy"))
-            elif prompt in service.refusals:
-                self._answer(*_error(service.refusals[prompt], f"cannot serve {prompt!r}"))
-            elif _size(request) + (request.max_tokens or 0) > service.context:
-                self._answer(*_error(400, f"the context is {service.context} tokens"))
-            else:
-                self._stream(request, failure)
-
-        def _stream(self, request: Request, failure: str | None) -> None:
-            self.send_response(200)
-            self.send_header("content-type", "text/event-stream")
-            self.send_header("connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            text = service.text_for(request)
-            size = max(_PIECE_CHARACTERS, len(text) // _MAX_PIECES)
-            pieces = [text[start : start + size] for start in range(0, len(text), size)]
-            service.num_running += 1
-            num_after_close = 0
-            try:
-                for number, piece in enumerate(pieces):
-                    if number == len(pieces) // 2 and failure is not None:
-                        if failure == "error":
-                            self._event({"error": {"message": "failed", "type": "server_error"}})
-                        elif failure == "foreign":
-                            self._event({"something": "else"})
-                        return
-                    if service.seconds_between_pieces:
-                        time.sleep(service.seconds_between_pieces)
-                    num_after_close += _is_closed(self)
-                    self._event(_chunk(request, piece, None))
-                self._event(_chunk(request, "", "stop" if failure is None else None))
-                self.wfile.write(b"data: [DONE]\n\n")
-                with service._lock:
-                    service.texts.append((prompt_of(request), request.seed or 0, text))
-            except OSError:
-                service.num_pieces_after_close = num_after_close
-                service.num_broken += 1
-            finally:
-                service.num_running -= 1
-
-        def _event(self, content: dict[str, Any]) -> None:
-            self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
-            self.wfile.flush()
-
-        def _answer(self, status: int, body: BaseModel) -> None:
-            content = body.model_dump_json().encode()
-            self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that goes away is what many tests are about."""
-
-    with Server(("127.0.0.1", port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+def serving(
+    service: StandInService, bound: socket.socket | None = None
+) -> Iterator[StandInService]:
+    """Serve on a free port, or on one that is bound already."""
+    handler = type("Handler", (_Handler,), {"service": service})
+    with _Server(("127.0.0.1", 0), handler, bind_and_activate=False) as server:
+        server.socket.close()
+        server.socket = bound_socket() if bound is None else bound
+        service.url = url_of(server.socket)
+        server.server_activate()
+        thread = threading.Thread(target=server.serve_forever, args=(_LOOK_SECONDS,))
         thread.start()
-        service.url = f"http://127.0.0.1:{server.server_address[1]}"
         try:
             yield service
         finally:
@@ -226,7 +277,12 @@ def serving(service: StandInService, port: int = 0) -> Iterator[StandInService]:
             thread.join()
 
 
-def _is_closed(handler: BaseHTTPRequestHandler) -> bool:
+def url_of(bound: socket.socket) -> str:
+    """The address of a bound port."""
+    return f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+def is_closed(handler: BaseHTTPRequestHandler) -> bool:
     """Whether the client has closed its side, without waiting."""
     connection = handler.connection
     connection.setblocking(False)
@@ -234,13 +290,15 @@ def _is_closed(handler: BaseHTTPRequestHandler) -> bool:
         return not connection.recv(1)
     except BlockingIOError:
         return False
+    except OSError:
+        return True
     finally:
         connection.setblocking(True)
 
 
-def _chunk(request: Request, text: str, finish_reason: str | None) -> dict[str, Any]:
+def _chunk(request: Request, text: str, finish_reason: str | None) -> Json:
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": 0, "model": request.model}
-    if isinstance(request, ChatCompletionRequest):
+    if isinstance(request, WantedAnswer):
         delta = {"content": text} if text else {}
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return {**head, "object": "chat.completion.chunk", "choices": [choice]}

@@ -88,8 +88,8 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(tmp_path / "bot.sqlite3", 42)
+def store(quick_path: Path) -> Iterator[Store]:
+    opened = Store(quick_path / "bot.sqlite3", 42)
     yield opened
     opened.close()
 

@@ -12,13 +12,14 @@ import pytest
 from aiogram.types import User
 
 from full_stack_transformer.serving.client import ServiceClient
-from full_stack_transformer.telegram.asks import Asks
+from full_stack_transformer.telegram.asks import MAX_WAITING, Asks
 from full_stack_transformer.telegram.chats import Chats
 from full_stack_transformer.telegram.intake import Intake
 from full_stack_transformer.telegram.monitoring import Metrics
 from full_stack_transformer.telegram.policy import Policy
 from full_stack_transformer.telegram.settings import Settings
 from full_stack_transformer.telegram.store import Store
+from full_stack_transformer.telegram.texts import ENGLISH
 from full_stack_transformer.telegram.writing import Writer
 
 Json = dict[str, Any]
@@ -41,13 +42,19 @@ class Laboratory:
         self.store = Store(path, 42)
         self.metrics = Metrics()
         writer = Writer(ServiceClient("http://service"))
-        policy = Policy(self.store, max_tokens_per_day=100)
+        self.now = 1000.0
+        policy = Policy(self.store, max_tokens_per_day=100, clock=lambda: self.now)
         self.chats = SleepingChats(self.store, None, writer, self.metrics)  # type: ignore[arg-type]
         asks = Asks(
             self.store, self.chats, writer, policy, Settings(), service_url="", log_texts=False
         )
         me = User(id=42, is_bot=True, first_name="Bot", username="fake_bot")
         self.intake = Intake(self.store, self.chats, policy, self.metrics, asks, me)
+
+    def said(self) -> list[str]:
+        """The bot's own words that are owed."""
+        rows = self.store._all("SELECT content FROM jobs WHERE lane = 'words' AND kind = 'say'")
+        return [json.loads(row[0])["text"] for row in rows]
 
     def outcomes(self) -> dict[str, float]:
         """How many updates ended how."""
@@ -56,8 +63,8 @@ class Laboratory:
 
 
 @pytest.fixture
-def laboratory(tmp_path: Path) -> Iterator[Laboratory]:
-    opened = Laboratory(tmp_path / "bot.sqlite3")
+def laboratory(quick_path: Path) -> Iterator[Laboratory]:
+    opened = Laboratory(quick_path / "bot.sqlite3")
     yield opened
     opened.store.close()
 
@@ -75,6 +82,23 @@ def test_a_repeated_update_is_dropped(laboratory: Laboratory) -> None:
     laboratory.intake.take([message(1, "Hello")])
     assert laboratory.store.num_jobs() == 1
     assert laboratory.outcomes() == {"handled": 1, "repeated": 2}
+
+
+def test_who_has_too_much_waiting_is_told_once_in_a_while(laboratory: Laboratory) -> None:
+    laboratory.intake.take([message(number, "More") for number in range(1, 15)])
+    assert laboratory.store.num_jobs() == MAX_WAITING + 1
+    assert laboratory.said() == [ENGLISH.too_many]
+    laboratory.now += 11
+    laboratory.intake.take([message(number, "More") for number in range(15, 18)])
+    assert laboratory.said() == [ENGLISH.too_many] * 2
+
+
+def test_who_floods_with_commands_is_left_alone_for_a_while(laboratory: Laboratory) -> None:
+    laboratory.intake.take([message(number, "/help") for number in range(1, 100)])
+    assert laboratory.said() == [ENGLISH.help] * 30 + [ENGLISH.too_many]
+    laboratory.now += 5
+    laboratory.intake.take([message(number, "/help") for number in range(100, 105)])
+    assert laboratory.said().count(ENGLISH.help) == 35
 
 
 def test_lone_surrogates_and_zeros_are_kept_as_text(laboratory: Laboratory) -> None:
@@ -99,38 +123,40 @@ def test_a_full_disk_records_nothing_and_confirms_nothing(laboratory: Laboratory
     assert laboratory.store.num_jobs() == 1
 
 
+_ANYTHING: list[Any] = [
+    None, True, 0, -1, 2**63, 2**64, -(2**70), 1e308, "", "x" * 5000, "\ud800", "\x00", "‮",
+    "<b>&amp;", "/settings " + "9" * 400, "/start" * 900, "/why", "/forget", "/settings seed 1",
+    "/allow 1", "/stop@fake_bot", "@fake_bot", [], [[]], {}, {"id": 1}, "2/set/5/temperature/+",
+    "2/show/1/0", "2/forget/5", "2/repeat/999999999999999999", "private", "channel", "group",
+]  # fmt: skip
+_PERSON = {"id": 5, "is_bot": False, "first_name": "User", "language_code": "ru"}
+_CHAT = {"id": -5, "type": "supergroup", "title": "Group"}
+_CONTENT = {
+    "message_id": 7, "date": 1, "chat": _CHAT, "from": _PERSON, "text": "Hostile words",
+    "message_thread_id": 3, "is_topic_message": True, "entities": [],
+    "reply_to_message": {"message_id": 6, "date": 1, "chat": _CHAT, "from": _PERSON},
+}  # fmt: skip
+_TEMPLATES: list[Json] = [
+    {"message": _CONTENT},
+    {"callback_query": {"id": "1", "from": _PERSON, "chat_instance": "1", "data": "2/set/5/seed/0",
+                        "message": _CONTENT}},
+    {"stopped_message_generation": {"chat": _CHAT, "draft_id": 1}},
+    {"my_chat_member": {"chat": _CHAT, "from": _PERSON, "date": 1,
+                        "old_chat_member": {"status": "member", "user": _PERSON},
+                        "new_chat_member": {"status": "kicked", "user": _PERSON,
+                                            "until_date": 0}}},
+    {"edited_message": _CONTENT}, {"channel_post": _CONTENT}, {"unknown_kind": _CONTENT},
+]  # fmt: skip
+
+
 def _hostile_updates(number: int, seed: int) -> Iterator[Any]:
     """Valid updates with random parts replaced by anything, and things that are no updates."""
     chance = random.Random(seed)
-    anything: list[Any] = [
-        None, True, 0, -1, 2**63, 2**64, -(2**70), 1e308, "", "x" * 5000, "\ud800", "\x00", "‮",
-        "<b>&amp;", "/settings " + "9" * 400, "/start" * 900, "/why", "/forget", "/settings seed 1",
-        "/allow 1", "/stop@fake_bot", "@fake_bot", [], [[]], {}, {"id": 1}, "2/set/5/temperature/+",
-        "2/show/1/0", "2/forget/5", "2/repeat/999999999999999999", "private", "channel", "group",
-    ]  # fmt: skip
-    person = {"id": 5, "is_bot": False, "first_name": "User", "language_code": "ru"}
-    chat = {"id": -5, "type": "supergroup", "title": "Group"}
-    content = {
-        "message_id": 7, "date": 1, "chat": chat, "from": person, "text": "Hostile words",
-        "message_thread_id": 3, "is_topic_message": True, "entities": [],
-        "reply_to_message": {"message_id": 6, "date": 1, "chat": chat, "from": person},
-    }  # fmt: skip
-    templates: list[Json] = [
-        {"message": content},
-        {"callback_query": {"id": "1", "from": person, "chat_instance": "1", "data": "2/set/5/seed/0",
-                            "message": content}},
-        {"stopped_message_generation": {"chat": chat, "draft_id": 1}},
-        {"my_chat_member": {"chat": chat, "from": person, "date": 1,
-                            "old_chat_member": {"status": "member", "user": person},
-                            "new_chat_member": {"status": "kicked", "user": person,
-                                                "until_date": 0}}},
-        {"edited_message": content}, {"channel_post": content}, {"unknown_kind": content},
-    ]  # fmt: skip
     for update_id in range(1, number + 1):
         if chance.random() < 0.05:
-            yield chance.choice(anything)
+            yield chance.choice(_ANYTHING)
             continue
-        update = json.loads(json.dumps(chance.choice(templates)))
+        update = json.loads(json.dumps(chance.choice(_TEMPLATES)))
         for _ in range(chance.randint(0, 3)):
             place = update
             while True:
@@ -141,7 +167,7 @@ def _hostile_updates(number: int, seed: int) -> Iterator[Any]:
                 if chance.random() < 0.2:
                     del place[key]
                 else:
-                    place[key] = chance.choice(anything)
+                    place[key] = chance.choice(_ANYTHING)
                 break
             if not update:
                 break

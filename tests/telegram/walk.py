@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fake_bot_api.process import FakeBotApi, running_fake_bot_api
-from tests.telegram.bot_forks import QUICK, ForkedBot, bot_forks
+from tests.telegram.bot_forks import QUICK, BotForks, bot_forks
 from tests.telegram.bot_process import bot_command
 from tests.telegram.stand_in_service import Request, StandInService, prompt_of, serving
 
@@ -117,7 +117,7 @@ class Walk:
         return [m for m in self.telegram.bot_messages(chat) if "[Stop]" not in "".join(_rows(m))]
 
     def _wait(self, condition: Any) -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < until, "\n".join(self.lines)
             time.sleep(0.02)
@@ -180,6 +180,19 @@ def _document(message: Json) -> str:
 def walk(telegram: FakeBotApi, service: StandInService) -> str:
     """Do everything once; the transcript as Markdown."""
     tour = Walk(telegram, service)
+    first = _walk_through_texts(tour)
+    _walk_through_streams(tour)
+    _walk_through_words(tour, first)
+    _walk_through_a_group(tour)
+    _walk_through_the_rest(tour)
+    tour.lines.append("```")
+    text = "\n".join(tour.lines).strip("\n") + "\n"
+    text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:9228", text)
+    return re.sub(r"today: [1-9]\d*", "today: 123", text)  # depends on the moment of Stop
+
+
+def _walk_through_texts(tour: Walk) -> Json:
+    """Texts, settings, variants; returns the first answer."""
     tour.title("Hello")
     tour.says("/start")
     tour.says("/help")
@@ -202,20 +215,26 @@ def walk(telegram: FakeBotApi, service: StandInService) -> str:
     tour.presses(answer, "◀")
     tour.title("How it was made")
     tour.says("/why", num_new=3, reply_to_message_id=answer["message_id"])
+    return first
+
+
+def _walk_through_streams(tour: Walk) -> None:
     tour.title("Streaming, and Stop")
     tour.says("/settings variants 1")
-    service.seconds_between_pieces = 0.02
-    tour._line("you", "A long story")
-    telegram.write(_USER, "A long story")
-    tour.draft("A long story")
-    tour.stop()
+    with tour.service.holding("A long story", after_pieces=20):
+        tour._line("you", "A long story")
+        tour.telegram.write(_USER, "A long story")
+        tour.draft("A long story")
+        tour.stop()
     tour.says("/stop")
-    service.seconds_between_pieces = 0
     tour.title("Conversation, where the model was made for it")
     tour.says("/settings mode chat")
     tour.says("Who are you?")
     tour.says("And yesterday?")
     tour.says("/reset")
+
+
+def _walk_through_words(tour: Walk, first: Json) -> None:
     tour.title("What is known, and what is kept")
     tour.says("/status")
     tour.says("/privacy")
@@ -223,26 +242,31 @@ def walk(telegram: FakeBotApi, service: StandInService) -> str:
     question = tour.says("/forget")
     tour.presses(question, "Yes, delete everything", num_new=1)
     tour.presses(first, "Repeat")
+
+
+def _walk_through_a_group(tour: Walk) -> None:
     tour.title("In a group: edits in the place of drafts, and buttons for who asked")
-    service.seconds_between_pieces = 0.02
-    tour._line("you", "A long evening")
-    telegram.write(_GROUP, "A long evening", user_id=7)
-    (growing,) = telegram.bot_messages(_GROUP, at_least=1)
-    tour._line("bot", "**A long evening** … (grows in place)")
-    tour._line("", _rows(growing)[0])
-    tour._line("else", "press [Stop]")
-    query_id = telegram.press(_GROUP, growing["message_id"], user_id=8)
-    tour._line("bot", f"(alert) {telegram.query_answer(query_id)['text']}")
-    tour._line("you", "press [Stop]")
-    telegram.press(_GROUP, growing["message_id"], user_id=7)
-    tour._wait(lambda: bool(tour._finished(_GROUP)))
+    with tour.service.holding("A long evening", after_pieces=20):
+        tour._line("you", "A long evening")
+        tour.telegram.write(_GROUP, "A long evening", user_id=7)
+        (growing,) = tour.telegram.bot_messages(_GROUP, at_least=1)
+        tour._line("bot", "**A long evening** … (grows in place)")
+        tour._line("", _rows(growing)[0])
+        tour._line("else", "press [Stop]")
+        query_id = tour.telegram.press(_GROUP, growing["message_id"], user_id=8)
+        tour._line("bot", f"(alert) {tour.telegram.query_answer(query_id)['text']}")
+        tour._line("you", "press [Stop]")
+        tour.telegram.press(_GROUP, growing["message_id"], user_id=7)
+        tour._wait(lambda: bool(tour._finished(_GROUP)))
     tour._line("edit", "**A long evening** … (the text so far)")
     tour._line("", _rows(tour._finished(_GROUP)[0])[0])
-    service.seconds_between_pieces = 0
+
+
+def _walk_through_the_rest(tour: Walk) -> None:
     tour.title("Slips")
     tour.says("/sttaus")
     tour._line("you", "(a sticker)")
-    telegram.write(_USER, content={"dice": {"emoji": "🎲", "value": 3}})
+    tour.telegram.write(_USER, content={"dice": {"emoji": "🎲", "value": 3}})
     tour.sees(1)
     tour.title("In Russian, for who has Telegram in Russian")
     tour.says("/start", language_code="ru")
@@ -251,21 +275,16 @@ def walk(telegram: FakeBotApi, service: StandInService) -> str:
     tour.says("/allow 12345", chat=_ADMIN)
     tour.says("/deny 12345", chat=_ADMIN)
     tour.says("/status", chat=_ADMIN)
-    tour.lines.append("```")
-    text = "\n".join(tour.lines).strip("\n") + "\n"
-    text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:9228", text)
-    return re.sub(r"today: [1-9]\d*", "today: 123", text)  # depends on the moment of Stop
 
 
-def transcript() -> str:
+def transcript(forks: BotForks) -> str:
     """Start everything and walk."""
     with (
         running_fake_bot_api(with_limits=False) as telegram,
         serving(StoryTeller()) as service,
-        bot_forks() as forks,
     ):
         command = bot_command(service.url, telegram.url, "--admin_ids", str(_ADMIN))
-        bot: ForkedBot = forks.bot(command, telegram.token, QUICK)
+        bot = forks.bot(command, telegram.token, QUICK)
         try:
             bot.start()
             return walk(telegram, service)
@@ -284,8 +303,10 @@ def main() -> int:
     """Print the transcript, or write it into the document."""
     parser = argparse.ArgumentParser(description="Walk through the bot")
     parser.add_argument("--write", action="store_true", help=f"into {DOCUMENT.name}")
-    text = transcript()
-    if parser.parse_args().write:
+    options = parser.parse_args()
+    with bot_forks() as forks:
+        text = transcript(forks)
+    if options.write:
         document = DOCUMENT.read_text(encoding="utf-8")
         DOCUMENT.write_text(with_transcript(document, text), encoding="utf-8")
     else:
