@@ -33,6 +33,8 @@ _Answer = TypeVar("_Answer", bound=BaseModel)
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 # Between two pieces of a stream; a request may wait in the queue before the first one.
 _STREAM_TIMEOUT = httpx.Timeout(120.0, connect=5.0)
+# A key that whoever runs the service has to mend, a deadline, a full queue: nothing in the request.
+_NOT_NOW = (401, 403, 408, 429)
 # More than any bot keeps open; httpx's 100 would make the others wait without a word.
 _LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
 
@@ -193,7 +195,7 @@ class ServiceClient:
                 response = await self._http.post("/v1/chat/completions", json=body)
             except httpx.HTTPError as error:
                 raise self._away(error) from error
-            if response.status_code == 429 or response.status_code >= 500:
+            if response.status_code in _NOT_NOW or response.status_code >= 500:
                 raise _error_of(response)
             self._conversing[model] = response.status_code < 400
         return self._conversing[model]
@@ -347,6 +349,6 @@ def _error_of(response: httpx.Response) -> ServiceUnavailableError | ServiceRefu
     except ValidationError:
         message = response.reason_phrase
     text = f"the service answered {response.status_code}: {message}"
-    if response.status_code == 429 or response.status_code >= 500:
+    if response.status_code in _NOT_NOW or response.status_code >= 500:
         return ServiceUnavailableError(text)
     return ServiceRefusedError(text)

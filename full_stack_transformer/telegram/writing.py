@@ -104,8 +104,13 @@ class Writer:
                     grown = show if index == 0 else _nothing
                     group.create_task(self._fill(draft, request, grown))
         except ExceptionGroup as group_error:
-            self._described = None  # another model may come back
-            raise group_error.exceptions[0] from None
+            self._described = None
+            error = group_error.exceptions[0]
+            if isinstance(error, ServiceRefusedError):
+                now_served = (await self.describe()).model
+                if now_served != described.model:
+                    raise ServiceUnavailableError("another model is served now") from error
+            raise error from None
 
     async def _fill(self, draft: Draft, request: Wanted, grown: Callable[[], None]) -> None:
         for _ in range(_MAX_CUTS):

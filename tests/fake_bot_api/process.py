@@ -5,6 +5,7 @@ with running_fake_bot_api() as telegram:
     (answer,) = telegram.bot_messages(chat_id=1, at_least=1)
 """
 
+import json
 import secrets
 import subprocess
 import sys
@@ -60,7 +61,10 @@ class FakeBotApi:
 
     def send_raw_updates(self, updates: list[Any]) -> None:
         """Updates that Telegram would never send."""
-        self._post("/user/updates", {"updates": updates})
+        # In ASCII: half a surrogate pair, which Telegram may send too, has no UTF-8.
+        content = json.dumps({"updates": updates})
+        headers = {"content-type": "application/json"}
+        self.http.post("/user/updates", content=content, headers=headers).raise_for_status()
 
     def draft(self, chat_id: int, words: str = "", timeout: float = _PATIENCE_SECONDS) -> Json:
         """The draft in a chat, once there is one that holds `words`."""

@@ -11,6 +11,8 @@ import pytest
 
 from tests.fake_bot_api.process import FakeBotApi, running_fake_bot_api
 
+pytest_plugins = ["tests.fake_bot_api.fixtures"]
+
 CHAT = 5
 
 
@@ -197,15 +199,15 @@ def test_a_blocked_and_a_moved_chat_take_nothing_and_say_why(telegram: FakeBotAp
     assert call(telegram, "sendMessage", chat_id=-600, text="a")[0] == 200
 
 
-def test_an_edited_message_and_a_strange_update_are_delivered() -> None:
-    with running_fake_bot_api() as telegram:
-        message = telegram.write(CHAT, "one")
-        telegram.edit(CHAT, message["message_id"], "two")
-        telegram.send_raw_updates([{"nothing": 1}, 5])
-        _, edited, strange, number = call(telegram, "getUpdates")[1]
-        assert edited["edited_message"]["text"] == "two"
-        assert strange["nothing"] == 1
-        assert number == 5
+def test_an_edited_message_and_a_strange_update_are_delivered(fake_bot_api: FakeBotApi) -> None:
+    telegram = fake_bot_api
+    message = telegram.write(CHAT, "one")
+    telegram.edit(CHAT, message["message_id"], "two")
+    telegram.send_raw_updates([{"nothing": 1}, 5])
+    _, edited, strange, number = call(telegram, "getUpdates")[1]
+    assert edited["edited_message"]["text"] == "two"
+    assert strange["nothing"] == 1
+    assert number == 5
 
 
 def test_menus_are_kept_by_scope_and_language(telegram: FakeBotApi) -> None:

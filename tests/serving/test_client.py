@@ -57,13 +57,14 @@ def _refuse_connection(request: httpx.Request) -> httpx.Response:
             ServiceRefusedError,
             "400: too long",
         ),
+        (lambda _: httpx.Response(401), ServiceUnavailableError, "401: Unauthorized"),
         (
             lambda _: httpx.Response(200, json={"text": 1}),
             ServiceUnavailableError,
             "something else",
         ),
     ],
-    ids=["away", "proxy", "full", "refused", "foreign"],
+    ids=["away", "proxy", "full", "refused", "no-key", "foreign"],
 )
 def test_failures_are_our_own_errors(answer: Answer, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -15,6 +15,7 @@ from full_stack_transformer.telegram.settings import Settings
 from full_stack_transformer.telegram.texts import ENGLISH, RUSSIAN
 from tests.fake_bot_api.process import FakeBotApi
 from tests.telegram.bot_forks import ForkedBot
+from tests.telegram.hostile_updates import NUM_HOSTILE, hostile_updates
 from tests.telegram.stand_in_service import MODEL, StandInService
 from tests.telegram.watching import Json, finals, labels, words_of
 
@@ -194,6 +195,21 @@ def test_the_log_names_the_model_and_no_secrets(
     for secret in (telegram.token, "Confidential", "goes on", "Through trouble", "refused "):
         assert secret not in bot.log
     assert "Traceback" not in bot.log
+
+
+def test_hostile_updates_leave_the_bot_at_work_and_the_log_clean(
+    telegram: FakeBotApi, bot: ForkedBot, chat_id: int
+) -> None:
+    for place in (5, -5):  # they speak of these, so that answers go somewhere
+        telegram.write(place, "Hello", user_id=5)
+    updates = list(hostile_updates(NUM_HOSTILE, seed=2))
+    for start in range(0, len(updates), 100):
+        telegram.send_raw_updates(updates[start : start + 100])
+        telegram.state(idle=1)
+    telegram.write(chat_id, "Still there?")
+    finals(telegram, chat_id)
+    for words in ("Traceback", "failed:", "Hostile", telegram.token):
+        assert words not in bot.log
 
 
 def test_the_menu_is_set_for_every_scope_and_language(telegram: FakeBotApi) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,9 @@ from full_stack_transformer.telegram.settings import Settings
 from full_stack_transformer.telegram.store import Store
 from full_stack_transformer.telegram.texts import ENGLISH
 from full_stack_transformer.telegram.writing import Writer
+from tests.telegram.hostile_updates import NUM_HOSTILE, hostile_updates
 
 Json = dict[str, Any]
-
-# The long tier asks for 10,000; python -m pytest with FST_HOSTILE_UPDATES=10000.
-NUM_HOSTILE = int(os.environ.get("FST_HOSTILE_UPDATES", "600"))
 
 
 class SleepingChats(Chats):
@@ -123,63 +119,14 @@ def test_a_full_disk_records_nothing_and_confirms_nothing(laboratory: Laboratory
     assert laboratory.store.num_jobs() == 1
 
 
-_ANYTHING: list[Any] = [
-    None, True, 0, -1, 2**63, 2**64, -(2**70), 1e308, "", "x" * 5000, "\ud800", "\x00", "‮",
-    "<b>&amp;", "/settings " + "9" * 400, "/start" * 900, "/why", "/forget", "/settings seed 1",
-    "/allow 1", "/stop@fake_bot", "@fake_bot", [], [[]], {}, {"id": 1}, "2/set/5/temperature/+",
-    "2/show/1/0", "2/forget/5", "2/repeat/999999999999999999", "private", "channel", "group",
-]  # fmt: skip
-_PERSON = {"id": 5, "is_bot": False, "first_name": "User", "language_code": "ru"}
-_CHAT = {"id": -5, "type": "supergroup", "title": "Group"}
-_CONTENT = {
-    "message_id": 7, "date": 1, "chat": _CHAT, "from": _PERSON, "text": "Hostile words",
-    "message_thread_id": 3, "is_topic_message": True, "entities": [],
-    "reply_to_message": {"message_id": 6, "date": 1, "chat": _CHAT, "from": _PERSON},
-}  # fmt: skip
-_TEMPLATES: list[Json] = [
-    {"message": _CONTENT},
-    {"callback_query": {"id": "1", "from": _PERSON, "chat_instance": "1", "data": "2/set/5/seed/0",
-                        "message": _CONTENT}},
-    {"stopped_message_generation": {"chat": _CHAT, "draft_id": 1}},
-    {"my_chat_member": {"chat": _CHAT, "from": _PERSON, "date": 1,
-                        "old_chat_member": {"status": "member", "user": _PERSON},
-                        "new_chat_member": {"status": "kicked", "user": _PERSON,
-                                            "until_date": 0}}},
-    {"edited_message": _CONTENT}, {"channel_post": _CONTENT}, {"unknown_kind": _CONTENT},
-]  # fmt: skip
-
-
-def _hostile_updates(number: int, seed: int) -> Iterator[Any]:
-    """Valid updates with random parts replaced by anything, and things that are no updates."""
-    chance = random.Random(seed)
-    for update_id in range(1, number + 1):
-        if chance.random() < 0.05:
-            yield chance.choice(_ANYTHING)
-            continue
-        update = json.loads(json.dumps(chance.choice(_TEMPLATES)))
-        for _ in range(chance.randint(0, 3)):
-            place = update
-            while True:
-                key = chance.choice(list(place))
-                if isinstance(place[key], dict) and place[key] and chance.random() < 0.85:
-                    place = place[key]
-                    continue
-                if chance.random() < 0.2:
-                    del place[key]
-                else:
-                    place[key] = chance.choice(_ANYTHING)
-                break
-            if not update:
-                break
-        yield {"update_id": update_id, **update}
-
-
 def test_hostile_updates_are_all_taken_and_none_is_quoted(
     laboratory: Laboratory, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
-        for update in _hostile_updates(NUM_HOSTILE, seed=1):
-            laboratory.intake.take([update])
+        for number, update in enumerate(hostile_updates(NUM_HOSTILE, seed=1), start=1):
+            laboratory.now += 5  # nobody floods
+            numbered = {"update_id": number, **update} if isinstance(update, dict) else update
+            laboratory.intake.take([numbered])
     outcomes = laboratory.outcomes()
     assert "failed" not in outcomes
     assert sum(outcomes.values()) == NUM_HOSTILE
