@@ -70,7 +70,6 @@ _EXTRA_OF_PACKAGE = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "aiogram": "telegram",
-    "prometheus_client": "telegram",
 }
 
 
