@@ -10,11 +10,12 @@ import logging
 import re
 import sqlite3
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiogram.methods import AnswerCallbackQuery
-from aiogram.types import CallbackQuery, Chat, Message, Update, User
+from aiogram.types import CallbackQuery, Chat, InaccessibleMessage, Message, Update, User
 from pydantic import ValidationError
 
 from full_stack_transformer.telegram.asks import Ask, Asks
@@ -127,7 +128,10 @@ class Intake:
 
     def _on_message(self, message: Message, effects: Effects) -> bool:
         chat = message.chat
+        thread_id, replied = message.message_thread_id, message.reply_to_message
         if chat.type not in _CHAT_TYPES or not _is_sane(chat.id, message.message_id):
+            return False
+        if not _is_sane(thread_id or 1, 1 if replied is None else replied.message_id):
             return False
         if message.migrate_to_chat_id is not None and _is_sane(message.migrate_to_chat_id):
             self._asks.move_chat(chat.id, message.migrate_to_chat_id, effects.stopped)
@@ -217,7 +221,11 @@ class Intake:
         chat: Chat | None = query.message.chat if query.message else None
         alert: str | None = None
         words = LANGUAGES[language_of(query.from_user.language_code)]
-        if chat is None or query.message is None or not _is_sane(chat.id, query.from_user.id):
+        if (
+            chat is None
+            or query.message is None
+            or not _is_sane(*_numbers_of(query, query.message))
+        ):
             alert = words.alert_outdated
         elif self._policy.is_flooding(query.from_user.id):
             alert = words.too_many
@@ -235,6 +243,13 @@ class Intake:
 
 def _is_sane(*numbers: int) -> bool:
     return all(0 < abs(number) < _MAX_ID for number in numbers)
+
+
+def _numbers_of(query: CallbackQuery, message: Message | InaccessibleMessage) -> Iterator[int]:
+    """What of a press goes into the database."""
+    yield from (message.chat.id, message.message_id, query.from_user.id)
+    if isinstance(message, Message) and message.message_thread_id is not None:
+        yield message.message_thread_id
 
 
 def _without_surrogates(text: str) -> str:

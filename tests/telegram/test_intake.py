@@ -97,6 +97,26 @@ def test_who_floods_with_commands_is_left_alone_for_a_while(laboratory: Laborato
     assert laboratory.said().count(ENGLISH.help) == 35
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"message_thread_id": 2**70, "is_topic_message": True},
+        {
+            "reply_to_message": {
+                "message_id": 2**64,
+                "date": 1,
+                "chat": {"id": 5, "type": "private"},
+            }
+        },
+        {"message_id": -(2**63)},
+    ],
+    ids=["thread", "replied", "message"],
+)
+def test_numbers_that_no_database_holds_are_passed_over(laboratory: Laboratory, more: Json) -> None:
+    laboratory.intake.take([message(1, "/why", **more), message(2, "Hello")])
+    assert laboratory.outcomes() == {"ignored": 1, "handled": 1}
+
+
 def test_lone_surrogates_and_zeros_are_kept_as_text(laboratory: Laboratory) -> None:
     laboratory.intake.take([message(1, "a\ud83d\udc4bb\ud800c\x00d")])
     job = laboratory.store.next_job(5, "answers")
