@@ -133,6 +133,11 @@ class DocumentTokenizer:
         """Whether `decode` skips this id: a control token, or none of the vocabulary."""
         return token_id in self._control_ids or self.backend.id_to_token(token_id) is None
 
+    @property
+    def control_tokens(self) -> list[str]:
+        """Names of the control tokens, in the order of their ids."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in sorted(self._control_ids)]
+
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """Ids of SentencePiece's tokens for single bytes, where the decoder knows them."""

@@ -74,11 +74,14 @@ class ServedModel:
         description = self.description
         return ServedModelFacts(
             model=self.name,
+            task=str(description.get("task") or "causal_lm"),
             checkpoint=self.path.name,
             step=_number(description.get("step"), int),
             validation_loss=_number(description.get("validation_loss"), float),
             context_tokens=self.engine.max_length,
             computed_by=self.engine.computed_by,
+            has_chat_template=not self.chat_template.is_plain,
+            control_tokens=self.tokenizer.control_tokens,
             num_swaps=self.num_swaps,
             loaded_at=self.loaded_at,
             description=description,

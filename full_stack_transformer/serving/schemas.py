@@ -7,7 +7,7 @@ framework; what OpenAI's routes answer stands in answers.py.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 MAX_TEXT_CHARACTERS = 200_000
 MAX_PROMPT_TOKENS = 131_072
@@ -25,6 +25,11 @@ TokenIds = Annotated[
     Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
 ]
 IgnoredWords = Annotated[list[ShortText], Field(max_length=64, fail_fast=True)]
+
+
+def _unit(name: str) -> dict[str, JsonValue]:
+    """For pages that draw a form from the schema."""
+    return {"x-unit": name}
 
 
 class _Body(BaseModel):
@@ -108,10 +113,30 @@ class _OpenAIBody(_Body):
     """What completions and chats share; null always means the default."""
 
     model: ShortText | None = None
-    temperature: float | None = Field(default=1.0, ge=0, le=100)
-    top_p: float | None = Field(default=1.0, gt=0, le=1)
-    presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
+    temperature: float | None = Field(
+        default=1.0,
+        ge=0,
+        le=100,
+        description="Randomness: 0 takes the likeliest token, 1 follows the model's probabilities.",
+    )
+    top_p: float | None = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Choose among the likeliest tokens that together have this probability.",
+    )
+    presence_penalty: float | None = Field(
+        default=0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted from the scores of tokens that are in the new text.",
+    )
+    frequency_penalty: float | None = Field(
+        default=0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted from the score of a token for each time that it is in the new text.",
+    )
     logit_bias: (
         Annotated[
             dict[
@@ -121,20 +146,62 @@ class _OpenAIBody(_Body):
             Field(max_length=1024),
         ]
         | None
-    ) = None
-    n: int | None = Field(default=1, ge=1, le=MAX_SEQUENCES)
-    stop: Annotated[list[ShortText], Field(max_length=16, fail_fast=True)] | ShortText | None = None
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    ) = Field(default=None, description="Token ids and what is added to their scores.")
+    n: int | None = Field(
+        default=1,
+        ge=1,
+        le=MAX_SEQUENCES,
+        description="Independent continuations.",
+        json_schema_extra=_unit("texts"),
+    )
+    stop: Annotated[list[ShortText], Field(max_length=16, fail_fast=True)] | ShortText | None = (
+        Field(default=None, description="End before any of these texts.")
+    )
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="The same seed gives the same text again."
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(
+        default=None, description="A form that the text is held to."
+    )
     # Additions
-    top_k: int = Field(default=0, ge=0, le=1_000_000)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    typical_p: float = Field(default=1.0, gt=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    ignored_words: IgnoredWords = Field(default_factory=list)
-    min_tokens: int = Field(default=0, ge=0, le=MAX_NEW_TOKENS)
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Choose among so many of the likeliest tokens; 0 for all.",
+        json_schema_extra=_unit("tokens"),
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Choose among tokens with at least this part of the likeliest one's probability.",
+    )
+    typical_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Choose among the tokens of the most typical surprise that together have this "
+        "probability.",
+    )
+    repetition_penalty: float = Field(
+        default=1.0,
+        gt=0,
+        le=10,
+        description="Divides the scores of tokens that already occurred; 1 for none.",
+    )
+    ignored_words: IgnoredWords = Field(
+        default_factory=list, description="Texts that must not appear."
+    )
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_NEW_TOKENS,
+        description="Tokens to add before the text may end.",
+        json_schema_extra=_unit("tokens"),
+    )
     # Accepted and ignored
     user: Text | None = Field(default=None, description="Accepted and ignored.")
     metadata: dict[str, Any] | None = Field(default=None, description="Accepted and ignored.")
@@ -169,7 +236,11 @@ class CompletionRequest(_OpenAIBody):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(default="", description="A text, token ids, or a list of either.")
     max_tokens: int | None = Field(
-        default=16, ge=0, le=MAX_NEW_TOKENS, description="0 only with `echo`, to score a text."
+        default=16,
+        ge=0,
+        le=MAX_NEW_TOKENS,
+        description="Tokens to add, at most; 0 only to score a text, with echo.",
+        json_schema_extra=_unit("tokens"),
     )
     best_of: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
     echo: bool | None = False
@@ -203,8 +274,20 @@ class ChatCompletionRequest(_OpenAIBody):
     """Body of `POST /v1/chat/completions`, as OpenAI defines it, with the same additions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_NEW_TOKENS,
+        description="Tokens of the answer, at most; without it as many as the context has room for.",
+        json_schema_extra=_unit("tokens"),
+    )
+    max_completion_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_NEW_TOKENS,
+        description="OpenAI's newer name of max_tokens.",
+        json_schema_extra=_unit("tokens"),
+    )
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     reasoning_effort: ShortText | None = Field(default=None, description="Accepted and ignored.")
@@ -251,11 +334,19 @@ class ServedModelFacts(BaseModel):
     """What is known of one model that is served."""
 
     model: str
+    task: str = Field(default="causal_lm", description="What the model was trained for.")
     checkpoint: str = Field(description="Name of the file or directory that was opened.")
     step: int | None
     validation_loss: float | None
     context_tokens: int
     computed_by: str
+    has_chat_template: bool = Field(
+        default=False, description="Whether the model came with the form of its chats."
+    )
+    control_tokens: list[str] = Field(
+        default_factory=list,
+        description="Names of tokens that are no text, as log-probabilities say.",
+    )
     num_swaps: int = Field(description="How often --watch has replaced it.")
     loaded_at: int = Field(description="Seconds since 1970.")
     description: dict[str, Any] = Field(
