@@ -55,18 +55,36 @@ class ChatTemplate:
         """Texts that end an answer beside the end token."""
         return _PLAIN_STOPS if self.is_plain else ()
 
-    def encode(self, messages: Sequence[ChatMessage], tokenizer: DocumentTokenizer) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[ChatMessage],
+        tokenizer: DocumentTokenizer,
+        *,
+        continues: bool = False,
+    ) -> list[int]:
         """Token ids up to where the answer begins.
+
+        Args:
+            messages: the chat so far.
+            tokenizer: of the model.
+            continues: the last message is an answer that has begun; the ids end with its text.
 
         Raises:
             RequestError: the template refuses the messages.
         """
+        if continues and not messages[-1].content.strip():  # nothing has begun
+            messages, continues = messages[:-1], False
         if self.is_plain:
             plain = [ChatMessage(one.role, one.content.strip()) for one in messages]
-            rendered = self._render([_as_dict(one) for one in plain], tokenizer)
+            dicts = [_as_dict(one) for one in plain]
+            rendered = self._render(dicts, tokenizer, add_generation_prompt=not continues)
+            if continues:
+                rendered = rendered.removesuffix("\n") + _space_behind(messages[-1].content)
             return tokenizer.encode_prompt(rendered)
         token_ids: list[int] = []
-        for piece in self._pieces(messages, tokenizer, add_generation_prompt=True):
+        for piece in self._pieces(
+            messages, tokenizer, add_generation_prompt=not continues, continues=continues
+        ):
             token_ids += [piece] if isinstance(piece, int) else tokenizer.encode_text(piece)
         return token_ids
 
@@ -92,6 +110,7 @@ class ChatTemplate:
         tokenizer: DocumentTokenizer,
         *,
         add_generation_prompt: bool,
+        continues: bool = False,
     ) -> Iterator[int | str]:
         """Control tokens of the template, and the texts between them."""
         # Marks that no message can contain stand for the texts while the template is rendered and its
@@ -102,6 +121,10 @@ class ChatTemplate:
             for number, one in enumerate(messages)
         ]
         rendered = self._render(marked, tokenizer, add_generation_prompt=add_generation_prompt)
+        last = f"<{mark}:{len(messages) - 1}>"
+        if continues and last in rendered:
+            rendered = rendered[: rendered.rindex(last) + len(last)]
+            rendered += _space_behind(messages[-1].content)
         for piece in tokenizer.split_markup(rendered):
             if isinstance(piece, int):
                 yield piece
@@ -184,6 +207,10 @@ def _as_dict(message: ChatMessage) -> dict[str, str]:
 def _marked(content: str, mark: str) -> str:
     """`mark` in the place of the content, between its white space."""
     return content.replace(stripped, mark, 1) if (stripped := content.strip()) else content
+
+
+def _space_behind(content: str) -> str:
+    return content[len(content.rstrip()) :]
 
 
 def _strftime_now(pattern: str) -> str:

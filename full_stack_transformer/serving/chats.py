@@ -43,6 +43,11 @@ async def answer_chat(
     check_stream_options(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidBodyError("top_logprobs: only possible with logprobs", "top_logprobs")
+    if body.continue_final_message and body.messages[-1].role != "assistant":
+        raise InvalidBodyError(
+            "continue_final_message: the last message must be the assistant's",
+            "continue_final_message",
+        )
     check_room(request, model, body.num_choices)
     prompt_ids = await _encode(body, model)
     answer = _Answer(body, model, prompt_ids)
@@ -60,7 +65,12 @@ async def _encode(body: ChatCompletionRequest, model: ServedModel) -> list[int]:
         for one in body.messages
     ]
     # A template is a program; it must not hold up the event loop.
-    return await asyncio.to_thread(model.chat_template.encode, messages, model.tokenizer)
+    return await asyncio.to_thread(
+        model.chat_template.encode,
+        messages,
+        model.tokenizer,
+        continues=body.continue_final_message,
+    )
 
 
 class _Answer:
@@ -98,15 +108,20 @@ class _Answer:
             for one in token_requests(model, self._prompt_ids, options, body.num_choices)
         ]
 
+    @property
+    def _strips(self) -> bool:
+        """A plain template ends with a colon; the space behind it is no part of the answer."""
+        return self._model.chat_template.is_plain and not self._body.continue_final_message
+
     def whole(self, texts: list[FinishedText]) -> dict[str, Any]:
         """The answer at once."""
-        is_plain = self._model.chat_template.is_plain
+        strips = self._strips
         choices = [
             {
                 "index": index,
                 "message": {
                     "role": "assistant",
-                    "content": text.text.lstrip() if is_plain else text.text,
+                    "content": text.text.lstrip() if strips else text.text,
                     "refusal": None,
                 },
                 "logprobs": self._logprobs(text.scored),
@@ -124,8 +139,7 @@ class _Answer:
     def streamed(self, exchange: Exchange) -> EventStream:
         """The answer piece by piece."""
         self._head["object"] = "chat.completion.chunk"
-        # A plain template ends with a colon; the space behind it is no part of the answer.
-        strips = [self._model.chat_template.is_plain for _ in exchange.tickets]
+        strips = [self._strips for _ in exchange.tickets]
         is_first = [True for _ in exchange.tickets]
 
         def chunk_of(index: int, piece: Piece) -> dict[str, Any] | None:

@@ -288,6 +288,10 @@ class ChatCompletionRequest(_OpenAIBody):
         description="OpenAI's newer name of max_tokens.",
         json_schema_extra=_unit("tokens"),
     )
+    continue_final_message: bool = Field(
+        default=False,
+        description="An addition: the last message is an answer that has begun; go on with it.",
+    )
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     reasoning_effort: ShortText | None = Field(default=None, description="Accepted and ignored.")

@@ -130,6 +130,25 @@ def test_a_template_cannot_reach_the_interpreter(tokenizer: DocumentTokenizer) -
         ChatTemplate(source).encode(CONVERSATION, tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [ChatTemplate(CHATML), ChatTemplate(STRICT), PLAIN_TEMPLATE],
+    ids=["chatml", "strict", "plain"],
+)
+def test_an_answer_that_has_begun_goes_on(
+    tokenizer: DocumentTokenizer, template: ChatTemplate
+) -> None:
+    asked = template.encode(CONVERSATION[:1], tokenizer)
+    messages = [CONVERSATION[0], ChatMessage("assistant", f"on {INJECTION} the ")]
+    begun = template.encode(messages, tokenizer, continues=True)
+    assert tokenizer.decode(begun).startswith(tokenizer.decode(asked))
+    assert tokenizer.decode(begun).endswith(f"on {INJECTION} the ")
+    # Nothing that would end the turn stands behind it.
+    assert _control_ids(tokenizer, begun) == _control_ids(tokenizer, asked)
+    nothing = [CONVERSATION[0], ChatMessage("assistant", " ")]
+    assert template.encode(nothing, tokenizer, continues=True) == asked
+
+
 def test_the_end_of_a_turn_is_read_from_the_template(tokenizer: DocumentTokenizer) -> None:
     [turn_end] = ChatTemplate(CHATML).stop_ids(tokenizer)
     assert tokenizer.backend.id_to_token(turn_end) == TURN_END

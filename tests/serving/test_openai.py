@@ -169,6 +169,13 @@ def test_the_model_takes_its_turn_in_a_chat(
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+def test_only_an_answer_can_be_continued(http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello?"}], "continue_final_message": True}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "continue_final_message"
+
+
 def test_messages_may_come_in_parts(client: openai.OpenAI) -> None:
     parts: Any = [
         {
