@@ -443,7 +443,7 @@ class ServeArguments:
     """Where to compute: auto, cpu, cuda, mps."""
     api_keys_file: Path | None = None
     """File with a key on each line (or sha256: and its digest); the environment variable FST_API_KEYS adds
-    more, separated by commas. With keys, everything but /health needs one."""
+    more, separated by commas. With keys, everything but /health and the page at / needs one."""
     allowed_origins: tuple[str, ...] = ()
     """Site whose web pages may ask from a browser, such as https://example.org; may be repeated; *: all."""
     request_timeout_seconds: float = 600.0

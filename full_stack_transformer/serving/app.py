@@ -40,6 +40,7 @@ from full_stack_transformer.serving.guard import Guard, RequestFacts, error_resp
 from full_stack_transformer.serving.metrics import Metrics
 from full_stack_transformer.serving.models import ServedModels
 from full_stack_transformer.serving.openai import make_openai_router
+from full_stack_transformer.serving.playground_routes import make_playground_router
 from full_stack_transformer.serving.schemas import (
     GeneratedTextsRequest,
     GeneratedTextsResponse,
@@ -106,6 +107,7 @@ def make_app(
     _add_native_routes(app, models)
     _add_operating_routes(app, models, worker, metrics)
     app.include_router(make_openai_router(models))
+    app.include_router(make_playground_router())
 
     def early_answer(facts: RequestFacts) -> Response | None:
         """While every queue is full: known before a body is read."""

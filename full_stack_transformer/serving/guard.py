@@ -22,6 +22,7 @@ from full_stack_transformer.errors import AccessError
 from full_stack_transformer.serving.api_keys import ApiKeys
 from full_stack_transformer.serving.engine_worker import Ticket
 from full_stack_transformer.serving.metrics import Metrics
+from full_stack_transformer.serving.playground_routes import playground_files
 from full_stack_transformer.serving.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = OPEN_PATHS.union(playground_files())
         self._origins = frozenset(allowed_origins)
         self._metrics = metrics
         self._early_answer = early_answer
@@ -102,10 +104,13 @@ class Guard:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 facts.status = message["status"]
+                own = message.get("headers", [])
+                policy = _PAGE_POLICY if scope["path"].startswith(_PAGES) else _POLICY
+                # What a route says of itself, such as the playground of its scripts, goes before.
+                named = {name for name, _ in own}
                 message["headers"] = [
-                    *message.get("headers", []),
-                    *_HEADERS,
-                    _PAGE_POLICY if scope["path"].startswith(_PAGES) else _POLICY,
+                    *own,
+                    *(header for header in (*_HEADERS, policy) if header[0] not in named),
                     (b"x-request-id", facts.request_id.encode()),
                     *cross_origin,
                 ]
@@ -135,7 +140,7 @@ class Guard:
         # Several such headers are none: which of them counts would be a guess.
         given = headers.getlist("authorization")
         facts.key = self._keys.find(given[0].encode("latin-1")) if len(given) == 1 else None
-        is_open = scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
+        is_open = scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD")
         if is_open or facts.key is not None:
             return None
         facts.error_kind = "authentication_error"

@@ -1,0 +1,567 @@
+// The page: which mode, which model, what the buttons and keys do, and what is remembered.
+
+import * as alternatives from "./alternatives.js";
+import { Chat } from "./chat.js";
+import { byId, count, eachFrame, make } from "./elements.js";
+import { Candidate, fill } from "./generation.js";
+import { exported, imported, openHistory } from "./history.js";
+import { ModelCard } from "./model_card.js";
+import { Notebook } from "./notebook.js";
+import { Parameters } from "./parameters.js";
+import { recipesOf } from "./recipes.js";
+import { askJson } from "./service.js";
+import { isOther, openTask } from "./tasks.js";
+import * as variants from "./variants.js";
+
+const MAX_UNDO = 200;
+const TYPING_MILLISECONDS = 800;
+const SAVE_MILLISECONDS = 400;
+const ENDS = { stop: "came to an end", length: "max_tokens reached", stopped: "stopped by you" };
+
+const card = new ModelCard({ onModels: drawModels });
+const hooks = { onEdit: changed, beforeEdit: rememberTyping, onToken: pointAt };
+const notebook = new Notebook(hooks);
+const chat = new Chat({ ...hooks, onAct: actOnMessage });
+let desk = notebook;
+let parameters = null;
+let history = null;
+let session = null;
+let running = null; // the AbortController of what is being generated
+let undone = { past: [], future: [] };
+let typedAt = 0;
+let lastSeed = null;
+let lastRequest = null;
+let saving = 0;
+
+// ------------------------------------------------------------------ undo
+
+function remember() {
+  undone.past.push({ mode: desk.mode, content: desk.snapshot() });
+  if (undone.past.length > MAX_UNDO) undone.past.shift();
+  undone.future = [];
+  typedAt = 0;
+  drawButtons();
+}
+
+function rememberTyping() {
+  const now = performance.now();
+  if (now - typedAt > TYPING_MILLISECONDS) remember();
+  typedAt = now;
+}
+
+function travel(from, to) {
+  const entry = from.pop();
+  if (!entry || running) return;
+  variants.close();
+  alternatives.hide();
+  to.push({ mode: desk.mode, content: desk.snapshot() });
+  if (entry.mode !== desk.mode) session.base = null;
+  openMode(entry.mode);
+  desk.restore(entry.content);
+  typedAt = 0;
+  changed();
+}
+
+const undo = () => travel(undone.past, undone.future);
+const redo = () => travel(undone.future, undone.past);
+
+// ------------------------------------------------------------------ generation
+
+function bodyOf(content) {
+  const values = parameters.values();
+  const known = new Set(Object.keys(schemas[desk.path].properties));
+  const chosen = Object.fromEntries(Object.entries(values).filter(([name]) => known.has(name)));
+  return { model: byId("model").value, ...content, ...chosen };
+}
+
+const otherModels = () => (byId("other").value ? [byId("other").value] : []);
+
+// Streams what `content` asks for; one continuation goes in place, several beside each other.
+async function generate(content, { keepSeed = true } = {}) {
+  const body = desk.withProbabilities(bodyOf(content), parameters.numAlternatives);
+  const seed = keepSeed && body.seed !== undefined ? body.seed : Math.floor(Math.random() * 2 ** 31);
+  const number = body.n ?? 1;
+  const models = [body.model, ...otherModels()];
+  const groups = models.map((model) => ({
+    request: { path: desk.path, body: { ...body, model, seed } },
+    candidates: Array.from({ length: number }, (_, index) => new Candidate(model, seed + index)),
+  }));
+  const all = groups.flatMap((group) => group.candidates);
+  lastSeed = seed;
+  lastRequest = null;
+  session.base = desk.snapshot();
+  start();
+  byId("settings").classList.remove("open");
+  if (all.length > 1) variants.open(all, { onToken: pointAtVariant, keep: keepVariant });
+  const follow = isNearEnd();
+  const draw = eachFrame(() => {
+    if (all.length > 1) variants.draw(describe);
+    else desk.show(all[0]);
+    drawState(all);
+    if (follow) scrollTo({ top: document.documentElement.scrollHeight });
+  });
+  try {
+    await Promise.all(groups.map((one) => fill(one.request, one.candidates, draw, running.signal)));
+  } catch (error) {
+    const isStopped = error.name === "AbortError";
+    for (const one of all) one.finish ??= isStopped ? "stopped" : "broken";
+    running.abort(); // the other model's answer too
+    if (!isStopped) drawProblem(error);
+  } finally {
+    draw();
+    draw.now();
+    end();
+    drawState(all);
+    if (follow) scrollTo({ top: document.documentElement.scrollHeight });
+  }
+  // What repeats this answer elsewhere, as long as nobody changes it here.
+  lastRequest = { path: desk.path, body: { ...bodyOf(content), seed }, content: JSON.stringify(desk.snapshot()) };
+  changed();
+  card.read({ quietly: true }).catch(() => {}); // perhaps the model was replaced meanwhile
+}
+
+function start() {
+  running = new AbortController();
+  drawProblem(null);
+  alternatives.hide();
+  desk.lock(true);
+  document.body.classList.add("running");
+  byId("state").textContent = "Waiting for the first token …";
+  drawButtons();
+}
+
+function end() {
+  running = null;
+  desk.lock(false);
+  document.body.classList.remove("running");
+  drawButtons();
+}
+
+const stop = () => running?.abort();
+
+function go() {
+  if (!canStart()) return;
+  remember();
+  variants.close();
+  const content = desk.begin();
+  if (content) generate(content);
+}
+
+function again() {
+  if (!canStart() || !session.base) return;
+  remember();
+  if (!variants.isOpen()) {
+    const draft = chat.composer.value;
+    desk.restore(session.base);
+    chat.composer.value = draft;
+  }
+  variants.close();
+  generate(desk.resume(), { keepSeed: false });
+}
+
+const canStart = () => !running && parameters && !isOther(model().task);
+
+function keepVariant(candidate) {
+  stop();
+  remember();
+  desk.show(candidate);
+  variants.close();
+  changed();
+  desk.focus();
+}
+
+function branch(view, mark, token, logprob) {
+  if (running) return;
+  remember();
+  variants.close();
+  desk.branch(view, mark, token, logprob);
+  changed();
+  if (token && canStart()) generate(desk.resume());
+}
+
+function actOnMessage(name, message) {
+  if (!canStart()) return;
+  remember();
+  variants.close();
+  if (name === "delete") chat.remove(message);
+  else chat.cutAfter(message, { inclusive: name === "regenerate" });
+  if (name === "continue") generate(chat.request(message));
+  else if (name !== "delete") generate(chat.request(chat.add("assistant")), { keepSeed: name !== "regenerate" });
+  else changed();
+}
+
+async function measure() {
+  if (!canStart() || desk !== notebook || notebook.isEmpty) return;
+  remember();
+  start();
+  byId("state").textContent = "Measuring …";
+  try {
+    const found = await notebook.measure(byId("model").value, parameters.numAlternatives, running.signal);
+    byId("colour").value = "probability";
+    drawColour();
+    byId("state").replaceChildren(
+      make("b", {}, `Perplexity ${found.perplexity.toFixed(2)}`),
+      ` · ${found.bitsPerByte.toFixed(2)} bits per byte · ${count(found.numTokens, "token")}`);
+  } catch (error) {
+    byId("state").textContent = "";
+    if (error.name !== "AbortError") drawProblem(error);
+  } finally {
+    end();
+  }
+  changed();
+}
+
+// ------------------------------------------------------------------ seeing
+
+const controls = () => new Set(model().control_tokens);
+
+function pointAt(view, mark, box, how) {
+  if (!parameters || (running && how !== "leave")) return;
+  const take = (...chosen) => branch(view, ...chosen);
+  alternatives.show(mark, box, how, { take, controls: controls(), from: view.area });
+}
+
+function pointAtVariant(view, mark, box, how) {
+  alternatives.show(mark, box, how, { take: null, controls: controls(), from: view.area });
+}
+
+function describe(candidate) {
+  const speed = candidate.tokensPerSecond;
+  const parts = [count(candidate.numTokens, "token")];
+  if (speed) parts.push(`${Math.round(speed)} tokens/s`);
+  parts.push(`seed ${candidate.seed}`);
+  if (candidate.finish) parts.push(ENDS[candidate.finish] ?? "broken off");
+  return parts.join(" · ");
+}
+
+function drawState(all) {
+  const state = byId("state");
+  const first = all.length === 1 ? all[0] : null;
+  const text = first ? describe(first) : `${all.length} variants`;
+  const wait = first?.first ? ` · first after ${Math.round(first.first - first.asked)} ms` : "";
+  if (running) {
+    state.textContent = text;
+    return;
+  }
+  state.replaceChildren(text + wait, " ", make("button", { className: "quiet", id: "use-seed", on: { click: useSeed } }, "Use this seed"));
+}
+
+function useSeed() {
+  parameters.put("seed", lastSeed);
+  changed();
+}
+
+function drawProblem(error) {
+  byId("problem").hidden = !error;
+  byId("problem").textContent = error ? error.message : "";
+}
+
+function drawColour() {
+  document.body.dataset.colour = byId("colour").value;
+}
+
+const isNearEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - 160;
+
+function drawButtons() {
+  const isOtherTask = parameters ? isOther(model().task) : false;
+  byId("bar").hidden = isOtherTask;
+  byId("settings").hidden = isOtherTask;
+  byId("go").hidden = Boolean(running);
+  byId("go").firstChild.textContent = desk === chat ? "Send " : "Continue ";
+  byId("stop").hidden = !running;
+  byId("go").disabled = !parameters;
+  byId("again").disabled = Boolean(running) || !session?.base;
+  byId("undo").disabled = Boolean(running) || !undone.past.length;
+  byId("redo").disabled = Boolean(running) || !undone.future.length;
+  byId("measure").hidden = desk !== notebook;
+  byId("measure").disabled = Boolean(running) || !parameters || notebook.isEmpty;
+}
+
+// ------------------------------------------------------------------ models and modes
+
+const model = () => card.find(byId("model").value);
+
+function drawModels(models) {
+  for (const [id, first] of [["model", []], ["other", [make("option", { value: "" }, "nothing")]]]) {
+    const select = byId(id);
+    const chosen = select.value;
+    select.replaceChildren(...first, ...models.map((one) => make("option", { value: one.model }, one.model)));
+    if ([...select.options].some((one) => one.value === chosen)) select.value = chosen;
+    byId(`${id}-picker`).hidden = models.length < 2;
+  }
+  chooseModel();
+}
+
+function chooseModel() {
+  const chosen = model();
+  card.show(chosen.model);
+  for (const option of byId("other").options) option.disabled = option.value === chosen.model;
+  if (byId("other").value === chosen.model) byId("other").value = "";
+  const canChat = chosen.has_chat_template;
+  byId("tab-chat").disabled = !canChat;
+  byId("tab-chat").title = canChat ? "" : "This model came without a chat template";
+  if (!canChat && desk === chat) openMode("notebook");
+  openTask(chosen);
+  byId("notebook").hidden = isOther(chosen.task) || desk !== notebook;
+  drawButtons();
+}
+
+function openMode(mode) {
+  desk = mode === "chat" ? chat : notebook;
+  for (const name of ["notebook", "chat"]) {
+    byId(name).hidden = name !== desk.mode;
+    byId(`tab-${name}`).ariaSelected = String(name === desk.mode);
+    byId(`tab-${name}`).tabIndex = name === desk.mode ? 0 : -1;
+  }
+  variants.close();
+  drawButtons();
+}
+
+function switchMode(mode) {
+  if (running || desk.mode === mode || byId(`tab-${mode}`).disabled) return;
+  openMode(mode);
+  session.base = null;
+  desk.focus();
+  changed();
+}
+
+// ------------------------------------------------------------------ sessions
+
+const isNew = () => notebook.isEmpty && chat.isEmpty;
+
+function changed() {
+  drawButtons();
+  document.body.dataset.saved = "no";
+  clearTimeout(saving);
+  saving = setTimeout(save, running ? 4 * SAVE_MILLISECONDS : SAVE_MILLISECONDS);
+}
+
+async function save() {
+  clearTimeout(saving);
+  if (!session || (isNew() && !session.updated)) return;
+  Object.assign(session, {
+    mode: desk.mode, title: desk.title || "Untitled", updated: Date.now(), model: byId("model").value,
+    notebook: notebook.snapshot(), chat: chat.snapshot(), parameters: parameters?.state() ?? session.parameters,
+  });
+  try {
+    await history.put(session);
+    localStorage.setItem("fst.session", session.id);
+    document.body.dataset.saved = "yes";
+  } catch (error) {
+    drawProblem(new Error(`This browser does not keep the text: ${error.message}`));
+  }
+}
+
+function openSession(wanted) {
+  session = wanted ?? { id: crypto.randomUUID?.() ?? String(Math.random()), mode: desk.mode, updated: 0 };
+  undone = { past: [], future: [] };
+  notebook.restore(session.notebook);
+  chat.restore(session.chat);
+  if (card.models.some((one) => one.model === session.model)) byId("model").value = session.model;
+  openMode(session.mode);
+  if (card.models.length) chooseModel();
+  if (session.parameters) parameters?.set(session.parameters);
+  byId("state").textContent = "";
+  drawProblem(null);
+  drawButtons();
+}
+
+async function newSession() {
+  stop();
+  await save();
+  openSession(null);
+  localStorage.removeItem("fst.session");
+  desk.focus();
+}
+
+async function showHistory() {
+  await save();
+  const all = (await history.all()).sort((one, other) => other.updated - one.updated);
+  byId("sessions").replaceChildren(...all.map((one) => make("li", {},
+    make("button", {
+      className: "session", attributes: one.id === session.id ? { "aria-current": "true" } : {},
+      on: { click: () => { openSession(one); changed(); byId("history").close(); } },
+    }, make("b", {}, one.title), make("span", { className: "meaning" },
+      `${one.mode} · ${new Date(one.updated).toLocaleString()}`)),
+    make("button", {
+      className: "quiet", attributes: { "aria-label": `Delete ${one.title}` },
+      on: { click: () => forget(one) },
+    }, "Delete"))));
+  if (!all.length) byId("sessions").append(make("li", { className: "meaning" }, "Nothing yet."));
+  if (!byId("history").open) byId("history").showModal();
+}
+
+async function forget(one) {
+  await history.remove(one.id);
+  if (one.id === session.id) openSession(null);
+  await showHistory();
+}
+
+async function exportAll() {
+  await save();
+  const url = URL.createObjectURL(new Blob([exported(await history.all())], { type: "application/json" }));
+  const day = new Date().toISOString().slice(0, 10);
+  make("a", { href: url, download: `playground-${day}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+async function importFile() {
+  const [file] = byId("import-file").files;
+  byId("import-file").value = "";
+  if (!file) return;
+  try {
+    for (const one of imported(await file.text())) await history.put(one);
+    await showHistory();
+  } catch (error) {
+    byId("history").close();
+    drawProblem(new Error(`${file.name} is no export of this page: ${error.message}`));
+  }
+}
+
+// ------------------------------------------------------------------ recipes
+
+function showRecipes() {
+  const repeats = lastRequest?.path === desk.path && lastRequest.content === JSON.stringify(desk.snapshot());
+  const body = repeats ? lastRequest.body : bodyOf(desk.preview());
+  const all = recipesOf(desk.path, body, card.find(body.model), sessionStorage.getItem("fst.key") !== null);
+  const choose = (name) => {
+    byId("recipe").textContent = all[name].text;
+    byId("recipe-note").textContent = `${repeats ? "Repeats the last answer. " : ""}${all[name].note}`;
+    for (const tab of byId("recipe-tabs").children) tab.ariaSelected = String(tab.textContent === name);
+  };
+  byId("recipe-tabs").replaceChildren(...Object.keys(all).map((name) =>
+    make("button", { attributes: { role: "tab" }, on: { click: () => choose(name) } }, name)));
+  choose("curl");
+  byId("copy").textContent = "Copy";
+  byId("recipes").showModal();
+}
+
+async function copyRecipe() {
+  const text = byId("recipe").textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    byId("copy").textContent = "Copied";
+  } catch {
+    // Only pages with TLS and those of this machine may write the clipboard.
+    getSelection().selectAllChildren(byId("recipe"));
+    byId("copy").textContent = "Press Ctrl C";
+  }
+}
+
+// ------------------------------------------------------------------ theme
+
+const THEMES = { "": ["◐", "as the system has it"], light: ["☀", "light"], dark: ["☾", "dark"] };
+
+function drawTheme() {
+  const [sign, name] = THEMES[document.documentElement.dataset.theme ?? ""];
+  byId("theme").textContent = sign;
+  byId("theme").ariaLabel = `Theme: ${name}`;
+}
+
+function nextTheme() {
+  const names = Object.keys(THEMES);
+  const now = document.documentElement.dataset.theme ?? "";
+  const next = names[(names.indexOf(now) + 1) % names.length];
+  if (next) document.documentElement.dataset.theme = next;
+  else delete document.documentElement.dataset.theme;
+  localStorage.setItem("fst.theme", next);
+  drawTheme();
+}
+
+// ------------------------------------------------------------------ keys
+
+function onKey(event) {
+  const isCommand = event.ctrlKey || event.metaKey;
+  if (document.querySelector("dialog[open]")) return;
+  if (event.key === "Enter" && isCommand) {
+    event.preventDefault();
+    go();
+  } else if (event.key === "Escape") {
+    if (alternatives.isOpen()) alternatives.hide();
+    else if (running) stop();
+    else closeSettings();
+  } else if (isCommand && event.key.toLowerCase() === "z" && event.target.className === "area") {
+    event.preventDefault();
+    if (event.shiftKey) redo();
+    else undo();
+  }
+}
+
+function toggleSettings() {
+  const isOpen = byId("settings").classList.toggle("open");
+  byId("settings-button").ariaExpanded = String(isOpen);
+}
+
+function closeSettings() {
+  byId("settings").classList.remove("open");
+  byId("settings-button").ariaExpanded = "false";
+}
+
+function listen() {
+  const clicks = {
+    go, stop, again, undo, redo, measure, new: newSession, theme: nextTheme, copy: copyRecipe, export: exportAll,
+    "tab-notebook": () => switchMode("notebook"), "tab-chat": () => switchMode("chat"),
+    "history-button": showHistory, "recipes-button": showRecipes, "settings-button": toggleSettings, "settings-done": closeSettings,
+    import: () => byId("import-file").click(),
+  };
+  for (const [id, handler] of Object.entries(clicks)) byId(id).addEventListener("click", () => handler());
+  for (const one of document.querySelectorAll("dialog .close")) one.addEventListener("click", () => one.closest("dialog").close());
+  byId("import-file").addEventListener("change", importFile);
+  byId("model").addEventListener("change", () => { chooseModel(); changed(); });
+  byId("message").addEventListener("input", changed);
+  byId("colour").addEventListener("change", () => {
+    drawColour();
+    localStorage.setItem("fst.colour", byId("colour").value);
+  });
+  for (const id of ["tab-notebook", "tab-chat"]) {
+    byId(id).addEventListener("keydown", (event) => {
+      if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+      switchMode(desk === chat ? "notebook" : "chat");
+      byId(`tab-${desk.mode}`).focus();
+    });
+  }
+  addEventListener("keydown", onKey);
+  addEventListener("pagehide", save);
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden && parameters) card.look().catch(() => {});
+  });
+}
+
+// ------------------------------------------------------------------ start
+
+const schemas = {};
+
+async function readSchemas() {
+  const { paths } = await askJson("/openapi.json");
+  for (const path of [notebook.path, chat.path]) {
+    schemas[path] = paths[path].post.requestBody.content["application/json"].schema;
+  }
+}
+
+async function begin() {
+  drawTheme();
+  byId("colour").value = localStorage.getItem("fst.colour") ?? "probability";
+  drawColour();
+  listen();
+  history = await openHistory();
+  const id = localStorage.getItem("fst.session");
+  openSession((await history.all()).find((one) => one.id === id));
+  const wanted = session.model;
+  try {
+    await Promise.all([card.read(), readSchemas()]);
+  } catch (error) {
+    byId("card-line").textContent = "No model";
+    drawProblem(error);
+    return;
+  }
+  if (card.models.some((one) => one.model === wanted)) byId("model").value = wanted;
+  chooseModel();
+  parameters = new Parameters(schemas[notebook.path], { contextTokens: model().context_tokens, onChange: changed });
+  if (session.parameters) parameters.set(session.parameters);
+  drawButtons();
+  card.watch();
+  desk.focus();
+  document.body.dataset.ready = "yes";
+}
+
+begin();
