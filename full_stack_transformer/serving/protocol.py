@@ -204,6 +204,9 @@ class DeadlineProtocol(H11Protocol):
         """Send what is left, say that no more comes, and close when the client has done so too."""
         if self.is_lingering or self._inner.is_closing():
             return
+        if self._client_has_said_all():
+            self._inner.close()
+            return
         self.is_lingering = True
         self._clear_deadline()
         self._unset_keepalive_if_required()
@@ -214,6 +217,17 @@ class DeadlineProtocol(H11Protocol):
         except OSError:  # the client has closed both ways already
             self._inner.close()
         self._deadline = self.loop.call_later(_SECONDS_TO_LINGER, self._end_lingering)
+
+    def _client_has_said_all(self) -> bool:
+        """Whether the client announced that nothing comes behind this request, and all of it was read.
+
+        Then closing at once resets nothing. Lingering takes a quarter of the time of a refused request.
+        """
+        if self.conn.their_state is not h11.MUST_CLOSE or self.conn.trailing_data[0]:
+            return False
+        return any(
+            name == b"connection" and value.lower() == b"close" for name, value in self.headers
+        )
 
     def _read_at_once(self, num_bytes: int) -> None:
         # Read by asyncio's transport for sockets; one that lacks it reads as it likes.

@@ -73,7 +73,9 @@ def _llama_cpp(python: str) -> Callable[[Path, int], list[str]]:
     def command(directory: Path, port: int) -> list[str]:
         words = [python, "-m", "llama_cpp.server", "--model", str(directory / "model.gguf")]
         words += ["--host", "127.0.0.1", "--port", str(port), "--n_ctx", "512"]
-        return [*words, "--n_threads", str(os.cpu_count()), "--verbose", "false"]
+        words += ["--n_threads", str(os.cpu_count()), "--verbose", "false"]
+        # Else a new request breaks off the one under way: this server makes one text at a time.
+        return [*words, "--interrupt_requests", "false"]
 
     return command
 

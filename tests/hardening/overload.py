@@ -139,6 +139,7 @@ async def measure(
         "num_served": len(overloaded.served_seconds),
         "num_refused": len(overloaded.refused_seconds),
         "others": [*capacity.others, *overloaded.others, *beside.others][:10],
+        "admitted_p50_seconds": round(quantile(overloaded.served_seconds, 0.5), 3),
         "admitted_p95_seconds": round(quantile(overloaded.served_seconds, 0.95), 3),
         "admitted_p95_to_bound": round(quantile(overloaded.served_seconds, 0.95) / bound, 3),
         "refused_p50_ms": round(1000 * quantile(overloaded.refused_seconds, 0.5), 2),
