@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.telegram.bot_process import bot_environment, quick_directory
 
 _REPOSITORY = Path(__file__).parents[2]
-_TIMEOUT_SECONDS = 120.0
+_TIMEOUT_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
 # For tests that are not about limits: the bot writes, and lets people write, as often as they like.
 QUICK = {"TESTS_QUICK_PACE": "1"}

@@ -11,7 +11,7 @@ from tests.logged_process import LoggedProcess
 
 _REPOSITORY = Path(__file__).parents[2]
 _MEMORY = Path("/dev/shm")  # of Linux; elsewhere the usual directory
-_TIMEOUT_SECONDS = 120
+_TIMEOUT_SECONDS = 300
 
 
 def quick_directory() -> Path | None:

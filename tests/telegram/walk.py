@@ -117,7 +117,7 @@ class Walk:
         return [m for m in self.telegram.bot_messages(chat) if "[Stop]" not in "".join(_rows(m))]
 
     def _wait(self, condition: Any) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < until, "\n".join(self.lines)
             time.sleep(0.02)
