@@ -3,7 +3,7 @@
     add ─> waits for its turn to be read ─> read in chunks ─> decoded, one token or more a step ─> ends
 
 Requests join and leave between steps. Each has a slot of the runner's cache; a step reads one bounded chunk
-of a new prompt and makes a token for every request whose prompt has been read, so that a long prompt never
+of new prompts and makes a token for every request whose prompt has been read, so that a long prompt never
 stalls the others for long. What a slot holds after its request has ended stays there: a request that begins
 with the same tokens goes on from them. Knows nothing of text, of HTTP and of threads: one thread owns it.
 
@@ -197,13 +197,12 @@ class Engine:
             self._free_slots.append(running.slot)
 
     def step(self) -> list[TokenEvent]:
-        """Read one chunk of a prompt, if there is one to read, and make tokens for each other request."""
-        reading = next((key for key, one in self._running.items() if one.is_reading), None)
+        """Read a chunk of prompts, if there are any to read, and make tokens for each other request."""
         keys = [key for key, one in self._running.items() if not one.is_reading]
         work = [self._next_work(self._running[key], len(keys)) for key in keys]
-        if reading is not None:
-            keys.append(reading)
-            work.append(self._next_chunk(self._running[reading]))
+        for key, chunk in self._next_chunks():
+            keys.append(key)
+            work.append(chunk)
         if not work:
             return []
         logits = self._runner.run(self._forgetting(work))
@@ -273,7 +272,25 @@ class Engine:
             best = empty[0] if empty else 0
         return self._free_slots.pop(best)
 
-    def _next_chunk(self, running: _Running) -> SlotWork:
+    def _next_chunks(self) -> list[tuple[int, SlotWork]]:
+        """What to read in this step, by request: of the oldest ones, as much as a chunk has room for."""
+        chunks: list[tuple[int, SlotWork]] = []
+        room = _PREFILL_CHUNK_TOKENS
+        for key, running in self._running.items():
+            if room and running.is_reading and not self._waits_for_others(running, chunks):
+                chunks.append((key, self._next_chunk(running, room)))
+                room -= len(chunks[-1][1].token_ids)
+        return chunks
+
+    def _waits_for_others(self, running: _Running, chunks: Sequence[tuple[int, SlotWork]]) -> bool:
+        """Whether what is read in this step is the beginning of this prompt too: then it is reused."""
+        prompt_ids = running.request.prompt_ids
+        return running.num_read < 0 and any(
+            _num_common(self._running[key].request.prompt_ids, prompt_ids) >= _MIN_REUSED_TOKENS
+            for key, _ in chunks
+        )
+
+    def _next_chunk(self, running: _Running, room: int) -> SlotWork:
         """The chunk of a prompt that comes next; none of its logits matter before the last one."""
         prompt_ids = running.request.prompt_ids
         if running.num_read < 0:
@@ -281,7 +298,7 @@ class Engine:
             is_scored = running.request.num_prompt_log_probabilities is not None
             running.num_read = 0 if is_scored else self._reuse(running.slot, prompt_ids)
         start = running.num_read
-        chunk = list(prompt_ids[start : start + _PREFILL_CHUNK_TOKENS])
+        chunk = list(prompt_ids[start : start + room])
         is_last = start + len(chunk) == len(prompt_ids)
         if running.request.num_prompt_log_probabilities is not None:
             return SlotWork(running.slot, start, chunk, num_logits=len(chunk))
