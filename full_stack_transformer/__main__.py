@@ -44,6 +44,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
         arguments.AverageCheckpointsArguments,
         "modelling.averaging:average_checkpoints",
     ),
+    ("whiten", arguments.WhitenArguments, "modelling.whitening_command:whiten"),
     ("evaluate", arguments.EvaluateArguments, "evaluation.run:evaluate"),
     ("generate", arguments.GenerateArguments, "generation.command:generate"),
     ("serve", arguments.ServeArguments, "serving.run:serve"),

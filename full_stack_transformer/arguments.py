@@ -310,6 +310,46 @@ class AverageCheckpointsArguments:
 
 
 @dataclass(frozen=True)
+class WhitenArguments:
+    """Fit BERT-whitening (Su et al. 2021) on texts and write a model that embeds with it, in the format of
+    sentence-transformers."""
+
+    model: Path
+    """Model directory or experiment directory: a sentence encoder, a masked or a causal language model."""
+    texts: tuple[Path, ...]
+    """Files of texts, or directories of such: .jsonl, or one text per line; each plain, .gz or .zst."""
+    _: KW_ONLY
+    output_dir: Path
+    """Model directory to write; must not exist yet."""
+    num_dimensions: int | None = None
+    """Dimensions to keep, at most; without it as many as the embeddings have variance in."""
+    pooling: Literal["cls", "mean", "max", "first_last_avg", "last"] | None = None
+    """What makes one vector of a text's tokens; without it what the model says, else mean."""
+    text_field: tuple[str, ...] = ("text", "sentence1", "sentence2")
+    """Fields of JSON Lines that hold texts; may be repeated."""
+    max_length: int | None = None
+    """Tokens of a text, at most; without it what fits into the model."""
+    normalize: bool = False
+    """Bring vectors to length 1."""
+    epsilon: float = 1e-12
+    """Part of the largest variance that is added to each; more damps directions of little variance."""
+    batch_size: int = 32
+    """Texts in a batch; the figures do not depend on it."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, mps."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        _at_least(self, 1, "batch_size")
+        _between(self, 0, 1, "epsilon")
+        for name in ("num_dimensions", "max_length"):
+            if getattr(self, name) is not None:
+                _at_least(self, 1, name)
+        if not self.texts:
+            raise UsageError("TEXTS must name a file of texts at least")
+
+
+@dataclass(frozen=True)
 class EvaluateArguments:
     """Measure a model on validation samples and print loss, perplexity and bits per byte as JSON."""
 
