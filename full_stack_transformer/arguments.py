@@ -57,7 +57,8 @@ def _parsed_logit_bias(words: tuple[str, ...]) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class CollectDocumentsArguments:
-    """Write documents to start with: DOCUMENTS_ROOT/SOURCE/train.txt and valid.txt."""
+    """Write documents to start with: DOCUMENTS_ROOT/SOURCE/train.txt and valid.txt. With --task labelled
+    rows: DOCUMENTS_ROOT/SOURCE_TASK/train.jsonl, valid.jsonl and test.jsonl."""
 
     source: Literal["python_docs", "nietzsche"]
     """python_docs: the running interpreter's own documentation, no network.
@@ -67,6 +68,25 @@ class CollectDocumentsArguments:
     """Directory under which a folder of this source's name is written."""
     end_of_document: str = "[END_OF_DOCUMENT]"
     """Line that ends each document."""
+    task: (
+        Literal[
+            "sequence_classification",
+            "token_labelling",
+            "multiple_choice",
+            "span_selection",
+            "sentence_embedding",
+        ]
+        | None
+    ) = None
+    """Labelled rows of python_docs instead of documents. sequence_classification: which package a docstring
+    is from. token_labelling: which words are names of code. multiple_choice: which line begins a docstring.
+    span_selection: which sentence of a page answers a question. sentence_embedding: whether two sentences
+    are from one docstring."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        if self.task is not None and self.source != "python_docs":
+            raise UsageError(f"--task makes rows of python_docs only, found {self.source}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from full_stack_transformer.arguments import CollectDocumentsArguments
 from full_stack_transformer.document_sources.documents import Document
 from full_stack_transformer.document_sources.nietzsche import nietzsche_documents
 from full_stack_transformer.document_sources.python_docs import python_documents
+from full_stack_transformer.document_sources.task_files import collect_task_rows
 from full_stack_transformer.errors import MachineError, UsageError
 from full_stack_transformer.storage import sync_directory, write_text
 
@@ -56,10 +57,14 @@ class _Files:
 def collect_documents(arguments: CollectDocumentsArguments) -> Path:
     """Write the two files of a source, both or none, and return the directory that holds them.
 
+    With --task those of a labelled data set.
+
     Raises:
         UsageError: the delimiter cannot be a line.
         MachineError: the source cannot be reached, or the files cannot be written.
     """
+    if arguments.task is not None:
+        return collect_task_rows(arguments, arguments.task)
     start = time.perf_counter()
     files = _Files(_check_delimiter(arguments.end_of_document))
     for document in _SOURCES[arguments.source]():

@@ -20,7 +20,7 @@ from full_stack_transformer.document_sources.prose import (
     without_legal_paragraphs,
 )
 
-_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 _SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data")
@@ -48,7 +48,7 @@ class _Entry:
     """What the source says about one definition, or about the module when `node` is the module."""
 
     name: str
-    node: ast.Module | _Definition
+    node: ast.Module | Definition
     first_line: int
     last_line: int
     texts: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ def source_sections(source: bytes, seen: SeenLines) -> list[Section]:
     except (SyntaxError, ValueError):
         return []
     lines = text.split("\n")
-    entries = [_Entry("", module, 0, len(lines) + 1), *_definitions(module)]
+    entries = [_Entry("", module, 0, len(lines) + 1), *_entries(module)]
     for entry in entries:
         _add_docstring(entry, seen)
     for comment in _comments(lines, _lines_in_strings(module)):
@@ -89,16 +89,21 @@ def source_sections(source: bytes, seen: SeenLines) -> list[Section]:
     return list(_sections(entries))
 
 
-def _definitions(node: ast.AST, prefix: str = "") -> Iterator[_Entry]:
-    """Classes and functions below `node` in source order, those inside `if` and `try` too."""
+def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]:
+    """Classes and functions below `node` with their dotted names in source order, those inside `if` and
+    `try` too."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            first_line = min([child.lineno, *(each.lineno for each in child.decorator_list)])
-            last_line = child.end_lineno or child.lineno
-            yield _Entry(prefix + child.name, child, first_line, last_line)
-            yield from _definitions(child, f"{prefix}{child.name}.")
+            yield prefix + child.name, child
+            yield from definitions(child, f"{prefix}{child.name}.")
         elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _definitions(child, prefix)
+            yield from definitions(child, prefix)
+
+
+def _entries(module: ast.Module) -> Iterator[_Entry]:
+    for name, node in definitions(module):
+        first_line = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+        yield _Entry(name, node, first_line, node.end_lineno or node.lineno)
 
 
 def _add_docstring(entry: _Entry, seen: SeenLines) -> None:
