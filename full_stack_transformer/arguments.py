@@ -13,6 +13,9 @@ from typing import Literal
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 
+# Where the path of data may be left out.
+NO_DATA = Path("-")
+
 
 def _at_least(options: object, least: float, *names: str) -> None:
     for name in names:
@@ -375,8 +378,9 @@ class EvaluateArguments:
 
     model: Path
     """Model directory, experiment directory or .ckpt file."""
-    dataset_dir: Path
-    """Dataset directory whose validation samples are used; its tokenizer must be the model's."""
+    dataset_dir: Path = NO_DATA
+    """Dataset directory whose validation samples are used; its tokenizer must be the model's. Not needed
+    with --harness."""
     _: KW_ONLY
     batch_size: int = 16
     """Samples in a batch; the figures do not depend on it."""
@@ -385,6 +389,25 @@ class EvaluateArguments:
     weights_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Also measure the model with such weights, as fst generate and fst serve compute with them, and print
     the change of the perplexity beside it."""
+    generation: int = 0
+    """Also continue so many validation texts, and compare with how they go on; 0 for none."""
+    max_new_tokens: int = 64
+    """Tokens of such a continuation, at most."""
+    temperature: float = 0.0
+    """Randomness of such a continuation; 0 always takes the likeliest token."""
+    harness: Path | None = None
+    """Instead run this task file of lm-evaluation-harness (YAML) on the model, offline; the paths of its data
+    are relative to it. Needs the extra harness."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        _at_least(self, 1, "batch_size", "max_new_tokens")
+        _at_least(self, 0, "generation")
+        _between(self, 0, 100, "temperature")
+        if (self.dataset_dir == NO_DATA) == (self.harness is None):
+            raise UsageError("pass a dataset directory or --harness TASK.yaml, and not both")
+        if self.harness is not None and self.generation:
+            raise UsageError("--generation continues texts of a dataset directory; drop --harness")
 
 
 @dataclass(frozen=True)

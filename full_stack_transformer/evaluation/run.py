@@ -9,6 +9,8 @@ import time
 from full_stack_transformer.arguments import EvaluateArguments
 from full_stack_transformer.datasets.description import open_dataset
 from full_stack_transformer.errors import DatasetError
+from full_stack_transformer.evaluation.continued_texts import evaluate_generation
+from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.perplexity import measure_perplexity
 from full_stack_transformer.evaluation.rounded_weights import measure_rounded_weights
 from full_stack_transformer.modelling.model_directory import open_model
@@ -23,6 +25,16 @@ def evaluate(arguments: EvaluateArguments) -> None:
     Raises:
         DatasetError: the dataset was made with another tokenizer than the model's.
     """
+    if arguments.harness is not None:
+        found = run_harness(
+            arguments.model,
+            arguments.harness,
+            device=arguments.device,
+            weights_dtype=arguments.weights_dtype,
+            num_slots=arguments.batch_size,
+        )
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
     model = open_model(arguments.model, device=arguments.device)
     dataset = open_dataset(arguments.dataset_dir)
     theirs = open_saved_tokenizer(dataset.tokenizer_directory)
@@ -57,4 +69,13 @@ def evaluate(arguments: EvaluateArguments) -> None:
             100 * rounded.relative_perplexity_change,
         )
         content["rounded_weights"] = dataclasses.asdict(rounded)
+    if arguments.generation:
+        generated = evaluate_generation(
+            model,
+            dataset.valid,
+            num_texts=arguments.generation,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+        )
+        content["generation"] = generated.as_json()
     sys.stdout.write(json.dumps(content, indent=2) + "\n")

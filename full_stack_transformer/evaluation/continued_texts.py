@@ -1,0 +1,176 @@
+"""How a causal language model goes on with texts that it never saw, beside how they really go on.
+
+    validation sample ──> prompt | expected tokens
+                            └──model──> as many tokens ──> BLEU, chrF, ROUGE, distinct-n, repetition
+
+Overlap with the one true continuation is low for any model of free text; the figures compare models on the
+same texts, and say whether a model repeats itself. The same figures of the expected texts stand beside.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from full_stack_transformer.datasets.corpus import Corpus
+from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.generation.sampling import SamplingParameters
+from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.metrics.bootstrap import Interval, bootstrap_intervals
+from full_stack_transformer.metrics.generated_texts import (
+    bleu_counts,
+    bleu_of_counts,
+    chrf_counts,
+    chrf_of_counts,
+    distinct,
+    exact_match,
+    repetition,
+    repetition_of_texts,
+    rouge_of_texts,
+    words,
+)
+from full_stack_transformer.modelling.model_directory import OpenedModel
+
+_TEXTS_AT_ONCE = 8
+# A prompt of fewer tokens says nothing of how to go on.
+_MIN_TOKENS = 16
+# Four words in a row: the order at which a text that turns in circles shows.
+_REPETITION_ORDER = 4
+
+
+@dataclass(frozen=True)
+class ContinuedTexts:
+    """Figures of generated continuations."""
+
+    num_texts: int
+    max_new_tokens: int
+    temperature: float
+    figures: dict[str, float]
+    """By name; `expected_…` are those of the true continuations."""
+    intervals: dict[str, Interval]
+    """95 % bootstrap intervals. distinct-n has none: a text that is drawn twice is never distinct."""
+
+    def as_json(self) -> dict[str, object]:
+        """What `fst evaluate` prints."""
+        return asdict(self)
+
+
+def evaluate_generation(
+    model: OpenedModel,
+    corpus: Corpus,
+    *,
+    num_texts: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    num_resamples: int = 1000,
+) -> ContinuedTexts:
+    """Continue the first half of samples and compare with the second.
+
+    Args:
+        model: what generates.
+        corpus: samples of its tokens; those shorter than 16 are passed over.
+        num_texts: samples at most, spread evenly over the corpus.
+        max_new_tokens: of a continuation, at most.
+        temperature: 0 for the likeliest tokens.
+        seed: of the sampling, and of the bootstrap.
+        num_resamples: of the bootstrap.
+
+    Raises:
+        ValueError: no sample is long enough.
+    """
+    prompts, expected = _halves(model, corpus, num_texts, max_new_tokens)
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        sampling=SamplingParameters(temperature=temperature),
+        seed=seed,
+        over_length="clip",
+    )
+    engine = open_engine(model.backbone, num_slots=_TEXTS_AT_ONCE, weights_dtype="float32")
+    generator = TextGenerator(model, engine=engine)
+    texts = continue_texts(generator, prompts, options)
+    figures, intervals = _measure(texts, expected, seed=seed, num_resamples=num_resamples)
+    return ContinuedTexts(len(texts), max_new_tokens, temperature, figures, intervals)
+
+
+def continue_texts(
+    generator: TextGenerator, prompts: Sequence[Sequence[int]], options: GenerationOptions
+) -> list[str]:
+    """The continuation of each prompt, several at once; each one as it would be alone."""
+    texts = [""] * len(prompts)
+    waiting = list(range(len(prompts)))[::-1]
+    running: dict[int, Iterator[str]] = {}
+    while waiting or running:
+        while waiting and len(running) < _TEXTS_AT_ONCE:
+            number = waiting.pop()
+            running[number] = generator.stream(prompts[number], options)
+        # All streams share the engine: each step of one is a step of all.
+        for number, stream in list(running.items()):
+            piece = next(stream, None)
+            if piece is None:
+                del running[number]
+            else:
+                texts[number] += piece
+    return [generator.model.tokenizer.after_decoding(text) for text in texts]
+
+
+def _halves(
+    model: OpenedModel, corpus: Corpus, num_texts: int, max_new_tokens: int
+) -> tuple[list[list[int]], list[str]]:
+    """Prompts as token ids, and how they go on as text."""
+    lengths = corpus.lengths()
+    long_enough = np.flatnonzero(lengths >= _MIN_TOKENS)
+    if not len(long_enough):
+        raise ValueError(
+            f"no sample has {_MIN_TOKENS} tokens, so that half of it could be a prompt"
+        )
+    places = np.linspace(0, len(long_enough) - 1, min(num_texts, len(long_enough))).astype(int)
+    prompts, expected = [], []
+    for index in long_enough[places]:
+        ids: list[int] = corpus[int(index)].tolist()
+        half = len(ids) // 2
+        prompts.append(ids[:half])
+        text = model.tokenizer.decode(ids[half : half + max_new_tokens])
+        expected.append(model.tokenizer.after_decoding(text))
+    return prompts, expected
+
+
+def _measure(
+    texts: list[str], expected: list[str], *, seed: int, num_resamples: int
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    references = [[one] for one in expected]
+    bleu_rows, chrf_rows = bleu_counts(texts, references), chrf_counts(texts, references)
+    rouge_rows = np.array(rouge_of_texts(texts, references))
+    matches = np.array([exact_match([a], [b]) for a, b in zip(texts, references, strict=True)])
+    our_words, their_words = [words(text) for text in texts], [words(text) for text in expected]
+    repeats = np.array(repetition_of_texts(our_words, _REPETITION_ORDER) or [0.0])
+
+    def overlap(positions: NDArray[np.int64]) -> Mapping[str, float]:
+        rouge1, rouge2, rouge_l = rouge_rows[positions].mean(axis=0).tolist()
+        return {
+            "bleu": bleu_of_counts(bleu_rows[positions].sum(axis=0)),
+            "chrf": chrf_of_counts(chrf_rows[positions].sum(axis=0)),
+            "rouge1": rouge1,
+            "rouge2": rouge2,
+            "rougeL": rouge_l,
+            "exact_match": float(matches[positions].mean()),
+        }
+
+    def repeated(positions: NDArray[np.int64]) -> Mapping[str, float]:
+        return {"repetition_4": float(repeats[positions].mean())}
+
+    options = {"num_resamples": num_resamples, "seed": seed}
+    figures = {
+        **overlap(np.arange(len(texts))),
+        **repeated(np.arange(len(repeats))),
+        "expected_repetition_4": repetition(their_words, _REPETITION_ORDER),
+    }
+    for order in (1, 2):
+        figures[f"distinct_{order}"] = distinct(our_words, order)
+        figures[f"expected_distinct_{order}"] = distinct(their_words, order)
+    intervals = {
+        **bootstrap_intervals(overlap, len(texts), **options),
+        **bootstrap_intervals(repeated, len(repeats), **options),
+    }
+    return figures, intervals

@@ -1,0 +1,105 @@
+"""How probable texts are after others, by the runner that generates: what multiple-choice benchmarks ask.
+
+    context + continuation ──> token ids ──runner──> log-likelihood, and whether each token is the likeliest
+
+Knows nothing of benchmarks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from full_stack_transformer.generation.runners import Runner, SlotWork
+from full_stack_transformer.tokenization import DocumentTokenizer
+
+# Tokens read at once: the logits of 512 over GPT-2's vocabulary take 100 MB.
+_MAX_TOKENS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Token ids, of which the last ones are predicted from all before them."""
+
+    token_ids: Sequence[int]
+    num_targets: int
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """How probable the targets of a span are."""
+
+    value: float
+    """Sum over the targets, in nats."""
+    is_greedy: bool
+    """Whether each of them is the likeliest token."""
+
+
+def continuation_span(
+    context: str, continuation: str, tokenizer: DocumentTokenizer, *, max_length: int
+) -> TokenSpan:
+    """The tokens of a continuation after those of its context, as they are in one text.
+
+    Spaces between the two belong to the continuation, where byte-level vocabularies have them. What does
+    not fit into the model is cut off at the beginning.
+    """
+    bare = context.rstrip()
+    whole = tokenizer.encode_prompt(context + continuation)
+    num_context = len(tokenizer.encode_prompt(bare)) if bare else 1
+    # A token over the border counts to the continuation.
+    num_targets = min(max(1, len(whole) - num_context), len(whole) - 1, max_length)
+    return TokenSpan(whole[-(max_length + 1) :], num_targets)
+
+
+def rolling_spans(
+    text: str, tokenizer: DocumentTokenizer, *, max_length: int
+) -> Iterator[TokenSpan]:
+    """A whole text, each token predicted once, after as many as the model takes where there are so many."""
+    token_ids = tokenizer.encode_prompt(text)
+    for start in range(1, len(token_ids), max_length):
+        end = min(start + max_length, len(token_ids))
+        yield TokenSpan(token_ids[max(0, end - 1 - max_length) : end], end - start)
+
+
+def log_likelihoods(spans: Sequence[TokenSpan], runner: Runner) -> list[LogLikelihood]:
+    """Of each span, in their order."""
+    found = [LogLikelihood(0.0, True)] * len(spans)
+    # Spans of similar length are computed together.
+    order = sorted(
+        (number for number, span in enumerate(spans) if span.num_targets),
+        key=lambda number: len(spans[number].token_ids),
+    )
+    for numbers in _groups(order, spans, runner.num_slots):
+        work = [
+            SlotWork(slot, 0, spans[number].token_ids[:-1], num_logits=spans[number].num_targets)
+            for slot, number in enumerate(numbers)
+        ]
+        rows = runner.run(work).float().log_softmax(-1)
+        end = 0
+        for number in numbers:
+            span = spans[number]
+            scores = rows[end : end + span.num_targets]
+            end += span.num_targets
+            targets = torch.tensor(span.token_ids[-span.num_targets :], device=scores.device)
+            chosen = scores.gather(1, targets[:, None])[:, 0]
+            found[number] = LogLikelihood(
+                float(chosen.double().sum()), bool((scores.argmax(-1) == targets).all())
+            )
+    return found
+
+
+def _groups(
+    order: Sequence[int], spans: Sequence[TokenSpan], num_slots: int
+) -> Iterator[list[int]]:
+    """Numbers of spans that are computed together, a few at once."""
+    group: list[int] = []
+    num_tokens = 0
+    for number in order:
+        length = len(spans[number].token_ids)
+        if group and (num_tokens + length > _MAX_TOKENS_AT_ONCE or len(group) == num_slots):
+            yield group
+            group, num_tokens = [], 0
+        group.append(number)
+        num_tokens += length
+    if group:
+        yield group
