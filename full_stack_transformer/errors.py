@@ -5,6 +5,7 @@
     ├── InputError                   who supplied the files
     │   ├── DocumentsError           texts: missing, unreadable, empty, without delimiter
     │   ├── TokenizerError           a vocabulary that is none, or does not fit
+    │   ├── RowError                 labelled rows: unreadable, or without what their task needs
     │   ├── DatasetError             a dataset directory that is none, or damaged
     │   └── ModelError               a model directory that is none, or does not fit
     ├── MachineError                 who runs the machine: port in use, disk full, no network
@@ -47,6 +48,10 @@ class DocumentsError(InputError):
 
 class TokenizerError(InputError):
     """A tokenizer cannot be loaded, or does not fit its purpose."""
+
+
+class RowError(InputError):
+    """A labelled row cannot be read, or lacks what its task needs."""
 
 
 class DatasetError(InputError):

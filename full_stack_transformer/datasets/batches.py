@@ -46,6 +46,12 @@ class Samples(Protocol):
         """Start in the corpus and tokens of each of the samples."""
         ...
 
+    def num_targets(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """How many tokens (or labels) of each of the samples with these spans are predicted."""
+        ...
+
 
 def limited(num_batches: int, limit: float) -> int:
     """So many of the batches (`limit` above 1), or this part of them (up to 1), but at least one."""
@@ -76,6 +82,12 @@ class ConcatenatedSamples:
         """Start in the corpus and tokens of each of the pieces."""
         return numbers * self.row_length, np.full(len(numbers), self.row_length)
 
+    def num_targets(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """All tokens of a piece but its first."""
+        return lengths - 1
+
 
 @dataclass(frozen=True)
 class BatchSpans:
@@ -89,6 +101,10 @@ class BatchSpans:
     """(samples,) row of the batch that each lies in, ascending."""
     num_rows: int
     """Rows of the batch; the last ones may be empty."""
+    epoch: int = 0
+    """For what is drawn anew in each epoch."""
+    is_filler: bool = False
+    """Whether this rank has no sample left and computes one that does not count."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,7 @@ class BatchPlan(ABC):
         rows = window.rows[part]
         num_used = int(rows[-1]) + 1 if len(rows) else 0
         return BatchSpans(
-            window.starts[part], window.lengths[part], rows, max(self._min_rows, num_used)
+            window.starts[part], window.lengths[part], rows, max(self._min_rows, num_used), epoch
         )
 
     def num_targets(self, epoch: int, position: int) -> int:
@@ -166,7 +182,7 @@ class BatchPlan(ABC):
         by_length = np.argsort(lengths, kind="stable")
         starts, lengths = starts[by_length], lengths[by_length]
         cuts = np.arange(0, len(numbers), self._global_size)
-        num_targets = np.add.reduceat(lengths - 1, cuts)
+        num_targets = np.add.reduceat(self._samples.num_targets(starts, lengths), cuts)
         if batch_order is not None:
             cuts, num_targets = cuts[batch_order], num_targets[batch_order]
         places = cuts[:, None] + np.arange(self._rank, self._global_size, self._world_size)
@@ -243,7 +259,8 @@ class SortedBatches(BatchPlan):
         if len(window.starts):
             return super().batch(0, position)
         start = self._samples.spans(self._numbers(position)[:1])[0]
-        return BatchSpans(start, np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
+        one, row = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        return BatchSpans(start, one, row, 1, is_filler=True)
 
     def num_targets(self, epoch: int, position: int) -> int:
         """Tokens of a batch over all ranks that are predicted: all but the first of each sample."""
@@ -325,7 +342,8 @@ class PackedBatches(BatchPlan):
         mine = np.flatnonzero(rows % self._world_size == self._rank)
         mine = mine[np.lexsort((rows[mine], batches[mine]))]
         samples_per_batch = np.bincount(batches[mine], minlength=num_batches)
-        num_targets = np.bincount(batches, weights=lengths - 1, minlength=num_batches)
+        targets = self._samples.num_targets(starts, lengths)
+        num_targets = np.bincount(batches, weights=targets, minlength=num_batches)
         return _Window(
             starts=starts[mine],
             lengths=lengths[mine],

@@ -231,6 +231,12 @@ class Corpus:
         ends[following == len(self)] = len(self.tokens)
         return starts, ends - starts
 
+    def num_targets(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Tokens of each of the samples that are predicted: all but the first."""
+        return lengths - 1
+
 
 def _open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.integer]:
     advice = "prepare the dataset again"

@@ -21,6 +21,11 @@ class DatasetDirectory:
     valid: Corpus
 
     @property
+    def data_place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.directory)
+
+    @property
     def tokenizer_directory(self) -> Path:
         """What `open_saved_tokenizer` and `AutoTokenizer` open."""
         return self.directory / "tokenizer"

@@ -50,6 +50,12 @@ class SamplesWithoutTokens:
         """Start and tokens of each of the samples."""
         return self.starts[numbers], self.lengths[numbers]
 
+    def num_targets(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """All tokens but the first of each."""
+        return lengths - 1
+
 
 @dataclass(frozen=True)
 class ManySamples:
@@ -68,3 +74,9 @@ class ManySamples:
     def spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """A start that names the sample, and tokens of each."""
         return numbers * 80, 2 + numbers % 78
+
+    def num_targets(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """All tokens but the first of each."""
+        return lengths - 1

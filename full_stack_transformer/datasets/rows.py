@@ -1,0 +1,209 @@
+"""Labelled rows out of files: each row a dict, with the place where it stood.
+
+    .jsonl .ndjson   a JSON object a line                  .json      a list of objects, or SQuAD's form
+    .csv .tsv        a header, then a row a line           .parquet   columns
+    .conll .bio      a word and its label a line, a blank line after each sentence
+    a folder         a folder of .txt files for each label, as IMDB has it
+
+All of them plain, .gz or .zst. Knows file formats, and not what a task makes of a row: see row_names.py.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from full_stack_transformer.documents.files import ending, open_decompressed
+from full_stack_transformer.errors import DocumentsError, MissingExtraError, RowError
+
+Row = dict[str, Any]
+
+# Under this key a row says where it stood, for errors; written nowhere.
+PLACE = "_place"
+_JSON_LINES = (".jsonl", ".ndjson")
+_LABELLED_WORDS = (".conll", ".bio", ".iob2")
+ROW_ENDINGS = (*_JSON_LINES, ".json", ".csv", ".tsv", ".parquet", *_LABELLED_WORDS)
+# IMDB's texts without a label.
+_UNLABELLED_FOLDERS = ("unsup",)
+# A cell of a CSV file may hold a long document; Python's own limit is 131,072 characters.
+_MAX_CELL_CHARACTERS = 1 << 27
+_DOCUMENT_START = "-DOCSTART-"
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file or folder, in the order in which they stand there.
+
+    Raises:
+        RowError: there is no such file, its ending is none of the known ones, or it cannot be read.
+    """
+    if path.is_dir():
+        yield from _labelled_folders(path)
+        return
+    if not path.is_file():
+        raise RowError(f"{path} does not exist; expected a file or folder of labelled rows")
+    kind = ending(path)
+    try:
+        if kind == ".parquet":
+            yield from _parquet(path)
+            return
+        with open_decompressed(path, 0) as binary:
+            text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+            if kind in _JSON_LINES:
+                yield from _json_lines(path, text)
+            elif kind == ".json":
+                yield from _json(path, text)
+            elif kind in (".csv", ".tsv"):
+                yield from _table(path, text, delimiter="," if kind == ".csv" else "\t")
+            elif kind in _LABELLED_WORDS:
+                yield from _labelled_words(path, text)
+            else:
+                raise RowError(
+                    f"{path} should end in one of {', '.join(ROW_ENDINGS)}, or be a folder of folders"
+                )
+    except UnicodeDecodeError as error:
+        raise RowError(f"{path} should be UTF-8, but is not: {error}") from error
+    except DocumentsError as error:
+        raise RowError(str(error)) from error
+
+
+def _json_lines(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RowError(f"{place} should be a JSON object, but is no JSON: {error}") from error
+        yield _placed(row, place)
+
+
+def _json(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
+    try:
+        content = json.load(text)
+    except ValueError as error:
+        raise RowError(f"{path} should hold JSON: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+        if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
+            yield from _nested_spans(path, content)
+            return
+    if not isinstance(content, list):
+        raise RowError(
+            f"{path} should hold a list of objects, or SQuAD's object with `data`; found "
+            f"{type(content).__name__}; a row a line belongs into a .jsonl file"
+        )
+    for number, row in enumerate(content):
+        yield _placed(row, f"{path}, row {number}")
+
+
+def _nested_spans(path: Path, articles: list[Any]) -> Iterator[Row]:
+    """SQuAD's articles > paragraphs > questions, versions 1.1 and 2.0."""
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield {
+                        "id": question["id"],
+                        "question": question["question"],
+                        "context": paragraph["context"],
+                        "answers": question.get("answers", []),
+                        PLACE: f"{path}, question {question['id']}",
+                    }
+    except (KeyError, TypeError) as error:
+        raise RowError(
+            f"{path} should be in SQuAD's form, data > paragraphs > qas: {error!r} is missing"
+        ) from error
+
+
+def _table(path: Path, lines: io.TextIOWrapper, *, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    # GLUE's .tsv files have quotation marks that open and never close.
+    if delimiter == ",":
+        reader = csv.reader(lines, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise RowError(f"{path} should begin with a line of column names; it is empty")
+        for cells in reader:
+            if not cells:
+                continue
+            place = f"{path}, line {reader.line_num}"
+            if len(cells) != len(header):
+                raise RowError(
+                    f"{place} should have {len(header)} columns ({', '.join(header)}), found {len(cells)}"
+                )
+            yield {**dict(zip(header, cells, strict=True)), PLACE: place}
+    except csv.Error as error:
+        raise RowError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{path} needs the package pyarrow, which is not installed; "
+            "install it with: pip install -c constraints.txt -e '.[data]'"
+        ) from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield {**row, PLACE: f"{path}, row {number}"}
+                    number += 1
+    except (OSError, ArrowException) as error:
+        raise RowError(f"{path} should be a Parquet file, but cannot be read: {error}") from error
+
+
+def _labelled_words(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
+    """The first column is the word, the last one its label."""
+    words: list[str] = []
+    labels: list[str] = []
+    start = 1
+    for number, line in enumerate([*lines, ""], start=1):
+        cells = line.split()
+        if cells and not cells[0].startswith(_DOCUMENT_START):
+            if len(cells) < 2:
+                raise RowError(
+                    f"{path}, line {number} should be a word and its label, or blank; found {line!r}"
+                )
+            if not words:
+                start = number
+            words.append(cells[0])
+            labels.append(cells[-1])
+        elif words:
+            yield {"words": words, "labels": labels, PLACE: f"{path}, line {start}"}
+            words, labels = [], []
+
+
+def _labelled_folders(path: Path) -> Iterator[Row]:
+    folders = sorted(
+        one for one in path.iterdir() if one.is_dir() and one.name not in _UNLABELLED_FOLDERS
+    )
+    if not folders:
+        raise RowError(f"{path} should hold a folder of .txt files for each label; it has none")
+    num_rows = 0
+    for folder in folders:
+        for file in sorted(folder.glob("*.txt")):
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise RowError(f"{file} should be a text in UTF-8: {error}") from error
+            num_rows += 1
+            yield {"text": text, "label": folder.name, PLACE: str(file)}
+    if not num_rows:
+        raise RowError(
+            f"{path}: its folders {', '.join(f.name for f in folders)} hold no .txt file"
+        )
+
+
+def _placed(row: Any, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise RowError(f"{place} should be a JSON object, found {type(row).__name__}")
+    return {**row, PLACE: place}
