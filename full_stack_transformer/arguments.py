@@ -58,6 +58,27 @@ def _parsed_logit_bias(words: tuple[str, ...]) -> dict[int, float]:
     return biases
 
 
+TaskName = Literal[
+    "causal_lm",
+    "masked_lm",
+    "sequence_classification",
+    "multiple_choice",
+    "span_selection",
+    "token_labelling",
+    "sentence_embedding",
+]
+# Of these python_docs has labelled rows.
+RowTaskName = Literal[
+    "sequence_classification",
+    "token_labelling",
+    "multiple_choice",
+    "span_selection",
+    "sentence_embedding",
+]
+# These learn from a dataset directory of prepare_dataset, the others from labelled rows.
+CORPUS_TASKS = ("causal_lm", "masked_lm")
+
+
 @dataclass(frozen=True)
 class CollectDocumentsArguments:
     """Write documents to start with: DOCUMENTS_ROOT/SOURCE/train.txt and valid.txt. With --task labelled
@@ -71,16 +92,7 @@ class CollectDocumentsArguments:
     """Directory under which a folder of this source's name is written."""
     end_of_document: str = "[END_OF_DOCUMENT]"
     """Line that ends each document."""
-    task: (
-        Literal[
-            "sequence_classification",
-            "token_labelling",
-            "multiple_choice",
-            "span_selection",
-            "sentence_embedding",
-        ]
-        | None
-    ) = None
+    task: RowTaskName | None = None
     """Labelled rows of python_docs instead of documents. sequence_classification: which package a docstring
     is from. token_labelling: which words are names of code. multiple_choice: which line begins a docstring.
     span_selection: which sentence of a page answers a question. sentence_embedding: whether two sentences
@@ -176,12 +188,31 @@ class CheckTokenizerArguments:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Train a model on a dataset directory: EXPERIMENTS_ROOT/EXPERIMENT_NAME/VERSION/."""
+    """Train a model on a dataset directory or on labelled rows: EXPERIMENTS_ROOT/EXPERIMENT_NAME/VERSION/."""
 
     _: KW_ONLY
-    dataset_dir: Path
+    task: TaskName = "causal_lm"
+    """What is learned. causal_lm and masked_lm take a --dataset_dir, the others labelled rows."""
+    dataset_dir: Path | None = None
     """Dataset directory that prepare_dataset wrote: DATASETS_ROOT/NAME/VERSION, or DATASETS_ROOT/NAME
-    for its newest version."""
+    for its newest version. With labelled rows: a directory of files or folders train, valid and test, or
+    the name of a data set that the package datasets loads."""
+    train_file: Path | None = None
+    """Labelled rows to learn from, instead of --dataset_dir: .jsonl, .csv, .tsv, .parquet, CoNLL or SQuAD
+    files, or a folder with a folder of texts for each label."""
+    validation_file: Path | None = None
+    """Labelled rows to validate on; without it --validation_fraction of the training rows."""
+    test_file: Path | None = None
+    """Labelled rows for --do_predict."""
+    validation_fraction: float = 0.1
+    """Without validation rows: the part of the training rows that is kept for validation, chosen by a hash
+    of their text (or of the field `group`, whose rows stay together)."""
+    do_train: bool | None = None
+    """Train; what happens if none of the three is given."""
+    do_eval: bool | None = None
+    """Measure the best model on the validation rows, into eval_results.json."""
+    do_predict: bool | None = None
+    """Predict the test rows with the best model, into test_predictions.jsonl."""
     experiments_root: Path = Path("data/experiments")
     """Directory that holds all experiments."""
     experiment_name: str = "experiment"
@@ -190,7 +221,31 @@ class TrainArguments:
     """Shape of a model from scratch: tiny, mini, small, base, gpt2, or a JSON file with the fields of a
     transformers config."""
     model_path: str | None = None
-    """Start from this model directory or hub name instead of from scratch."""
+    """Start from this model directory or hub name instead of from scratch; --model_name_or_path is the
+    same."""
+    tokenizer_path: str | None = None
+    """Labelled rows and a model from scratch: directory or hub name of its tokenizer; without it a
+    byte-level BPE of --vocab_size tokens is trained on the training rows."""
+    vocab_size: int = 4096
+    """Number of tokens of a tokenizer trained here."""
+    max_length: int = 128
+    """Tokens of a labelled row, at most; longer ones are cut, or for spans and labels read in windows."""
+    doc_stride: int = 32
+    """Spans and labels: tokens that two windows share; half of --max_length at most."""
+    problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
+    """What the labels of sequence_classification are. auto: lists of names are multi_label, fractions
+    regression."""
+    mask_probability: float = 0.15
+    """Masked language model: part of the tokens that is hidden."""
+    whole_word_masking: bool = False
+    """Masked language model: hide whole words."""
+    pooling: Literal["cls", "mean", "max", "first_last_avg", "last"] = "mean"
+    """Sentence embedding: what of the hidden states becomes the vector of a text."""
+    embedding_loss: Literal["auto", "simcse", "cosine"] = "auto"
+    """Sentence embedding. simcse: a text is closest to its pair (without pairs, to itself under other
+    dropout). cosine: the cosine equals the score. auto: cosine where rows have a score."""
+    temperature: float = 0.05
+    """Sentence embedding: of the softmax over the texts of a batch in simcse."""
     resume: str | None = None
     """Go on with a training that was interrupted: `last` for the newest one of --experiment_name, or an
     experiment directory; with the options that it was started with."""
@@ -242,8 +297,10 @@ class TrainArguments:
     """Optimizer steps, at most; -1 for no limit but --max_epochs."""
     max_minutes: float | None = None
     """End after this time, with the learning rate fully decayed by then."""
+    metric_for_best_model: str = "loss"
+    """Figure of the validation that says which model is the best, such as accuracy, f1 or spearman."""
     early_stopping_patience: int = 0
-    """End after so many validations in a row without a better loss; 0 for never."""
+    """End after so many validations in a row without a better one; 0 for never."""
     val_check_interval: float = 1.0
     """Validate each so many batches (above 1), or parts of an epoch (up to 1)."""
     limit_train_batches: float = 1.0
@@ -286,9 +343,21 @@ class TrainArguments:
     enable_progress_bar: bool = True
     """Show a progress line on a terminal."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether to train: where --do_train says so, or nothing else is asked for."""
+        return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
+
     def __post_init__(self) -> None:
         """Refuse what can never work."""
         check_name(self.experiment_name, "--experiment_name")
+        self._check_data()
+        _at_least(self, 4, "max_length")
+        _at_least(self, 0, "doc_stride")
+        _between(self, 1e-6, 100, "temperature")
+        _between(self, 0.01, 0.95, "mask_probability")
+        _between(self, 0, 0.5, "validation_fraction")
+        _at_least(self, 260, "vocab_size")
         _at_least(
             self, 1, "batch_size", "accumulate_grad_batches", "num_cycles", "log_every_n_steps"
         )
@@ -313,6 +382,42 @@ class TrainArguments:
             raise UsageError(f"--max_minutes must be above 0, found {self.max_minutes!r}")
         if self.max_epochs == -1 and self.max_steps == -1 and self.max_minutes is None:
             raise UsageError("--max_epochs -1 has no end; pass --max_steps or --max_minutes")
+
+    def _check_data(self) -> None:
+        if self.task in CORPUS_TASKS:
+            if self.dataset_dir is None or self.train_file is not None:
+                raise UsageError(
+                    f"--task {self.task} needs --dataset_dir, which prepare_dataset wrote"
+                    + ("; --train_file is for labelled rows" if self.train_file else "")
+                )
+            if self.do_eval or self.do_predict:
+                raise UsageError(
+                    f"--do_eval and --do_predict are for labelled rows; measure --task {self.task} with "
+                    "fst evaluate"
+                )
+        elif (self.dataset_dir is None) == (self.train_file is None):
+            found = "neither" if self.dataset_dir is None else "both"
+            raise UsageError(
+                f"--task {self.task} needs --dataset_dir or --train_file with labelled rows; found {found}"
+            )
+
+
+@dataclass(frozen=True)
+class RunExperimentArguments(TrainArguments):
+    """Train classes of one's own, named by dotted path; all options of fst train."""
+
+    _: KW_ONLY
+    data_class: str = ""
+    """my_module.MyData: derives from full_stack_transformer.training.rows.BaseDataModule."""
+    model_class: str = ""
+    """my_module.MyModel: a transformers model class, or a task that derives from
+    full_stack_transformer.tasks.task.Task. Without it the task's own."""
+
+    def _check_data(self) -> None:
+        if not (self.data_class or self.model_class):
+            raise UsageError("pass --data_class or --model_class, or train with fst train")
+        if not self.data_class:
+            super()._check_data()
 
 
 @dataclass(frozen=True)
@@ -374,14 +479,25 @@ class WhitenArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Measure a model on validation samples and print loss, perplexity and bits per byte as JSON."""
+    """Measure a model on samples or labelled rows and print the figures of its task as JSON."""
 
     model: Path
     """Model directory, experiment directory or .ckpt file."""
     dataset_dir: Path = NO_DATA
-    """Dataset directory whose validation samples are used; its tokenizer must be the model's. Not needed
+    """Language models: dataset directory whose validation samples are used; its tokenizer must be the
+    model's. Other tasks: a file of labelled rows, or a directory with train, valid and test rows. Not needed
     with --harness."""
     _: KW_ONLY
+    split: Literal["auto", "train", "valid", "test"] = "auto"
+    """Rows of a directory to measure on. auto: test where there are some, else valid."""
+    train_file: Path | None = None
+    """Rows that the baselines learn from, where the data are a single file."""
+    baselines: bool = True
+    """Measure beside it the commonest answer, counting words, and the same model untrained."""
+    num_resamples: int = 500
+    """Times that the rows are drawn again for the 95 % intervals; 0 for none."""
+    output_dir: Path | None = None
+    """Directory for predictions.jsonl, worst_errors.jsonl, results.json and confusion_matrix.svg."""
     batch_size: int = 16
     """Samples in a batch; the figures do not depend on it."""
     device: str = "auto"
@@ -402,10 +518,10 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         """Refuse what can never work."""
         _at_least(self, 1, "batch_size", "max_new_tokens")
-        _at_least(self, 0, "generation")
+        _at_least(self, 0, "generation", "num_resamples")
         _between(self, 0, 100, "temperature")
         if (self.dataset_dir == NO_DATA) == (self.harness is None):
-            raise UsageError("pass a dataset directory or --harness TASK.yaml, and not both")
+            raise UsageError("pass data to measure on or --harness TASK.yaml, and not both")
         if self.harness is not None and self.generation:
             raise UsageError("--generation continues texts of a dataset directory; drop --harness")
 

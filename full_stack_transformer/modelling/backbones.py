@@ -1,4 +1,5 @@
-"""Causal language models: new ones from a preset or a config, pretrained ones resized to a tokenizer.
+"""Models with the head that a task needs: new ones from a preset or a config, pretrained ones resized to a
+tokenizer.
 
 Knows nothing of datasets and of training.
 """
@@ -23,6 +24,9 @@ DECODER_PRESETS: dict[str, tuple[int, int, int]] = {
     "base": (12, 768, 12),
 }
 GPT2_PRESET = "gpt2"
+# The same shapes as encoders: ModernBERT's, whose norms come first and last. BERT's own, with the norm after
+# the sum, does not learn from scratch at these sizes.
+ENCODER_PREFIX, DECODER_PREFIX = "encoder-", "decoder-"
 
 
 def new_backbone(
@@ -32,72 +36,142 @@ def new_backbone(
     max_length: int,
     special_token_ids: dict[str, int],
     dropout: float = 0.0,
+    model_class: Any = AutoModelForCausalLM,
+    **fields: Any,
 ) -> Backbone:
-    """A causal language model with random weights.
+    """A model with random weights.
 
     Args:
-        model_config: name of a preset, or a JSON file with the fields of a transformers config.
+        model_config: name of a preset, or a JSON file with the fields of a transformers config. A preset
+            of one name is a decoder as a causal language model and an encoder as anything else;
+            `encoder-` or `decoder-` before the name says which.
         vocab_size: number of token ids.
         max_length: tokens of context that the model is made for.
         special_token_ids: ids under `begin`, `end` and `pad`.
         dropout: probability, where the architecture has dropout.
+        model_class: of transformers: the body and the head that a task needs.
+        fields: of the config beside those: what the task says of itself.
 
     Raises:
         UsageError: there is no such preset and no such file.
-        ModelError: the file does not describe a causal language model.
+        ModelError: the file does not describe a model that has such a head.
     """
     shared = {
+        **fields,
         "vocab_size": vocab_size,
         "max_position_embeddings": max_length,
         "bos_token_id": special_token_ids["begin"],
         "eos_token_id": special_token_ids["end"],
         "pad_token_id": special_token_ids["pad"],
     }
-    config = _config_from_preset(model_config, shared, dropout) or _config_from_file(
-        model_config, shared
+    config = (
+        _encoder_config(model_config, shared, dropout, is_default=not _is_causal(model_class))
+        or _config_from_preset(model_config.removeprefix(DECODER_PREFIX), shared, dropout)
+        or _config_from_file(model_config, shared)
     )
+    return backbone_of_config(config, model_class, model_config)
+
+
+def backbone_of_config(config: PretrainedConfig, model_class: Any, origin: str) -> Backbone:
+    """Random weights in the shape of a config.
+
+    Raises:
+        ModelError: its architecture has no such head.
+    """
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        # A class of one's own has no `from_config`.
+        if hasattr(model_class, "from_config"):
+            return model_class.from_config(config, trust_remote_code=False)
+        return model_class(config)
     except ValueError as error:
-        raise ModelError(
-            f"{model_config} does not describe a causal language model: {error}"
-        ) from error
+        what = _describe(model_class)
+        raise ModelError(f"{origin} does not describe {what}: {error}") from error
 
 
-def pretrained_backbone(model_path: str, *, vocab_size: int) -> Backbone:
-    """A pretrained causal language model with fp32 weights, its embeddings resized to `vocab_size`.
+def pretrained_backbone(
+    model_path: str,
+    *,
+    vocab_size: int,
+    model_class: Any = AutoModelForCausalLM,
+    new_head: bool = False,
+    **fields: Any,
+) -> Backbone:
+    """A pretrained model with fp32 weights, its embeddings resized to `vocab_size`.
+
+    Args:
+        model_path: directory or hub name.
+        vocab_size: number of token ids.
+        model_class: of transformers.
+        new_head: take a model without such a head too; a new one has random weights.
+        fields: of the config that are to be others than the saved ones.
 
     Raises:
         ModelError: there is no such model here or on the hub, or weights are missing from it.
     """
-    backbone = load_backbone(model_path, dtype=torch.float32)
+    backbone = load_backbone(
+        model_path, dtype=torch.float32, model_class=model_class, new_head=new_head, **fields
+    )
     if backbone.get_input_embeddings().num_embeddings != vocab_size:
         # New rows are drawn around the mean of the old ones, so that no new token starts out likely.
         backbone.resize_token_embeddings(vocab_size, mean_resizing=True)
     return backbone
 
 
-def load_backbone(model_path: str, *, dtype: torch.dtype) -> Backbone:
+def load_backbone(
+    model_path: str,
+    *,
+    dtype: torch.dtype,
+    model_class: Any = AutoModelForCausalLM,
+    new_head: bool = False,
+    **fields: Any,
+) -> Backbone:
     """Load the weights of a directory or hub name, all of them.
+
+    Args:
+        model_path: directory or hub name.
+        dtype: of the weights.
+        model_class: of transformers.
+        new_head: the weights of the head, not those of the body, may be missing or of another shape.
+        fields: of the config that are to be others than the saved ones.
 
     Raises:
         ModelError: the model cannot be opened, or lacks tensors: transformers would fill them with noise.
     """
     transformers.utils.logging.disable_progress_bar()  # a bar for every file is noise in a log
     try:
-        backbone, loading = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        backbone, loading = model_class.from_pretrained(
+            model_path,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=new_head,
+            **fields,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no causal language model at {model_path!r}: {reason}") from error
+        raise ModelError(f"no {_describe(model_class)} at {model_path!r}: {reason}") from error
     missing = sorted(loading["missing_keys"])
+    if new_head and backbone.base_model is not backbone:
+        missing = [name for name in missing if name.startswith(f"{backbone.base_model_prefix}.")]
+    elif backbone.base_model is backbone:
+        # BERT's pooler, which a masked language model is saved without, takes no part in a pooling here.
+        missing = [name for name in missing if "pooler." not in name]
     if missing:
         raise ModelError(
             f"the weights at {model_path!r} lack {len(missing)} tensors that the model needs "
             f"({', '.join(missing[:3])} …); it is damaged or belongs to another task"
         )
     return backbone
+
+
+def _is_causal(model_class: Any) -> bool:
+    return model_class is AutoModelForCausalLM
+
+
+def _describe(model_class: Any) -> str:
+    if _is_causal(model_class):
+        return "causal language model"
+    return f"model for {model_class.__name__.removeprefix('AutoModelFor')}"
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -137,6 +211,32 @@ def _config_from_preset(
         intermediate_size=-(-hidden_size * 8 // 3 // 64) * 64,
         num_attention_heads=num_heads,
         tie_word_embeddings=True,
+        attention_dropout=dropout,
+    )
+
+
+def _encoder_config(
+    model_config: str, shared: dict[str, Any], dropout: float, *, is_default: bool
+) -> PretrainedConfig | None:
+    name = model_config.removeprefix(ENCODER_PREFIX)
+    if name not in DECODER_PRESETS or (name == model_config and not is_default):
+        return None
+    num_layers, hidden_size, num_heads = DECODER_PRESETS[name]
+    return AutoConfig.for_model(
+        "modernbert",
+        **shared,
+        cls_token_id=shared["bos_token_id"],
+        sep_token_id=shared["eos_token_id"],
+        num_hidden_layers=num_layers,
+        hidden_size=hidden_size,
+        # GeGLU has three matrices where GELU has two.
+        intermediate_size=-(-hidden_size * 8 // 3 // 64) * 64,
+        num_attention_heads=num_heads,
+        # One token cannot see past the window of a local layer; the mean of all sees everything.
+        classifier_pooling="mean",
+        classifier_dropout=dropout,
+        mlp_dropout=dropout,
+        embedding_dropout=dropout,
         attention_dropout=dropout,
     )
 

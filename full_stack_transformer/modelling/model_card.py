@@ -23,10 +23,20 @@ _PLACES = frozenset(
         "profile",
     }
 )
+# What the hub and transformers' `pipeline` call a task, and what a model of it does.
+_KINDS = {
+    "causal_lm": ("text-generation", "predicts the next token"),
+    "masked_lm": ("fill-mask", "guesses hidden tokens"),
+    "sequence_classification": ("text-classification", "classifies texts"),
+    "token_labelling": ("token-classification", "labels words"),
+    "span_selection": ("question-answering", "finds the answer in a text"),
+    "multiple_choice": ("multiple-choice", "chooses among texts"),
+    "sentence_embedding": ("sentence-similarity", "embeds texts"),
+}
 _FRONT_MATTER = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {tag}
 tags:
 - full_stack_transformer
 ---
@@ -54,6 +64,36 @@ fst generate . --prompt "The beginning of a text"
 """
 
 
+_USE_OF_OTHER_TASKS = """\
+## Use
+
+From Python, as it was trained:
+
+```python
+from pathlib import Path
+
+from full_stack_transformer.tasks.catalogue import open_task
+
+opened = open_task(Path("."))
+print(opened.task.predict([{{"text": "A text"}}], opened.backbone))  # fields: {fields}
+```
+
+On the command line:
+
+```sh
+fst evaluate . rows.jsonl
+```
+"""
+_FIELDS = {
+    "masked_lm": "text, with [MASK] in it",
+    "sequence_classification": "text, text_pair",
+    "token_labelling": "text or words",
+    "span_selection": "question, context",
+    "multiple_choice": "text, choices",
+    "sentence_embedding": "text, text_pair",
+}
+
+
 def model_card(
     description: Mapping[str, Any],
     arguments: Mapping[str, Any],
@@ -70,7 +110,7 @@ def model_card(
         curve: (optimizer step, validation loss in nats a token) of each validation, in their order.
     """
     sections = [
-        _FRONT_MATTER,
+        _FRONT_MATTER.format(tag=_kind(description)[0]),
         f"# {_name(description)}\n",
         _summary(description),
         _figures(description),
@@ -78,9 +118,18 @@ def model_card(
         _data(description.get("dataset", {})),
         _options(arguments),
         _curve(curve, description.get("step")),
-        _USE,
+        _use(description),
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _kind(description: Mapping[str, Any]) -> tuple[str, str]:
+    return _KINDS.get(description.get("task", "causal_lm"), _KINDS["causal_lm"])
+
+
+def _use(description: Mapping[str, Any]) -> str:
+    task = description.get("task", "causal_lm")
+    return _USE_OF_OTHER_TASKS.format(fields=_FIELDS[task]) if task in _FIELDS else _USE
 
 
 def _name(description: Mapping[str, Any]) -> str:
@@ -91,7 +140,7 @@ def _name(description: Mapping[str, Any]) -> str:
 
 def _summary(description: Mapping[str, Any]) -> str:
     kind = f"a {description['model_type']} model" if "model_type" in description else "a model"
-    facts = [f"{kind} that predicts the next token"]
+    facts = [f"{kind} that {_kind(description)[1]}"]
     if "num_parameters" in description:
         facts.append(f"{description['num_parameters']:,} parameters")
     if "context_length" in description:
@@ -110,6 +159,11 @@ def _figures(description: Mapping[str, Any]) -> str:
         (label, form.format(description[name]))
         for name, (label, form) in names.items()
         if description.get(name) is not None
+    ]
+    rows += [
+        (name.replace("_", " "), f"{value:.4f}")
+        for name, value in description.items()
+        if name.startswith("validation_") and name not in names and isinstance(value, float)
     ]
     return _table(("figure", "value"), rows)
 
@@ -139,6 +193,7 @@ def _data(dataset: Mapping[str, Any]) -> str:
             "documents": counts.get("num_documents"),
             "samples": dataset.get(f"number_of_{split}_samples"),
             "tokens": dataset.get(f"number_of_{split}_tokens"),
+            "rows": dataset.get(f"number_of_{split}_rows"),
         }
         parts = [f"{number:,} {what}" for what, number in known.items() if number is not None]
         rows.append((label, ", ".join(parts)))

@@ -8,6 +8,7 @@ Opens a model directory, an experiment directory (its `model/`) or a `.ckpt` of 
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import MachineError, ModelError
-from full_stack_transformer.modelling.backbones import load_backbone
+from full_stack_transformer.modelling.backbones import backbone_of_config, load_backbone
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     read_json,
@@ -53,6 +54,7 @@ def save_model_directory(
     description: dict[str, Any],
     card: str = "",
     weights: dict[str, Tensor] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Put a complete model directory in the place of `target`; a reader never sees half of one.
 
@@ -63,6 +65,7 @@ def save_model_directory(
         description: content of description.json.
         card: content of README.md; none is written without.
         weights: the weights under the backbone's own names, where they are not in `backbone` itself.
+        finish: writes what else belongs into the directory.
 
     Raises:
         MachineError: the disk is full or cannot be written.
@@ -71,10 +74,13 @@ def save_model_directory(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         backbone.save_pretrained(partial, state_dict=weights)
-        GenerationConfig.from_model_config(backbone.config).save_pretrained(partial)
+        if backbone.can_generate():
+            GenerationConfig.from_model_config(backbone.config).save_pretrained(partial)
         for file in tokenizer_directory.iterdir():
             shutil.copyfile(file, partial / file.name)
         write_json(partial / DESCRIPTION_FILE_NAME, description)
+        if finish is not None:
+            finish(partial)
         if card:
             write_text(partial / CARD_FILE_NAME, card)
         replace_directory(partial, target)
@@ -118,7 +124,7 @@ def open_model(
     """
     directory = find_model_directory(path)
     if path.suffix == ".ckpt":
-        backbone = _backbone_of_checkpoint(path, directory, dtype)
+        backbone = backbone_of_checkpoint(path, directory, dtype)
     else:
         backbone = load_backbone(str(directory), dtype=dtype)
     tokenizer = open_saved_tokenizer(directory)
@@ -147,12 +153,18 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _backbone_of_checkpoint(path: Path, directory: Path, dtype: torch.dtype) -> Backbone:
+def backbone_of_checkpoint(
+    path: Path, directory: Path, dtype: torch.dtype, model_class: Any = AutoModelForCausalLM
+) -> Backbone:
+    """The model with the weights of a checkpoint, in the shape that the model directory names.
+
+    Raises:
+        ModelError: the checkpoint is damaged, or of another model.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        backbone = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(directory, trust_remote_code=False), trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        backbone = backbone_of_config(config, model_class, str(directory))
         weights = {
             name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): tensor
             for name, tensor in state.items()

@@ -141,3 +141,16 @@ def test_the_lines_of_the_card_work(
     [commands] = re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
     for line in commands.splitlines():
         _make_app().parse_args(line.removeprefix("fst "), exit_on_error=False, print_error=False)
+
+
+def test_the_card_of_another_task_shows_how_to_use_it() -> None:
+    description = {**DESCRIPTION, "task": "multiple_choice", "validation_accuracy": 0.75}
+    card = model_card(description, ARGUMENTS, CURVE)
+    assert "pipeline_tag: multiple-choice" in card
+    assert "A llama model that chooses among texts" in card
+    assert "| validation accuracy | 0.7500 |" in card
+    assert (
+        'opened.task.predict([{"text": "A text"}], opened.backbone))  # fields: text, choices'
+        in card
+    )
+    assert "AutoModelForCausalLM" not in card

@@ -1,0 +1,198 @@
+"""A vector for each text, such that texts that mean the same are close.
+
+Rows: `text`, `text_pair` (optional), `label` (optional): how alike the two are, from 0 to any number.
+Predictions: {"embedding": [numbers]} of one text, {"score": cosine} of two.
+
+Losses: cosine (the cosine equals the label, divided by the greatest one) or simcse (a text is closer to its
+pair than to the others of the batch; without a pair, to itself under other dropout; a pair whose label is
+below half of the greatest one teaches nothing there). A saved model is one of sentence-transformers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerFast
+
+from full_stack_transformer.errors import RowError
+from full_stack_transformer.metrics.correlation import pearson, spearman
+from full_stack_transformer.modelling.embedding_head import Head, read_head, write_head
+from full_stack_transformer.modelling.embeddings import (
+    cosine_losses,
+    needs_first_layer,
+    simcse_losses,
+)
+from full_stack_transformer.tasks.task import (
+    Batch,
+    Feature,
+    Figures,
+    Prediction,
+    Row,
+    Task,
+    TaskOptions,
+    field,
+    pad,
+    place,
+)
+
+_ALIKE = 0.5
+
+
+class SentenceEmbedding(Task):
+    """See the module."""
+
+    name = "sentence_embedding"
+    model_class = AutoModel
+    needs_labels = False
+    baseline = "words"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        options: TaskOptions,
+        *,
+        loss: str = "simcse",
+        greatest_label: float = 1.0,
+    ) -> None:
+        super().__init__(tokenizer, options)
+        self.head = Head(options.pooling)
+        self.loss = loss
+        self._greatest_label = greatest_label
+
+    @classmethod
+    def learn(
+        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+    ) -> Self:
+        """Which loss, and how great labels are.
+
+        Raises:
+            RowError: the cosine loss is asked for, and a row has no pair or no label.
+        """
+        loss = options.embedding_loss
+        lacking = next(
+            (row for row in rows if row.get("label") is None or row.get("text_pair") is None), None
+        )
+        if loss == "auto":
+            loss = "cosine" if lacking is None else "simcse"
+        elif loss == "cosine" and lacking is not None:
+            raise RowError(
+                f"{place(lacking)}--embedding_loss cosine needs 'text_pair' and 'label' in each row; found "
+                f"the fields {', '.join(lacking)}"
+            )
+        labels = [_number(row) for row in rows if row.get("label") is not None]
+        return cls(
+            tokenizer, options, loss=loss, greatest_label=max(map(abs, labels), default=1.0) or 1.0
+        )
+
+    def saved_options(self) -> dict[str, Any]:
+        """None: the files of sentence-transformers say all."""
+        return {}
+
+    def finish_directory(self, directory: Path, config: PretrainedConfig) -> None:
+        """The files that make it one of sentence-transformers."""
+        write_head(
+            directory,
+            self.head,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            max_length=self.options.max_length,
+        )
+
+    def read_directory(self, directory: Path, device: torch.device) -> None:
+        """The pooling, and a whitening where there is one."""
+        self.head, _ = read_head(directory, device=device)
+
+    def features(self, rows: Sequence[Row]) -> list[Feature]:
+        """One for each row: `texts`, the tokens of one text or of both."""
+        features = []
+        for number, row in enumerate(rows):
+            texts = [self.encode_pair(field(row, "text", str, self.name), None)]
+            if row.get("text_pair") is not None:
+                texts.append(self.encode_pair(field(row, "text_pair", str, self.name), None))
+            feature: Feature = {"texts": texts, "row": number}
+            if row.get("label") is not None:
+                feature["labels"] = _number(row) / self._greatest_label
+            features.append(feature)
+        return features
+
+    def length(self, feature: Feature) -> int:
+        """That of the longer text."""
+        return max(len(text["input_ids"]) for text in feature["texts"])
+
+    def num_targets(self, feature: Feature) -> int:
+        """1, and 0 for a pair that teaches nothing."""
+        return int(self.loss == "cosine" or feature.get("labels", 1.0) >= _ALIKE)
+
+    def collate(self, features: Sequence[Feature]) -> Batch:
+        """Tensors (B, 2, T); a text without a pair is there twice."""
+        texts = [
+            text for feature in features for text in (feature["texts"][0], feature["texts"][-1])
+        ]
+        batch: Batch = {}
+        for name in self.input_names:
+            padding = self.tokenizer.pad_token_id if name == "input_ids" else 0
+            batch[name] = pad([text[name] for text in texts], padding).view(len(features), 2, -1)
+        labels = [feature.get("labels", 1.0) for feature in features]
+        batch["labels"] = torch.tensor(labels, dtype=torch.float32)
+        return batch
+
+    def forward(self, backbone: Any, batch: Batch) -> Tensor:
+        """Vectors (B, 2, D)."""
+        inputs = {name: batch[name].flatten(0, 1) for name in self.input_names}
+        uses_first = needs_first_layer(self.head.pooling)
+        output = backbone(**inputs, output_hidden_states=uses_first)
+        vectors = self.head(
+            output.last_hidden_state.float(),
+            inputs["attention_mask"],
+            first=output.hidden_states[1].float() if uses_first else None,
+        )
+        return vectors.view(len(batch["input_ids"]), 2, -1)
+
+    def loss_sum(self, scores: Tensor, batch: Batch) -> Tensor:
+        """As the module says."""
+        first, second = scores.unbind(1)
+        if self.loss == "cosine":
+            return cosine_losses(first, second, batch["labels"]).sum()
+        losses = simcse_losses(first, second, temperature=self.options.temperature)
+        return (losses * (batch["labels"] >= _ALIKE)).sum()
+
+    def predictions(
+        self, rows: Sequence[Row], features: Sequence[Feature], scores: Sequence[Tensor]
+    ) -> list[Prediction]:
+        """A vector of a text, or the cosine of two."""
+        return [
+            {"score": float(cosine_similarity(vectors[0], vectors[1], dim=0))}
+            if len(feature["texts"]) == 2
+            else {"embedding": vectors[0].tolist()}
+            for feature, vectors in zip(features, scores, strict=True)
+        ]
+
+    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+        """Correlation of cosines and labels, over the rows that have both."""
+        pairs = [
+            (_number(row), one["score"])
+            for row, one in zip(rows, predictions, strict=True)
+            if row.get("label") is not None and "score" in one
+        ]
+        if not pairs:
+            return Figures({})
+        expected, found = zip(*pairs, strict=True)
+        return Figures({"spearman": spearman(expected, found), "pearson": pearson(expected, found)})
+
+    def is_right(self, row: Row, prediction: Prediction) -> float:
+        """How near the cosine is to the label, below 0."""
+        if row.get("label") is None or "score" not in prediction:
+            return 1.0
+        return -abs(_number(row) / self._greatest_label - float(prediction["score"]))
+
+
+def _number(row: Row) -> float:
+    try:
+        return float(row["label"])
+    except (TypeError, ValueError):
+        raise RowError(
+            f"{place(row)}the label should be a number, how alike the texts are; found {row['label']!r}"
+        ) from None

@@ -1,0 +1,245 @@
+"""Which class a text, or a pair of texts, belongs to; several classes at once; or a number.
+
+Rows: `text`, `text_pair` (optional), `label`: a name or number, a list of names, or a fraction.
+Predictions: {"label": name, "scores": {name: probability}}, {"labels": [names], "scores": …} for several
+classes at once, {"score": number} for regression.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from full_stack_transformer.errors import RowError
+from full_stack_transformer.metrics.classification import (
+    classification_metrics,
+    multi_label_metrics,
+)
+from full_stack_transformer.metrics.correlation import regression_metrics
+from full_stack_transformer.tasks.task import (
+    Feature,
+    Figures,
+    Prediction,
+    Row,
+    Task,
+    TaskOptions,
+    field,
+    place,
+)
+
+ProblemType = Literal["single_label", "multi_label", "regression"]
+
+# How a config of transformers calls them.
+_PROBLEM_TYPES: dict[ProblemType, str] = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+_LEAST_PROBABILITY = 0.5
+
+
+class SequenceClassification(Task):
+    """See the module."""
+
+    name = "sequence_classification"
+    model_class = AutoModelForSequenceClassification
+    baseline = "words"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        options: TaskOptions,
+        *,
+        labels: Sequence[str],
+        problem_type: ProblemType,
+    ) -> None:
+        super().__init__(tokenizer, options)
+        self.labels = list(labels)
+        self.problem_type = problem_type
+        self._id_of_label = {label: number for number, label in enumerate(labels)}
+
+    @classmethod
+    def learn(
+        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+    ) -> Self:
+        """The kind of labels, and their names in order."""
+        found = [_label_of(row) for row in rows]
+        kind = _problem_type_of(found) if options.problem_type == "auto" else options.problem_type
+        names: set[str] = set()
+        for label in found:
+            if kind == "multi_label":
+                names.update(map(label_name, label if isinstance(label, list) else [label]))
+            elif kind == "single_label":
+                names.add(label_name(label))
+        if kind == "single_label" and len(names) < 2:
+            raise RowError(
+                f"rows to learn from should have two labels at least; found only {', '.join(names)}"
+            )
+        return cls(
+            tokenizer,
+            options,
+            labels=["score"] if kind == "regression" else sorted(names, key=_in_order),
+            problem_type=kind,
+        )
+
+    @classmethod
+    def open(
+        cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+    ) -> Self:
+        """Labels and their kind out of the config; one label without a kind is a number."""
+        kinds = {value: key for key, value in _PROBLEM_TYPES.items()}
+        kind = kinds.get(config.problem_type or "")
+        if kind is None:
+            kind = "regression" if config.num_labels == 1 else "single_label"
+        labels = [config.id2label[number] for number in range(config.num_labels)]
+        return cls(tokenizer, options, labels=labels, problem_type=kind)
+
+    def config_fields(self) -> dict[str, Any]:
+        """Labels and their kind."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": self._id_of_label,
+            "problem_type": _PROBLEM_TYPES[self.problem_type],
+        }
+
+    def features(self, rows: Sequence[Row]) -> list[Feature]:
+        """One for each row."""
+        features = []
+        for number, row in enumerate(rows):
+            text = field(row, "text", str, self.name)
+            feature = self.encode_pair(text, row.get("text_pair"))
+            if row.get("label") is not None:
+                feature["labels"] = self._target(row)
+            features.append({**feature, "row": number})
+        return features
+
+    def collate(self, features: Sequence[Feature]) -> dict[str, Tensor]:
+        """`labels` are (B,) ids, (B, L) of 0 and 1, or (B,) numbers."""
+        bare = [{k: v for k, v in feature.items() if k != "labels"} for feature in features]
+        batch = super().collate(bare)
+        if all("labels" in feature for feature in features):
+            kind = torch.int64 if self.problem_type == "single_label" else torch.float32
+            batch["labels"] = torch.tensor([f["labels"] for f in features], dtype=kind)
+        return batch
+
+    def loss_sum(self, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross entropy; for several classes at once the mean over them; for a number its squared error."""
+        labels = batch["labels"]
+        if self.problem_type == "single_label":
+            return cross_entropy(scores.float(), labels, reduction="sum")
+        if self.problem_type == "regression":
+            return mse_loss(scores.float().squeeze(-1), labels, reduction="sum")
+        losses = binary_cross_entropy_with_logits(scores.float(), labels, reduction="none")
+        return losses.mean(dim=1).sum()
+
+    def predictions(
+        self, rows: Sequence[Row], features: Sequence[Feature], scores: Sequence[Tensor]
+    ) -> list[Prediction]:
+        """As the module says."""
+        return [self._prediction(logits) for logits in scores]
+
+    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+        """Accuracy, F1 and Matthews; for several classes F1; for numbers the correlations."""
+        expected = [self._target(row) for row in rows]
+        if self.problem_type == "regression":
+            return Figures(regression_metrics(expected, [one["score"] for one in predictions]))
+        if self.problem_type == "multi_label":
+            predicted = [self._target({"label": one["labels"]}) for one in predictions]
+            found = multi_label_metrics(expected, predicted, self.labels)
+        else:
+            ids = [self._id_of_label[one["label"]] for one in predictions]
+            found = classification_metrics(expected, ids, self.labels)
+        return Figures.of_classes(found, self.labels)
+
+    def is_right(self, row: Row, prediction: Prediction) -> float:
+        """Of a number how near it is, below 0."""
+        if self.problem_type == "regression":
+            return -abs(_number(row) - float(prediction["score"]))
+        if self.problem_type == "multi_label":
+            return float(self._target(row) == self._target({"label": prediction["labels"]}))
+        name = label_name(row["label"])
+        return float(prediction["label"] == name) + float(prediction["scores"][name]) - 1.0
+
+    def _prediction(self, logits: Tensor) -> Prediction:
+        if self.problem_type == "regression":
+            return {"score": float(logits[0])}
+        if self.problem_type == "multi_label":
+            scores = dict(zip(self.labels, logits.sigmoid().tolist(), strict=True))
+            return {
+                "labels": [name for name, p in scores.items() if p >= _LEAST_PROBABILITY],
+                "scores": scores,
+            }
+        scores = dict(zip(self.labels, logits.softmax(-1).tolist(), strict=True))
+        return {"label": self.labels[int(logits.argmax())], "scores": scores}
+
+    def _target(self, row: Row) -> Any:
+        label = row["label"]
+        if self.problem_type == "regression":
+            return _number(row)
+        if self.problem_type == "single_label":
+            return self._id(label, row)
+        names = label if isinstance(label, list) else [label]
+        ids = {self._id(name, row) for name in names}
+        return [float(number in ids) for number in range(len(self.labels))]
+
+    def _id(self, label: Any, row: Row) -> int:
+        name = label_name(label)
+        if name not in self._id_of_label:
+            raise RowError(
+                f"{place(row)}the label {name!r} is none of the training rows' ({', '.join(self.labels)})"
+            )
+        return self._id_of_label[name]
+
+
+def label_name(label: Any) -> str:
+    """The name of a label: 1 and 1.0 and "1" are one label."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label)
+
+
+def _label_of(row: Row) -> Any:
+    label = row.get("label")
+    if label is None:
+        raise RowError(
+            f"{place(row)}a row to learn from should have a 'label'; found the fields {', '.join(row)}"
+        )
+    return label
+
+
+def _problem_type_of(labels: Sequence[Any]) -> ProblemType:
+    if any(isinstance(label, list) for label in labels):
+        return "multi_label"
+    numbers = [_as_number(label) for label in labels]
+    are_numbers = all(number is not None for number in numbers)
+    if are_numbers and any(not number.is_integer() for number in numbers if number is not None):
+        return "regression"
+    return "single_label"
+
+
+def _number(row: Row) -> float:
+    number = _as_number(row["label"])
+    if number is None:
+        raise RowError(f"{place(row)}the label should be a number, found {row['label']!r}")
+    return number
+
+
+def _as_number(label: Any) -> float | None:
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return None
+
+
+def _in_order(name: str) -> tuple[float, str]:
+    """Numbers by their size, before names."""
+    number = _as_number(name)
+    return (float("inf") if number is None else number, name)

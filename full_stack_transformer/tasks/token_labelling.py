@@ -1,0 +1,221 @@
+"""A label for each word of a text, such as names of persons and places.
+
+Rows: `words` and `labels`, one for each; or, to predict, `text`, which is cut into words and marks.
+Predictions: [{"word": str, "label": name, "start": character, "end": character}] of the text, or of the words
+with a space between them.
+
+A word is represented by its first token. Texts longer than the model are read in overlapping windows, and a
+word is labelled by the window that shows most around it.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Self
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from full_stack_transformer.errors import RowError
+from full_stack_transformer.metrics.labels import OUTSIDE, label_metrics
+from full_stack_transformer.tasks.task import (
+    IGNORED_LABEL,
+    Feature,
+    Figures,
+    Prediction,
+    Row,
+    Task,
+    TaskOptions,
+    field,
+    place,
+)
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class TokenLabelling(Task):
+    """See the module."""
+
+    name = "token_labelling"
+    model_class = AutoModelForTokenClassification
+    baseline = "words"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        options: TaskOptions,
+        *,
+        labels: Sequence[str],
+    ) -> None:
+        super().__init__(tokenizer, options)
+        self.labels = list(labels)
+        self._id_of_label = {label: number for number, label in enumerate(labels)}
+
+    @classmethod
+    def learn(
+        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+    ) -> Self:
+        """The labels' names; `O`, which marks nothing, comes first."""
+        names = {label for row in rows for label in field(row, "labels", list, cls.name)}
+        labels = sorted(map(str, names), key=lambda name: (name != OUTSIDE, name))
+        return cls(tokenizer, options, labels=labels)
+
+    @classmethod
+    def open(
+        cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+    ) -> Self:
+        """Labels out of the config."""
+        labels = [config.id2label[number] for number in range(config.num_labels)]
+        return cls(tokenizer, options, labels=labels)
+
+    def config_fields(self) -> dict[str, Any]:
+        """The labels."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": self._id_of_label,
+        }
+
+    def saved_options(self) -> dict[str, Any]:
+        """How windows overlap."""
+        return {"doc_stride": self.options.doc_stride}
+
+    def features(self, rows: Sequence[Row]) -> list[Feature]:
+        """One for each window, with `word_tokens`: the token of each word that begins in it."""
+        features: list[Feature] = []
+        for number, row in enumerate(rows):
+            text, spans = _text_and_words(row)
+            labels = self._label_ids(row, len(spans)) if row.get("labels") is not None else None
+            encoding = self.tokenizer(
+                text,
+                truncation=True,
+                max_length=self.options.max_length,
+                stride=self.stride,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+            )
+            for window, offsets in enumerate(encoding["offset_mapping"]):
+                feature: Feature = {name: encoding[name][window] for name in self.input_names}
+                feature["word_tokens"] = _tokens_of_words(text, spans, offsets)
+                if labels is not None:
+                    targets = [IGNORED_LABEL] * len(offsets)
+                    for word, token in reversed(feature["word_tokens"].items()):
+                        targets[token] = labels[word]
+                    feature["labels"] = targets
+                features.append({**feature, "row": number})
+        return features
+
+    def num_targets(self, feature: Feature) -> int:
+        """The words that begin in the window."""
+        return sum(label != IGNORED_LABEL for label in feature["labels"])
+
+    def loss_sum(self, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross entropy of the words' labels."""
+        return cross_entropy(
+            scores.flatten(0, 1).float(),
+            batch["labels"].flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction="sum",
+        )
+
+    def predictions(
+        self, rows: Sequence[Row], features: Sequence[Feature], scores: Sequence[Tensor]
+    ) -> list[Prediction]:
+        """A list for each row, with an object for each word."""
+        best: list[dict[int, tuple[int, int]]] = [{} for _ in rows]
+        for feature, logits in zip(features, scores, strict=True):
+            found = logits.argmax(-1).tolist()
+            for word, token in feature["word_tokens"].items():
+                around = min(token, len(feature["input_ids"]) - 1 - token)
+                best_of_row = best[feature["row"]]
+                if word not in best_of_row or around > best_of_row[word][0]:
+                    best_of_row[word] = (around, found[token])
+        return [self._prediction(row, words) for row, words in zip(rows, best, strict=True)]
+
+    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+        """F1 of spans where the labels mark spans, and accuracy of words."""
+        found = label_metrics(
+            [list(map(str, row["labels"])) for row in rows],
+            [[word["label"] for word in one] for one in predictions],
+        )
+        labels = tuple(row.label for row in found.tokens.per_class)
+        return Figures(
+            found.scalars(),
+            found.per_type or found.tokens.per_class,
+            labels,
+            found.tokens.confusion,
+        )
+
+    def is_right(self, row: Row, prediction: Prediction) -> float:
+        """1 where all labels are right, else half of the part that is."""
+        pairs = list(zip(row["labels"], prediction, strict=True))
+        share = sum(str(label) == word["label"] for label, word in pairs) / max(1, len(pairs))
+        return 1.0 if share == 1.0 else share * 0.499
+
+    def _prediction(self, row: Row, words: dict[int, tuple[int, int]]) -> Prediction:
+        text, spans = _text_and_words(row)
+        return [
+            {
+                "word": text[start:end],
+                "label": self.labels[words[number][1] if number in words else 0],
+                "start": start,
+                "end": end,
+            }
+            for number, (start, end) in enumerate(spans)
+        ]
+
+    def _label_ids(self, row: Row, num_words: int) -> list[int]:
+        names = list(map(str, field(row, "labels", list, self.name)))
+        if len(names) != num_words:
+            raise RowError(
+                f"{place(row)}a row should have a label for each word; found {len(names)} labels and "
+                f"{num_words} words"
+            )
+        unknown = sorted(set(names) - self._id_of_label.keys())
+        if unknown:
+            raise RowError(
+                f"{place(row)}the label {unknown[0]!r} is none of the training rows' "
+                f"({', '.join(self.labels)})"
+            )
+        return [self._id_of_label[name] for name in names]
+
+
+def _text_and_words(row: Row) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a row, and where each word stands in it."""
+    if "words" not in row:
+        text = field(row, "text", str, TokenLabelling.name)
+        return text, [match.span() for match in _WORD.finditer(text)]
+    words = field(row, "words", list, TokenLabelling.name)
+    spans, start = [], 0
+    for word in words:
+        spans.append((start, start + len(word)))
+        start += len(word) + 1
+    return " ".join(words), spans
+
+
+def _tokens_of_words(
+    text: str, spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]
+) -> dict[int, int]:
+    """The first token that has a part of each word; words outside the window are left out."""
+    found: dict[int, int] = {}
+    word = 0
+    for token, (token_start, end) in enumerate(offsets):
+        start = token_start
+        # A token of byte-level BPE begins with the space before its word.
+        while start < end and text[start].isspace():
+            start += 1
+        if start >= end:  # a mark around the text, or a space
+            continue
+        while word < len(spans) and spans[word][1] <= start:
+            word += 1
+        reached = word
+        while reached < len(spans) and spans[reached][0] < end:
+            # The first window token of a word that began in the window before is not its beginning.
+            if reached not in found and spans[reached][0] >= token_start:
+                found[reached] = token
+            reached += 1
+    return found

@@ -1,0 +1,199 @@
+"""What holds for every task: saved and opened again it predicts the same, whatever the batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorWithPadding
+
+from full_stack_transformer.errors import ModelError, RowError, UsageError
+from full_stack_transformer.modelling.model_directory import save_model_directory
+from full_stack_transformer.tasks.catalogue import open_task, task_class, task_name_of
+from full_stack_transformer.tasks.task import Row, Task
+from tests.tasks.small_tasks import small_rows, small_task
+
+_KINDS = {
+    "sequence_classification": "sequence_classification",
+    "regression": "sequence_classification",
+    "multi_label": "sequence_classification",
+    "token_labelling": "token_labelling",
+    "span_selection": "span_selection",
+    "multiple_choice": "multiple_choice",
+    "sentence_embedding": "sentence_embedding",
+}
+
+
+def _without_labels(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key not in ("label", "labels", "answers")}
+
+
+def _save(directory: Path, task: Task, backbone: Any, tokenizer_dir: Path) -> None:
+    save_model_directory(
+        directory,
+        backbone,
+        tokenizer_directory=tokenizer_dir,
+        description={},
+        finish=lambda partial: task.finish_directory(partial, backbone.config),
+    )
+
+
+def _close(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_close(left[k], right[k]) for k in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(_close, left, right))
+    return bool(left == pytest.approx(right, abs=1e-5))
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_saved_model_predicts_the_same_in_any_batch(
+    kind: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    rows = small_rows(kind, 12)
+    task, backbone = small_task(_KINDS[kind], rows, tokenizer_dir)
+    expected = task.predict(rows, backbone, batch_size=12)
+    _save(tmp_path / "model", task, backbone, tokenizer_dir)
+    opened = open_task(tmp_path / "model")
+    assert opened.name == _KINDS[kind]
+    assert type(opened.task) is type(task)
+    bare = [_without_labels(row) for row in rows]
+    assert _close(opened.task.predict(bare, opened.backbone, batch_size=1), expected)
+    # The figures need the labels, the predictions alone do not.
+    assert task.figures(rows, expected).scalars
+    for row, prediction in zip(rows, expected, strict=True):
+        assert task.is_right(row, prediction) <= 1.0
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_plain_class_of_transformers_computes_the_same(
+    kind: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    rows = small_rows(kind, 9)
+    task, backbone = small_task(_KINDS[kind], rows, tokenizer_dir)
+    _save(tmp_path / "model", task, backbone, tokenizer_dir)
+    theirs = task.model_class.from_pretrained(tmp_path / "model").eval()
+    batch = task.collate(task.features([rows[0]]))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if (
+        kind == "sentence_embedding"
+    ):  # test_sentence_encoder.py compares it with sentence-transformers
+        return
+    with torch.inference_mode():
+        ours, output = task.forward(backbone, batch), theirs(**inputs)
+    if kind == "span_selection":
+        output.logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
+    torch.testing.assert_close(ours, output.logits, rtol=0, atol=1e-6)
+    assert task_name_of(tmp_path / "model") == _KINDS[kind]
+
+
+def test_a_causal_model_that_learned_to_choose_is_opened_as_one(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    rows = small_rows("multiple_choice", 6)
+    task, backbone = small_task("multiple_choice", rows, tokenizer_dir, shape="decoder-tiny")
+    expected = task.predict(rows, backbone)
+    save_model_directory(
+        tmp_path / "model",
+        backbone,
+        tokenizer_directory=tokenizer_dir,
+        description={"task": "multiple_choice"},
+    )
+    opened = open_task(tmp_path / "model")
+    assert opened.name == "multiple_choice"
+    assert _close(opened.task.predict(rows, opened.backbone, batch_size=1), expected)
+    # By hand: the mean log-likelihood of a choice's tokens after the text.
+    tokenizer, row = task.tokenizer, rows[0]
+    scores = []
+    for choice in row["choices"]:
+        before = [
+            tokenizer.bos_token_id,
+            *tokenizer(row["text"], add_special_tokens=False)["input_ids"],
+        ]
+        after = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            logits = backbone(torch.tensor([before + after])).logits[0].log_softmax(-1)
+        picked = [logits[len(before) - 1 + n, token] for n, token in enumerate(after)]
+        scores.append(float(torch.stack(picked).mean()))
+    by_hand = torch.tensor(scores).softmax(0).tolist()
+    assert expected[0]["scores"] == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_batches_are_those_of_transformers_collator(tokenizer_dir: Path) -> None:
+    rows = small_rows("sequence_classification", 5)
+    task, _ = small_task("sequence_classification", rows, tokenizer_dir)
+    features = task.features(rows)
+    bare = [{name: f[name] for name in ("input_ids", "attention_mask", "labels")} for f in features]
+    theirs = DataCollatorWithPadding(task.tokenizer)(bare)
+    ours = task.collate(features)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_loss_of_a_batch_is_the_sum_of_those_of_its_rows(
+    kind: str, tokenizer_dir: Path
+) -> None:
+    rows = small_rows(kind, 6)
+    task, backbone = small_task(_KINDS[kind], rows, tokenizer_dir)
+    features = task.features(rows)
+
+    def loss(some: list[dict[str, Any]]) -> float:
+        batch = task.collate(some)
+        with torch.inference_mode():
+            return float(task.loss_sum(task.forward(backbone, batch), batch))
+
+    assert loss(features) == pytest.approx(sum(loss([one]) for one in features), rel=1e-4)
+
+
+def test_a_model_that_lacks_its_head_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """transformers' own pipeline would attach a random one without a word."""
+    rows = small_rows("token_labelling", 3)
+    _, backbone = small_task("token_labelling", rows, tokenizer_dir)
+    weights = {k: v for k, v in backbone.state_dict().items() if "classifier" not in k}
+    save_model_directory(
+        tmp_path / "model",
+        backbone,
+        tokenizer_directory=tokenizer_dir,
+        description={},
+        weights=weights,
+    )
+    with pytest.raises(ModelError, match="lack 2 tensors"):
+        open_task(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("sequence_classification", {"text": 3}, "should have 'text', a str; found int there"),
+        ("sequence_classification", {"text": "x", "label": "stone"}, "'stone' is none of"),
+        ("token_labelling", {"words": ["a", "b"], "labels": ["O"]}, "1 labels and 2 words"),
+        ("token_labelling", {"words": ["a"], "labels": ["X"]}, "'X' is none of"),
+        ("multiple_choice", {"text": "a", "choices": ["b"]}, "two choices"),
+        ("multiple_choice", {"text": "a", "choices": ["b", "c"], "label": 2}, "0 to 1, found 2"),
+        ("span_selection", {"question": "a", "context": "b"}, None),
+        (
+            "span_selection",
+            {"question": "a", "context": "bcd", "answers": [{"text": "c", "start": 0}]},
+            "should stand at character 0",
+        ),
+        ("span_selection", {"question": "a " * 60, "context": "b"}, "leaves no room"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(
+    task: str, row: Row, message: str | None, tokenizer_dir: Path
+) -> None:
+    found, _ = small_task(task, small_rows(task, 12), tokenizer_dir)
+    if message is None:
+        assert "labels" not in found.features([row])[0]
+        return
+    with pytest.raises(RowError, match=message):
+        found.features([{**row, "_place": "rows.jsonl, line 3"}])
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(UsageError, match="expected one of masked_lm"):
+        task_class("tests.tasks.small_tasks.small_rows")
+    with pytest.raises(UsageError, match="should name a task"):
+        task_class("no_such_module.Task")
+    assert issubclass(task_class("full_stack_transformer.tasks.masked_lm.MaskedLm"), Task)
