@@ -23,6 +23,7 @@ from full_stack_transformer.errors import (
     MissingExtraError,
     UsageError,
 )
+from full_stack_transformer.familiar_options import translate
 
 # name, options, "module:function" that takes them; in the order of the pipeline
 COMMANDS: tuple[tuple[str, type, str], ...] = (
@@ -39,6 +40,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
         "datasets.check_tokenizer:check_tokenizer",
     ),
     ("train", arguments.TrainArguments, "training.run:train"),
+    ("run_experiment", arguments.RunExperimentArguments, "training.run:run_experiment"),
     (
         "average_checkpoints",
         arguments.AverageCheckpointsArguments,
@@ -53,6 +55,8 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("demo", arguments.DemoArguments, "demo:run_demo"),
 )
 
+# Beside any command: print what its options are, and run nothing.
+_SHOW_ALL = "--show_all_args"
 _CONFIG_READERS: dict[str, Callable[..., Any]] = {
     ".json": cyclopts.config.Json,
     ".toml": cyclopts.config.Toml,
@@ -77,7 +81,7 @@ _EXTRA_OF_PACKAGE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["train"]:
+    if words[:1] in (["train"], ["run_experiment"]) and not {"--help", "-h", _SHOW_ALL} & {*words}:
         restart_with_kept_memory(words)
     sys.exit(run(words))
 
@@ -91,7 +95,9 @@ def run(argv: list[str]) -> int:
     # Reads of a broken pipe (fst generate … | head) end the program quietly.
     try:
         app = _make_app()
-        argv = _take_config_option(app, _normalize(argv))
+        argv, config = _take_config_option(app, _normalize(argv))
+        if _SHOW_ALL in argv:
+            return _show_all_options(app, [word for word in argv if word != _SHOW_ALL], config)
         result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
         return _complain(f"{error} See: fst {_known_command(argv)}--help", 2)
@@ -126,7 +132,7 @@ def _make_app() -> App:
         name="fst",
         help="From a folder of texts to a language model that people talk to.",
         help_epilogue="Options of a command: fst COMMAND --help. Any command reads them from a JSON, "
-        "TOML or YAML file too: --config FILE.",
+        "TOML or YAML file too: --config FILE. --show_all_args prints each with its value and origin.",
         version=__version__,
         default_parameter=Parameter(
             name_transform=str, negative_bool=("no-", "no_"), negative_iterable=()
@@ -152,16 +158,20 @@ def _runner(options: type, target: str) -> Callable[..., Any]:
     def runner(given: Any) -> Any:
         module_name, function_name = target.split(":")
         module = importlib.import_module(f"full_stack_transformer.{module_name}")
-        return getattr(module, function_name)(given)
+        return getattr(module, function_name)(options() if given is None else given)
 
     runner.__annotations__["given"] = Annotated[options, Parameter(name="*")]
     if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(options)):
-        runner.__defaults__ = (options(),)  # cyclopts wants it where no option is required
+        # cyclopts wants it where no option is required; one of several may be required all the same.
+        runner.__defaults__ = (None,)
     return runner
 
 
 def _normalize(argv: list[str]) -> list[str]:
-    """Take `prepare-dataset` for `prepare_dataset`, and `--strip_lines false` for `--strip_lines=false`."""
+    """Take `prepare-dataset` for `prepare_dataset`, and `--strip_lines false` for `--strip_lines=false`.
+
+    Of a training also the names of other trainers' options for ours.
+    """
     words: list[str] = []
     for word in argv:
         is_value = bool(words) and words[-1].startswith("--") and "=" not in words[-1]
@@ -171,10 +181,10 @@ def _normalize(argv: list[str]) -> list[str]:
             words.append(word)
     if words and not words[0].startswith("-"):
         words[0] = words[0].replace("-", "_")
-    return words
+    return translate(words) if words[:1] in (["train"], ["run_experiment"]) else words
 
 
-def _take_config_option(app: App, argv: list[str]) -> list[str]:
+def _take_config_option(app: App, argv: list[str]) -> tuple[list[str], Path | None]:
     """Take `--config FILE` out of `argv`; options typed beside it win over the file's."""
     for index, word in enumerate(argv):
         if word == "--config" and index + 1 < len(argv):
@@ -186,8 +196,34 @@ def _take_config_option(app: App, argv: list[str]) -> list[str]:
         if path.suffix not in _CONFIG_READERS or not path.is_file():
             raise UsageError(f"--config must name a .json, .toml or .yaml file; found {path}")
         app.config = (_CONFIG_READERS[path.suffix](path, use_commands_as_keys=False),)
-        return rest
-    return argv
+        return rest, path
+    return argv, None
+
+
+def _show_all_options(app: App, argv: list[str], config: Path | None) -> int:
+    """Print every option of a command, its value and where it came from, and run nothing."""
+    _, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
+    options = next(options for name, options, _ in COMMANDS if name == argv[0])
+    given = bound.arguments.get("given")
+    given = options() if given is None else given
+    typed = {
+        word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
+        for word in argv
+        if word.startswith("--")
+    }
+    fields = [field for field in dataclasses.fields(options) if not field.name.startswith("_")]
+    width = max(len(field.name) for field in fields)
+    for field in fields:
+        value = getattr(given, field.name)
+        is_default = field.default is not dataclasses.MISSING and value == field.default
+        origin = "default" if is_default else "command line"
+        if field.name in typed:
+            origin = "command line"
+        elif config is not None and not is_default:
+            origin = str(config)
+        shown = value if isinstance(value, (int, float, tuple)) else str(value)
+        sys.stdout.write(f"{field.name:<{width}}  {shown!r:<32}  {origin}\n")
+    return 0
 
 
 def _missing_extra(error: ModuleNotFoundError) -> Exception:

@@ -42,7 +42,8 @@ def test_every_option_has_help(name: str, run_fst: RunFst) -> None:
         if not field.name.startswith("_"):
             assert f"--{field.name}" in done.stdout
             assert f"    {field.name}: " in source
-            declaration = source.split(f"class {options.__name__}")[1]
+            owner = next(cls for cls in options.__mro__ if field.name in cls.__annotations__)
+            declaration = source.split(f"class {owner.__name__}")[1]
             declaration = declaration.split(f"    {field.name}: ")[1]
             assert declaration.split("\n")[1].strip().startswith('"""'), field.name
 
@@ -131,6 +132,14 @@ def test_options_win_over_the_config_file(
         (["trian"], 2, 'Did you mean "train"'),
         (["train", "--dataset_dir", "x", "--learning_rat", "1"], 2, "--learning_rate"),
         (["train"], 2, "--dataset_dir"),
+        (["train", "--warmup_ratio", "0.1"], 2, "type instead: --num_warmup_steps"),
+        (["run_experiment"], 2, "pass --data_class or --model_class"),
+        (["run_experiment", "--data_class", "no.Such"], 2, "should name a data set"),
+        (
+            ["train", "--task", "token_labelling", "--train_file", "none.csv"],
+            1,
+            "none.csv does not exist",
+        ),
         (["prepare_dataset", *REQUIRED, "--vocab_size", "many"], 2, "--vocab_size"),
         (["prepare_dataset", *REQUIRED], 1, "a does not exist"),
         (["prepare_dataset", "--config", "none.json"], 2, "--config must name"),
@@ -154,6 +163,23 @@ def test_a_mistake_is_one_sentence(
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_options_are_shown_with_their_origin(run_fst: RunFst, tmp_path: Path) -> None:
+    (tmp_path / "options.toml").write_text("batch_size = 4\nlearning_rate = 0.5\n")
+    done = run_fst(
+        *("train", "--dataset_dir", "x", "--config", "options.toml", "--show_all_args"),
+        *("--per_device_train_batch_size", "8", "--gpus", "2"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    names = {field.name for field in dataclasses.fields(arguments.TrainArguments)} - {"_"}
+    assert shown.keys() == names
+    assert shown["batch_size"] == ["8", "command", "line"]
+    assert shown["learning_rate"] == ["0.5", "options.toml"]
+    assert shown["accelerator"] == ["'gpu'", "command", "line"]
+    assert shown["seed"] == ["0", "default"]
 
 
 def test_a_missing_extra_names_its_install_command(tmp_path: Path, run_fst: RunFst) -> None:

@@ -1,19 +1,25 @@
-"""`fst evaluate`: measure a model on the validation samples of a dataset directory."""
+"""`fst evaluate`: measure a model on the validation samples of a dataset directory, or on labelled rows."""
 
 import dataclasses
 import json
 import logging
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from full_stack_transformer.arguments import EvaluateArguments
 from full_stack_transformer.datasets.description import open_dataset
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
 from full_stack_transformer.evaluation.harness import run_harness
+from full_stack_transformer.evaluation.labelled_rows import evaluate_rows
+from full_stack_transformer.evaluation.masked import evaluate_masked
 from full_stack_transformer.evaluation.perplexity import measure_perplexity
 from full_stack_transformer.evaluation.rounded_weights import measure_rounded_weights
-from full_stack_transformer.modelling.model_directory import open_model
+from full_stack_transformer.modelling.model_directory import find_model_directory, open_model
+from full_stack_transformer.tasks.catalogue import task_name_of
 from full_stack_transformer.tokenization import open_saved_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -23,18 +29,37 @@ def evaluate(arguments: EvaluateArguments) -> None:
     """Print the figures as JSON.
 
     Raises:
+        ModelError: there is no model, or it has a head of no task that is known.
         DatasetError: the dataset was made with another tokenizer than the model's.
+        RowError: the rows cannot be read, or do not fit the model's task.
     """
+    sys.stdout.write(json.dumps(_measured(arguments), indent=2, ensure_ascii=False) + "\n")
+
+
+def _measured(arguments: EvaluateArguments) -> dict[str, Any]:
     if arguments.harness is not None:
-        found = run_harness(
+        return run_harness(
             arguments.model,
             arguments.harness,
             device=arguments.device,
             weights_dtype=arguments.weights_dtype,
             num_slots=arguments.batch_size,
         )
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-        return
+    if _holds_rows(arguments.dataset_dir):
+        return evaluate_rows(arguments)
+    task = task_name_of(find_model_directory(arguments.model))
+    return _MEASURES.get(task, evaluate_rows)(arguments)
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether it is a file, or a directory with training rows, and no dataset directory."""
+    is_split = path.is_dir() and any(
+        one.name.split(".")[0] == "train" and one.suffix for one in path.iterdir()
+    )
+    return path.is_file() or is_split
+
+
+def _evaluate_language_model(arguments: EvaluateArguments) -> dict[str, Any]:
     model = open_model(arguments.model, device=arguments.device)
     dataset = open_dataset(arguments.dataset_dir)
     theirs = open_saved_tokenizer(dataset.tokenizer_directory)
@@ -78,4 +103,10 @@ def evaluate(arguments: EvaluateArguments) -> None:
             temperature=arguments.temperature,
         )
         content["generation"] = generated.as_json()
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    return content
+
+
+_MEASURES: dict[str, Callable[[EvaluateArguments], dict[str, Any]]] = {
+    "causal_lm": _evaluate_language_model,
+    "masked_lm": evaluate_masked,
+}

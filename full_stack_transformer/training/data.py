@@ -1,7 +1,9 @@
-"""The batches of a dataset directory, for Lightning."""
+"""Batches for Lightning: those of any data, and those of a dataset directory."""
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -13,11 +15,14 @@ from full_stack_transformer.datasets.batches import (
     ConcatenatedSamples,
     LengthBatches,
     PackedBatches,
+    Samples,
     SortedBatches,
     limited,
 )
 from full_stack_transformer.datasets.collators import PackedCollator, PaddedCollator
+from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.masking import MaskedCollator, MaskedSamples, Masking
 from full_stack_transformer.errors import UsageError
 
 Batch = dict[str, Tensor]
@@ -111,47 +116,50 @@ class ValidationLoader:
             yield {**self._collate(self._plan.batch(0, position)), "num_targets": num_targets}
 
 
-class DatasetDataModule(pl.LightningDataModule):
-    """Train and validation batches out of memory-mapped corpora.
+class EpochDataModule(pl.LightningDataModule, ABC):
+    """Batches of any data: what a batch is made of is a plan, how it becomes tensors a collator.
 
     Lightning sees the whole training as one epoch: see `BatchLoader`. Loads in the training process: a
     worker's copies between processes cost 10 to 100 times what they save.
 
     Args:
-        dataset: both corpora; rows have its `max_sample_length`.
-        batch_size: samples or rows in a batch of one rank.
-        seed: decides the order together with the epoch.
-        batching: of training; validation has one sample in a row whatever it is, so that losses compare.
         accumulate_grad_batches: batches of an optimizer step.
         max_epochs: -1 for no limit.
         limit_train_batches: use so many batches (above 1) or this part of them in each epoch, the first
             ones, which are others in each epoch.
-        limit_val_batches: the same for a validation, spread evenly over all lengths.
     """
 
     def __init__(
         self,
-        dataset: DatasetDirectory,
         *,
-        batch_size: int,
-        seed: int,
-        batching: Literal["length", "packed", "concatenated"] = "length",
         accumulate_grad_batches: int = 1,
         max_epochs: int = 1,
         limit_train_batches: float = 1.0,
-        limit_val_batches: float = 1.0,
     ) -> None:
         super().__init__()
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._seed = seed
-        self._batching = batching
         self._accumulate_grad_batches = accumulate_grad_batches
         self._max_epochs = max_epochs
         self._limit_train_batches = limit_train_batches
-        self._limit_val_batches = limit_val_batches
-        self._row_length: int = dataset.description["max_sample_length"]
-        self._pad_id: int = dataset.description["special_token_ids"]["pad"]
+
+    @abstractmethod
+    def train_plan(self, rank: int, world_size: int) -> BatchPlan:
+        """Which training samples form a batch of this rank.
+
+        Raises:
+            UsageError: there is none.
+        """
+
+    @abstractmethod
+    def train_collator(self) -> Collator:
+        """What makes tensors of a training batch."""
+
+    @abstractmethod
+    def valid_plan(self, rank: int, world_size: int) -> SortedBatches:
+        """Which validation samples form a batch of this rank."""
+
+    @abstractmethod
+    def valid_collator(self) -> Collator:
+        """What makes tensors of a validation batch."""
 
     @property
     def num_batches_per_epoch(self) -> int:
@@ -164,17 +172,17 @@ class DatasetDataModule(pl.LightningDataModule):
         Raises:
             UsageError: there is not one.
         """
-        plan = self._train_plan(0, world_size)
+        plan = self.train_plan(0, world_size)
         return limited(plan.num_batches_per_epoch, self._limit_train_batches)
 
     def train_dataloader(self) -> BatchLoader:
         """All epochs, in an order that the seed decides."""
-        plan = self._train_plan(*self._rank_and_world_size)
+        plan = self.train_plan(*self._rank_and_world_size)
         num_per_epoch = limited(plan.num_batches_per_epoch, self._limit_train_batches)
         is_unlimited = self._max_epochs < 0
         return BatchLoader(
             plan,
-            self._train_collator(),
+            self.train_collator(),
             num_batches=UNLIMITED_NUM_BATCHES if is_unlimited else self._max_epochs * num_per_epoch,
             num_batches_per_epoch=num_per_epoch,
             accumulate_grad_batches=self._accumulate_grad_batches,
@@ -182,26 +190,69 @@ class DatasetDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> ValidationLoader:
         """Every validation sample once, or the part of them that the limit leaves."""
-        rank, world_size = self._rank_and_world_size
-        plan = SortedBatches(
-            self._dataset.valid,
-            batch_size=self._batch_size,
-            limit=self._limit_val_batches,
-            rank=rank,
-            world_size=world_size,
-        )
-        return ValidationLoader(plan, PaddedCollator(self._dataset.valid, pad_id=self._pad_id))
+        return ValidationLoader(self.valid_plan(*self._rank_and_world_size), self.valid_collator())
 
     @property
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _train_plan(self, rank: int, world_size: int) -> BatchPlan:
+
+class DatasetDataModule(EpochDataModule):
+    """Train and validation batches out of memory-mapped corpora.
+
+    Args:
+        dataset: both corpora; rows have its `max_sample_length`.
+        batch_size: samples or rows in a batch of one rank.
+        seed: decides the order together with the epoch.
+        batching: of training; validation has one sample in a row whatever it is, so that losses compare.
+        masking: hide tokens to be guessed, for a masked language model; --batching length alone.
+        limit_val_batches: use so many batches (above 1) or this part of them in a validation, spread
+            evenly over all lengths.
+        options: those of `EpochDataModule`.
+    """
+
+    def __init__(
+        self,
+        dataset: DatasetDirectory,
+        *,
+        batch_size: int,
+        seed: int,
+        batching: Literal["length", "packed", "concatenated"] = "length",
+        masking: Masking | None = None,
+        limit_val_batches: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._seed = seed
+        self._batching = batching
+        self._masking = masking
+        self._limit_val_batches = limit_val_batches
+        self._row_length: int = dataset.description["max_sample_length"]
+        self._pad_id: int = dataset.description["special_token_ids"]["pad"]
+
+    def valid_plan(self, rank: int, world_size: int) -> SortedBatches:
+        """Every validation sample, by its length."""
+        return SortedBatches(
+            self._samples(self._dataset.valid),
+            batch_size=self._batch_size,
+            limit=self._limit_val_batches,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def valid_collator(self) -> Collator:
+        """A sample a row; the same tokens are hidden whatever the seed, so that losses compare."""
+        return self._padded(self._dataset.valid, seed=0)
+
+    def train_plan(self, rank: int, world_size: int) -> BatchPlan:
+        """As `batching` says."""
         corpus = self._dataset.train
-        samples = (
+        samples: Samples = (
             ConcatenatedSamples(corpus.num_tokens, self._row_length)
             if self._batching == "concatenated"
-            else corpus
+            else self._samples(corpus)
         )
         if len(samples) < world_size:
             raise UsageError(
@@ -226,8 +277,18 @@ class DatasetDataModule(pl.LightningDataModule):
             world_size=world_size,
         )
 
-    def _train_collator(self) -> Collator:
+    def train_collator(self) -> Collator:
+        """As `batching` and `masking` say."""
         corpus = self._dataset.train
         if self._batching == "packed":
             return PackedCollator(corpus, pad_id=self._pad_id, row_length=self._row_length)
+        return self._padded(corpus, seed=self._seed)
+
+    def _samples(self, corpus: Corpus) -> Samples:
+        return corpus if self._masking is None else MaskedSamples(corpus, self._masking)
+
+    def _padded(self, corpus: Corpus, *, seed: int) -> Collator:
+        if self._masking is not None:
+            masking = dataclasses.replace(self._masking, seed=seed)
+            return MaskedCollator(corpus, masking, pad_id=self._pad_id)
         return PaddedCollator(corpus, pad_id=self._pad_id)

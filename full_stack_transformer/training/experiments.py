@@ -5,6 +5,7 @@ EXPERIMENTS_ROOT/NAME/VERSION/
     dataset.json                 description of the dataset that it was started with
     checkpoints/                 last.ckpt, previous.ckpt and best.ckpt, resumable
     model/                       the best model so far, always complete
+    tokenizer/                   of labelled rows and of masked language models
     generated.jsonl              text samples of each validation
     text_generator_params.json   how they are drawn, to be edited while it trains
     events.out.…                 curves, for TensorBoard
@@ -23,10 +24,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from full_stack_transformer.arguments import TrainArguments
-from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import (
     DatasetError,
     FullStackTransformerError,
@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 ARGUMENTS_FILE_NAME = "arguments.json"
 DATASET_FILE_NAME = "dataset.json"
 CHECKPOINTS_DIRECTORY_NAME = "checkpoints"
+TOKENIZER_DIRECTORY_NAME = "tokenizer"
 RESUME_LAST = "last"
 
 _LIMITS = {"max_epochs", "max_steps", "max_minutes", "early_stopping_patience"}
@@ -63,11 +64,32 @@ _CHANGEABLE = _LIMITS | {
     *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
 }
+_PATHS = {"dataset_dir", "experiments_root", "train_file", "validation_file", "test_file"}
+# Each run has its own; what they hold is compared by the description of the data.
+_INPUTS = {
+    *("dataset_dir", "train_file", "validation_file", "test_file"),
+    *("do_train", "do_eval", "do_predict"),
+}
 # They say where it is, not what it does, or have done their work.
 _NOT_COMPARED = {
-    *("resume", "dataset_dir", "experiments_root", "experiment_name"),
+    *("resume", "experiments_root", "experiment_name"),
     *("find_learning_rate", "find_batch_size"),
+    *_INPUTS,
 }
+
+
+class ExperimentData(Protocol):
+    """What is learned from, as an experiment sees it."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """A training that is resumed must find the same."""
+        ...
+
+    @property
+    def data_place(self) -> str:
+        """Where it is, for messages."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +120,15 @@ class Experiment:
     def resume_command(self) -> str:
         """The line that goes on with this training, to be pasted."""
         arguments = self.arguments
-        words = ["fst", "train", "--dataset_dir", str(arguments.dataset_dir)]
+        words = ["fst", "train"]
+        for name in ("data_class", "model_class"):
+            if getattr(arguments, name, ""):
+                words[1:] = ["run_experiment", *words[2:], f"--{name}", getattr(arguments, name)]
+        if arguments.task != TrainArguments.task:
+            words += ["--task", arguments.task]
+        for name in ("dataset_dir", "train_file", "validation_file"):
+            if getattr(arguments, name) is not None:
+                words += [f"--{name}", str(getattr(arguments, name))]
         if arguments.experiments_root != TrainArguments.experiments_root:
             words += ["--experiments_root", str(arguments.experiments_root)]
         words += ["--experiment_name", arguments.experiment_name, "--resume"]
@@ -108,7 +138,7 @@ class Experiment:
 
 
 @contextlib.contextmanager
-def open_experiment(arguments: TrainArguments, dataset: DatasetDirectory) -> Iterator[Experiment]:
+def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator[Experiment]:
     """A new experiment directory, or with --resume that of an interrupted training.
 
     Nobody else can go on with it inside the `with`. Processes beside the main one write nothing, and of a
@@ -120,7 +150,7 @@ def open_experiment(arguments: TrainArguments, dataset: DatasetDirectory) -> Ite
         TrainingError: none of its checkpoints can be read.
     """
     resume = arguments.resume
-    arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory, resume=None)
+    arguments = dataclasses.replace(arguments, resume=None)
     if resume is not None:
         directory = _directory_to_resume(resume, arguments)
     elif is_main_process():
@@ -128,12 +158,12 @@ def open_experiment(arguments: TrainArguments, dataset: DatasetDirectory) -> Ite
     else:
         directory = arguments.experiments_root / arguments.experiment_name
     if not is_main_process():
-        yield _found(directory, arguments, dataset)
+        yield _found(directory, arguments, work)
         return
     with _locked(directory):
-        experiment = _found(directory, arguments, dataset)
+        experiment = _found(directory, arguments, work)
         if not experiment.is_finished:
-            _begin(experiment, dataset)
+            _begin(experiment, work)
         try:
             yield experiment
         except FullStackTransformerError:
@@ -141,11 +171,11 @@ def open_experiment(arguments: TrainArguments, dataset: DatasetDirectory) -> Ite
             raise
 
 
-def _begin(experiment: Experiment, dataset: DatasetDirectory) -> None:
+def _begin(experiment: Experiment, work: ExperimentData) -> None:
     if experiment.is_resumed:
         _forget_what_is_repeated(experiment)
     write_arguments(experiment)
-    write_json(experiment.directory / DATASET_FILE_NAME, dataset.description)
+    write_json(experiment.directory / DATASET_FILE_NAME, work.description)
     for path in (experiment.directory.parent, experiment.directory.parent.parent):
         sync_directory(path)
 
@@ -181,12 +211,12 @@ def _directory_to_resume(resume: str, arguments: TrainArguments) -> Path:
     return found[-1]
 
 
-def _found(directory: Path, given: TrainArguments, dataset: DatasetDirectory) -> Experiment:
+def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Experiment:
     """What is in the directory; changes nothing."""
     if not (directory / ARGUMENTS_FILE_NAME).is_file():
         return Experiment(directory, given)  # new, or killed before it began
-    saved = _read_arguments(directory / ARGUMENTS_FILE_NAME)
-    _check_dataset(directory, dataset)
+    saved = _read_arguments(directory / ARGUMENTS_FILE_NAME, type(given))
+    _check_dataset(directory, work)
     arguments = _merged(given, saved, directory)
     limits_are_the_same = all(getattr(arguments, name) == getattr(saved, name) for name in _LIMITS)
     if (directory / SUMMARY_FILE_NAME).is_file() and limits_are_the_same:
@@ -197,21 +227,21 @@ def _found(directory: Path, given: TrainArguments, dataset: DatasetDirectory) ->
     return Experiment(directory, arguments, checkpoint, is_resumed=True)
 
 
-def _read_arguments(path: Path) -> TrainArguments:
+def _read_arguments(path: Path, kind: type[TrainArguments]) -> TrainArguments:
     content: dict[str, Any] = read_json(path)
-    for name in ("dataset_dir", "experiments_root"):
+    for name in _PATHS & content.keys():
         content[name] = Path(content[name])
     try:
-        return TrainArguments(**content)
+        return kind(**content)
     except TypeError as error:
         raise InputError(f"{path} was written by another version of fst: {error}") from error
 
 
-def _check_dataset(directory: Path, dataset: DatasetDirectory) -> None:
+def _check_dataset(directory: Path, work: ExperimentData) -> None:
     file = directory / DATASET_FILE_NAME
-    if file.is_file() and read_json(file) != dataset.description:
+    if file.is_file() and read_json(file) != work.description:
         raise DatasetError(
-            f"--dataset_dir {dataset.directory} is not the dataset that {directory} was started with, "
+            f"{work.data_place} is not the dataset that {directory} was started with, "
             f"which {file} describes; pass that one, or train anew without --resume"
         )
 
@@ -219,7 +249,7 @@ def _check_dataset(directory: Path, dataset: DatasetDirectory) -> None:
 def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> TrainArguments:
     """The saved options with the given ones that may differ. One with its default counts as not given."""
     changed: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainArguments):
+    for field in dataclasses.fields(given):
         value = getattr(given, field.name)
         is_given = value not in (field.default, getattr(saved, field.name))
         if is_given and field.name not in _NOT_COMPARED:
@@ -245,7 +275,7 @@ def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> Tr
     return dataclasses.replace(
         saved,
         **changed,
-        dataset_dir=given.dataset_dir,
+        **{name: getattr(given, name) for name in _INPUTS},
         experiments_root=directory.parent.parent,
         experiment_name=directory.parent.name,
     )
@@ -272,7 +302,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _remove_if_nothing_happened(directory: Path) -> None:
     """Leave no version of a training that was refused, such as for a model that does not exist."""
-    names = {ARGUMENTS_FILE_NAME, DATASET_FILE_NAME}
+    names = {ARGUMENTS_FILE_NAME, DATASET_FILE_NAME, TOKENIZER_DIRECTORY_NAME}
     if {path.name for path in directory.iterdir()} <= names:
         shutil.rmtree(directory)
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from transformers import PretrainedConfig
 
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
@@ -17,39 +18,46 @@ from full_stack_transformer.modelling.model_directory import (
     save_model_directory,
 )
 from full_stack_transformer.training.figures import ValidationFigures, validation_figures
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
 
 class ExportModel(pl.Callback):
-    """Puts the model in the place of the one before when its validation loss is lower.
+    """Puts the model in the place of the one before when its validation is better: a lower loss,
+    or what --metric_for_best_model names.
 
     Args:
         target: the model directory.
+        task: its name, for the description.
         tokenizer_directory: files that are copied into it.
         experiment: NAME/VERSION, for the description.
         dataset_description: the same.
         arguments: options of the training, for the model card.
-        bytes_per_target: mean bytes of text of a target of the validation samples.
+        fields: what else the description says.
+        finish: writes what else belongs into the directory of a model with this config.
     """
 
     def __init__(
         self,
         target: Path,
         *,
+        task: str,
         tokenizer_directory: Path,
         experiment: str,
         dataset_description: Mapping[str, Any],
         arguments: Mapping[str, Any],
-        bytes_per_target: float,
+        fields: Mapping[str, Any] | None = None,
+        finish: Callable[[Path, PretrainedConfig], None] | None = None,
     ) -> None:
         self._target = target
+        self._task = task
         self._tokenizer_directory = tokenizer_directory
         self._experiment = experiment
         self._dataset_description = dataset_description
         self._arguments = arguments
-        self._bytes_per_target = bytes_per_target
+        self._fields = dict(fields or {})
+        self._finish = finish
         self._model_facts: dict[str, Any] = {}
         self.best: ValidationFigures | None = None
         """The validation whose model was exported."""
@@ -58,7 +66,7 @@ class ExportModel(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Note what the model is, while the weights are whole."""
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         config = pl_module.backbone.config
         self._model_facts = {
             "model_type": config.model_type,
@@ -68,26 +76,25 @@ class ExportModel(pl.Callback):
             self._model_facts["context_length"] = context_length(config)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export when the validation loss has improved.
+        """Export when the validation has improved.
 
         Raises:
             MachineError: the disk is full or cannot be written; the previous model is intact.
         """
-        figures = validation_figures(trainer, self._bytes_per_target)
+        figures = validation_figures(trainer)
         # Written so that NaN is no improvement.
-        is_best = self.best is None or figures.loss < self.best.loss
-        is_best = is_best and figures.loss < float("inf")
+        is_best = self.best is None or figures.decisive < self.best.decisive
+        is_best = is_best and figures.decisive < float("inf")
         self.curve.append((figures.step, figures.loss))
         if is_best:
             self.best = figures
             self._export(trainer, pl_module, figures)
         if trainer.is_global_zero:
             logger.info(
-                "step %s: validation loss %.4f, perplexity %.2f, %.3f bits per byte%s",
+                "step %s: validation loss %.4f%s%s",
                 f"{figures.step:,}",
                 figures.loss,
-                figures.perplexity,
-                figures.bits_per_byte,
+                f", {figures.words()}" if figures.metrics else "",
                 ", the best so far" if is_best else "",
             )
 
@@ -105,21 +112,22 @@ class ExportModel(pl.Callback):
     def _export(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, figures: ValidationFigures
     ) -> None:
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         # By every process: one that holds a part of the weights gives it to the one that writes.
         weights = trainer.strategy.lightning_module_state_dict()
         if not trainer.is_global_zero:
             return
         description = {
-            "task": "causal_lm",
+            "task": self._task,
             "experiment": self._experiment,
             **self._model_facts,
             "step": figures.step,
             "validation_loss": figures.loss,
-            "validation_perplexity": figures.perplexity,
-            "validation_bits_per_byte": figures.bits_per_byte,
+            **{f"validation_{name}": value for name, value in figures.metrics.items()},
+            **self._fields,
             "dataset": dict(self._dataset_description),
         }
+        finish, config = self._finish, pl_module.backbone.config
         save_model_directory(
             self._target,
             pl_module.backbone,
@@ -131,4 +139,5 @@ class ExportModel(pl.Callback):
                 for name, weight in weights.items()
                 if name.startswith(CHECKPOINT_BACKBONE_PREFIX)
             },
+            finish=None if finish is None else lambda directory: finish(directory, config),
         )

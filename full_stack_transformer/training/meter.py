@@ -17,7 +17,7 @@ from torch import Tensor
 from full_stack_transformer.datasets.collators import IGNORED_LABEL
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.data import Batch
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.throughput import flops_per_token, measure_matmul_peak
 
 # Steps that the smoothed loss remembers.
@@ -68,7 +68,7 @@ class Meter(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Count what a token costs, while the weights are whole."""
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         try:
             self._flops_per_token = flops_per_token(pl_module.backbone, self._num_context_tokens)
         except AttributeError:  # an architecture without attention heads: trained all the same
@@ -153,6 +153,8 @@ def num_input_tokens(batch: Batch) -> Tensor:
 
     These are the targets and the first token of each sample, which is none.
     """
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
     labels = batch["labels"]
     num_targets = (labels != IGNORED_LABEL).sum()
     if "document_ids" not in batch:  # a sample a row

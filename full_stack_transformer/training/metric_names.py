@@ -7,9 +7,15 @@ two: hence text samples come before settings, and histograms last.
 TRAIN_LOSS = "train/loss"
 TRAIN_PERPLEXITY = "train/perplexity"
 EPOCH = "train/epoch"
-VALID_LOSS = "valid/loss"
-VALID_PERPLEXITY = "valid/perplexity"
-VALID_BITS_PER_BYTE = "valid/bits_per_byte"
+# What a validation finds is logged under this and the figure's own name.
+VALID = "valid"
+LOSS = "loss"
+PERPLEXITY = "perplexity"
+BITS_PER_BYTE = "bits_per_byte"
+ACCURACY = "accuracy"
+VALID_LOSS = f"{VALID}/{LOSS}"
+VALID_PERPLEXITY = f"{VALID}/{PERPLEXITY}"
+VALID_BITS_PER_BYTE = f"{VALID}/{BITS_PER_BYTE}"
 LEARNING_RATE = "optimization/learning_rate"
 GRADIENT_NORM = "optimization/gradient_norm"
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
@@ -27,3 +33,10 @@ GRADIENT_HISTOGRAM = "weights_gradients"
 # Under this key of what a training step returns: its part of the mean cross entropy of an optimizer step,
 # times the number of processes.
 CROSS_ENTROPY = "cross_entropy"
+# Among what Lightning's callbacks see: the figure that decides which model is the best, lower is better.
+SELECTION = "selection"
+
+
+def is_better_when_lower(metric: str) -> bool:
+    """Whether a lower value of this figure of a validation is a better one."""
+    return metric in (LOSS, PERPLEXITY, BITS_PER_BYTE) or metric.endswith(("_error", "_loss"))

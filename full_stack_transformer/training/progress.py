@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from full_stack_transformer.training.meter import Meter, Reading
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Progress(pl.Callback):
             return
         now = time.monotonic()
         if self._first_at is None:
-            assert isinstance(pl_module, CausalLanguageModelling)
+            assert isinstance(pl_module, TrainingModule)
             self._first_at, self._first_done = now, pl_module.progress(trainer.global_step)
             self._readings = deque([self._meter.first])
         elif now - self._shown >= self._interval:
@@ -79,7 +79,7 @@ class Progress(pl.Callback):
         self._end_line()
 
     def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule, now: float) -> str:
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         assert self._first_at is not None
         rate = self._rate()
         done = pl_module.progress(trainer.global_step)

@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.figures import validation_figures
 from full_stack_transformer.training.meter import Meter, Reading, perplexity
+from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.profiling import HISTOGRAMS
 from full_stack_transformer.training.stopping import validation_is_due
-from full_stack_transformer.training.tasks import CausalLanguageModelling
 
 _MEGABYTE = 1e6
 _STATM = Path("/proc/self/statm")
@@ -31,7 +31,6 @@ class RecordCurves(pl.Callback):
 
     Args:
         meter: where tokens, seconds and losses come from.
-        bytes_per_target: mean bytes of text of a target of the validation samples.
         batches_per_epoch: batches of this process in an epoch.
         log_every_n_steps: optimizer steps between two points.
         histograms: write histograms of weights and gradients at each validation.
@@ -41,13 +40,11 @@ class RecordCurves(pl.Callback):
         self,
         meter: Meter,
         *,
-        bytes_per_target: float,
         batches_per_epoch: int,
         log_every_n_steps: int,
         histograms: bool,
     ) -> None:
         self._meter = meter
-        self._bytes_per_target = bytes_per_target
         self._batches_per_epoch = batches_per_epoch
         self._log_every_n_steps = log_every_n_steps
         self._histograms = histograms
@@ -80,14 +77,10 @@ class RecordCurves(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the points of the validation, and hand everything to the disk."""
-        figures = validation_figures(trainer, self._bytes_per_target)
+        figures = validation_figures(trainer)
+        points = {metric_names.LOSS: figures.loss, **figures.metrics}
         self._record(
-            trainer,
-            {
-                metric_names.VALID_LOSS: figures.loss,
-                metric_names.VALID_PERPLEXITY: figures.perplexity,
-                metric_names.VALID_BITS_PER_BYTE: figures.bits_per_byte,
-            },
+            trainer, {f"{metric_names.VALID}/{name}": value for name, value in points.items()}
         )
         writer = _writer(trainer)
         if writer is not None:
@@ -96,7 +89,7 @@ class RecordCurves(pl.Callback):
     def _record_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_index: int
     ) -> None:
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         # Each process knows the loss of its own targets, as a share of those of all.
         loss = float(trainer.strategy.reduce(self._meter.loss, reduce_op="mean"))
         reading = self._meter.read()
@@ -129,7 +122,7 @@ class RecordCurves(pl.Callback):
         writer = _writer(trainer)
         if writer is None:
             return
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         for name, parameter in pl_module.backbone.named_parameters():
             for kind, values in (
                 (metric_names.WEIGHT_HISTOGRAM, parameter.detach()),

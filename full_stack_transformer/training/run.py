@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,15 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
-from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
-from full_stack_transformer.datasets.text_bytes import bytes_per_target
-from full_stack_transformer.errors import DatasetError, UsageError
+from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
+from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
-from full_stack_transformer.modelling.backbones import (
-    new_backbone,
-    num_parameters,
-    pretrained_backbone,
-)
+from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
 from full_stack_transformer.storage import read_json, write_json
-from full_stack_transformer.tokenization import open_saved_tokenizer
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.averaging import AveragedWeights
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
-from full_stack_transformer.training.data import DatasetDataModule
 from full_stack_transformer.training.experiments import (
     ARGUMENTS_FILE_NAME,
     CHECKPOINTS_DIRECTORY_NAME,
@@ -42,13 +35,12 @@ from full_stack_transformer.training.experiments import (
 )
 from full_stack_transformer.training.export import ExportModel
 from full_stack_transformer.training.meter import Meter
+from full_stack_transformer.training.open_work import open_own_work, open_work
 from full_stack_transformer.training.plan import Plan
 from full_stack_transformer.training.processes import is_main_process
 from full_stack_transformer.training.profiling import StepProfiler
 from full_stack_transformer.training.progress import Progress
 from full_stack_transformer.training.recording import RecordCurves
-from full_stack_transformer.training.sample_parameters import SampleParameters
-from full_stack_transformer.training.samples import SampleTexts
 from full_stack_transformer.training.saving import SaveCheckpoints
 from full_stack_transformer.training.stopping import (
     NEVER,
@@ -58,9 +50,9 @@ from full_stack_transformer.training.stopping import (
     StopWithoutImprovement,
 )
 from full_stack_transformer.training.summary import SUMMARY_FILE_NAME, summarize
-from full_stack_transformer.training.tasks import CausalLanguageModelling
 from full_stack_transformer.training.throughput import flops_per_token
 from full_stack_transformer.training.tuning import tune
+from full_stack_transformer.training.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -79,35 +71,68 @@ def train(arguments: TrainArguments) -> Path | int:
         TrainingError: the loss is no longer a number.
         MachineError: a checkpoint cannot be written.
     """
+    return train_work(open_work(arguments))
+
+
+def run_experiment(arguments: RunExperimentArguments) -> Path | int:
+    """`train` with a data set, a model or a task of one's own.
+
+    Raises:
+        UsageError: a class cannot be imported, or is none of what is expected.
+    """
+    return train_work(open_own_work(arguments))
+
+
+def train_work(work: Work, callbacks: Sequence[pl.Callback] = ()) -> Path | int:
+    """The same for a work that is put together already.
+
+    Args:
+        work: what is learned from what.
+        callbacks: of Lightning, beside our own.
+    """
     started = time.perf_counter()
     _quieten_lightning()
-    dataset = open_dataset(arguments.dataset_dir)
-    if len(dataset.valid) == 0:
-        raise DatasetError(f"{dataset.directory} has no validation samples; prepare it with some")
-    with open_experiment(arguments, dataset) as experiment:
+    with open_experiment(work.arguments, work) as experiment:
         if experiment.is_finished:
             logger.info("%s is finished already", experiment.directory)
-            return experiment.directory if is_main_process() else 0
-        training = _set_up(experiment, dataset)
+            return _after(work, experiment) if is_main_process() else 0
+        if not work.arguments.trains:
+            return _after(work, experiment)
+        training = _set_up(experiment, work)
+        training.add_callbacks(callbacks)
         try:
             training.fit()
         except InterruptedBySignalError as interruption:
             # Lightning kills the main process when another one leaves with an error.
             return training.say_how_to_go_on(interruption) if is_main_process() else 0
-        return training.finish(time.perf_counter() - started) if is_main_process() else 0
+        if not is_main_process():
+            return 0
+        training.finish(time.perf_counter() - started)
+        return _after(work, experiment)
 
 
-def _set_up(experiment: Experiment, dataset: DatasetDirectory) -> "_Training":
+def _after(work: Work, experiment: Experiment) -> Path:
+    """--do_eval and --do_predict, with the best model."""
+    arguments = work.arguments
+    if arguments.do_eval:
+        work.apply(experiment.directory, "valid")
+    if arguments.do_predict:
+        work.apply(experiment.directory, "test")
+    return experiment.directory
+
+
+def _set_up(experiment: Experiment, work: Work) -> "_Training":
     torch.manual_seed(experiment.arguments.seed)
-    backbone = _make_backbone(experiment.arguments, dataset)
+    work.begin(experiment.directory if is_main_process() else None)
+    backbone = work.make_backbone()
     trainer = _make_trainer(experiment)
-    found = tune(experiment.arguments, dataset, backbone, trainer)
+    found = tune(experiment.arguments, work, backbone, trainer)
     if found != experiment.arguments:
         experiment = dataclasses.replace(experiment, arguments=found)
         write_arguments(experiment)
     if is_main_process() and experiment.checkpoint is None:
-        _write_texts(trainer, experiment, dataset)
-    return _Training(experiment, dataset, backbone, trainer)
+        _write_texts(trainer, experiment, work)
+    return _Training(experiment, work, backbone, trainer)
 
 
 class _Training:
@@ -116,27 +141,18 @@ class _Training:
     def __init__(
         self,
         experiment: Experiment,
-        dataset: DatasetDirectory,
+        work: Work,
         backbone: Backbone,
         trainer: pl.Trainer,
     ) -> None:
         arguments = experiment.arguments
         self._experiment = experiment
-        self._dataset = dataset
+        self._work = work
         self._backbone = backbone
         self._trainer = trainer
         self._signals = CatchSignals()
-        self._meter = Meter(num_context_tokens=_num_context_tokens(arguments, dataset))
-        self._data = DatasetDataModule(
-            dataset,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            batching=arguments.batching,
-            accumulate_grad_batches=arguments.accumulate_grad_batches,
-            max_epochs=arguments.max_epochs,
-            limit_train_batches=arguments.limit_train_batches,
-            limit_val_batches=arguments.limit_val_batches,
-        )
+        self._meter = Meter(num_context_tokens=work.num_context_tokens)
+        self._data = work.make_data(arguments)
         self._export = self._add_callbacks()
 
     def fit(self) -> None:
@@ -148,16 +164,15 @@ class _Training:
         experiment, checkpoint = self._experiment, self._experiment.checkpoint
         if is_main_process():
             logger.info(
-                "training %s parameters on %s tokens of %s in %s, %s precision, into %s%s",
+                "training %s parameters on %s in %s, %s precision, into %s%s",
                 f"{num_parameters(self._backbone):,}",
-                f"{self._dataset.description['number_of_train_tokens']:,}",
-                self._dataset.description["dataset_name"],
+                self._work.amount,
                 self._trainer.strategy.root_device,
                 self._trainer.precision,
                 experiment.directory,
                 f", going on after step {checkpoint.step:,}" if checkpoint else "",
             )
-        task = CausalLanguageModelling(self._backbone, experiment.arguments)
+        task = self._work.make_module(self._backbone, experiment.arguments)
         if self._should_compile():
             compile_layers(self._backbone)
         with self._signals:
@@ -174,20 +189,19 @@ class _Training:
             return arguments.compile == "always"
         num_batches = self._data.count_batches_per_epoch(trainer.world_size)
         num_steps = Plan.of(arguments, num_batches_per_epoch=num_batches).num_steps
-        num_context_tokens = _num_context_tokens(arguments, self._dataset)
-        is_filled = arguments.batching != "length"
-        num_row_tokens = (
-            self._dataset.description["max_sample_length"] if is_filled else num_context_tokens
-        )
         num_rows = arguments.batch_size * arguments.accumulate_grad_batches
         num_rows_in_all = math.inf if num_steps is None else num_rows * num_steps
         return pays_to_compile(
             trainer.strategy.root_device,
-            flops=flops_per_token(self._backbone, num_context_tokens)
-            * num_row_tokens
+            flops=flops_per_token(self._backbone, self._work.num_context_tokens)
+            * self._work.num_row_tokens
             * num_rows_in_all,
             minutes=arguments.max_minutes,
         )
+
+    def add_callbacks(self, callbacks: Sequence[pl.Callback]) -> None:
+        """Before our own, which save what theirs remember."""
+        self._trainer.callbacks[:0] = list(callbacks)  # type: ignore[attr-defined]
 
     def say_how_to_go_on(self, interruption: InterruptedBySignalError) -> int:
         """The exit code of a training that a signal interrupted."""
@@ -214,19 +228,18 @@ class _Training:
         return directory
 
     def _add_callbacks(self) -> ExportModel:
-        experiment, dataset = self._experiment, self._dataset
+        experiment, work = self._experiment, self._work
         arguments, directory = experiment.arguments, experiment.directory
-        tokenizer = open_saved_tokenizer(dataset.tokenizer_directory)
-        target_bytes = bytes_per_target(dataset.valid, tokenizer)
         export = ExportModel(
             directory / MODEL_DIRECTORY_NAME,
-            tokenizer_directory=dataset.tokenizer_directory,
+            task=work.task_name,
+            tokenizer_directory=work.tokenizer_directory,
             experiment=experiment.name,
-            dataset_description=dataset.description,
+            dataset_description=work.description,
             arguments=dataclasses.asdict(arguments),
-            bytes_per_target=target_bytes,
+            fields=work.export_fields(),
+            finish=work.finish_directory,
         )
-        samples = SampleParameters(num_samples=arguments.num_generated_samples, seed=arguments.seed)
         # The order matters: the plan decides first, and what the others remember is saved last.
         self._trainer.callbacks += [  # type: ignore[attr-defined]
             FollowPlan(),
@@ -234,14 +247,13 @@ class _Training:
             self._meter,
             RecordCurves(
                 self._meter,
-                bytes_per_target=target_bytes,
                 batches_per_epoch=self._data.count_batches_per_epoch(self._trainer.world_size),
                 log_every_n_steps=arguments.log_every_n_steps,
                 histograms=arguments.histograms,
             ),
             Progress(self._meter, show=arguments.enable_progress_bar),
             export,
-            SampleTexts(directory, tokenizer, samples),
+            *work.callbacks(directory),
             *([AveragedWeights(decay=arguments.ema_decay)] if arguments.ema_decay else []),
             StopWithoutImprovement(patience=arguments.early_stopping_patience),
             SaveCheckpoints(
@@ -251,28 +263,6 @@ class _Training:
             ),
         ]
         return export
-
-
-def _make_backbone(arguments: TrainArguments, dataset: DatasetDirectory) -> Backbone:
-    vocab_size = dataset.description["vocab_size"]
-    if arguments.model_path is not None:
-        return pretrained_backbone(arguments.model_path, vocab_size=vocab_size)
-    return new_backbone(
-        arguments.model_config,
-        vocab_size=vocab_size,
-        max_length=dataset.description["max_sample_length"],
-        special_token_ids=dataset.description["special_token_ids"],
-        dropout=arguments.dropout,
-    )
-
-
-def _num_context_tokens(arguments: TrainArguments, dataset: DatasetDirectory) -> int:
-    """Tokens that attention spans: those of a mean sample, or of a row that is cut from all samples."""
-    description = dataset.description
-    if arguments.batching == "concatenated":
-        return int(description["max_sample_length"])
-    num_samples = max(1, description["number_of_train_samples"])
-    return int(description["number_of_train_tokens"] / num_samples)
 
 
 def _make_trainer(experiment: Experiment) -> pl.Trainer:
@@ -327,13 +317,13 @@ def _make_tensorboard(experiment: Experiment) -> TensorBoardLogger:
     )
 
 
-def _write_texts(trainer: pl.Trainer, experiment: Experiment, dataset: DatasetDirectory) -> None:
+def _write_texts(trainer: pl.Trainer, experiment: Experiment, work: Work) -> None:
     """The options and the description of the dataset, for TensorBoard."""
     assert isinstance(trainer.logger, TensorBoardLogger)
     writer = trainer.logger.experiment
     arguments = read_json(experiment.directory / ARGUMENTS_FILE_NAME)
     writer.add_text(metric_names.ARGUMENTS_TEXT, _as_markdown(arguments))
-    writer.add_text(metric_names.DATASET_TEXT, _as_markdown(dataset.description))
+    writer.add_text(metric_names.DATASET_TEXT, _as_markdown(work.description))
 
 
 def _resolve_precision(arguments: TrainArguments) -> str:

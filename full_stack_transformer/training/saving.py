@@ -15,13 +15,13 @@ import pytorch_lightning as pl
 import torch
 
 from full_stack_transformer.errors import MachineError, TrainingError
-from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.checkpoints import (
     BEST_FILE_NAME,
     LAST_FILE_NAME,
     VALIDATION_IS_DUE_KEY,
     link_checkpoint,
 )
+from full_stack_transformer.training.figures import validation_figures
 from full_stack_transformer.training.processes import greatest
 from full_stack_transformer.training.stopping import (
     CatchSignals,
@@ -85,7 +85,7 @@ class SaveCheckpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the best one."""
-        loss = float(trainer.callback_metrics[metric_names.VALID_LOSS])
+        loss = validation_figures(trainer).decisive
         if not loss < self._best_loss:  # also when it is not a number
             return
         self._best_loss = loss

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 
-from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.figures import validation_figures
+from full_stack_transformer.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class FollowPlan(pl.Callback):
         batch_index: int,
     ) -> None:
         """Decide, where an optimizer step was just taken."""
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         self._is_due = False
         if trainer.global_step != self._step:
             self._step = trainer.global_step
@@ -56,7 +56,7 @@ class FollowPlan(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the training after the validation of its last step."""
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         pl_module.read_clock()
         if pl_module.progress(trainer.global_step) >= 1.0:
             trainer.should_stop = True
@@ -142,13 +142,13 @@ class StopWithoutImprovement(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count."""
-        loss = float(trainer.callback_metrics[metric_names.VALID_LOSS])
+        loss = validation_figures(trainer).decisive
         self._num_without = 0 if loss < self._best_loss else self._num_without + 1
         self._best_loss = min(loss, self._best_loss)
         if self._patience and self._num_without >= self._patience:
             logger.info(
-                "no better validation loss than %.4f in %s validations: the training ends",
-                self._best_loss,
+                "no better validation than that of %.4f in %s validations: the training ends",
+                abs(self._best_loss),
                 self._num_without,
             )
             trainer.should_stop = True

@@ -27,14 +27,19 @@ class TrainingSummary:
     seconds_taken: float
     """Of this run, all in all."""
     best_step: int | None
-    """The validation with the lowest loss, whose model was exported; none without a validation."""
+    """The validation with the best figure, whose model was exported; none without a validation."""
     best_validation_loss: float | None
-    best_validation_perplexity: float | None
-    best_validation_bits_per_byte: float | None
+    best_metrics: dict[str, float]
+    """What the task measured then beside the loss."""
+    best_words: str
+    """The same for a person."""
 
     def as_json(self) -> dict[str, Any]:
         """For summary.json."""
-        return asdict(self)
+        content = asdict(self)
+        del content["best_words"]
+        metrics = content.pop("best_metrics")
+        return content | {f"best_validation_{name}": value for name, value in metrics.items()}
 
     def lines(self, directory: Path) -> list[str]:
         """For a person, who wants to talk to the model next."""
@@ -45,9 +50,8 @@ class TrainingSummary:
         ]
         if self.best_step is not None:
             lines.append(
-                f"best validation loss {self.best_validation_loss:.4f} at step {self.best_step:,}: "
-                f"perplexity {self.best_validation_perplexity:,.2f}, "
-                f"{self.best_validation_bits_per_byte:.3f} bits per byte"
+                f"best validation loss {self.best_validation_loss:.4f} at step {self.best_step:,}"
+                + (f": {self.best_words}" if self.best_words else "")
             )
             lines.append(f"serve it: fst serve {shlex.quote(str(directory))}")
         return lines
@@ -74,6 +78,6 @@ def summarize(
         seconds_taken=round(seconds_taken, 1),
         best_step=best.step if best else None,
         best_validation_loss=best.loss if best else None,
-        best_validation_perplexity=best.perplexity if best else None,
-        best_validation_bits_per_byte=best.bits_per_byte if best else None,
+        best_metrics=best.metrics if best else {},
+        best_words=best.words() if best else "",
     )

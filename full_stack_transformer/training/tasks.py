@@ -1,21 +1,10 @@
-"""One LightningModule per task: what a step computes, readable from top to bottom."""
+"""Language models as LightningModules: what a step computes, readable from top to bottom."""
 
-import contextlib
-import math
-import time
-from typing import Any
-
-import numpy as np
-import pytorch_lightning as pl
-import torch
-from pytorch_lightning.strategies import FSDPStrategy
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments import TrainArguments
-from full_stack_transformer.errors import TrainingError, UsageError
+from full_stack_transformer.datasets.text_bytes import bits_per_byte
 from full_stack_transformer.modelling.acceleration import accelerate
 from full_stack_transformer.modelling.losses import (
     LossOptions,
@@ -23,77 +12,37 @@ from full_stack_transformer.modelling.losses import (
     next_token_loss,
 )
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.data import Batch, DatasetDataModule
-from full_stack_transformer.training.optimization import make_optimizer, make_schedule
-from full_stack_transformer.training.plan import Plan
-from full_stack_transformer.training.processes import greatest
+from full_stack_transformer.training.data import Batch
+from full_stack_transformer.training.meter import perplexity
+from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.profiling import FORWARD, LOSS
 
 
-class CausalLanguageModelling(pl.LightningModule):
+class CausalLanguageModelling(TrainingModule):
     """Predict the next token.
 
-    Attributes:
-        plan: the lengths of the training; known once Lightning has set it up.
-        learning_rate: that of the last optimizer step.
-        gradient_norm: that of the last optimizer step, before clipping.
+    Args:
+        backbone: a causal language model.
+        arguments: the options of the training.
+        bytes_per_target: mean bytes of text of a target of the validation samples.
     """
 
-    plan: Plan
-
-    def __init__(self, backbone: Backbone, arguments: TrainArguments) -> None:
-        super().__init__()
-        self.backbone = backbone
-        # from_pretrained hands out evaluation mode, and Lightning keeps it.
-        self.backbone.train()
+    def __init__(
+        self, backbone: Backbone, arguments: TrainArguments, *, bytes_per_target: float = 1.0
+    ) -> None:
+        super().__init__(backbone, arguments)
         accelerate(backbone)
-        if arguments.activation_checkpointing:
-            _checkpoint_activations(backbone)
-        self.learning_rate = 0.0
-        self.gradient_norm = torch.zeros(())
-        self._arguments = arguments
+        self._bytes_per_target = bytes_per_target
         self._loss_options = LossOptions(
             unlikelihood_alpha=arguments.unlikelihood_alpha,
             label_smoothing=arguments.label_smoothing,
             z_loss=arguments.z_loss,
         )
-        self._started = time.monotonic()
-        self._seconds = 0.0
-        self._loss_of_step = torch.zeros(())
-        self._valid_sum = torch.zeros((), dtype=torch.float64)
-        self._valid_count = 0
-
-    def setup(self, stage: str) -> None:
-        """Make the plan, now that the number of processes is known."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, DatasetDataModule)
-        self.plan = Plan.of(self._arguments, num_batches_per_epoch=data.num_batches_per_epoch)
-
-    def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        """The loss of the batch, so weighted that gradients add up to that of the mean over the targets.
-
-        Lightning divides by the batches of a step, and several processes average their gradients; both
-        are undone here, since batches hold different numbers of targets. Beside it the cross entropy
-        alone, which Lightning does not divide.
-        """
-        # Dropout is a function of the position: nothing to restore in a training that is resumed.
-        _seed(self.device, _seed_of_batch(self._arguments.seed, self.global_rank, batch_index))
-        loss, cross_entropy = self.mean_losses(batch)
-        self._loss_of_step = self._loss_of_step.to(loss.device) + loss.detach()
-        num_processes = self.trainer.world_size
-        return {
-            "loss": loss * (num_processes * self.trainer.accumulate_grad_batches),
-            metric_names.CROSS_ENTROPY: cross_entropy * num_processes,
-        }
 
     def mean_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """This batch's parts of the means over all targets of its optimizer step, in nats.
-
-        Returns:
-            The loss, and its cross entropy alone, which has no gradient.
-        """
+        """The loss and its cross entropy alone, in nats."""
         logits = self._logits(batch)
-        with self._part(LOSS):
+        with self.profiled(LOSS):
             loss_sum, cross_entropy_sum, _ = language_model_loss(
                 logits,
                 batch["labels"],
@@ -104,121 +53,22 @@ class CausalLanguageModelling(pl.LightningModule):
         num_targets = batch["num_targets"]
         return loss_sum / num_targets, cross_entropy_sum.detach() / num_targets
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the validation before."""
-        self._valid_sum.zero_()
-        self._valid_count = 0
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Add up the cross entropies of all targets: independent of the batch size."""
+        """Add up the cross entropies of all targets."""
         logits = self._logits(batch)
-        with self._part(LOSS):
+        with self.profiled(LOSS):
             loss_sum, num_targets = next_token_loss(logits, batch["labels"])
-        self._valid_sum += loss_sum.double().cpu()
-        self._valid_count += int(num_targets)
+        self.add_validation_loss(loss_sum, int(num_targets))
 
-    def on_validation_epoch_end(self) -> None:
-        """Make the mean over all targets of all processes known to the callbacks."""
-        totals = torch.tensor([self._valid_sum.item(), self._valid_count], dtype=torch.float64)
-        totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum").cpu()
-        loss = totals[0] / totals[1].clamp(min=1)
-        # Each process knows the same already, but Lightning warns unless it may average.
-        for name, value in (
-            (metric_names.VALID_LOSS, loss),
-            (metric_names.VALID_PERPLEXITY, loss.exp()),
-        ):
-            self.log(name, value.float(), logger=False, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and the schedule, stepped with every optimizer step."""
-        options = self._arguments
-        optimizer = make_optimizer(
-            self,
-            name=options.optimizer,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-        )
-        schedule = make_schedule(
-            optimizer,
-            self.progress,
-            name=options.lr_schedule,
-            num_warmup_steps=options.num_warmup_steps,
-            num_cycles=options.num_cycles,
-            decay_fraction=options.decay_fraction,
-            min_ratio=options.min_learning_rate_ratio,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm of the whole gradient; keep it, and the rate that this step takes.
-
-        Lightning's own refuses a fused optimizer with bf16 (Lightning issue #21435).
-        """
-        limit = self._arguments.gradient_clip_val or math.inf
-        if isinstance(self.trainer.strategy, FSDPStrategy):  # each process holds a part of it
-            assert isinstance(self.trainer.model, FullyShardedDataParallel)
-            self.gradient_norm = self.trainer.model.clip_grad_norm_(limit)
-        else:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
-        self._stop_unless_finite()
-        # AdamW's, which is what --learning_rate means; with Muon its own comes first.
-        self.learning_rate = optimizer.param_groups[-1]["lr"]
-
-    def _stop_unless_finite(self) -> None:
-        """End before the weights are spoilt.
-
-        Each process decides the same: the gradient is that of all of them.
-        """
-        loss, self._loss_of_step = self._loss_of_step, torch.zeros_like(self._loss_of_step)
-        if self.trainer.scaler is not None:
-            # fp16 finds its scale by gradients that overflow; such a step is skipped.
-            is_finite = not greatest(self.trainer, float(not torch.isfinite(loss)))
-        else:
-            is_finite = bool(torch.isfinite(self.gradient_norm))
-        if is_finite:
-            return
-        what = "gradient's norm" if torch.isfinite(loss) else "loss"
-        value = self.gradient_norm if torch.isfinite(loss) else loss
-        raise TrainingError(
-            f"the {what} became {value.item()} at step {self.global_step + 1}; the model and the "
-            "checkpoints from before are intact: lower --learning_rate or use --precision 32"
-        )
-
-    def on_train_start(self) -> None:
-        """The clock of --max_minutes starts with the first step, not with the imports."""
-        self._started = time.monotonic() - self._seconds
-
-    def read_clock(self) -> None:
-        """Look how long the training has taken up to now, validations and earlier runs included."""
-        self._seconds = time.monotonic() - self._started
-        if self.plan.max_seconds is not None:
-            # The learning rate depends on it: each process must read the same.
-            self._seconds = greatest(self.trainer, self._seconds)
-
-    @property
-    def seconds(self) -> float:
-        """What the clock of this and earlier runs showed last."""
-        return self._seconds
-
-    def progress(self, step: int) -> float:
-        """Part of the training that is over after `step` optimizer steps, 0 to 1; by steps or minutes."""
-        return self.plan.progress(step, self._seconds)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the clock."""
-        checkpoint["seconds"] = self._seconds
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the clock."""
-        self._seconds = checkpoint["seconds"]
+    def validation_metrics(self, loss: float) -> dict[str, float]:
+        """What follows from the loss."""
+        return {
+            metric_names.PERPLEXITY: perplexity(loss),
+            metric_names.BITS_PER_BYTE: bits_per_byte(loss, self._bytes_per_target),
+        }
 
     def _logits(self, batch: Batch) -> Tensor:
-        with self._part(FORWARD):
+        with self.profiled(FORWARD):
             # Positions that start again at 0 keep the documents of a packed row apart, as long as there
             # is neither a mask nor a cache.
             output = self.backbone(
@@ -228,31 +78,3 @@ class CausalLanguageModelling(pl.LightningModule):
             )
         logits: Tensor = output.logits
         return logits
-
-    def _part(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """Tells the profiler, where there is one, into what the time goes."""
-        if self._trainer is None:
-            return contextlib.nullcontext()
-        return self.trainer.profiler.profile(name)  # type: ignore[attr-defined,no-any-return]
-
-
-def _checkpoint_activations(backbone: Backbone) -> None:
-    try:
-        backbone.activation_checkpointing_enable({"use_reentrant": False})
-    except ValueError as error:
-        raise UsageError(f"--activation_checkpointing: {error}") from error
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed what a step draws from; torch.manual_seed asks all kinds of devices, for 0.1 to 0.5 ms."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-def _seed_of_batch(seed: int, rank: int, batch_index: int) -> int:
-    """Independent streams for neighbouring seeds, ranks and batches."""
-    state = np.random.SeedSequence((seed, rank, batch_index)).generate_state(1, np.uint64)
-    return int(state[0])

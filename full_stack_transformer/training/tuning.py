@@ -18,12 +18,11 @@ import torch
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments import TrainArguments
-from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import TrainingError, UsageError
-from full_stack_transformer.training.data import Batch, DatasetDataModule
+from full_stack_transformer.training.data import Batch, EpochDataModule
 from full_stack_transformer.training.optimization import make_optimizer
 from full_stack_transformer.training.recording import resident_bytes
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +45,13 @@ _MEMORY_INFORMATION = Path("/proc/meminfo")
 
 
 def tune(
-    arguments: TrainArguments, dataset: DatasetDirectory, backbone: Backbone, trainer: pl.Trainer
+    arguments: TrainArguments, work: Work, backbone: Backbone, trainer: pl.Trainer
 ) -> TrainArguments:
     """The options with what was found in the place of what was given.
 
     Args:
         arguments: with `find_batch_size`, `find_learning_rate` or neither.
-        dataset: its training samples are used.
+        work: its training samples are used.
         backbone: stays as it is.
         trainer: names the device and the precision.
 
@@ -68,10 +67,10 @@ def tune(
             "--max_steps 1, then train with what they found"
         )
     if arguments.find_batch_size:
-        size = find_batch_size(_Trial(arguments, dataset, backbone, trainer))
+        size = find_batch_size(_Trial(arguments, work, backbone, trainer))
         arguments = dataclasses.replace(arguments, batch_size=size, find_batch_size=False)
     if arguments.find_learning_rate:
-        rate = find_learning_rate(_Trial(arguments, dataset, backbone, trainer))
+        rate = find_learning_rate(_Trial(arguments, work, backbone, trainer))
         arguments = dataclasses.replace(arguments, learning_rate=rate, find_learning_rate=False)
     return arguments
 
@@ -82,15 +81,15 @@ class _Trial:
     def __init__(
         self,
         arguments: TrainArguments,
-        dataset: DatasetDirectory,
+        work: Work,
         backbone: Backbone,
         trainer: pl.Trainer,
     ) -> None:
         self.arguments = arguments
         self.device = trainer.strategy.root_device
-        self._dataset = dataset
+        self._work = work
         self._precision = trainer.precision_plugin
-        self._task = CausalLanguageModelling(copy.deepcopy(backbone), arguments).to(self.device)
+        self._task = work.make_module(copy.deepcopy(backbone), arguments).to(self.device)
         self._task.trainer = trainer
         self._optimizer = make_optimizer(
             self._task,
@@ -128,15 +127,15 @@ class _Trial:
         self._optimizer.zero_grad()
         return float(total)
 
-    def _data(self, batch_size: int) -> DatasetDataModule:
-        return DatasetDataModule(
-            self._dataset,
+    def _data(self, batch_size: int) -> EpochDataModule:
+        arguments = dataclasses.replace(
+            self.arguments,
             batch_size=batch_size,
-            seed=self.arguments.seed,
-            batching=self.arguments.batching,
-            accumulate_grad_batches=self.arguments.accumulate_grad_batches,
             max_epochs=-1,
+            max_steps=1,
+            limit_train_batches=1.0,
         )
+        return self._work.make_data(arguments)
 
 
 def find_learning_rate(trial: _Trial) -> float:

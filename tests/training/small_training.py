@@ -44,6 +44,7 @@ class SmallTraining:
         *,
         profiler: Profiler | None = None,
         at_step: Callable[[int], None] | None = None,
+        bytes_per_target: float = 1.0,
         **options: Any,
     ) -> None:
         directory.mkdir(exist_ok=True)
@@ -75,7 +76,9 @@ class SmallTraining:
             max_epochs=self.arguments.max_epochs,
             limit_val_batches=self.arguments.limit_val_batches,
         )
-        self.task = CausalLanguageModelling(self.backbone, self.arguments)
+        self.task = CausalLanguageModelling(
+            self.backbone, self.arguments, bytes_per_target=bytes_per_target
+        )
         self.trainer: pl.Trainer
 
     def fit(self, *callbacks: pl.Callback, checkpoint: Path | None = None) -> None:

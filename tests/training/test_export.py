@@ -11,10 +11,8 @@ import torch
 import transformers
 
 from full_stack_transformer.datasets.description import DatasetDirectory
-from full_stack_transformer.datasets.text_bytes import bytes_per_target
 from full_stack_transformer.errors import MachineError
 from full_stack_transformer.modelling.model_directory import open_model
-from full_stack_transformer.tokenization import open_saved_tokenizer
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.export import ExportModel
 from full_stack_transformer.training.figures import ValidationFigures
@@ -22,14 +20,13 @@ from tests.training.small_training import SmallTraining
 
 
 def _export(dataset: DatasetDirectory, directory: Path) -> ExportModel:
-    tokenizer = open_saved_tokenizer(dataset.tokenizer_directory)
     return ExportModel(
         directory / "model",
+        task="causal_lm",
         tokenizer_directory=dataset.tokenizer_directory,
         experiment="tiny/0",
         dataset_description=dataset.description,
         arguments={"learning_rate": 5e-3},
-        bytes_per_target=bytes_per_target(dataset.valid, tokenizer),
     )
 
 
@@ -105,7 +102,9 @@ def test_nothing_but_nan_exports_nothing(dataset: DatasetDirectory, tmp_path: Pa
 
 def test_a_resumed_training_knows_the_best(dataset: DatasetDirectory, tmp_path: Path) -> None:
     export = _export(dataset, tmp_path)
-    export.best = ValidationFigures(step=7, loss=2.5, perplexity=12.2, bits_per_byte=1.5)
+    export.best = ValidationFigures(
+        step=7, loss=2.5, metrics={"perplexity": 12.2, "bits_per_byte": 1.5}
+    )
     export.curve = [(3, 3.5), (7, 2.5)]
     # As a checkpoint brings it back: plain values alone.
     torch.save(export.state_dict(), tmp_path / "state")

@@ -21,7 +21,6 @@ _BYTES_PER_TARGET = 2.0
 def _record(meter: Meter, *, histograms: bool = False) -> RecordCurves:
     return RecordCurves(
         meter,
-        bytes_per_target=_BYTES_PER_TARGET,
         batches_per_epoch=10,
         log_every_n_steps=2,
         histograms=histograms,
@@ -62,7 +61,12 @@ def watched(
     directory = tmp_path_factory.mktemp("watched")
     meter, watch = Meter(num_context_tokens=40), _Watch()
     training = SmallTraining(
-        dataset, directory, max_steps=9, val_check_interval=6, accumulate_grad_batches=2
+        dataset,
+        directory,
+        bytes_per_target=_BYTES_PER_TARGET,
+        max_steps=9,
+        val_check_interval=6,
+        accumulate_grad_batches=2,
     )
     training.fit(watch, meter, _record(meter, histograms=True))
     events = EventAccumulator(str(directory), size_guidance={"histograms": 0})

@@ -1,0 +1,192 @@
+"""A training from a notebook, with the verbs of the Hugging Face Trainer; each is a few words of Lightning's.
+
+trainer = Trainer(TrainArguments(task="sequence_classification", dataset_dir=Path("rows")))
+trainer.add_callback(MyLightningCallback())
+trainer.train()
+trainer.evaluate()
+trainer.predict([{"text": "a new text"}])
+trainer.save_model(Path("my_model"))
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.datasets.row_splits import Split
+from full_stack_transformer.errors import MissingExtraError, UsageError
+from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.storage import write_json
+from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
+from full_stack_transformer.tasks.task import Feature, Prediction, Row, Task
+from full_stack_transformer.training.data import Batch, BatchLoader, ValidationLoader
+from full_stack_transformer.training.module import TrainingModule
+from full_stack_transformer.training.open_work import open_work
+from full_stack_transformer.training.processes import is_main_process
+from full_stack_transformer.training.rows import BaseDataModule
+from full_stack_transformer.training.rows_work import RowsWork
+from full_stack_transformer.training.run import train_work
+from full_stack_transformer.training.work import Work
+
+
+class Trainer:
+    """One training; the verbs but `train` need labelled rows.
+
+    Args:
+        arguments: the options of `fst train`.
+        data: a data module of one's own; without it the options name the rows.
+        task_class: with `data`: what is learned.
+        callbacks: of Lightning.
+    """
+
+    def __init__(
+        self,
+        arguments: TrainArguments,
+        *,
+        data: BaseDataModule | None = None,
+        task_class: type[Task] | None = None,
+        callbacks: Sequence[pl.Callback] = (),
+    ) -> None:
+        self.arguments = arguments
+        self.callbacks = list(callbacks)
+        self.work: Work
+        if data is None:
+            self.work = open_work(arguments)
+        elif task_class is None:
+            raise UsageError("pass task_class beside data, such as SequenceClassification")
+        else:
+            self.work = RowsWork(arguments, data, task_class)
+        self._experiment: Path | None = None
+
+    def add_callback(self, callback: pl.Callback) -> None:
+        """Lightning calls it before our own; `trainer.callbacks.append`."""
+        self.callbacks.append(callback)
+
+    def pop_callback(self, kind: type[pl.Callback]) -> pl.Callback | None:
+        """Take the first one of a class out, and return it."""
+        found = next((one for one in self.callbacks if isinstance(one, kind)), None)
+        if found is not None:
+            self.callbacks.remove(found)
+        return found
+
+    def remove_callback(self, kind: type[pl.Callback]) -> None:
+        """The same, without returning it."""
+        self.pop_callback(kind)
+
+    def train(self) -> Path:
+        """`pl.Trainer.fit`; returns the experiment directory."""
+        found = train_work(self.work, self.callbacks)
+        if not isinstance(found, Path):
+            raise KeyboardInterrupt  # a signal ended it, which was said
+        self._experiment = found
+        return found
+
+    def evaluate(self, rows: Sequence[Row] | None = None) -> dict[str, float]:
+        """Figures of the best model on the validation rows, or on others; `pl.Trainer.validate`."""
+        rows = self._data.named_rows("valid") if rows is None else rows
+        return self._opened.task.figures(rows, self.predict(rows)).scalars
+
+    def predict(self, rows: Sequence[Row]) -> list[Prediction]:
+        """JSON for each row, by the best model; `pl.Trainer.predict`."""
+        opened = self._opened
+        return opened.task.predict(rows, opened.backbone, batch_size=self.arguments.batch_size)
+
+    def save_model(self, directory: Path) -> None:
+        """Copy the best model, a plain Hugging Face directory; `save_checkpoint` keeps the rest."""
+        shutil.copytree(find_model_directory(self._directory), directory)
+
+    def save_metrics(self, split: str, metrics: dict[str, float]) -> None:
+        """Write `SPLIT_results.json` into the experiment directory."""
+        write_json(self._directory / f"{split}_results.json", metrics)
+
+    def metrics_format(self, metrics: dict[str, float]) -> dict[str, str]:
+        """Four digits of each."""
+        return {name: f"{value:.4f}" for name, value in metrics.items()}
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """All epochs in a chain; `LightningDataModule.train_dataloader`."""
+        return self._begun_data.train_dataloader()
+
+    def get_eval_dataloader(self) -> ValidationLoader:
+        """`val_dataloader`."""
+        return self._begun_data.val_dataloader()
+
+    def get_test_dataloader(self) -> ValidationLoader:
+        """`test_dataloader`."""
+        return self._begun_data.test_dataloader()
+
+    def num_examples(self, split: Split = "train") -> int:
+        """Rows of a split."""
+        return len(self._data.named_rows(split))
+
+    def compute_loss(self, module: TrainingModule, batch: Batch) -> Tensor:
+        """A batch's part of the mean loss of its optimizer step; in `training_step`."""
+        return module.mean_losses(batch)[0]
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes; `trainer.is_global_zero`."""
+        return is_main_process()
+
+    @property
+    def _directory(self) -> Path:
+        if self._experiment is None:
+            raise UsageError("call train() first: there is no model yet")
+        return self._experiment
+
+    @property
+    def _opened(self) -> OpenedTask:
+        return open_task(self._directory)
+
+    @property
+    def _data(self) -> BaseDataModule:
+        if not isinstance(self.work, RowsWork):
+            raise UsageError(f"--task {self.arguments.task} has no labelled rows; use fst evaluate")
+        return self.work.data
+
+    @property
+    def _begun_data(self) -> BaseDataModule:
+        data = self._data
+        if not hasattr(data, "task"):
+            self.work.begin(None)
+        return data
+
+
+def to_hf_trainer(
+    task: Task, backbone: Backbone, features: Sequence[Feature], arguments: Any
+) -> Any:
+    """The same task under the Hugging Face Trainer, which needs the package accelerate.
+
+    Args:
+        task: makes batches and losses.
+        backbone: with the task's head.
+        features: of the training rows.
+        arguments: transformers.TrainingArguments.
+
+    Raises:
+        MissingExtraError: accelerate is not installed.
+    """
+    try:
+        import accelerate  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "the Hugging Face Trainer needs the package accelerate; install it with: pip install accelerate"
+        ) from error
+    from transformers import Trainer as HuggingFaceTrainer
+
+    class TaskTrainer(HuggingFaceTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Batch, return_outputs: bool = False, **_: Any
+        ) -> Any:
+            scores = task.forward(model, inputs)
+            loss = task.loss_sum(scores, inputs) / len(scores)
+            return (loss, {"logits": scores}) if return_outputs else loss
+
+    arguments.remove_unused_columns = False  # a feature says more than the model's forward takes
+    return TaskTrainer(
+        model=backbone, args=arguments, train_dataset=list(features), data_collator=task.collate
+    )
