@@ -13,8 +13,9 @@ Read the code in the order in which the data flows:
 9. `serving`           model directory -> HTTP API
 10. `telegram`         HTTP API -> Telegram bot
 
-Beside them stand `errors` (one tree), `storage` (durable files and versions),
-`document_sources` (texts to start with) and `demo` (the whole road in one command).
+Beside them stand `errors` (one tree), `storage` (durable files and versions), `metrics` (figures of
+predictions), `document_sources` (texts and labelled rows to start with) and `demo` (the whole road in one
+command).
 """
 
 __version__ = "0.1.0"

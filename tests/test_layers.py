@@ -33,6 +33,7 @@ ROOM_OF_PACKAGE = {
     "aiogram": "telegram",
     "aiohttp": "telegram",
     "cyclopts": "__main__",
+    "lm_eval": "evaluation",
 }
 # And those with figures of their own.
 ROOMS_WITH_METRICS = {"serving", "telegram"}

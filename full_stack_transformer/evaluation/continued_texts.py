@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from full_stack_transformer.datasets.corpus import Corpus
+from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
@@ -78,7 +79,7 @@ def evaluate_generation(
         num_resamples: of the bootstrap.
 
     Raises:
-        ValueError: no sample is long enough.
+        DatasetError: no sample is long enough.
     """
     prompts, expected = _halves(model, corpus, num_texts, max_new_tokens)
     options = GenerationOptions(
@@ -122,8 +123,9 @@ def _halves(
     lengths = corpus.lengths()
     long_enough = np.flatnonzero(lengths >= _MIN_TOKENS)
     if not len(long_enough):
-        raise ValueError(
-            f"no sample has {_MIN_TOKENS} tokens, so that half of it could be a prompt"
+        raise DatasetError(
+            f"--generation needs samples of {_MIN_TOKENS} tokens and more, half of which are the prompt; the "
+            f"longest one has {int(lengths.max(initial=0))}"
         )
     places = np.linspace(0, len(long_enough) - 1, min(num_texts, len(long_enough))).astype(int)
     prompts, expected = [], []

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from full_stack_transformer.arguments import EvaluateArguments
 from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.continued_texts import (
     continue_texts,
     evaluate_generation,
 )
+from full_stack_transformer.evaluation.run import evaluate
 from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
 from full_stack_transformer.modelling.model_directory import open_model
-from tests.conftest import RunFst
 
 
 def test_texts_continued_together_equal_those_continued_alone(model_dir: Path) -> None:
@@ -59,7 +61,7 @@ def test_samples_that_are_too_short_are_refused(model_dir: Path, dataset: Datase
         def lengths(self) -> object:
             return dataset.valid.lengths() * 0 + 3
 
-    with pytest.raises(ValueError, match="no sample has 16 tokens"):
+    with pytest.raises(DatasetError, match="the longest one has 3"):
         evaluate_generation(
             open_model(model_dir, device="cpu"),
             Short(),  # type: ignore[arg-type]
@@ -69,12 +71,12 @@ def test_samples_that_are_too_short_are_refused(model_dir: Path, dataset: Datase
 
 
 def test_the_command_prints_them_beside_the_perplexity(
-    run_fst: RunFst, model_dir: Path, dataset_dir: Path
+    model_dir: Path, dataset_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--generation", "3", "--max_new_tokens", "8", "--device", "cpu"]
-    done = run_fst("evaluate", model_dir, dataset_dir, *options)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+    evaluate(
+        EvaluateArguments(model_dir, dataset_dir, generation=3, max_new_tokens=8, device="cpu")
+    )
+    figures = json.loads(capsys.readouterr().out)
     assert figures["perplexity"] > 1
     assert figures["generation"]["num_texts"] == 3
     assert "bleu" in figures["generation"]["figures"]

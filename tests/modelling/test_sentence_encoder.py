@@ -1,7 +1,9 @@
 """The format of sentence-transformers: written, read again, computed by hand, and opened by that library."""
 
+import dataclasses
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from full_stack_transformer.errors import ModelError
+from full_stack_transformer.arguments import WhitenArguments
+from full_stack_transformer.errors import FullStackTransformerError, ModelError, UsageError
 from full_stack_transformer.modelling.embedding_head import (
     Dense,
     Head,
@@ -25,7 +28,7 @@ from full_stack_transformer.modelling.embeddings import POOLING_MODES, PoolingMo
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.modelling.sentence_encoder import open_sentence_encoder
 from full_stack_transformer.modelling.whitening import fit_whitening
-from tests.conftest import RunFst
+from full_stack_transformer.modelling.whitening_command import whiten
 
 TEXTS = [
     "The reader learns from the documents.",
@@ -200,31 +203,41 @@ def test_weights_that_lack_tensors_are_refused(encoder_dir: Path, tmp_path: Path
         open_sentence_encoder(tmp_path / "nothing", device="cpu")
 
 
-def test_the_command_whitens_a_model(run_fst: RunFst, encoder_dir: Path, tmp_path: Path) -> None:
+def test_the_command_whitens_a_model(
+    encoder_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     lines = tmp_path / "lines.txt"
     lines.write_text("\n".join([*TEXTS[:4], "", TEXTS[0]]), "utf-8")
+    pairs = {"sentence1": TEXTS[4], "sentence2": TEXTS[5]}, {"text": TEXTS[6]}
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "\n".join(
-            json.dumps(row)
-            for row in ({"sentence1": TEXTS[4], "sentence2": TEXTS[5]}, {"text": TEXTS[6]})
-        ),
-        "utf-8",
-    )
+    rows.write_text("\n".join(json.dumps(row) for row in pairs), "utf-8")
     target = tmp_path / "models" / "whitened"
-    options = ["--output_dir", target, "--num_dimensions", "5", "--max_length", "40"]
-    done = run_fst("whiten", encoder_dir, lines, rows, *options, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(target)
-    assert "fitted the whitening on 7 texts" in done.stderr
+    arguments = WhitenArguments(
+        encoder_dir,
+        (lines, rows),
+        output_dir=target,
+        num_dimensions=5,
+        max_length=40,
+        device="cpu",
+    )
+    assert whiten(arguments) == target
+    assert "fitted the whitening on 7 texts" in caplog.text
     vectors = open_sentence_encoder(target, device="cpu").encode(TEXTS).astype(np.float64)
     assert np.abs(vectors.mean(axis=0)).max() < 1e-4
     assert np.abs(vectors.T @ vectors / 7 - np.eye(5)).max() < 1e-3
     description = json.loads((target / "description.json").read_text("utf-8"))
     assert description["whitening"]["num_dimensions"] == 5
-    assert (target / "model.safetensors").read_bytes() == (
-        encoder_dir / "model.safetensors"
-    ).read_bytes()
+    weights = "model.safetensors"
+    assert (target / weights).read_bytes() == (encoder_dir / weights).read_bytes()
+    with pytest.raises(UsageError, match="exists"):
+        whiten(arguments)
+    # A whitened model can be whitened again: the older Dense layer goes.
+    again = dataclasses.replace(arguments, model=target, output_dir=tmp_path / "again")
+    assert sorted(one.name for one in whiten(again).iterdir() if one.is_dir()) == [
+        "1_Pooling",
+        "2_Dense",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,10 +253,6 @@ def test_the_command_whitens_a_model(run_fst: RunFst, encoder_dir: Path, tmp_pat
 def test_texts_that_fit_nothing_end_in_one_sentence(
     content: str, name: str, message: str, encoder_dir: Path, tmp_path: Path
 ) -> None:
-    from full_stack_transformer.arguments import WhitenArguments
-    from full_stack_transformer.errors import FullStackTransformerError
-    from full_stack_transformer.modelling.whitening_command import whiten
-
     (tmp_path / name).write_text(content, "utf-8")
     options = WhitenArguments(encoder_dir, (tmp_path / name,), output_dir=tmp_path / "out")
     with pytest.raises(FullStackTransformerError, match=message):

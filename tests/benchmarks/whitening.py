@@ -1,0 +1,161 @@
+"""What whitening does to the embeddings of a small masked language model: Spearman on pairs of sentences.
+
+    python -m tests.benchmarks.whitening --steps 700
+
+Trains a ModernBERT of 1 M parameters on the docstrings of the training side, in a plain loop; fits the
+whitening on the sentences of that side; measures on the pairs of the test side, once with random weights and
+once trained. The pairs, the split and the poolings are those of the package.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.document_sources.docstrings import library_docstrings
+from full_stack_transformer.document_sources.task_rows import TaskRow, sentence_rows, side_of
+from full_stack_transformer.metrics.bootstrap import bootstrap_intervals
+from full_stack_transformer.metrics.correlation import spearman
+from full_stack_transformer.modelling.embedding_head import Head
+from full_stack_transformer.modelling.embeddings import POOLING_MODES
+from full_stack_transformer.modelling.sentence_encoder import SentenceEncoder
+from full_stack_transformer.modelling.whitening import fit_whitening
+from full_stack_transformer.tokenization import TrainedTokenizer
+from tests.benchmarks.machine import commit, processor
+
+MAX_LENGTH = 48
+BATCH_SIZE = 32
+MASK_SHARE = 0.15
+
+
+def main() -> None:
+    """Train, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=700, help="batches to train on")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    docstrings = library_docstrings()
+    rows = list(sentence_rows(docstrings))
+    texts = [one.text for one in docstrings if side_of(one.module) == "train"]
+    print(f"{processor()}, PyTorch {torch.__version__}, commit {commit()}")
+    with TemporaryDirectory() as directory:
+        TrainedTokenizer.train(texts, vocab_size=4096).save(
+            Path(directory), model_max_length=MAX_LENGTH
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    backbone = _new_backbone(tokenizer)
+    num_parameters = sum(weight.numel() for weight in backbone.parameters())
+    print(f"{num_parameters:,} parameters, {len(texts):,} docstrings to train on")
+    _measure("untrained", backbone, tokenizer, rows)
+    loss = _train(backbone, tokenizer, texts, num_steps=options.steps)
+    print(f"trained on {options.steps:,} batches, loss of the last 100 {loss:.3f}")
+    _measure("trained", backbone, tokenizer, rows)
+
+
+def _new_backbone(tokenizer: PreTrainedTokenizerFast) -> Backbone:
+    config = AutoConfig.for_model(
+        "modernbert",
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        cls_token_id=tokenizer.bos_token_id,
+        sep_token_id=tokenizer.eos_token_id,
+    )
+    return AutoModelForMaskedLM.from_config(config)
+
+
+def _train(
+    backbone: Backbone, tokenizer: PreTrainedTokenizerFast, texts: list[str], *, num_steps: int
+) -> float:
+    """AdamW with a linear decay; 80/10/10 masking."""
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=2e-3, weight_decay=0.01)
+    order = random.Random(0)
+    losses: list[float] = []
+    backbone.train()
+    for step in range(num_steps):
+        inputs = tokenizer(
+            order.sample(texts, BATCH_SIZE),
+            padding=True,
+            truncation=True,
+            max_length=MAX_LENGTH,
+            return_tensors="pt",
+        )
+        input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        draw = torch.rand(input_ids.shape)
+        is_target = (draw < MASK_SHARE) & mask.bool()
+        labels = input_ids.masked_fill(~is_target, -100)
+        input_ids = torch.where(
+            is_target & (draw < 0.8 * MASK_SHARE), tokenizer.mask_token_id, input_ids
+        )
+        is_random = is_target & (draw > 0.9 * MASK_SHARE)
+        input_ids = torch.where(
+            is_random, torch.randint(len(tokenizer), input_ids.shape), input_ids
+        )
+        loss = backbone(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / num_steps)
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return float(np.mean(losses[-100:]))
+
+
+def _measure(
+    name: str, backbone: Backbone, tokenizer: PreTrainedTokenizerFast, rows: list[TaskRow]
+) -> None:
+    backbone.eval()
+    train = [row.fields for row in rows if row.side == "train" and row.fields["score"] == 1.0]
+    test = [row.fields for row in rows if row.side == "test"]
+    scores = np.array([row["score"] for row in test])
+    print(f"{name}: Spearman of cosines on {len(test):,} pairs, 95 % interval")
+    for pooling in POOLING_MODES:
+        encoder = SentenceEncoder(
+            backbone.base_model, tokenizer, Head(pooling), max_length=MAX_LENGTH
+        )
+        fitted_on = encoder.encode([row["sentence1"] for row in train])
+        first, second = (
+            encoder.encode([row[key] for row in test]) for key in ("sentence1", "sentence2")
+        )
+        cells = [_interval(first, second, scores)]
+        for num_dimensions in (None, 64, 32):
+            whitening = fit_whitening(fitted_on, num_dimensions=num_dimensions)
+            moved = whitening.transform(first), whitening.transform(second)
+            cells.append(f"{len(whitening.kernel.T)}: {_interval(*moved, scores)}")
+        print(f"  {pooling:<15} plain {cells[0]}   whitened to {'   '.join(cells[1:])}")
+    sys.stdout.flush()
+
+
+def _interval(
+    first: NDArray[np.floating[Any]],
+    second: NDArray[np.floating[Any]],
+    scores: NDArray[np.floating[Any]],
+) -> str:
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    cosines = (first * second).sum(axis=1) / np.maximum(norms, 1e-12)
+    [interval] = bootstrap_intervals(
+        lambda drawn: {"spearman": spearman(cosines[drawn], scores[drawn])},
+        len(scores),
+        num_resamples=200,
+    ).values()
+    return f"{spearman(cosines, scores):.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+if __name__ == "__main__":
+    main()
