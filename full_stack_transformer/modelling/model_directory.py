@@ -137,7 +137,7 @@ def open_model(
     description_file = directory / DESCRIPTION_FILE_NAME
     description = read_json(description_file) if description_file.is_file() else {}
     backbone = backbone.to(resolve_device(device)).eval()
-    return OpenedModel(_name_of(directory), backbone, tokenizer, description)
+    return OpenedModel(name_of_model(directory), backbone, tokenizer, description)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -179,7 +179,7 @@ def backbone_of_checkpoint(
     return backbone.to(dtype)
 
 
-def _name_of(directory: Path) -> str:
+def name_of_model(directory: Path) -> str:
     """NAME/VERSION for the model of an experiment, else the name of the directory."""
     directory = directory.resolve()
     if directory.name == MODEL_DIRECTORY_NAME and directory.parent.name.isdecimal():

@@ -48,6 +48,8 @@ from full_stack_transformer.serving.schemas import (
     Readiness,
     Version,
 )
+from full_stack_transformer.serving.task_routes import make_task_router
+from full_stack_transformer.serving.task_worker import TaskWorker
 
 # Every class of error that a request can end with, the most special first.
 STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = (
@@ -76,9 +78,13 @@ class AppOptions:
 
 
 def make_app(
-    models: ServedModels, worker: EngineWorker, metrics: Metrics, options: AppOptions
+    models: ServedModels,
+    worker: EngineWorker,
+    task_worker: TaskWorker,
+    metrics: Metrics,
+    options: AppOptions,
 ) -> ASGIApp:
-    """The application around models and their worker; the server that runs it stops the worker."""
+    """The application around models and their workers; the server that runs it stops the workers."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,22 +103,26 @@ def make_app(
         redirect_slashes=False,
     )
     app.state.worker = worker
+    app.state.task_worker = task_worker
     app.state.max_body_bytes = options.max_body_bytes
     app.state.request_timeout_seconds = options.request_timeout_seconds
-    metrics.watch_worker(worker, [model.name for model in models.all])
+    metrics.watch_worker(worker, [model.name for model in models.generating])
     app.add_exception_handler(FullStackTransformerError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_surprise)
     _add_native_routes(app, models)
-    _add_operating_routes(app, models, worker, metrics)
+    _add_operating_routes(app, models, metrics)
+    app.include_router(make_task_router(models))
     app.include_router(make_openai_router(models))
     app.include_router(make_playground_router())
 
     def early_answer(facts: RequestFacts) -> Response | None:
         """While every queue is full: known before a body is read."""
+        if models.of_tasks:
+            return None
         error: Exception | None = None
-        for model in models.all:
+        for model in models.generating:
             try:
                 worker.check_room(model.engine, 1)
             except ServiceUnavailableError as refusal:
@@ -155,9 +165,10 @@ def _add_native_routes(app: FastAPI, models: ServedModels) -> None:
         return GeneratedTextsResponse(texts=[restore(text.text) for text in texts])
 
 
-def _add_operating_routes(
-    app: FastAPI, models: ServedModels, worker: EngineWorker, metrics: Metrics
-) -> None:
+def _add_operating_routes(app: FastAPI, models: ServedModels, metrics: Metrics) -> None:
+    worker: EngineWorker = app.state.worker
+    task_worker: TaskWorker = app.state.task_worker
+
     @app.get("/health", tags=["operations"])
     @app.get("/health_check/", tags=["operations"])
     async def health() -> Health:
@@ -170,8 +181,8 @@ def _add_operating_routes(
         response.status_code = 503 if worker.is_stopping else 200
         return Readiness(
             status="stopping" if worker.is_stopping else "ready",
-            num_running=worker.num_running,
-            num_waiting=worker.num_waiting,
+            num_running=worker.num_running + task_worker.num_running,
+            num_waiting=worker.num_waiting + task_worker.num_waiting,
         )
 
     @app.get("/version", tags=["operations"])

@@ -96,6 +96,19 @@ class Metrics:
             ["kind"],
             registry=self.registry,
         )
+        self._task_rows = Counter(
+            "fst_task_rows",
+            "Rows that models of other tasks than generating computed.",
+            ["model_name"],
+            registry=self.registry,
+        )
+        self._task_seconds = Histogram(
+            "fst_task_batch_seconds",
+            "Seconds that a batch of such rows took.",
+            ["model_name"],
+            buckets=_REQUEST_SECONDS,
+            registry=self.registry,
+        )
         self._tasks = Gauge("fst_http_tasks", "HTTP requests under way.", registry=self.registry)
         self._last_token: dict[Ticket, float] = {}
 
@@ -131,6 +144,11 @@ class Metrics:
             self._families.success.labels(ticket.model_name, piece.finish_reason).inc()
         of_model.latency.observe(now - times.submitted)
         of_model.new_tokens.observe(ticket.continuation.num_tokens)
+
+    def on_task_batch(self, model_name: str, num_rows: int, seconds: float) -> None:
+        """Count a batch of another task than generating; called in its thread."""
+        self._task_rows.labels(model_name).inc(num_rows)
+        self._task_seconds.labels(model_name).observe(seconds)
 
     def on_task(self, change: int) -> None:
         """An HTTP request has begun (1) or ended (-1), streams and waiting ones among them."""

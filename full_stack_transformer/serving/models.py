@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     ModelError,
+    RequestError,
     UnknownModelError,
 )
 from full_stack_transformer.generation.chat import ChatTemplate, load_chat_template
@@ -29,8 +31,10 @@ from full_stack_transformer.modelling.model_directory import (
     open_model,
 )
 from full_stack_transformer.serving.schemas import ServedModelFacts
+from full_stack_transformer.serving.task_models import ServedTask, open_served_task
 from full_stack_transformer.serving.token_texts import TokenTexts
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
+from full_stack_transformer.tasks.catalogue import CAUSAL_LM, task_name_of
 from full_stack_transformer.tokenization import DocumentTokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +78,6 @@ class ServedModel:
         description = self.description
         return ServedModelFacts(
             model=self.name,
-            task=str(description.get("task") or "causal_lm"),
             checkpoint=self.path.name,
             step=_number(description.get("step"), int),
             validation_loss=_number(description.get("validation_loss"), float),
@@ -93,27 +96,71 @@ class ServedModel:
         return TokenTexts(self.tokenizer)
 
 
+AnyServed = ServedModel | ServedTask
+
+
 class ServedModels:
     """Models by name, at least one; the first is the default."""
 
-    def __init__(self, models: list[ServedModel], options: OpeningOptions) -> None:
-        self._models = {model.name: model for model in models}
+    def __init__(self, models: Sequence[AnyServed], options: OpeningOptions) -> None:
+        self._models: dict[str, AnyServed] = {model.name: model for model in models}
         self._options = options
         if len(self._models) < len(models):
             names = ", ".join(model.name for model in models)
             raise ModelError(f"every model needs a name of its own, found {names}; use NAME=PATH")
 
     @property
-    def first(self) -> ServedModel:
-        """The default."""
+    def first(self) -> AnyServed:
+        """The first of the command line."""
         return next(iter(self._models.values()))
 
     @property
-    def all(self) -> list[ServedModel]:
+    def all(self) -> list[AnyServed]:
         """Every model, in the order of the command line."""
         return list(self._models.values())
 
+    @property
+    def generating(self) -> list[ServedModel]:
+        """Those that continue texts."""
+        return [model for model in self.all if isinstance(model, ServedModel)]
+
+    @property
+    def of_tasks(self) -> list[ServedTask]:
+        """Those of other tasks."""
+        return [model for model in self.all if isinstance(model, ServedTask)]
+
     def find(self, name: str | None) -> ServedModel:
+        """The generating model of that name; the first one without a name.
+
+        Raises:
+            UnknownModelError: there is none.
+            RequestError: it is for another task.
+        """
+        found = next(iter(self.generating), self.first) if name is None else self.find_any(name)
+        if isinstance(found, ServedTask):
+            raise RequestError(
+                f"{found.name} is a model for {found.opened.name}, it does not continue texts; /docs "
+                "names the routes"
+            )
+        return found
+
+    def find_task(self, name: str | None, task: str) -> ServedTask:
+        """The model of that name for a task; the first one of the task without a name.
+
+        Raises:
+            UnknownModelError: there is none.
+            RequestError: it is for another task.
+        """
+        those = [model for model in self.of_tasks if model.opened.name == task]
+        found = next(iter(those), self.first) if name is None else self.find_any(name)
+        if isinstance(found, ServedModel) or found.opened.name != task:
+            other = CAUSAL_LM if isinstance(found, ServedModel) else found.opened.name
+            raise RequestError(
+                f"{found.name} is a model for {other}; this route needs one for {task}"
+            )
+        return found
+
+    def find_any(self, name: str | None) -> AnyServed:
         """The model of that name; the first one without a name.
 
         Raises:
@@ -147,24 +194,37 @@ class ServedModels:
                     failed[model.name] = signature
                     logger.warning("the new model at %s cannot be served: %s", model.path, error)
                     continue
-                new = dataclasses.replace(new, num_swaps=model.num_swaps + 1)
-                self._models[model.name] = new
+                self._models[model.name] = new = _as_successor(new, model.num_swaps + 1)
                 logger.info("now serving %s at step %s", new.name, new.facts.step)
 
 
-def open_served(name: str | None, path: Path, options: OpeningOptions) -> ServedModel:
-    """Open a model, check that its parts agree, and make one token with it.
+def _as_successor(model: AnyServed, num_swaps: int) -> AnyServed:
+    return dataclasses.replace(model, num_swaps=num_swaps)
+
+
+def open_served(name: str | None, path: Path, options: OpeningOptions) -> AnyServed:
+    """Open a model and check that its parts agree; one that generates makes a token.
 
     Raises:
         ModelError: it cannot be opened, or its parts do not agree.
     """
     for _ in range(_MAX_TRIES_TO_OPEN):
         before = _signature(path)
-        served = _open_once(name, path, options, before)
+        served = _open_any(name, path, options, before)
         # Training may have replaced the directory between two of its files.
         if _signature(path) == before:
             return served
     raise ModelError(f"{path} changes faster than it can be opened; try again later")
+
+
+def _open_any(
+    name: str | None, path: Path, options: OpeningOptions, signature: object
+) -> AnyServed:
+    if task_name_of(find_model_directory(path)) == CAUSAL_LM:
+        return _open_once(name, path, options, signature)
+    return open_served_task(
+        *(name, path, signature), device=options.device, weights_dtype=options.weights_dtype
+    )
 
 
 def _open_once(

@@ -13,8 +13,8 @@ from full_stack_transformer.serving.answers import (
 from full_stack_transformer.serving.bodies import body_schema, parse_body
 from full_stack_transformer.serving.chats import answer_chat
 from full_stack_transformer.serving.completions import answer_completion
-from full_stack_transformer.serving.embeddings import answer_embeddings
-from full_stack_transformer.serving.models import ServedModel, ServedModels
+from full_stack_transformer.serving.embeddings import answer_embeddings, find_embedding
+from full_stack_transformer.serving.models import AnyServed, ServedModels
 from full_stack_transformer.serving.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -34,7 +34,7 @@ def make_openai_router(models: ServedModels) -> APIRouter:
     @router.get("/models/{name:path}")
     async def retrieve_model(name: str) -> ModelCard:
         """One of the models."""
-        return _card(models.find(name))
+        return _card(models.find_any(name))
 
     @router.post(
         "/completions",
@@ -62,12 +62,12 @@ def make_openai_router(models: ServedModels) -> APIRouter:
         openapi_extra=body_schema(EmbeddingRequest),
     )
     async def embed(request: Request) -> Response:
-        """A vector for each text: the mean of the model's last states, at length one."""
+        """A vector of length one for each text: the model's own, or the mean of its last states."""
         body = await parse_body(request, EmbeddingRequest)
-        return await answer_embeddings(request, body, models.find(body.model))
+        return await answer_embeddings(request, body, find_embedding(models, body.model))
 
     return router
 
 
-def _card(model: ServedModel) -> ModelCard:
+def _card(model: AnyServed) -> ModelCard:
     return ModelCard(id=model.name, created=model.loaded_at)

@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,16 @@ from full_stack_transformer.serving.api_keys import ApiKeys, read_api_keys
 from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.engine_worker import EngineWorker
 from full_stack_transformer.serving.metrics import Metrics
-from full_stack_transformer.serving.models import OpeningOptions, ServedModels, open_served
+from full_stack_transformer.serving.models import (
+    OpeningOptions,
+    ServedModel,
+    ServedModels,
+    open_served,
+)
 from full_stack_transformer.serving.protocol import protocol_with
 from full_stack_transformer.serving.request_log import log_json_lines
+from full_stack_transformer.serving.task_models import ServedTask
+from full_stack_transformer.serving.task_worker import MAX_BATCH_ROWS, TaskWorker
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +70,9 @@ def serve(arguments: ServeArguments) -> int:
     models = ServedModels([open_served(name, path_, opening) for name, path_ in sources], opening)
     metrics = Metrics()
     worker = EngineWorker(max_queue_size=arguments.max_queue_size, on_piece=metrics.on_piece)
+    task_worker = TaskWorker(
+        max_queue_size=arguments.max_queue_size, on_batch=metrics.on_task_batch
+    )
     options = AppOptions(
         keys=keys,
         allowed_origins=arguments.allowed_origins,
@@ -75,7 +86,7 @@ def serve(arguments: ServeArguments) -> int:
         max_connections=_allow_many_files() - _FILES_BESIDE_CONNECTIONS,
     )
     config = uvicorn.Config(
-        make_app(models, worker, metrics, options),
+        make_app(models, worker, task_worker, metrics, options),
         http=protocol,  # on h11: httptools accepts headers of any size
         ws="none",
         log_config=None,
@@ -92,24 +103,29 @@ def serve(arguments: ServeArguments) -> int:
     # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
-        _Server(config, worker, arguments.shutdown_seconds).run(sockets=[listener])
+        _Server(config, [worker, task_worker], arguments.shutdown_seconds).run(sockets=[listener])
     worker.stop()
+    task_worker.stop()
     return 0
 
 
 class _Server(uvicorn.Server):
-    """Tells the worker when the end begins."""
+    """Tells the workers when the end begins."""
 
     def __init__(
-        self, config: uvicorn.Config, worker: EngineWorker, shutdown_seconds: float
+        self,
+        config: uvicorn.Config,
+        workers: Sequence[EngineWorker | TaskWorker],
+        shutdown_seconds: float,
     ) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._workers = workers
         self._shutdown_seconds = shutdown_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing new, let the running requests finish, end the others with an error."""
-        self._worker.drain(self._shutdown_seconds)
+        for worker in self._workers:
+            worker.drain(self._shutdown_seconds)
         await super().shutdown(sockets)
 
 
@@ -125,7 +141,7 @@ def _announce(
         "package_version": __version__,
         "num_api_keys": keys.num_keys,
         "models": [
-            model.facts.model_dump(exclude={"description"}) | {"num_slots": model.engine.num_slots}
+            model.facts.model_dump(exclude={"description"}) | {"num_slots": _num_slots(model)}
             for model in models.all
         ],
         "max_queue_size": arguments.max_queue_size,
@@ -138,9 +154,9 @@ def _announce(
     for model in models.all:
         facts = model.facts
         logger.info(
-            "%s: step %s, context %d tokens, %d at once, %s",
-            *(model.name, facts.step, facts.context_tokens),
-            *(model.engine.num_slots, facts.computed_by),
+            "%s: %s, step %s, context %d tokens, %d at once, %s",
+            *(model.name, facts.task, facts.step, facts.context_tokens),
+            *(_num_slots(model), facts.computed_by),
         )
     logger.info(
         "serving %s at %s (documentation: %s/docs; %s)",
@@ -149,6 +165,11 @@ def _announce(
         "no keys" if keys.is_open else f"{keys.num_keys} keys",
         extra={"facts": summary},
     )
+
+
+def _num_slots(model: ServedModel | ServedTask) -> int:
+    """Texts that are computed at once."""
+    return model.engine.num_slots if isinstance(model, ServedModel) else MAX_BATCH_ROWS
 
 
 def _is_local(host: str) -> bool:

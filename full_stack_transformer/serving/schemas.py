@@ -32,11 +32,13 @@ def _unit(name: str) -> dict[str, JsonValue]:
     return {"x-unit": name}
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What every body keeps to."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, frozen=True)
 
 
-class GeneratedTextsRequest(_Body):
+class GeneratedTextsRequest(Body):
     """Body of `POST /generated_texts/`."""
 
     seed_text: Text = Field(
@@ -83,14 +85,14 @@ class GeneratedTextsResponse(BaseModel):
     texts: list[str]
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream tells beside the text."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(default=None, description="Accepted and ignored.")
 
 
-class JsonSchemaFormat(_Body):
+class JsonSchemaFormat(Body):
     """A JSON schema with its name, as OpenAI wraps it."""
 
     name: ShortText = "answer"
@@ -99,7 +101,7 @@ class JsonSchemaFormat(_Body):
     strict: bool | None = Field(default=None, description="Accepted and ignored: it is kept to.")
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """What the text must look like."""
 
     type: Literal["text", "json_object", "json_schema", "regex"]
@@ -109,7 +111,7 @@ class ResponseFormat(_Body):
     )
 
 
-class _OpenAIBody(_Body):
+class _OpenAIBody(Body):
     """What completions and chats share; null always means the default."""
 
     model: ShortText | None = None
@@ -248,14 +250,14 @@ class CompletionRequest(_OpenAIBody):
     suffix: Text | None = Field(default=None, description="Refused: texts are only continued.")
 
 
-class ContentPart(_Body):
+class ContentPart(Body):
     """A part of a message's text."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -300,7 +302,7 @@ class ChatCompletionRequest(_OpenAIBody):
     modalities: list[Literal["text"]] | None = Field(default=None, description="Only text.")
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(Body):
     """Body of `POST /v1/embeddings`, as OpenAI defines it."""
 
     model: ShortText | None = None

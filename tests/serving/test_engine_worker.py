@@ -22,7 +22,9 @@ SLOTS, QUEUE = 2, 3
 @pytest.fixture(scope="module")
 def model(model_dir: Path) -> ServedModel:
     with one_core():
-        return open_served(None, model_dir, OpeningOptions("cpu", SLOTS, "auto", None))
+        served = open_served(None, model_dir, OpeningOptions("cpu", SLOTS, "auto", None))
+    assert isinstance(served, ServedModel)
+    return served
 
 
 @pytest.fixture

@@ -1,0 +1,180 @@
+"""Models of other tasks answer over HTTP what they predict in this process."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from full_stack_transformer.modelling.model_directory import save_model_directory
+from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
+from full_stack_transformer.tasks.tokenizers import save_tokenizer
+from full_stack_transformer.tokenization import load_tokenizer
+from tests.logged_process import running_service
+from tests.tasks.small_tasks import small_rows, small_task, small_tokenizer
+
+_TASKS = (
+    "sequence_classification",
+    "token_labelling",
+    "span_selection",
+    "multiple_choice",
+    "sentence_embedding",
+    "masked_lm",
+)
+
+
+@dataclass(frozen=True)
+class _Served:
+    http: httpx.Client
+    here: dict[str, OpenedTask]
+
+
+@pytest.fixture(scope="module")
+def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Served]:
+    """A generating model and one of each task, in one service."""
+    root = tmp_path_factory.mktemp("tasks")
+    plain_dir, masking_dir = small_tokenizer(root / "plain"), root / "masking"
+    save_tokenizer(load_tokenizer(None, str(plain_dir)), masking_dir, max_length=48, can_mask=True)
+    options: list[str] = []
+    for name in _TASKS:
+        rows = [] if name == "masked_lm" else small_rows(name, 12)
+        tokenizer_dir = masking_dir if name == "masked_lm" else plain_dir
+        task, backbone = small_task(name, rows, tokenizer_dir)
+        save_model_directory(
+            root / name,
+            backbone,
+            tokenizer_directory=tokenizer_dir,
+            description={"step": 3, "validation_loss": 0.5},
+            finish=lambda partial, task=task, backbone=backbone: task.finish_directory(  # type: ignore[misc]
+                partial, backbone.config
+            ),
+        )
+        options += ["--more_models", f"{name}={root / name}"]
+    here = {name: open_task(root / name, device="cpu") for name in _TASKS}
+    with (
+        running_service(model_dir, *options, "--max_queue_size", "32") as (url, process),
+        httpx.Client(base_url=url, timeout=120) as http,
+    ):
+        yield _Served(http, here)
+        assert process.stop() == 0
+        assert "Traceback" not in process.log
+
+
+def _ask(served: _Served, path: str, **body: Any) -> Any:
+    answer = served.http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def _predicted(served: _Served, task: str, *rows: dict[str, Any]) -> list[Any]:
+    opened = served.here[task]
+    return opened.task.predict(rows, opened.backbone)
+
+
+def _close(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_close(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(_close, left, right))
+    return bool(left == pytest.approx(right, abs=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("path", "task", "texts"),
+    [
+        ("/classify", "sequence_classification", ["the cat runs", "a tree"]),
+        ("/label", "token_labelling", ["the cat runs again", "nothing"]),
+        ("/fill_mask", "masked_lm", ["the <mask> runs", "<mask> and <mask>"]),
+    ],
+)
+def test_texts_get_predictions(served: _Served, path: str, task: str, texts: list[str]) -> None:
+    mask = served.here[task].task.tokenizer.mask_token
+    texts = [text.replace("<mask>", str(mask)) for text in texts]
+    found = _ask(served, path, texts=texts)
+    assert found["model"] == task
+    assert _close(found["predictions"], _predicted(served, task, *({"text": one} for one in texts)))
+
+
+def test_a_choice_and_an_answer(served: _Served) -> None:
+    row = {"text": "which animal", "choices": ["the cat", "a tree", "nothing"]}
+    [expected] = _predicted(served, "multiple_choice", row)
+    found = _ask(served, "/choose", **row)
+    assert _close({key: found[key] for key in expected}, expected)
+    row = {"question": "which animal", "context": "the tree and the cat again"}
+    [expected] = _predicted(served, "span_selection", row)
+    found = _ask(served, "/answer", **row)
+    assert _close({key: found[key] for key in expected}, expected)
+
+
+def test_embeddings_are_those_of_the_model(served: _Served) -> None:
+    texts = ["the cat runs", "a tree"]
+    expected = [
+        one["embedding"]
+        for one in _predicted(served, "sentence_embedding", *({"text": text} for text in texts))
+    ]
+    assert _close(_ask(served, "/embed", texts=texts)["embeddings"], expected)
+    similarity = _ask(served, "/similarity", texts=[*texts, texts[0]])["similarity"]
+    assert similarity[0][2] == pytest.approx(1.0, abs=1e-5)
+    assert similarity[0][1] == pytest.approx(similarity[1][0], abs=1e-5)
+    openai = _ask(served, "/v1/embeddings", input=texts)
+    assert openai["model"] == "sentence_embedding"
+    vector = openai["data"][0]["embedding"]
+    assert sum(value * value for value in vector) == pytest.approx(1.0, abs=1e-5)
+    # Without a model of that task the generating one stands in, when it is asked by name.
+    [generating] = [
+        model["model"]
+        for model in served.http.get("/version").json()["models"]
+        if model["task"] == "causal_lm"
+    ]
+    assert len(_ask(served, "/embed", texts=texts, model=generating)["embeddings"]) == 2
+
+
+def test_the_version_names_tasks_and_the_mask(served: _Served) -> None:
+    models = served.http.get("/version").json()["models"]
+    assert {model["task"] for model in models} == {"causal_lm", *_TASKS}
+    [masked] = [model for model in models if model["task"] == "masked_lm"]
+    assert masked["control_tokens"] == [served.here["masked_lm"].task.tokenizer.mask_token]
+    assert masked["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/classify", {"texts": []}, 422, "texts"),
+        ("/classify", {"texts": ["a"], "text_pairs": ["b", "c"]}, 422, "text_pairs"),
+        ("/classify", {"texts": ["a"], "model": "masked_lm"}, 400, "sequence_classification"),
+        ("/classify", {"texts": ["a"], "model": "unheard of"}, 404, "no model"),
+        ("/fill_mask", {"texts": ["no mask"]}, 400, "should hold"),
+        ("/choose", {"text": "a", "choices": ["one"]}, 422, "choices"),
+        ("/answer", {"question": "", "context": "a"}, 422, "question"),
+        ("/embed", {"texts": ["a"], "model": "masked_lm"}, 400, "sentence_embedding"),
+        ("/v1/embeddings", {"input": [1, 2], "model": "sentence_embedding"}, 400, "token ids"),
+        ("/v1/completions", {"prompt": "a", "model": "masked_lm"}, 400, "does not continue"),
+    ],
+)
+def test_what_is_impossible_is_said_clearly(
+    served: _Served, path: str, body: dict[str, Any], status: int, words: str
+) -> None:
+    answer = served.http.post(path, json=body)
+    assert (answer.status_code, words in answer.json()["error"]["message"]) == (status, True)
+
+
+def test_a_wrong_row_hurts_nobody_beside_it(served: _Served) -> None:
+    """Requests that wait together are computed together; each hears of its own mistakes."""
+    mask = str(served.here["masked_lm"].task.tokenizer.mask_token)
+    texts = [f"the {mask} runs" if number % 3 else "no mask" for number in range(24)]
+    together = threading.Barrier(len(texts))
+
+    def ask(text: str) -> int:
+        together.wait()
+        return served.http.post("/fill_mask", json={"texts": [text]}).status_code
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        statuses = list(pool.map(ask, texts))
+    assert statuses == [200 if mask in text else 400 for text in texts]
+    metrics = served.http.get("/metrics").text
+    assert 'fst_task_rows_total{model_name="masked_lm"}' in metrics
