@@ -32,7 +32,7 @@ def _commands(text: str = README) -> Iterator[list[str]]:
 
 
 def _command(name: str) -> list[str]:
-    [words] = [words[1:] for words in _commands() if words[:2] == ["fst", name]]
+    words = next(words[1:] for words in _commands() if words[:2] == ["fst", name])
     return words
 
 
