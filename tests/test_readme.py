@@ -32,8 +32,7 @@ def _commands(text: str = README) -> Iterator[list[str]]:
 
 
 def _command(name: str) -> list[str]:
-    words = next(words[1:] for words in _commands() if words[:2] == ["fst", name])
-    return words
+    return next(words[1:] for words in _commands() if words[:2] == ["fst", name])
 
 
 def test_every_command_line_is_valid() -> None:

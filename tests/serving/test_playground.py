@@ -21,6 +21,7 @@ from full_stack_transformer.__main__ import _make_app, _normalize
 from tests.logged_process import running_service
 from tests.serving.browser import Visit, give_chat_template, running_browser, visit
 from tests.serving.conftest import KeyedService
+from tests.serving.task_models import make_task_models
 from tests.serving.tiny_model import make_tiny_model
 
 # So many tokens that none of the tests sees the end of them.
@@ -508,34 +509,40 @@ def test_a_replaced_model_is_noticed(tab: Visit) -> None:
     assert "validation loss 4.250" in tab.page.locator("#card-line").inner_text()
 
 
-def test_models_of_other_tasks_show_what_they_do(tab: Visit) -> None:
-    task = {"name": "sequence_classification"}
+_LINES_AND_ANSWERS = {
+    "sequence_classification": ("the cat", ".result .bar-row", 2),
+    "token_labelling": ("the cat sees", ".result .word", 3),
+    "span_selection": ("which animal\nthe cat sees the oak", ".result .words", 1),
+    "multiple_choice": ("which animal\nthe cat\nthe oak", ".result .bar-row", 2),
+    "sentence_embedding": ("the cat\nthe dog", ".matrix td", 5),
+    "masked_lm": ("the [MASK] sees [MASK]", ".result .bar-row", 10),
+}
 
-    def version(route: Any) -> None:
-        answer = route.fetch().json()
-        for one in answer["models"]:
-            one["task"] = task["name"]
-        route.fulfill(json=answer)
 
-    tab.page.route("**/version", version)
-    scores = {"label": "b", "scores": {"a": 0.25, "b": 0.75}}
-    tab.page.route("**/classify", lambda route: route.fulfill(json={"predictions": [scores]}))
-    filling = {"token": "cat", "text": "the cat", "score": 0.5}
-    tab.page.route("**/fill_mask", lambda route: route.fulfill(json={"predictions": [[filling]]}))
-    matrix = {"similarity": [[1.0, 0.25], [0.25, 1.0]]}
-    tab.page.route("**/similarity", lambda route: route.fulfill(json=matrix))
-    results = tab.page.locator(".results")
-    for name, text, expected in (
-        ("sequence_classification", "one", "one\nb\n75.0 %\na\n25.0 %"),
-        ("masked_lm", "the [MASK]", "the [MASK]\ncat\n50.0 %"),
-        ("sentence_embedding", "one\ntwo", "0.25"),
-    ):
-        task["name"] = name
+def test_models_of_other_tasks_show_what_they_do(
+    browser: Any, model_dir: Path, tmp_path: Path
+) -> None:
+    options = make_task_models(tmp_path)
+    with running_service(model_dir, *options) as (url, _), visit(browser, url) as tab:
         tab.open()
-        tab.page.locator(".task-text").fill(text)
-        tab.page.keyboard.press("Control+Enter")
-        results.locator("article, table").first.wait_for()
-        assert expected in re.sub(r"\n+", "\n", results.inner_text())
+        for name, (lines, place, number) in _LINES_AND_ANSWERS.items():
+            tab.page.locator("#model").select_option(name)
+            tab.page.locator(".task-text").fill(lines)
+            tab.page.keyboard.press("Control+Enter")
+            found = tab.page.locator(place)
+            found.first.wait_for()
+            assert found.count() == number, name
+            shown = tab.page.locator(".results").inner_text()
+            assert lines.split("\n")[0][:8] in shown
+        tab.page.locator("#model").select_option("multiple_choice")
+        tab.page.locator(".task-text").fill("which animal\nthe cat\nthe oak")
+        tab.page.get_by_role("button", name="Choose").click()
+        bars = tab.page.locator(".bar-row").first
+        bars.wait_for()
+        share = float(bars.locator("span").inner_text().removesuffix(" %")) / 100
+        width = "all => all[0].offsetWidth / all[0].parentElement.offsetWidth"
+        found_share = tab.page.locator(".bar-row .probability").evaluate_all(width)
+        assert found_share == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,21 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
-from full_stack_transformer.tasks.tokenizers import save_tokenizer
-from full_stack_transformer.tokenization import load_tokenizer
 from tests.logged_process import running_service
-from tests.tasks.small_tasks import small_rows, small_task, small_tokenizer
-
-_TASKS = (
-    "sequence_classification",
-    "token_labelling",
-    "span_selection",
-    "multiple_choice",
-    "sentence_embedding",
-    "masked_lm",
-)
+from tests.serving.task_models import TASKS, make_task_models
 
 
 @dataclass(frozen=True)
@@ -37,24 +25,8 @@ class _Served:
 def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Served]:
     """A generating model and one of each task, in one service."""
     root = tmp_path_factory.mktemp("tasks")
-    plain_dir, masking_dir = small_tokenizer(root / "plain"), root / "masking"
-    save_tokenizer(load_tokenizer(None, str(plain_dir)), masking_dir, max_length=48, can_mask=True)
-    options: list[str] = []
-    for name in _TASKS:
-        rows = [] if name == "masked_lm" else small_rows(name, 12)
-        tokenizer_dir = masking_dir if name == "masked_lm" else plain_dir
-        task, backbone = small_task(name, rows, tokenizer_dir)
-        save_model_directory(
-            root / name,
-            backbone,
-            tokenizer_directory=tokenizer_dir,
-            description={"step": 3, "validation_loss": 0.5},
-            finish=lambda partial, task=task, backbone=backbone: task.finish_directory(  # type: ignore[misc]
-                partial, backbone.config
-            ),
-        )
-        options += ["--more_models", f"{name}={root / name}"]
-    here = {name: open_task(root / name, device="cpu") for name in _TASKS}
+    options = make_task_models(root)
+    here = {name: open_task(root / name, device="cpu") for name in TASKS}
     with (
         running_service(model_dir, *options, "--max_queue_size", "32") as (url, process),
         httpx.Client(base_url=url, timeout=120) as http,
@@ -135,7 +107,7 @@ def test_embeddings_are_those_of_the_model(served: _Served) -> None:
 
 def test_the_version_names_tasks_and_the_mask(served: _Served) -> None:
     models = served.http.get("/version").json()["models"]
-    assert {model["task"] for model in models} == {"causal_lm", *_TASKS}
+    assert {model["task"] for model in models} == {"causal_lm", *TASKS}
     [masked] = [model for model in models if model["task"] == "masked_lm"]
     assert masked["control_tokens"] == [served.here["masked_lm"].task.tokenizer.mask_token]
     assert masked["step"] == 3

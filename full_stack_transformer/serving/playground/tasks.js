@@ -9,20 +9,43 @@ const lines = (text) => text.split("\n").map((one) => one.trim()).filter(Boolean
 
 function bar(name, value) {
   const fill = make("i", { className: "probability" });
-  fill.style.width = percent(Math.min(1, Math.max(0, value)));
+  fill.style.width = `${100 * Math.min(1, Math.max(0, value))}%`;
   return make("li", { className: "bar-row" }, fill, make("b", {}, name), make("span", {}, percent(value)));
 }
 
 const bars = (pairs) => make("ul", { className: "bars" }, ...pairs.map(([name, value]) => bar(name, value)));
 
-function drawLabels(answer, texts) {
-  return answer.predictions.map(({ scores }, index) => make("article", { className: "result" },
-    make("h3", {}, texts[index]), bars(Object.entries(scores).sort((one, other) => other[1] - one[1]))));
+const article = (title, ...parts) => make("article", { className: "result" }, make("h3", {}, title), ...parts);
+
+const falling = (scores) => Object.entries(scores).sort((one, other) => other[1] - one[1]);
+
+function drawClasses(answer, texts) {
+  // A model that gives a number has one score and no classes.
+  return answer.predictions.map(({ scores, score }, index) =>
+    article(texts[index], scores ? bars(falling(scores)) : make("p", {}, score.toFixed(3))));
 }
 
 function drawFillings(answer, texts) {
-  return answer.predictions.map((fillings, index) => make("article", { className: "result" },
-    make("h3", {}, texts[index]), bars(fillings.map(({ token, score }) => [token, score]))));
+  return answer.predictions.map((masks, index) =>
+    article(texts[index], ...masks.map((guesses) => bars(guesses.map(({ text, score }) => [text.trim() || text, score])))));
+}
+
+function drawLabels(answer, texts) {
+  return answer.predictions.map((words, index) => article(texts[index], make("p", { className: "words" },
+    ...words.map(({ word, label }) => make("span", { className: label === "O" ? "word" : "word named" }, word, make("small", {}, label))))));
+}
+
+function drawChoice(answer, [text, ...choices]) {
+  return [article(text, bars(choices.map((choice, index) => [choice, answer.scores[index]])))];
+}
+
+function drawAnswer({ answer, start, end, score }, [question, ...context]) {
+  const text = context.join("\n");
+  // Characters are counted as Python does, not in UTF-16.
+  const characters = [...text];
+  const part = (from, to) => characters.slice(from, to).join("");
+  return [article(`${question} ${answer ? percent(score) : "No answer in this text."}`,
+    make("p", { className: "words" }, part(0, start), make("mark", {}, part(start, end)), part(end)))];
 }
 
 function drawSimilarity(answer, texts) {
@@ -38,8 +61,13 @@ function drawSimilarity(answer, texts) {
 }
 
 const TASKS = {
-  sequence_classification: { path: "/classify", verb: "Classify", hint: "One text a line …", draw: drawLabels },
-  masked_lm: { path: "/fill_mask", verb: "Fill in", hint: "One text a line, with a mask in it …", draw: drawFillings },
+  sequence_classification: { path: "/classify", verb: "Classify", hint: "One text a line …", draw: drawClasses },
+  masked_lm: { path: "/fill_mask", verb: "Fill in", hint: "One text a line, with MASK in it …", draw: drawFillings },
+  token_labelling: { path: "/label", verb: "Label", hint: "One text a line …", draw: drawLabels },
+  multiple_choice: { path: "/choose", verb: "Choose", hint: "A text, then a choice on each line …", draw: drawChoice,
+    body: ([text, ...choices]) => ({ text, choices }) },
+  span_selection: { path: "/answer", verb: "Answer", hint: "A question, then the text below it …", draw: drawAnswer,
+    body: ([question, ...context]) => ({ question, context: context.join("\n") }) },
   sentence_embedding: { path: "/similarity", verb: "Compare", hint: "Two or more texts, one a line …", draw: drawSimilarity },
 };
 
@@ -63,7 +91,8 @@ export function openTask(model) {
       make("a", { href: "/docs" }, "the API"), " names its routes."));
     return;
   }
-  const area = make("textarea", { className: "task-text", rows: 6, placeholder: task.hint, attributes: { "aria-label": task.hint } });
+  const hint = task.hint.replace("MASK", model.control_tokens[0] ?? "a mask");
+  const area = make("textarea", { className: "task-text", rows: 6, placeholder: hint, attributes: { "aria-label": hint } });
   const problem = make("p", { className: "problem", hidden: true, attributes: { role: "alert" } });
   const results = make("div", { className: "results", attributes: { "aria-live": "polite" } });
   const run = async () => {
@@ -71,7 +100,7 @@ export function openTask(model) {
     if (!texts.length) return;
     problem.hidden = true;
     try {
-      const answer = await askJson(task.path, { body: { model: model.model, texts } });
+      const answer = await askJson(task.path, { body: { model: model.model, ...(task.body?.(texts) ?? { texts }) } });
       results.replaceChildren(...task.draw(answer, texts));
     } catch (error) {
       problem.textContent = error.message;

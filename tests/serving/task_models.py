@@ -1,0 +1,39 @@
+"""A tiny model of each task that a service can serve beside generating."""
+
+from pathlib import Path
+
+from full_stack_transformer.modelling.model_directory import save_model_directory
+from full_stack_transformer.tasks.tokenizers import save_tokenizer
+from full_stack_transformer.tokenization import load_tokenizer
+from tests.tasks.small_tasks import small_rows, small_task, small_tokenizer
+
+TASKS = (
+    "sequence_classification",
+    "token_labelling",
+    "span_selection",
+    "multiple_choice",
+    "sentence_embedding",
+    "masked_lm",
+)
+
+
+def make_task_models(root: Path) -> list[str]:
+    """A model directory for each task below `root`; the options of `fst serve` that name them."""
+    plain_dir, masking_dir = small_tokenizer(root / "plain"), root / "masking"
+    save_tokenizer(load_tokenizer(None, str(plain_dir)), masking_dir, max_length=48, can_mask=True)
+    options: list[str] = []
+    for name in TASKS:
+        rows = [] if name == "masked_lm" else small_rows(name, 12)
+        tokenizer_dir = masking_dir if name == "masked_lm" else plain_dir
+        task, backbone = small_task(name, rows, tokenizer_dir)
+        save_model_directory(
+            root / name,
+            backbone,
+            tokenizer_directory=tokenizer_dir,
+            description={"step": 3, "validation_loss": 0.5},
+            finish=lambda partial, task=task, backbone=backbone: task.finish_directory(  # type: ignore[misc]
+                partial, backbone.config
+            ),
+        )
+        options += ["--more_models", f"{name}={root / name}"]
+    return options
