@@ -4,6 +4,7 @@ Results (paths, texts, figures) go to standard output; logs and progress to stan
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -163,7 +164,9 @@ def _runner(options: type, target: str) -> Callable[..., Any]:
     runner.__annotations__["given"] = Annotated[options, Parameter(name="*")]
     if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(options)):
         # cyclopts wants it where no option is required; one of several may be required all the same.
-        runner.__defaults__ = (None,)
+        with contextlib.suppress(UsageError):
+            runner.__defaults__ = (None,)
+            runner.__defaults__ = (options(),)
     return runner
 
 

@@ -23,6 +23,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # whole, because one match ends after the letter and the next one begins at the space.
 _WORD_BORDER = re.compile(rb"[A-Za-z](?= [A-Za-z])")
 _BORDER_WINDOW_BYTES = 1 << 16
+# Looked through at a time for white space before a cut.
+_WHITE_SPACE_BYTES = 64
 # A line that is longer is no delimiter, whatever it ends with.
 _MAX_DELIMITER_LINE_BYTES = 1 << 15
 
@@ -165,4 +167,20 @@ def _inside_document(buffer: bytes) -> tuple[int, bool]:
     # Neither inside a character nor inside a line end.
     while cut > 1 and (buffer[cut] & 0xC0 == 0x80 or buffer[cut - 1] in b"\r\n"):
         cut -= 1
-    return cut, True
+    return _before_white_space(buffer, cut), True
+
+
+def _before_white_space(buffer: bytes, cut: int) -> int:
+    """The cut, or where the white space before it begins.
+
+    White space at the end of a line belongs to no document; only the next block would tell that it stands
+    there.
+    """
+    moved = cut
+    while moved > 0:
+        text = buffer[max(0, moved - _WHITE_SPACE_BYTES) : moved].decode("utf-8", "ignore")
+        num_bytes = len(text[len(text.rstrip()) :].encode())
+        if not num_bytes:
+            return moved
+        moved -= num_bytes
+    return cut

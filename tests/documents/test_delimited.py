@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from full_stack_transformer.documents import delimited
@@ -112,6 +112,16 @@ _LINES = st.one_of(
     strip_lines=st.booleans(),
     can_cut=st.booleans(),
     ends_well=st.booleans(),
+)
+@example(  # cut behind the white space at the end of a line
+    lines=[
+        *("[END]x", "a\u3000\U0001f642\U0001f642\U0001f642", "aaaa\u3000\u3000\U0001f642"),
+        *("aaaaaaaaa\u00e9\u3000\U0001f642", "aaaaa\u00e9\u00e9\U0001f642\u3000", "[END]"),
+    ],
+    block_bytes=80,
+    strip_lines=True,
+    can_cut=True,
+    ends_well=False,
 )
 def test_blocks_of_any_size_give_the_documents_of_the_obvious_algorithm(
     tmp_path_factory: pytest.TempPathFactory,
