@@ -15,6 +15,8 @@ def _normalized(name: str) -> str:
 def _pins() -> dict[str, str]:
     lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    names = [_normalized(name) for name, _ in pairs]
+    assert len(names) == len({*names}), "a package that is pinned twice cannot be installed"
     return {_normalized(name): version for name, version in pairs}
 
 
