@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments import ServeArguments
@@ -53,26 +54,14 @@ def serve(arguments: ServeArguments) -> int:
     if arguments.log_format == "json":
         log_json_lines()
     # A wrong path or key file is said before the port is taken.
-    sources: list[tuple[str | None, Path]] = [(arguments.served_model_name, arguments.model)]
-    for word in arguments.more_models:
-        name, _, path = word.partition("=")
-        sources.append((name, Path(path)))
-    for _, path_ in sources:
-        find_model_directory(path_)
+    sources = _sources(arguments)
     keys = read_api_keys(arguments.api_keys_file)
     listener = _listen(arguments.host, arguments.port)
-    opening = OpeningOptions(
-        device=arguments.device,
-        num_slots=arguments.max_batch_size,
-        weights_dtype=arguments.weights_dtype,
-        max_length=arguments.max_length,
-    )
-    models = ServedModels([open_served(name, path_, opening) for name, path_ in sources], opening)
+    models = _open_models(arguments, sources)
     metrics = Metrics()
-    worker = EngineWorker(max_queue_size=arguments.max_queue_size, on_piece=metrics.on_piece)
-    task_worker = TaskWorker(
-        max_queue_size=arguments.max_queue_size, on_batch=metrics.on_task_batch
-    )
+    queue_size = arguments.max_queue_size
+    worker = EngineWorker(max_queue_size=queue_size, on_piece=metrics.on_piece)
+    task_worker = TaskWorker(max_queue_size=queue_size, on_batch=metrics.on_task_batch)
     options = AppOptions(
         keys=keys,
         allowed_origins=arguments.allowed_origins,
@@ -80,13 +69,56 @@ def serve(arguments: ServeArguments) -> int:
         max_body_bytes=arguments.max_body_bytes,
         watches=arguments.watch,
     )
+    app = make_app(models, worker, task_worker, metrics, options)
+    # Its warnings are one for each malformed request: anybody could fill the disk with them.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    sys.setswitchinterval(_SECONDS_OF_INTERPRETER)
+    server = _Server(_config(app, arguments), [worker, task_worker], arguments.shutdown_seconds)
+    _announce(listener, models, keys, arguments)
+    # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    worker.stop()
+    task_worker.stop()
+    return 0
+
+
+def _sources(arguments: ServeArguments) -> list[tuple[str | None, Path]]:
+    """Names and paths of the models.
+
+    Raises:
+        ModelError: there is none at one of them.
+    """
+    sources: list[tuple[str | None, Path]] = [(arguments.served_model_name, arguments.model)]
+    for word in arguments.more_models:
+        name, _, path = word.partition("=")
+        sources.append((name, Path(path)))
+    for _, path_ in sources:
+        find_model_directory(path_)
+    return sources
+
+
+def _open_models(
+    arguments: ServeArguments, sources: Sequence[tuple[str | None, Path]]
+) -> ServedModels:
+    opening = OpeningOptions(
+        device=arguments.device,
+        num_slots=arguments.max_batch_size,
+        weights_dtype=arguments.weights_dtype,
+        max_length=arguments.max_length,
+    )
+    return ServedModels([open_served(name, path, opening) for name, path in sources], opening)
+
+
+def _config(app: ASGIApp, arguments: ServeArguments) -> uvicorn.Config:
     protocol = protocol_with(
         head_seconds=arguments.header_timeout_seconds,
         body_seconds=arguments.body_timeout_seconds,
         max_connections=_allow_many_files() - _FILES_BESIDE_CONNECTIONS,
     )
-    config = uvicorn.Config(
-        make_app(models, worker, task_worker, metrics, options),
+    return uvicorn.Config(
+        app,
         http=protocol,  # on h11: httptools accepts headers of any size
         ws="none",
         log_config=None,
@@ -96,17 +128,6 @@ def serve(arguments: ServeArguments) -> int:
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_graceful_shutdown=int(arguments.shutdown_seconds) + _SECONDS_TO_SAY_ERRORS,
     )
-    # Its warnings are one for each malformed request: anybody could fill the disk with them.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    sys.setswitchinterval(_SECONDS_OF_INTERPRETER)
-    _announce(listener, models, keys, arguments)
-    # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    with contextlib.suppress(KeyboardInterrupt):
-        _Server(config, [worker, task_worker], arguments.shutdown_seconds).run(sockets=[listener])
-    worker.stop()
-    task_worker.stop()
-    return 0
 
 
 class _Server(uvicorn.Server):
