@@ -103,14 +103,11 @@ async def _embed_by_task(
     rows = [{"text": text} for text in inputs if isinstance(text, str)]
     if len(rows) < len(inputs):
         raise InvalidBodyError("input: this model reads texts, not token ids", "input")
-    predictions = await unless_gone(
+    found = await unless_gone(
         request.receive,
         request.app.state.task_worker.predict(model.name, model.opened, rows, deadline),
     )
-    num_tokens = sum(
-        len(model.opened.task.encode_pair(row["text"], None)["input_ids"]) for row in rows
-    )
-    return torch.tensor([one["embedding"] for one in predictions]), num_tokens
+    return torch.tensor([one["embedding"] for one in found.predictions]), found.num_tokens
 
 
 def _inputs(body: EmbeddingRequest) -> Sequence[str | list[int]]:

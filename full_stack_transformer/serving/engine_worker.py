@@ -7,8 +7,6 @@ One thread steps the engines of all models in turn: they share the device. Knows
 
 import asyncio
 import logging
-import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,16 +17,14 @@ from torch import Tensor
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     RequestError,
-    ServiceBusyError,
     ServiceUnavailableError,
 )
 from full_stack_transformer.generation.continuation import Continuation
 from full_stack_transformer.generation.engine import Engine, FinishReason, TokenEvent, TokenRequest
 from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.serving.worker_thread import WorkerThread, busy, call_on, settle
 
 logger = logging.getLogger(__name__)
-
-_MAX_RETRY_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -101,12 +97,11 @@ class _Reading:
     engine: Engine
     sequences: list[Sequence[int]]
     answer: "asyncio.Future[list[Tensor]]"
-    loop: asyncio.AbstractEventLoop
     deadline: float
     states: list[Tensor] = field(default_factory=list)
 
 
-class EngineWorker:
+class EngineWorker(WorkerThread):
     """Owns the thread; every method may be called from the event loop.
 
     Args:
@@ -120,16 +115,13 @@ class EngineWorker:
         max_queue_size: int,
         on_piece: Callable[[Ticket, Piece], None] = lambda ticket, piece: None,
     ) -> None:
+        super().__init__("engine")
         self._max_queue_size = max_queue_size
         self._on_piece = on_piece
         self._waiting: deque[Ticket] = deque()
         self._readings: deque[_Reading] = deque()
         self._running: dict[tuple[Engine, int], Ticket] = {}
-        self._wake = threading.Condition()
-        self._is_stopping = False
-        self._stop_at = math.inf
         self._seconds_per_ticket = 1.0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
@@ -149,11 +141,6 @@ class EngineWorker:
         waiting += [one.model_name for one in tuple(self._readings)]
         return [one.model_name for one in running].count(model_name), waiting.count(model_name)
 
-    @property
-    def is_stopping(self) -> bool:
-        """Whether nothing new is taken."""
-        return self._is_stopping
-
     def check_room(self, engine: Engine, num_tickets: int) -> None:
         """Refuse what would not be taken now; cheap, for before the work of tokenizing.
 
@@ -162,8 +149,7 @@ class EngineWorker:
             ServiceBusyError: the queue is full.
             ServiceUnavailableError: the service is stopping.
         """
-        if self._is_stopping:
-            raise ServiceUnavailableError("the service is stopping")
+        self.check_is_taking()
         most = self._max_queue_size + engine.num_slots
         if num_tickets > most:
             raise RequestError(
@@ -174,10 +160,9 @@ class EngineWorker:
         num_ahead += len(self._readings)
         if num_ahead + num_tickets > most:
             rounds = max(1, num_ahead - engine.num_slots) / engine.num_slots
-            seconds = math.ceil(rounds * self._seconds_per_ticket)
-            raise ServiceBusyError(
+            raise busy(
                 f"{num_ahead} requests are under way or waiting; try again later",
-                min(_MAX_RETRY_SECONDS, max(1, seconds)),
+                rounds * self._seconds_per_ticket,
             )
 
     def submit(self, tickets: list[Ticket]) -> None:
@@ -206,9 +191,8 @@ class EngineWorker:
         Raises:
             ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`, or the model failed.
         """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[Tensor]] = loop.create_future()
-        reading = _Reading(model_name, engine, sequences, answer, loop, deadline)
+        answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
+        reading = _Reading(model_name, engine, sequences, answer, deadline)
         with self._wake:
             self.check_room(engine, 1)
             self._readings.append(reading)
@@ -224,18 +208,6 @@ class EngineWorker:
             if len(waiting) < len(self._waiting):
                 self._waiting = deque(waiting)
             self._wake.notify()
-
-    def drain(self, seconds: float) -> None:
-        """Take nothing new from now on; what is not finished after `seconds` ends with an error."""
-        with self._wake:
-            self._is_stopping = True
-            self._stop_at = min(self._stop_at, time.monotonic() + seconds)
-            self._wake.notify()
-
-    def stop(self) -> None:
-        """Drain at once and wait for the thread."""
-        self.drain(0)
-        self._thread.join()
 
     # ------------------------------------------------------------------ the thread
 
@@ -316,16 +288,8 @@ class EngineWorker:
                 return
 
     def _finish_reading(self, reading: _Reading, problem: Exception | None) -> None:
-        def finish() -> None:
-            if reading.answer.done():
-                return
-            if problem is not None:
-                reading.answer.set_exception(problem)
-            else:
-                reading.answer.set_result(reading.states)
-
         self._readings.remove(reading)
-        _call_on(reading.loop, finish)
+        settle(reading.answer, reading.states if problem is None else problem)
 
     def _step(self) -> None:
         deliveries: list[tuple[Ticket, Piece]] = []
@@ -365,19 +329,12 @@ class EngineWorker:
         for delivery in deliveries:
             by_loop.setdefault(delivery[0].mailbox.loop, []).append(delivery)
         for loop, some in by_loop.items():
-            _call_on(loop, lambda some=some: self._put(some))  # type: ignore[misc]
+            call_on(loop, lambda some=some: self._put(some))  # type: ignore[misc]
 
     def _put(self, deliveries: list[tuple[Ticket, Piece]]) -> None:
         for ticket, piece in deliveries:
             self._on_piece(ticket, piece)
             ticket.mailbox.put(ticket.number, piece)
-
-
-def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(call)
-    except RuntimeError:  # the loop has ended, and with it everybody who waited
-        logger.debug("an answer came after the end of the service")
 
 
 def _piece_of(continuation: Continuation, events: list[TokenEvent]) -> Piece:

@@ -30,6 +30,7 @@ from full_stack_transformer.modelling.model_directory import (
     find_model_directory,
     open_model,
 )
+from full_stack_transformer.serving.facts import facts_of
 from full_stack_transformer.serving.schemas import ServedModelFacts
 from full_stack_transformer.serving.task_models import ServedTask, open_served_task
 from full_stack_transformer.serving.token_texts import TokenTexts
@@ -75,19 +76,12 @@ class ServedModel:
     @property
     def facts(self) -> ServedModelFacts:
         """What people may know of it."""
-        description = self.description
-        return ServedModelFacts(
-            model=self.name,
-            checkpoint=self.path.name,
-            step=_number(description.get("step"), int),
-            validation_loss=_number(description.get("validation_loss"), float),
+        return facts_of(
+            self,
             context_tokens=self.engine.max_length,
             computed_by=self.engine.computed_by,
             has_chat_template=not self.chat_template.is_plain,
             control_tokens=self.tokenizer.control_tokens,
-            num_swaps=self.num_swaps,
-            loaded_at=self.loaded_at,
-            description=description,
         )
 
     @cached_property
@@ -299,7 +293,3 @@ def _signature(path: Path) -> object:
     except (OSError, FullStackTransformerError):
         return None
     return tuple((one.st_ino, one.st_mtime_ns) for one in stats)
-
-
-def _number(value: object, kind: type) -> Any:
-    return value if isinstance(value, (int, kind)) and not isinstance(value, bool) else None

@@ -9,6 +9,7 @@ import torch
 
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.model_directory import find_model_directory, name_of_model
+from full_stack_transformer.serving.facts import facts_of
 from full_stack_transformer.serving.schemas import ServedModelFacts
 from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
 
@@ -36,19 +37,12 @@ class ServedTask:
         backbone, task = self.opened.backbone, self.opened.task
         weights = next(backbone.parameters())
         mask = task.tokenizer.mask_token if self.opened.name == "masked_lm" else None
-        step, loss = (self.description.get(name) for name in ("step", "validation_loss"))
-        return ServedModelFacts(
-            model=self.name,
+        return facts_of(
+            self,
             task=self.opened.name,
-            checkpoint=self.path.name,
-            step=step if isinstance(step, int) else None,
-            validation_loss=float(loss) if isinstance(loss, (int, float)) else None,
             context_tokens=task.options.max_length,
             computed_by=f"PyTorch, {str(weights.dtype).removeprefix('torch.')} on {weights.device}",
             control_tokens=[str(mask)] if mask else [],
-            num_swaps=self.num_swaps,
-            loaded_at=self.loaded_at,
-            description=self.description,
         )
 
 

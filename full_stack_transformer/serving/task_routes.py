@@ -28,6 +28,7 @@ from full_stack_transformer.serving.task_schemas import (
     Similarities,
     TextsRequest,
 )
+from full_stack_transformer.serving.task_worker import Predicted
 from full_stack_transformer.tasks.task import Prediction, Row
 
 
@@ -114,5 +115,5 @@ async def _predict(request: Request, model: ServedTask, rows: Sequence[Row]) -> 
     state: Any = request.app.state
     deadline = time.monotonic() + state.request_timeout_seconds
     work = state.task_worker.predict(model.name, model.opened, rows, deadline)
-    found: list[Prediction] = await unless_gone(request.receive, work)
-    return found
+    found: Predicted = await unless_gone(request.receive, work)
+    return found.predictions

@@ -7,20 +7,17 @@ Knows nothing of HTTP.
 
 import asyncio
 import logging
-import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from full_stack_transformer.errors import (
     RequestError,
     RowError,
-    ServiceBusyError,
     ServiceUnavailableError,
 )
+from full_stack_transformer.serving.worker_thread import WorkerThread, busy, settle
 from full_stack_transformer.tasks.catalogue import OpenedTask
 from full_stack_transformer.tasks.task import Prediction, Row
 
@@ -28,7 +25,15 @@ logger = logging.getLogger(__name__)
 
 # Rows that are computed together, unless one request alone has more.
 MAX_BATCH_ROWS = 32
-_MAX_RETRY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What became of the rows of one request."""
+
+    predictions: list[Prediction]
+    num_tokens: int
+    """Tokens that the model read."""
 
 
 @dataclass(eq=False)
@@ -38,12 +43,11 @@ class _Job:
     model_name: str
     opened: OpenedTask
     rows: Sequence[Row]
-    answer: "asyncio.Future[list[Prediction]]"
-    loop: asyncio.AbstractEventLoop
+    answer: "asyncio.Future[Predicted]"
     deadline: float
 
 
-class TaskWorker:
+class TaskWorker(WorkerThread):
     """Owns the thread; every method may be called from the event loop.
 
     Args:
@@ -57,15 +61,12 @@ class TaskWorker:
         max_queue_size: int,
         on_batch: Callable[[str, int, float], None] = lambda name, rows, seconds: None,
     ) -> None:
+        super().__init__("tasks")
         self._max_queue_size = max_queue_size
         self._on_batch = on_batch
         self._waiting: deque[_Job] = deque()
         self._num_running = 0
         self._seconds_per_batch = 0.1
-        self._wake = threading.Condition()
-        self._is_stopping = False
-        self._stop_at = math.inf
-        self._thread = threading.Thread(target=self._run, name="tasks", daemon=True)
         self._thread.start()
 
     @property
@@ -85,19 +86,17 @@ class TaskWorker:
             ServiceBusyError: the queue is full.
             ServiceUnavailableError: the service is stopping.
         """
-        if self._is_stopping:
-            raise ServiceUnavailableError("the service is stopping")
+        self.check_is_taking()
         num_ahead = len(self._waiting)
         if num_ahead >= self._max_queue_size:
-            seconds = math.ceil(num_ahead * self._seconds_per_batch)
-            raise ServiceBusyError(
+            raise busy(
                 f"{num_ahead} requests are waiting; try again later",
-                min(_MAX_RETRY_SECONDS, max(1, seconds)),
+                num_ahead * self._seconds_per_batch,
             )
 
     async def predict(
         self, model_name: str, opened: OpenedTask, rows: Sequence[Row], deadline: float
-    ) -> list[Prediction]:
+    ) -> Predicted:
         """The predictions for some rows; a caller that is cancelled takes them out of the queue.
 
         Args:
@@ -110,25 +109,13 @@ class TaskWorker:
             RequestError: a row does not fit the task.
             ServiceBusyError, ServiceUnavailableError: as `check_room`, or it took too long, or failed.
         """
-        loop = asyncio.get_running_loop()
-        job = _Job(model_name, opened, rows, loop.create_future(), loop, deadline)
+        answer: asyncio.Future[Predicted] = asyncio.get_running_loop().create_future()
+        job = _Job(model_name, opened, rows, answer, deadline)
         with self._wake:
             self.check_room()
             self._waiting.append(job)
             self._wake.notify()
         return await job.answer
-
-    def drain(self, seconds: float) -> None:
-        """Take nothing new from now on; what is not computed after `seconds` ends with an error."""
-        with self._wake:
-            self._is_stopping = True
-            self._stop_at = min(self._stop_at, time.monotonic() + seconds)
-            self._wake.notify()
-
-    def stop(self) -> None:
-        """Drain at once and wait for the thread."""
-        self.drain(0)
-        self._thread.join()
 
     # ------------------------------------------------------------------ the thread
 
@@ -176,54 +163,36 @@ class TaskWorker:
             if job.answer.cancelled():
                 continue
             if now >= self._stop_at:
-                _fail(job, ServiceUnavailableError("the service is stopping"))
+                settle(job.answer, ServiceUnavailableError("the service is stopping"))
             elif now >= job.deadline:
-                _fail(
-                    job, ServiceUnavailableError("the request took longer than the service allows")
-                )
+                problem = ServiceUnavailableError("the request took longer than the service allows")
+                settle(job.answer, problem)
             else:
                 kept.append(job)
         self._waiting = kept
 
     def _compute(self, batch: list[_Job]) -> None:
+        task, backbone = batch[0].opened.task, batch[0].opened.backbone
         rows = [row for job in batch for row in job.rows]
         try:
-            predictions = batch[0].opened.task.predict(rows, batch[0].opened.backbone)
+            features = task.features(rows)
+            predictions = task.predict_features(rows, features, backbone)
         except RowError as error:
             if len(batch) == 1:
-                _fail(batch[0], RequestError(str(error)))
+                settle(batch[0].answer, RequestError(str(error)))
                 return
             for job in batch:  # one row is wrong, and only its sender is to hear of it
                 self._compute([job])
         except Exception:
             logger.exception("a batch failed; its requests are ended")
             for job in batch:
-                _fail(job, ServiceUnavailableError("the model failed on this request"))
+                settle(job.answer, ServiceUnavailableError("the model failed on this request"))
         else:
+            num_tokens = [0] * len(rows)
+            for feature in features:
+                num_tokens[feature["row"]] += task.num_tokens(feature)
             first = 0
             for job in batch:
-                _succeed(job, predictions[first : first + len(job.rows)])
+                some = slice(first, first + len(job.rows))
+                settle(job.answer, Predicted(predictions[some], sum(num_tokens[some])))
                 first += len(job.rows)
-
-
-def _succeed(job: _Job, predictions: list[Any]) -> None:
-    def finish() -> None:
-        if not job.answer.done():
-            job.answer.set_result(predictions)
-
-    _call_on(job.loop, finish)
-
-
-def _fail(job: _Job, problem: Exception) -> None:
-    def finish() -> None:
-        if not job.answer.done():
-            job.answer.set_exception(problem)
-
-    _call_on(job.loop, finish)
-
-
-def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(call)
-    except RuntimeError:  # the loop has ended, and with it everybody who waited
-        logger.debug("an answer came after the end of the service")

@@ -98,6 +98,10 @@ class MultipleChoice(Task):
         """That of the longest choice."""
         return max(map(len, feature["input_ids"]))
 
+    def num_tokens(self, feature: Feature) -> int:
+        """Those of all choices."""
+        return sum(map(len, feature["input_ids"]))
+
     def collate(self, features: Sequence[Feature]) -> Batch:
         """Tensors (B, C, T); a row with fewer choices than others repeats its first, which does not count."""
         num_choices = [len(feature["input_ids"]) for feature in features]

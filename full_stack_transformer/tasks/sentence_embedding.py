@@ -122,6 +122,10 @@ class SentenceEmbedding(Task):
         """That of the longer text."""
         return max(len(text["input_ids"]) for text in feature["texts"])
 
+    def num_tokens(self, feature: Feature) -> int:
+        """Those of its texts."""
+        return sum(len(text["input_ids"]) for text in feature["texts"])
+
     def num_targets(self, feature: Feature) -> int:
         """1, and 0 for a pair that teaches nothing."""
         return int(self.loss == "cosine" or feature.get("labels", 1.0) >= _ALIKE)

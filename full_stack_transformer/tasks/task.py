@@ -148,6 +148,10 @@ class Task(ABC):
         """Tokens of a feature, to put similar ones into a batch."""
         return len(feature["input_ids"])
 
+    def num_tokens(self, feature: Feature) -> int:
+        """Tokens that the model reads for a feature."""
+        return self.length(feature)
+
     def collate(self, features: Sequence[Feature]) -> Batch:
         """Tensors (B, T), padded on the right; `labels` where all features have them."""
         batch: Batch = {}
@@ -189,7 +193,6 @@ class Task(ABC):
     def is_right(self, row: Row, prediction: Prediction) -> float:
         """How right a prediction is, to put the worst errors first: higher is better, below 0.5 is wrong."""
 
-    @torch.inference_mode()
     def predict(
         self, rows: Sequence[Row], backbone: Backbone, *, batch_size: int = 32
     ) -> list[Prediction]:
@@ -200,7 +203,18 @@ class Task(ABC):
             backbone: in evaluation mode.
             batch_size: features that are computed together.
         """
-        features = self.features(rows)
+        return self.predict_features(rows, self.features(rows), backbone, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def predict_features(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Feature],
+        backbone: Backbone,
+        *,
+        batch_size: int = 32,
+    ) -> list[Prediction]:
+        """As `predict`, with the features of all rows at hand."""
         device = next(backbone.parameters()).device
         order = sorted(range(len(features)), key=lambda number: self.length(features[number]))
         scores: list[Tensor] = [torch.empty(0)] * len(features)

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.tokenizers import save_tokenizer
 from full_stack_transformer.tokenization import load_tokenizer
-from tests.tasks.small_tasks import small_rows, small_task, small_tokenizer
+from tests.tasks.small_tasks import save_task, small_rows, small_task, small_tokenizer
 
 TASKS = (
     "sequence_classification",
@@ -26,14 +25,7 @@ def make_task_models(root: Path) -> list[str]:
         rows = [] if name == "masked_lm" else small_rows(name, 12)
         tokenizer_dir = masking_dir if name == "masked_lm" else plain_dir
         task, backbone = small_task(name, rows, tokenizer_dir)
-        save_model_directory(
-            root / name,
-            backbone,
-            tokenizer_directory=tokenizer_dir,
-            description={"step": 3, "validation_loss": 0.5},
-            finish=lambda partial, task=task, backbone=backbone: task.finish_directory(  # type: ignore[misc]
-                partial, backbone.config
-            ),
-        )
+        description = {"step": 3, "validation_loss": 0.5}
+        save_task(root / name, task, backbone, tokenizer_dir, description)
         options += ["--more_models", f"{name}={root / name}"]
     return options

@@ -13,6 +13,7 @@ import pytest
 from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
 from tests.logged_process import running_service
 from tests.serving.task_models import TASKS, make_task_models
+from tests.tasks.small_tasks import are_close
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,6 @@ def _predicted(served: _Served, task: str, *rows: dict[str, Any]) -> list[Any]:
     return opened.task.predict(rows, opened.backbone)
 
 
-def _close(left: Any, right: Any) -> bool:
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_close(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(_close, left, right))
-    return bool(left == pytest.approx(right, abs=1e-5))
-
-
 @pytest.mark.parametrize(
     ("path", "task", "texts"),
     [
@@ -68,18 +61,20 @@ def test_texts_get_predictions(served: _Served, path: str, task: str, texts: lis
     texts = [text.replace("<mask>", str(mask)) for text in texts]
     found = _ask(served, path, texts=texts)
     assert found["model"] == task
-    assert _close(found["predictions"], _predicted(served, task, *({"text": one} for one in texts)))
+    assert are_close(
+        found["predictions"], _predicted(served, task, *({"text": one} for one in texts))
+    )
 
 
 def test_a_choice_and_an_answer(served: _Served) -> None:
     row = {"text": "which animal", "choices": ["the cat", "a tree", "nothing"]}
     [expected] = _predicted(served, "multiple_choice", row)
     found = _ask(served, "/choose", **row)
-    assert _close({key: found[key] for key in expected}, expected)
+    assert are_close({key: found[key] for key in expected}, expected)
     row = {"question": "which animal", "context": "the tree and the cat again"}
     [expected] = _predicted(served, "span_selection", row)
     found = _ask(served, "/answer", **row)
-    assert _close({key: found[key] for key in expected}, expected)
+    assert are_close({key: found[key] for key in expected}, expected)
 
 
 def test_embeddings_are_those_of_the_model(served: _Served) -> None:
@@ -88,7 +83,7 @@ def test_embeddings_are_those_of_the_model(served: _Served) -> None:
         one["embedding"]
         for one in _predicted(served, "sentence_embedding", *({"text": text} for text in texts))
     ]
-    assert _close(_ask(served, "/embed", texts=texts)["embeddings"], expected)
+    assert are_close(_ask(served, "/embed", texts=texts)["embeddings"], expected)
     similarity = _ask(served, "/similarity", texts=[*texts, texts[0]])["similarity"]
     assert similarity[0][2] == pytest.approx(1.0, abs=1e-5)
     assert similarity[0][1] == pytest.approx(similarity[1][0], abs=1e-5)
@@ -96,6 +91,9 @@ def test_embeddings_are_those_of_the_model(served: _Served) -> None:
     assert openai["model"] == "sentence_embedding"
     vector = openai["data"][0]["embedding"]
     assert sum(value * value for value in vector) == pytest.approx(1.0, abs=1e-5)
+    tokenizer = served.here["sentence_embedding"].task.tokenizer
+    num_tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    assert openai["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     # Without a model of that task the generating one stands in, when it is asked by name.
     [generating] = [
         model["model"]

@@ -1,14 +1,16 @@
 """Rows of every task that a tiny model learns in seconds, and a tokenizer for them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.modelling.backbones import new_backbone
+from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.catalogue import task_class
 from full_stack_transformer.tasks.task import Row, Task, TaskOptions
 from full_stack_transformer.tasks.tokenizers import (
@@ -104,6 +106,32 @@ def small_tokenizer(directory: Path, *, max_length: int = 48) -> Path:
     words = " ".join((*_ANIMALS, *_PLANTS, *_VERBS, "which animal the again and nothing"))
     train_tokenizer([words] * 3, directory, vocab_size=300, max_length=max_length)
     return directory
+
+
+def save_task(
+    directory: Path,
+    task: Task,
+    backbone: Backbone,
+    tokenizer_dir: Path,
+    description: Mapping[str, Any],
+) -> None:
+    """The model directory that training would write."""
+    save_model_directory(
+        directory,
+        backbone,
+        tokenizer_directory=tokenizer_dir,
+        description=dict(description),
+        finish=lambda partial: task.finish_directory(partial, backbone.config),
+    )
+
+
+def are_close(left: Any, right: Any) -> bool:
+    """Whether predictions are the same but for the last digits of their numbers."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(are_close(left[k], right[k]) for k in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(are_close, left, right))
+    return bool(left == pytest.approx(right, abs=1e-5))
 
 
 def small_task(

@@ -11,7 +11,7 @@ from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.catalogue import open_task, task_class, task_name_of
 from full_stack_transformer.tasks.task import Row, Task
-from tests.tasks.small_tasks import small_rows, small_task
+from tests.tasks.small_tasks import are_close, save_task, small_rows, small_task
 
 _KINDS = {
     "sequence_classification": "sequence_classification",
@@ -28,24 +28,6 @@ def _without_labels(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in ("label", "labels", "answers")}
 
 
-def _save(directory: Path, task: Task, backbone: Any, tokenizer_dir: Path) -> None:
-    save_model_directory(
-        directory,
-        backbone,
-        tokenizer_directory=tokenizer_dir,
-        description={},
-        finish=lambda partial: task.finish_directory(partial, backbone.config),
-    )
-
-
-def _close(left: Any, right: Any) -> bool:
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_close(left[k], right[k]) for k in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(_close, left, right))
-    return bool(left == pytest.approx(right, abs=1e-5))
-
-
 @pytest.mark.parametrize("kind", _KINDS)
 def test_a_saved_model_predicts_the_same_in_any_batch(
     kind: str, tokenizer_dir: Path, tmp_path: Path
@@ -53,12 +35,12 @@ def test_a_saved_model_predicts_the_same_in_any_batch(
     rows = small_rows(kind, 12)
     task, backbone = small_task(_KINDS[kind], rows, tokenizer_dir)
     expected = task.predict(rows, backbone, batch_size=12)
-    _save(tmp_path / "model", task, backbone, tokenizer_dir)
+    save_task(tmp_path / "model", task, backbone, tokenizer_dir, {})
     opened = open_task(tmp_path / "model")
     assert opened.name == _KINDS[kind]
     assert type(opened.task) is type(task)
     bare = [_without_labels(row) for row in rows]
-    assert _close(opened.task.predict(bare, opened.backbone, batch_size=1), expected)
+    assert are_close(opened.task.predict(bare, opened.backbone, batch_size=1), expected)
     # The figures need the labels, the predictions alone do not.
     assert task.figures(rows, expected).scalars
     for row, prediction in zip(rows, expected, strict=True):
@@ -71,7 +53,7 @@ def test_the_plain_class_of_transformers_computes_the_same(
 ) -> None:
     rows = small_rows(kind, 9)
     task, backbone = small_task(_KINDS[kind], rows, tokenizer_dir)
-    _save(tmp_path / "model", task, backbone, tokenizer_dir)
+    save_task(tmp_path / "model", task, backbone, tokenizer_dir, {})
     theirs = task.model_class.from_pretrained(tmp_path / "model").eval()
     batch = task.collate(task.features([rows[0]]))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -101,7 +83,7 @@ def test_a_causal_model_that_learned_to_choose_is_opened_as_one(
     )
     opened = open_task(tmp_path / "model")
     assert opened.name == "multiple_choice"
-    assert _close(opened.task.predict(rows, opened.backbone, batch_size=1), expected)
+    assert are_close(opened.task.predict(rows, opened.backbone, batch_size=1), expected)
     # By hand: the mean log-likelihood of a choice's tokens after the text.
     tokenizer, row = task.tokenizer, rows[0]
     scores = []
