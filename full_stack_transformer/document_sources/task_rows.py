@@ -3,7 +3,8 @@
     sequence_classification   the text of a docstring           -> its package, one of ten; names masked
     token_labelling           signature and docstring, in words -> the names of code among them
     multiple_choice           signature and rest of a docstring -> its first line, among four
-    span_selection            a page of pydoc and a question    -> the sentence that answers it, or none
+    span_selection            a docstring or paragraph of pydoc
+                              and a question                    -> the sentence that answers it, or none
     sentence_embedding        two sentences                     -> 1 from one docstring, 0 from two packages
 
 Rows that could help each other (of one class or function, or of one file) fall on the same side of the
@@ -45,12 +46,23 @@ _MAX_CONTEXT_CHARACTERS = 300
 _MAX_SENTENCE_CHARACTERS = 200
 _MAX_WORDS = 80
 _MIN_LINE_WORDS = 3
-_ENTRIES_ON_PAGE = 5
-# One question in so many has no answer on its page.
-_UNANSWERED = 6
+_MIN_SENTENCES = 2
+# One passage in so many is also asked for what it does not say.
+_UNANSWERED = 3
 _WORD = re.compile(r"\w+|[^\w\s]")
-# A line over a ruler, and what follows up to the next of the kind.
-_HEADING = re.compile(r"^(\S.*)\n[*=\-~]{3,}\n((?:(?!^\S.*\n[*=\-~]{3,}$).*\n?)*)", re.MULTILINE)
+# What is asked of a name, and by which words the sentence that tells it is known.
+_QUESTIONS = tuple(
+    (question, re.compile(hint))
+    for question, hint in (
+        ("What does {} return?", r"\b[Rr]eturn(s|ed)?\b"),
+        ("When does {} raise an error?", r"\b[Rr]aise[sd]?\b|\b[A-Z]\w*(Error|Exception)\b"),
+        ("What is the default of {}?", r"\b[Dd]efaults?\b"),
+        ("Under which condition does {} do otherwise?", r"^(If|When|Unless)\b"),
+        ("What is required by {}?", r"\b(must|should)\b"),
+        ("What is optional in {}?", r"\b[Oo]ptional(ly)?\b"),
+        ("What is {} used for?", r"\b(used?|useful)\b"),
+    )
+)
 _EXCEPTIONS = frozenset(
     name
     for name, value in vars(builtins).items()
@@ -146,24 +158,26 @@ def choice_rows(docstrings: Sequence[Docstring]) -> Iterator[TaskRow]:
 
 
 def span_rows(docstrings: Sequence[Docstring]) -> Iterator[TaskRow]:
-    """Which sentence of a page says what a name does. Files and topics stay on one side."""
-    for source, entries in (*_entries_of_modules(docstrings), *_entries_of_topics()):
-        names = [name for name, _ in entries]
-        for start in range(0, len(entries) - 1, _ENTRIES_ON_PAGE):
-            page = entries[start : start + _ENTRIES_ON_PAGE]
-            inside = {name for name, _ in page}
-            outside = [name for name in names if name not in inside]
-            context = " ".join(f"{name}: {sentence}" for name, sentence in page)
-            for name, sentence in page:
-                draw = _generator(f"{source}:{name}")
-                position = context.index(f"{name}: {sentence}") + len(name) + 2
-                answers = {"text": [sentence], "answer_start": [position]}
-                if outside and draw.randrange(_UNANSWERED) == 0:
-                    name, answers = draw.choice(outside), {"text": [], "answer_start": []}
-                yield TaskRow(
-                    side_of(source),
-                    {"question": f"What is {name}?", "context": context, "answers": answers},
-                )
+    """Which sentence of a text tells what is asked, or that none does.
+
+    Paragraphs of a topic stay on one side, and so do methods of a class.
+    """
+    for passage in (*_passages_of_docstrings(docstrings), *_passages_of_topics()):
+        side, context = side_of(passage.group), " ".join(passage.sentences)
+        unanswered = []
+        for question, hint in _QUESTIONS:
+            telling = [one for one in passage.sentences if hint.search(one)]
+            asked = question.format(passage.name)
+            if not telling:
+                unanswered.append(asked)
+            if len(telling) == 1:
+                answers = {"text": telling, "answer_start": [context.index(telling[0])]}
+                yield TaskRow(side, {"question": asked, "context": context, "answers": answers})
+        draw = _generator(f"{passage.group}:{passage.name}:{context}")
+        if unanswered and draw.randrange(_UNANSWERED) == 0:
+            nothing: dict[str, list[Any]] = {"text": [], "answer_start": []}
+            asked = draw.choice(unanswered)
+            yield TaskRow(side, {"question": asked, "context": context, "answers": nothing})
 
 
 def sentence_rows(docstrings: Sequence[Docstring]) -> Iterator[TaskRow]:
@@ -197,21 +211,23 @@ _ROWS: dict[TaskName, Callable[[Sequence[Docstring]], Iterator[TaskRow]]] = {
 }
 
 
-def _entries_of_modules(
-    docstrings: Sequence[Docstring],
-) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Of each module the names and what each is, in one sentence, without repeated names."""
-    found: dict[str, dict[str, str]] = {}
+@dataclass(frozen=True)
+class _Passage:
+    """Sentences in a row, of which no two are equal."""
+
+    group: str
+    name: str
+    sentences: list[str]
+
+
+def _passages_of_docstrings(docstrings: Sequence[Docstring]) -> Iterator[_Passage]:
     for one in docstrings:
-        said = sentences(one.text)
-        if one.name and said and len(said[0]) <= _MAX_SENTENCE_CHARACTERS:
-            entries = found.setdefault(one.module, {})
-            entries.setdefault(one.name.rpartition(".")[2], said[0])
-    yield from ((module, list(entries.items())) for module, entries in found.items())
+        name = one.name.rpartition(".")[2] or one.module
+        yield from _passage(f"{one.module} {one.outermost}", name, one.text)
 
 
-def _entries_of_topics() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Of each topic of pydoc its headings and the first sentence under each."""
+def _passages_of_topics() -> Iterator[_Passage]:
+    """The paragraphs of pydoc's topics."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
@@ -219,13 +235,20 @@ def _entries_of_topics() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     seen: set[str] = set()
     # The longest first: short topics are sections of long ones, and would be on both sides.
     for topic, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
-        entries: dict[str, str] = {}
-        for heading, body in _HEADING.findall(text):
-            said = sentences(tidy(body.strip("\n")))
-            if said and len(said[0]) <= _MAX_SENTENCE_CHARACTERS and said[0] not in seen:
-                entries.setdefault(heading.strip().replace('"', ""), said[0])
-                seen.add(said[0])
-        yield f"topic {topic}", list(entries.items())
+        for paragraph in tidy(text).split("\n\n"):
+            for passage in _passage(f"topic {topic}", topic.lower(), paragraph):
+                if passage.sentences[0] not in seen:
+                    yield passage
+                    seen.add(passage.sentences[0])
+
+
+def _passage(group: str, name: str, text: str) -> Iterator[_Passage]:
+    """The first sentences of a text, where there are two or more."""
+    found = list(dict.fromkeys(sentences(text)))
+    while len(" ".join(found)) > _MAX_TEXT_CHARACTERS:
+        found.pop()
+    if len(found) >= _MIN_SENTENCES:
+        yield _Passage(group, name, found)
 
 
 def _labels(words: Sequence[str], known: dict[str, str]) -> list[str]:

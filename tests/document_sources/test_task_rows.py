@@ -136,21 +136,33 @@ def test_the_choice_is_among_four_different_lines(library: list[Docstring]) -> N
     assert min(positions.values()) > len(rows) / 8
 
 
+def test_the_sentence_that_tells_what_is_asked_is_the_answer() -> None:
+    source = b'''def read(path):
+    """Read the whole file. It returns bytes, of which there may be none. The path must exist.
+
+    Some must be closed. If it is None, nothing is read."""
+'''
+    rows = [row.fields for row in task_rows.span_rows(list(docstrings_of("reading", source)))]
+    rows = [row for row in rows if row["context"].startswith("Read the whole file.")]
+    told = {row["question"]: row["answers"]["text"] for row in rows if row["answers"]["text"]}
+    # Two sentences say what is required, so that is not asked.
+    assert told == {
+        "What does read return?": ["It returns bytes, of which there may be none."],
+        "Under which condition does read do otherwise?": ["If it is None, nothing is read."],
+    }
+
+
 def test_an_answer_stands_where_it_is_said_to_stand(library: list[Docstring]) -> None:
     rows = list(task_rows.span_rows(library))
     num_unanswered = 0
     for row in rows:
         answers, context = row.fields["answers"], row.fields["context"]
-        name = row.fields["question"].removeprefix("What is ").removesuffix("?")
         for text, start in zip(answers["text"], answers["answer_start"], strict=True):
             assert context[start:].startswith(text)
-            assert context[:start].endswith(f"{name}: ")
-        if not answers["text"]:
-            num_unanswered += 1
-            assert f" {name}: " not in f" {context}"
-    assert len(rows) / 12 < num_unanswered < len(rows) / 4
+        num_unanswered += not answers["text"]
+    assert len(rows) / 12 < num_unanswered < len(rows) / 3
     if importlib.util.find_spec("pydoc_data.topics"):  # some distributions leave it out
-        assert any(" statement" in row.fields["question"] for row in rows)
+        assert any("assignment" in row.fields["question"] for row in rows)
 
 
 def test_half_of_the_pairs_of_sentences_are_of_one_docstring(library: list[Docstring]) -> None:
@@ -174,8 +186,8 @@ def test_no_row_is_on_two_sides_and_the_order_of_drawing_does_not_matter(
 
 
 def _text_of(row: TaskRow) -> str:
-    """What must not be known from another side: the first sentence of a pair, the whole row else."""
-    return str(row.fields.get("sentence1") or json.dumps(row.fields))
+    """What must not be known from another side: a pair's first sentence, a context, else the row."""
+    return str(row.fields.get("sentence1") or row.fields.get("context") or json.dumps(row.fields))
 
 
 def test_about_a_tenth_of_the_groups_falls_to_each_other_side() -> None:
