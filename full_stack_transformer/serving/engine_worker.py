@@ -26,6 +26,8 @@ from full_stack_transformer.serving.worker_thread import WorkerThread, busy, cal
 
 logger = logging.getLogger(__name__)
 
+_MODEL_FAILED = "the model failed on this request"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -219,7 +221,7 @@ class EngineWorker(WorkerThread):
             except Exception:
                 # One broken step must not leave every later client waiting for ever.
                 logger.exception("a generation step failed; its requests are ended")
-                self._end_all(ServiceUnavailableError("the model failed on this request"))
+                self._end_all(ServiceUnavailableError(_MODEL_FAILED))
 
     def _take_in(self) -> bool:
         """Wait for work, end what is cancelled or late, fill free slots; false when it is time to leave."""
@@ -280,6 +282,11 @@ class EngineWorker(WorkerThread):
                     reading.states += reading.engine.hidden_states([sequence])
                 except FullStackTransformerError as error:
                     self._finish_reading(reading, error)
+                    return
+                except Exception:
+                    # Left where it is, it would be tried again for ever.
+                    logger.exception("reading for hidden states failed; its request is ended")
+                    self._finish_reading(reading, ServiceUnavailableError(_MODEL_FAILED))
                     return
                 if len(reading.states) == len(reading.sequences):
                     self._finish_reading(reading, None)

@@ -131,21 +131,30 @@ class SentenceEmbedding(Task):
         return int(self.loss == "cosine" or feature.get("labels", 1.0) >= _ALIKE)
 
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """Tensors (B, 2, T); a text without a pair is there twice."""
+        """Tensors (B, N, T), N = 2 where any of the texts has a pair; then one without is there twice."""
+        num_texts = max(len(feature["texts"]) for feature in features)
         texts = [
-            text for feature in features for text in (feature["texts"][0], feature["texts"][-1])
+            feature["texts"][min(number, len(feature["texts"]) - 1)]
+            for feature in features
+            for number in range(num_texts)
         ]
         batch: Batch = {}
         for name in self.input_names:
             padding = self.tokenizer.pad_token_id if name == "input_ids" else 0
-            batch[name] = pad([text[name] for text in texts], padding).view(len(features), 2, -1)
+            batch[name] = pad([text[name] for text in texts], padding).view(
+                len(features), num_texts, -1
+            )
         labels = [feature.get("labels", 1.0) for feature in features]
         batch["labels"] = torch.tensor(labels, dtype=torch.float32)
         return batch
 
     def forward(self, backbone: Any, batch: Batch) -> Tensor:
-        """Vectors (B, 2, D)."""
-        inputs = {name: batch[name].flatten(0, 1) for name in self.input_names}
+        """Vectors (B, N, D); in training N = 2 for texts without a pair too, each under its own dropout."""
+        num_texts = batch["input_ids"].shape[1]
+        num_times = 2 if backbone.training and num_texts == 1 else 1
+        inputs = {
+            name: batch[name].repeat(1, num_times, 1).flatten(0, 1) for name in self.input_names
+        }
         uses_first = needs_first_layer(self.head.pooling)
         output = backbone(**inputs, output_hidden_states=uses_first)
         vectors = self.head(
@@ -153,11 +162,11 @@ class SentenceEmbedding(Task):
             inputs["attention_mask"],
             first=output.hidden_states[1].float() if uses_first else None,
         )
-        return vectors.view(len(batch["input_ids"]), 2, -1)
+        return vectors.view(len(batch["input_ids"]), num_texts * num_times, -1)
 
     def loss_sum(self, scores: Tensor, batch: Batch) -> Tensor:
         """As the module says."""
-        first, second = scores.unbind(1)
+        first, second = scores[:, 0], scores[:, -1]
         if self.loss == "cosine":
             return cosine_losses(first, second, batch["labels"]).sum()
         losses = simcse_losses(first, second, temperature=self.options.temperature)

@@ -1,12 +1,15 @@
 """The worker without HTTP: the queue, deadlines, cancelling, the end."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from full_stack_transformer.errors import RequestError, ServiceBusyError, ServiceUnavailableError
 from full_stack_transformer.generation.continuation import Continuation
@@ -184,3 +187,22 @@ def test_a_broken_step_ends_its_requests_and_no_others(
 
     _run(work)
     assert "a generation step failed" in caplog.text
+
+
+def test_a_broken_reading_ends_its_request_and_no_other(
+    model: ServedModel, worker: EngineWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def read(*ids: Any) -> list[Tensor]:
+        return await worker.hidden_states(model.name, model.engine, [ids], math.inf)
+
+    async def work() -> None:
+        mailbox = Mailbox()
+        worker.submit([_ticket(model, mailbox, 5)])
+        with pytest.raises(ServiceUnavailableError, match="failed"):
+            await read("no token id")
+        assert (await _last(mailbox)).finish_reason == "length"
+        [states] = await read(1, 2, 3)
+        assert len(states) == 3
+
+    _run(work)
+    assert "reading for hidden states failed" in caplog.text

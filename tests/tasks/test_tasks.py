@@ -1,5 +1,6 @@
 """What holds for every task: saved and opened again it predicts the same, whatever the batch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.catalogue import open_task, task_class, task_name_of
 from full_stack_transformer.tasks.task import Row, Task
-from tests.tasks.small_tasks import are_close, save_task, small_rows, small_task
+from tests.tasks.small_tasks import TINY_ENCODER, are_close, save_task, small_rows, small_task
 
 _KINDS = {
     "sequence_classification": "sequence_classification",
@@ -67,6 +68,21 @@ def test_the_plain_class_of_transformers_computes_the_same(
         output.logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
     torch.testing.assert_close(ours, output.logits, rtol=0, atol=1e-6)
     assert task_name_of(tmp_path / "model") == _KINDS[kind]
+
+
+def test_a_text_without_a_pair_is_read_once_and_twice_to_learn(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    rows, shape = small_rows("sentence_embedding", 4), tmp_path / "shape.json"
+    shape.write_text(json.dumps(TINY_ENCODER), encoding="utf-8")  # has dropout
+    task, backbone = small_task("sentence_embedding", rows, tokenizer_dir, shape=str(shape))
+    batch = task.collate(task.features([{"text": row["text"]} for row in rows]))
+    assert batch["input_ids"].shape[:2] == (4, 1)
+    [alone] = task.forward(backbone.eval(), batch).detach().unbind(1)
+    together = task.forward(backbone, task.collate(task.features(rows))).detach()
+    torch.testing.assert_close(alone, together[:, 0])
+    first, second = task.forward(backbone.train(), batch).unbind(1)
+    assert not torch.equal(first, second)  # each under its own dropout
 
 
 def test_a_causal_model_that_learned_to_choose_is_opened_as_one(
