@@ -490,6 +490,9 @@ class EvaluateArguments:
     _: KW_ONLY
     split: Literal["auto", "train", "valid", "test"] = "auto"
     """Rows of a directory to measure on. auto: test where there are some, else valid."""
+    task: RowTaskName | None = None
+    """What to do with labelled rows; without it what the model was trained for. A causal model chooses by
+    likelihood without a head, and any model embeds sentences, by the mean of its last layer."""
     train_file: Path | None = None
     """Rows that the baselines learn from, where the data are a single file."""
     baselines: bool = True

@@ -34,13 +34,14 @@ _RIGHT = 0.5
 def evaluate_rows(arguments: EvaluateArguments) -> dict[str, Any]:
     """The content that `fst evaluate` prints, of a model of a task with labelled rows.
 
-    A causal language model chooses by likelihood.
+    A causal language model chooses by likelihood, unless it is told otherwise.
 
     Raises:
         RowError: there are no rows, or they do not fit the task.
+        ModelError: the model has no head for the task.
     """
     own = task_name_of(find_model_directory(arguments.model))
-    name = MultipleChoice.name if own == CAUSAL_LM else own
+    name = arguments.task or (MultipleChoice.name if own == CAUSAL_LM else own)
     opened = open_task(arguments.model, name=name, device=arguments.device)
     task = opened.task
     path, train_path = _paths(arguments)

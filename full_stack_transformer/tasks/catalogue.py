@@ -12,6 +12,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.backbones import load_backbone
+from full_stack_transformer.modelling.embedding_head import MODULES_FILE_NAME
 from full_stack_transformer.modelling.model_directory import (
     backbone_of_checkpoint,
     find_model_directory,
@@ -20,7 +21,7 @@ from full_stack_transformer.modelling.model_directory import (
 from full_stack_transformer.tasks.task import Task, TaskOptions
 from full_stack_transformer.tasks.tokenizers import open_tokenizer
 
-CAUSAL_LM = "causal_lm"
+CAUSAL_LM, SENTENCE_EMBEDDING = "causal_lm", "sentence_embedding"
 # name -> module of this room, class; and how the name of a model's class ends that has such a head.
 TASKS: dict[str, tuple[str, str, str]] = {
     "masked_lm": ("masked_lm", "MaskedLm", "ForMaskedLM"),
@@ -32,7 +33,7 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "multiple_choice": ("multiple_choice", "MultipleChoice", "ForMultipleChoice"),
     "span_selection": ("span_selection", "SpanSelection", "ForQuestionAnswering"),
     "token_labelling": ("token_labelling", "TokenLabelling", "ForTokenClassification"),
-    "sentence_embedding": ("sentence_embedding", "SentenceEmbedding", "Model"),
+    SENTENCE_EMBEDDING: ("sentence_embedding", "SentenceEmbedding", "Model"),
 }
 _DEFAULT_MAX_LENGTH = 512
 
@@ -82,9 +83,13 @@ def import_by_path(path: str, what: str) -> Any:
 def task_name_of(directory: Path) -> str:
     """The task of a model directory, by what its config says of the model's class.
 
+    With the files of sentence-transformers it embeds, whatever head the weights still hold.
+
     Raises:
         ModelError: it says nothing that is known.
     """
+    if (directory / MODULES_FILE_NAME).is_file():
+        return SENTENCE_EMBEDDING
     config = _read(directory / "config.json")
     description = _read(directory / "description.json")
     architecture = (config.get("architectures") or [""])[0]

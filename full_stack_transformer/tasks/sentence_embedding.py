@@ -9,6 +9,7 @@ below half of the greatest one teaches nothing there). A saved model is one of s
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,8 +103,10 @@ class SentenceEmbedding(Task):
         )
 
     def read_directory(self, directory: Path, device: torch.device) -> None:
-        """The pooling, and a whitening where there is one."""
-        self.head, _ = read_head(directory, device=device)
+        """The pooling, a whitening where there is one, and how much of a text is read."""
+        self.head, max_length = read_head(directory, device=device)
+        most = self.options.max_length
+        self.options = replace(self.options, max_length=min(most, max_length or most))
 
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each row: `texts`, the tokens of one text or of both."""

@@ -1,6 +1,5 @@
-"""lm-evaluation-harness on a tiny model with a local task: checked where it is installed."""
+"""lm-evaluation-harness on a tiny model with a local task."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,10 +13,6 @@ from full_stack_transformer.generation.runners import TorchRunner
 from full_stack_transformer.modelling.model_directory import open_model
 from tests.conftest import RunFst
 
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec(harness.PACKAGE) is None,
-    reason="NOT CHECKED: needs lm-evaluation-harness (pip install -e '.[harness]')",
-)
 ROWS = [
     {
         "question": f"The reader learns {number}",
@@ -76,7 +71,6 @@ def _write_task(directory: Path, output_type: str) -> Path:
     return file
 
 
-@needs_harness
 @pytest.mark.parametrize("output_type", KINDS)
 def test_a_local_task_runs_without_a_network(
     output_type: str, run_fst: RunFst, model_dir: Path, tmp_path: Path

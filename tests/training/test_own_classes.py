@@ -1,8 +1,8 @@
 """`fst run_experiment` and the verbs of `Trainer`: classes of one's own through the same training."""
 
 import dataclasses
-import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import pytorch_lightning as pl
+import transformers
 
 from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import MissingExtraError, UsageError
@@ -159,18 +160,23 @@ def test_a_trainer_has_the_usual_verbs(tmp_path: Path) -> None:
     assert trainer.metrics_format({"accuracy": 0.5}) == {"accuracy": "0.5000"}
 
 
-def test_the_hugging_face_trainer_finds_the_same_loss(tmp_path: Path) -> None:
+def test_the_hugging_face_trainer_finds_the_same_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = small_rows("sequence_classification", 8)
     task, backbone = small_task("sequence_classification", rows, small_tokenizer(tmp_path / "t"))
     features = task.features(rows)
     batch = task.collate(features)
     ours = float(task.loss_sum(task.forward(backbone, batch), batch).detach()) / len(rows)
-    if importlib.util.find_spec("accelerate") is None:
-        with pytest.raises(MissingExtraError, match="pip install accelerate"):
-            to_hf_trainer(task, backbone, features, None)
-        return
-    import transformers
-
-    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "theirs"), use_cpu=True, max_steps=3, report_to="none"
+    )
     theirs = to_hf_trainer(task, backbone, features, arguments)
     assert float(theirs.compute_loss(backbone, batch).detach()) == pytest.approx(ours)
+    before = float(theirs.evaluate(features)["eval_loss"])
+    assert before == pytest.approx(ours)
+    theirs.train()
+    assert float(theirs.evaluate(features)["eval_loss"]) < before
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match="pip install accelerate"):
+        to_hf_trainer(task, backbone, features, arguments)

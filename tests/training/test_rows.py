@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from full_stack_transformer.arguments import EvaluateArguments, TrainArguments
-from full_stack_transformer.errors import RowError, UsageError
+from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows
 from full_stack_transformer.evaluation.masked import evaluate_masked
+from full_stack_transformer.metrics.correlation import spearman
+from full_stack_transformer.modelling.sentence_encoder import open_sentence_encoder
 from full_stack_transformer.tasks.catalogue import open_task
 from full_stack_transformer.training.rows import BaseDataModule
 from tests.tasks.small_tasks import TINY_ENCODER, small_rows, small_task, small_tokenizer
@@ -164,6 +166,21 @@ class OwnRows(BaseDataModule):
     def augment(self, row: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
         """Words in another order."""
         return {**row, "text": " ".join(random.permutation(row["text"].split()))}
+
+
+def test_any_model_embeds_sentences_when_told_to(model_dir: Path, tmp_path: Path) -> None:
+    rows = small_rows("sentence_embedding", 12)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    content = evaluate_rows(EvaluateArguments(model_dir, path, task="sentence_embedding"))
+    encoder = open_sentence_encoder(model_dir)
+    first, second = (encoder.encode([row[name] for row in rows]) for name in ("text", "text_pair"))
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    cosines = (first * second).sum(axis=1) / norms
+    expected = spearman(cosines, [row["label"] for row in rows])
+    assert content["figures"]["spearman"] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ModelError, match="belongs to another task"):
+        evaluate_rows(EvaluateArguments(model_dir, path, task="sequence_classification"))
 
 
 def test_a_data_set_of_ones_own_has_splits_dimensions_and_loaders(tmp_path: Path) -> None:
