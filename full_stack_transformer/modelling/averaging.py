@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from full_stack_transformer.arguments import AverageCheckpointsArguments
@@ -52,7 +51,6 @@ def average_checkpoints(arguments: AverageCheckpointsArguments) -> Path:
         ModelError: one of the models cannot be opened, or is not of the shape and tokenizer of the first.
         MachineError: the disk is full or cannot be written.
     """
-    transformers.utils.logging.disable_progress_bar()  # a bar for every file is noise in a log
     target, paths = arguments.output_dir, arguments.models
     if target.exists():
         raise UsageError(f"--output_dir {target} exists; name a directory that does not")

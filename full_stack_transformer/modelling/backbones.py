@@ -5,6 +5,7 @@ Knows nothing of datasets and of training.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def load_backbone(
     Raises:
         ModelError: the model cannot be opened, or lacks tensors: transformers would fill them with noise.
     """
-    transformers.utils.logging.disable_progress_bar()  # a bar for every file is noise in a log
+    quieten_transformers()
     try:
         backbone, loading = model_class.from_pretrained(
             model_path,
@@ -162,6 +163,17 @@ def load_backbone(
             f"({', '.join(missing[:3])} …); it is damaged or belongs to another task"
         )
     return backbone
+
+
+def quieten_transformers() -> None:
+    """No bar for every file, and no report of tensors: those that are missing are an error of ours.
+
+    It also recommends a mask for padding on the right, which a causal model never looks at, and names layers
+    that would not be spread over several devices.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("modeling_utils", "distributed.tensor_parallel"):
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
 
 
 def _is_causal(model_class: Any) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import transformers
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
-from full_stack_transformer.modelling.backbones import num_parameters
+from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
 from full_stack_transformer.storage import read_json, write_json
 from full_stack_transformer.training import metric_names
@@ -91,7 +90,7 @@ def train_work(work: Work, callbacks: Sequence[pl.Callback] = ()) -> Path | int:
         callbacks: of Lightning, beside our own.
     """
     started = time.perf_counter()
-    _quieten_lightning()
+    _quieten_libraries()
     with open_experiment(work.arguments, work) as experiment:
         if experiment.is_finished:
             logger.info("%s is finished already", experiment.directory)
@@ -342,7 +341,7 @@ def _as_markdown(content: dict[str, Any]) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def _quieten_lightning() -> None:
+def _quieten_libraries() -> None:
     """Keep the log ours: the advice on workers is wrong here, the rest is said by our own lines."""
     for name in (
         "pytorch_lightning",
@@ -351,9 +350,7 @@ def _quieten_lightning() -> None:
         "pytorch_lightning.utilities.rank_zero",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    # It recommends a mask for padding on the right, which a causal model never looks at.
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    quieten_transformers()
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")

@@ -183,10 +183,10 @@ def _ours(job: dict[str, Any]) -> None:
 
     import pytorch_lightning as pl
 
-    from full_stack_transformer.training.run import _quieten_lightning
+    from full_stack_transformer.training.run import _quieten_libraries
     from full_stack_transformer.training.stopping import NEVER
 
-    _quieten_lightning()
+    _quieten_libraries()
 
     class Block(pl.Callback):
         def __init__(self) -> None:
