@@ -63,10 +63,11 @@ metric_list:
 }
 
 
-def _write_task(directory: Path, output_type: str) -> Path:
+def write_task(directory: Path, output_type: str) -> Path:
+    """A task of one kind beside its rows."""
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
-    file = directory / "task.yaml"
-    content = TASK.format(name="ours", output_type=output_type, rest=KINDS[output_type])
+    file = directory / f"{output_type}.yaml"
+    content = TASK.format(name=output_type, output_type=output_type, rest=KINDS[output_type])
     file.write_text(content, "utf-8")
     return file
 
@@ -75,19 +76,20 @@ def _write_task(directory: Path, output_type: str) -> Path:
 def test_a_local_task_runs_without_a_network(
     output_type: str, run_fst: RunFst, model_dir: Path, tmp_path: Path
 ) -> None:
-    file = _write_task(tmp_path, output_type)
+    file = write_task(tmp_path, output_type)
     done = run_fst("evaluate", model_dir, "--harness", file, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)["ours"]
+    figures = json.loads(done.stdout)[output_type]
     if output_type == "multiple_choice":
-        assert figures["acc,none"] == pytest.approx(_accuracy_by_hand(model_dir))
+        assert figures["acc,none"] == pytest.approx(accuracy_by_hand(model_dir))
     elif output_type == "loglikelihood_rolling":
         assert figures["bits_per_byte,none"] > 0
     else:
         assert 0 <= figures["exact_match,none"] <= 1
 
 
-def _accuracy_by_hand(model_dir: Path) -> float:
+def accuracy_by_hand(model_dir: Path) -> float:
+    """Of the multiple choice, by the likelihoods that the runner computes."""
     model = open_model(model_dir, device="cpu")
     runner = TorchRunner(model.backbone, num_slots=1)
     num_right = 0
@@ -105,7 +107,7 @@ def test_without_the_extra_the_command_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(harness, "PACKAGE", "a_package_that_is_not_there")
-    file = _write_task(tmp_path, "multiple_choice")
+    file = write_task(tmp_path, "multiple_choice")
     with pytest.raises(MissingExtraError, match=r"\.\[harness\]"):
         harness.run_harness(tmp_path, file, device="cpu", weights_dtype="float32", num_slots=1)
 
