@@ -4,11 +4,11 @@ import hashlib
 import http.server
 import sys
 import threading
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from full_stack_transformer.datasets.downloads import download
@@ -83,35 +83,45 @@ def test_what_cannot_be_fetched_is_said(url: str, tmp_path: Path) -> None:
         download(tmp_path / "metadata.toml")
 
 
-class _Part(list[dict[str, Any]]):
-    features = {  # noqa: RUF012
-        "label": types.SimpleNamespace(names=["no", "yes"]),
-        "tags": types.SimpleNamespace(feature=types.SimpleNamespace(names=["O", "B-X"])),
-    }
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where data sets lie that the package `datasets` loads; its cache is elsewhere."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    datasets.disable_progress_bars()
+    return tmp_path / "hub"
 
 
-def _install(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:
-    module = types.ModuleType("datasets")
-    module.load_dataset = load  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", module)
+def test_classes_of_a_hub_data_set_get_their_names(hub: Path) -> None:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "tags": datasets.List(datasets.ClassLabel(names=["O", "B-X"])),
+        }
+    )
+    rows = {"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], []]}
+    for split in ("train", "validation"):
+        path = hub / "pairs" / f"{split}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    found = hub_rows(str(hub / "pairs"))
+    assert list(found) == ["train", "valid"]
+    first, second = found["valid"]
+    assert (first["label"], first["tags"]) == ("yes", ["O", "B-X"])
+    assert (second["label"], second["tags"]) == (-1, [])  # of a test split, without labels
+    assert "pairs validation, row 0" in first[PLACE]
 
 
-def test_classes_of_a_hub_data_set_get_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = _Part([{"text": "a", "label": 1, "tags": [0, 1]}])
-    _install(monkeypatch, lambda path, configuration: {"train": part, "validation": part})
-    rows = hub_rows("nyu-mll/glue:sst2")
-    [row] = rows["valid"]
-    assert (row["label"], row["tags"]) == ("yes", ["O", "B-X"])
-    assert "sst2 validation, row 0" in row[PLACE]
-
-
-def test_a_loading_script_is_named_with_its_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any) -> None:
-        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
-
-    _install(monkeypatch, load)
+def test_a_loading_script_is_named_with_its_replacement(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hub / "scripted").mkdir(parents=True)
+    (hub / "scripted" / "scripted.py").write_text("import datasets\n", encoding="utf-8")
     with pytest.raises(RowError, match="refs/convert/parquet"):
-        hub_rows("x")
+        hub_rows(str(hub / "scripted"))
+    with pytest.raises(RowError, match="cannot be loaded"):
+        hub_rows(str(hub / "nothing"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match="pip install datasets"):
         hub_rows("x")

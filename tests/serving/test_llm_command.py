@@ -17,7 +17,6 @@ OPTIONS = {"temperature": "0", "max_tokens": "12", "seed": "1"}
 @pytest.fixture
 def settings(keyed_service: KeyedService, tmp_path: Path) -> Path:
     """Directory of the command's settings, with our model by its chats and by its completions."""
-    pytest.importorskip("llm")
     entry = f"model_name: tiny-model\n  api_base: {keyed_service.url}/v1\n  api_key_name: ours\n"
     models = f"- model_id: ours\n  {entry}- model_id: ours-plain\n  completion: true\n  {entry}"
     (tmp_path / "extra-openai-models.yaml").write_text(models)

@@ -203,7 +203,6 @@ def test_texts_become_vectors_of_length_one(http: httpx.Client, client: openai.O
 
 
 def test_an_answer_can_be_held_to_a_schema(client: openai.OpenAI) -> None:
-    pytest.importorskip("llguidance")
     schema = {
         "type": "object",
         "properties": {"kind": {"enum": ["cat", "dog"]}, "wild": {"type": "boolean"}},
@@ -228,7 +227,6 @@ def test_an_answer_can_be_held_to_a_schema(client: openai.OpenAI) -> None:
 
 
 def test_an_answer_can_be_held_to_an_expression(client: openai.OpenAI) -> None:
-    pytest.importorskip("llguidance")
     wanted = {"response_format": {"type": "regex", "regex": "[0-9]{4}-[0-9]{2}"}}
     text = _complete(client, max_tokens=20, seed=1, extra_body=wanted).choices[0].text
     assert re.fullmatch("[0-9]{4}-[0-9]{2}", text)

@@ -296,7 +296,6 @@ def test_a_reload_keeps_the_history(tab: Visit, browser: Any, tmp_path: Path) ->
 
 
 def test_the_models_html_stays_text(tab: Visit) -> None:
-    pytest.importorskip("llguidance", reason="NOT TESTED: pip install llguidance")
     tab.open()
     wanted = json.dumps({"type": "regex", "regex": re.escape(HOSTILE).replace("\\-", "-")})
     after = _continue(tab, "The", response_format=wanted, max_tokens=200)
