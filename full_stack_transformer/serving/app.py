@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from full_stack_transformer import __version__
@@ -113,31 +115,42 @@ def make_app(
     app.add_exception_handler(Exception, _answer_surprise)
     _add_native_routes(app, models)
     _add_operating_routes(app, models, metrics)
-    app.include_router(make_task_router(models))
+    task_router = make_task_router(models)
+    app.include_router(task_router)
     app.include_router(make_openai_router(models))
     app.include_router(make_playground_router())
+    task_paths = frozenset(route.path for route in task_router.routes if isinstance(route, Route))
+    return Guard(
+        app,
+        keys=options.keys,
+        allowed_origins=options.allowed_origins,
+        metrics=metrics,
+        early_answer=_make_early_answer(models, worker, task_worker, task_paths),
+    )
 
-    def early_answer(facts: RequestFacts) -> Response | None:
-        """While every queue is full: known before a body is read."""
-        if models.of_tasks:
-            return None
+
+def _make_early_answer(
+    models: ServedModels, worker: EngineWorker, task_worker: TaskWorker, task_paths: frozenset[str]
+) -> Callable[[str, RequestFacts], Response | None]:
+    def early_answer(path: str, facts: RequestFacts) -> Response | None:
+        """While every queue that a path may lead to is full: known before a body is read."""
+        checks: list[Callable[[], None]] = []
+        if path not in task_paths:
+            checks += [partial(worker.check_room, one.engine, 1) for one in models.generating]
+        # Vectors come from models of either kind.
+        if path in task_paths or (path == "/v1/embeddings" and models.of_tasks):
+            checks.append(task_worker.check_room)
         error: Exception | None = None
-        for model in models.generating:
+        for check in checks:
             try:
-                worker.check_room(model.engine, 1)
+                check()
             except ServiceUnavailableError as refusal:
                 error = refusal
             else:
                 return None
         return None if error is None else _as_response(facts, error)
 
-    return Guard(
-        app,
-        keys=options.keys,
-        allowed_origins=options.allowed_origins,
-        metrics=metrics,
-        early_answer=early_answer,
-    )
+    return early_answer
 
 
 def _add_native_routes(app: FastAPI, models: ServedModels) -> None:

@@ -68,8 +68,8 @@ class Guard:
         keys: what opens it.
         allowed_origins: sites whose pages may ask from a browser; "*" for all.
         metrics: counts answers.
-        early_answer: an answer to any POST while nothing can be taken; what it costs decides how many
-            requests too many the service stands.
+        early_answer: an answer to a POST to a path while nothing can be taken there; what it costs decides
+            how many requests too many the service stands.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Guard:
         keys: ApiKeys,
         allowed_origins: Sequence[str],
         metrics: Metrics,
-        early_answer: Callable[[RequestFacts], Response | None],
+        early_answer: Callable[[str, RequestFacts], Response | None],
     ) -> None:
         self._app = app
         self._keys = keys
@@ -122,7 +122,7 @@ class Guard:
         try:
             answer = self._preflight(scope, headers) or self._refusal(scope, headers, facts)
             if answer is None and scope["method"] == "POST":
-                answer = self._early_answer(facts)
+                answer = self._early_answer(scope["path"], facts)
             await (answer or self._app)(scope, receive, send_guarded)
         finally:
             self._metrics.on_task(-1)

@@ -133,6 +133,24 @@ def test_what_is_impossible_is_said_clearly(
     assert (answer.status_code, words in answer.json()["error"]["message"]) == (status, True)
 
 
+def test_a_full_queue_of_texts_is_answered_early_and_predictions_go_on(served: _Served) -> None:
+    """As many texts as slots and queue hold; who asks for another is told before the body is read."""
+    tokens = {"max_tokens": 120, "min_tokens": 120}
+    body = {"prompt": ["x"] * 4, "n": 16, **tokens, "model": "tiny-model"}
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(20):
+            filling = pool.submit(served.http.post, "/v1/completions", json=body)
+            answers: list[httpx.Response] = []
+            while not filling.done():
+                answers.append(served.http.post("/v1/completions", content=b"no JSON at all"))
+                if answers[-1].status_code == 429:
+                    _ask(served, "/classify", texts=["the cat runs"])
+                    assert "try again later" in answers[-1].json()["error"]["message"]
+                    return
+            assert filling.result().status_code == 200, filling.result().text
+        pytest.fail(f"never refused early: {answers}")
+
+
 def test_a_wrong_row_hurts_nobody_beside_it(served: _Served) -> None:
     """Requests that wait together are computed together; each hears of its own mistakes."""
     mask = str(served.here["masked_lm"].task.tokenizer.mask_token)
