@@ -82,6 +82,8 @@ _EXTRA_OF_PACKAGE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # A class of one's own lies where the command is typed; only `python -m` looks there by itself.
+    sys.path.append("")
     if words[:1] in (["train"], ["run_experiment"]) and not {"--help", "-h", _SHOW_ALL} & {*words}:
         restart_with_kept_memory(words)
     sys.exit(run(words))

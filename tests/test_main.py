@@ -68,6 +68,22 @@ def test_every_script_calls_its_command() -> None:
         assert f"fst {name}" in done.stdout
 
 
+def test_classes_of_ones_own_are_found_in_the_working_directory(tmp_path: Path) -> None:
+    """By the installed `fst` too, whose own folder Python looks into first; -P leaves out the working one."""
+    (tmp_path / "my_module.py").write_text("class MyTokenizer: pass")
+    start = "from full_stack_transformer.__main__ import main; main()"
+    words = ["check_tokenizer", "--tokenizer_cls_name", "my_module.MyTokenizer"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert "No module named" not in done.stderr
+    assert "DocumentTokenizer" in done.stderr
+
+
 def test_the_version_is_printed(run_fst: RunFst) -> None:
     assert run_fst("--version").stdout == f"{__version__}\n"
 
