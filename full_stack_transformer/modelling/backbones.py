@@ -79,6 +79,12 @@ def backbone_of_config(config: PretrainedConfig, model_class: Any, origin: str) 
     Raises:
         ModelError: its architecture has no such head.
     """
+    expected = getattr(model_class, "config_class", None)
+    if expected is not None and not isinstance(config, expected):
+        raise ModelError(
+            f"{origin} describes a model of the type {config.model_type!r}, {model_class.__name__} is of "
+            f"the type {expected.model_type!r}; pass a JSON file with that model_type as --model_config"
+        )
     try:
         # A class of one's own has no `from_config`.
         if hasattr(model_class, "from_config"):

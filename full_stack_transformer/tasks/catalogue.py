@@ -80,6 +80,12 @@ def import_by_path(path: str, what: str) -> Any:
         raise UsageError(f"{path!r} should name {what}, my_module.MyClass: {error}") from error
 
 
+def head_of(class_name: str) -> str | None:
+    """The task whose head the name of a model's class tells of; None of a body, and of what is not known."""
+    heads = {ending: name for name, (_, _, ending) in TASKS.items() if ending.startswith("For")}
+    return next((name for ending, name in heads.items() if class_name.endswith(ending)), None)
+
+
 def task_name_of(directory: Path) -> str:
     """The task of a model directory, by what its config says of the model's class.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from full_stack_transformer.arguments import CORPUS_TASKS, RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.tasks.catalogue import TASKS, import_by_path, task_class
+from full_stack_transformer.tasks.catalogue import TASKS, head_of, import_by_path, task_class
 from full_stack_transformer.tasks.task import Task
 from full_stack_transformer.training.corpus_work import LanguageModelWork
 from full_stack_transformer.training.rows import BaseDataModule, FileRows
@@ -49,5 +49,10 @@ def open_own_work(arguments: RunExperimentArguments) -> Work:
             )
     data = data_class(arguments)
     name = data.task_name if task is None or task.name not in TASKS else task.name
+    head = head_of(model_class.__name__) if model_class is not None else None
+    if head not in (None, name):
+        raise UsageError(
+            f"--model_class {arguments.model_class} has the head of {head}, but the rows are for {name}"
+        )
     arguments = dataclasses.replace(arguments, task=name)  # type: ignore[arg-type]
     return RowsWork(arguments, data, task or task_class(name), model_class=model_class)

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import transformers
 
 from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
-from full_stack_transformer.errors import MissingExtraError, UsageError
+from full_stack_transformer.errors import MissingExtraError, ModelError, UsageError
 from full_stack_transformer.tasks.catalogue import open_task
 from full_stack_transformer.tasks.sequence_classification import SequenceClassification
 from full_stack_transformer.training import throughput
@@ -111,6 +111,13 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
         ({"data_class": "tests.tasks.small_tasks.small_rows"}, "should derive from"),
         ({"data_class": "nothing"}, "should name a data set"),
         ({"data_class": f"{_HERE}.OwnRows", "model_class": f"{_HERE}.OwnRows"}, "--model_class"),
+        (
+            {
+                "data_class": f"{_HERE}.OwnRows",
+                "model_class": "transformers.BertForTokenClassification",
+            },
+            "has the head of token_labelling, but the rows are for sequence_classification",
+        ),
     ],
 )
 def test_what_is_none_of_them_is_refused(
@@ -119,6 +126,17 @@ def test_what_is_none_of_them_is_refused(
     with pytest.raises(UsageError, match=message):
         run_experiment(RunExperimentArguments(experiments_root=tmp_path, **options))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shape_of_another_model_is_refused(tmp_path: Path) -> None:
+    arguments = RunExperimentArguments(
+        data_class=f"{_HERE}.OwnRows",
+        model_class="transformers.BertForSequenceClassification",
+        experiments_root=tmp_path,
+        **_QUICK,
+    )
+    with pytest.raises(ModelError, match="tiny describes a model of the type 'modernbert', Bert"):
+        run_experiment(arguments)
 
 
 class _Count(pl.Callback):
