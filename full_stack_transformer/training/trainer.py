@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
 from full_stack_transformer.datasets.row_splits import Split
 from full_stack_transformer.errors import MissingExtraError, UsageError
 from full_stack_transformer.modelling.model_directory import find_model_directory
@@ -27,7 +27,7 @@ from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
 from full_stack_transformer.tasks.task import Feature, Prediction, Row, Task
 from full_stack_transformer.training.data import Batch, BatchLoader, ValidationLoader
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.open_work import open_work
+from full_stack_transformer.training.open_work import open_own_work, open_work
 from full_stack_transformer.training.processes import is_main_process
 from full_stack_transformer.training.rows import BaseDataModule
 from full_stack_transformer.training.rows_work import RowsWork
@@ -39,8 +39,8 @@ class Trainer:
     """One training; the verbs but `train` need labelled rows.
 
     Args:
-        arguments: the options of `fst train`.
-        data: a data module of one's own; without it the options name the rows.
+        arguments: the options of `fst train`, or of `fst run_experiment` for classes of one's own.
+        data: a data module that is there already; without it the options name the rows.
         task_class: with `data`: what is learned.
         callbacks: of Lightning.
     """
@@ -56,7 +56,9 @@ class Trainer:
         self.arguments = arguments
         self.callbacks = list(callbacks)
         self.work: Work
-        if data is None:
+        if data is None and isinstance(arguments, RunExperimentArguments):
+            self.work = open_own_work(arguments)
+        elif data is None:
             self.work = open_work(arguments)
         elif task_class is None:
             raise UsageError("pass task_class beside data, such as SequenceClassification")

@@ -139,6 +139,19 @@ def test_a_shape_of_another_model_is_refused(tmp_path: Path) -> None:
         run_experiment(arguments)
 
 
+def test_a_trainer_takes_classes_by_their_names(tmp_path: Path) -> None:
+    trainer = Trainer(
+        RunExperimentArguments(
+            data_class=f"{_HERE}.OwnRows",
+            model_class=f"{_HERE}.OwnTask",
+            experiments_root=tmp_path,
+            **_QUICK,
+        )
+    )
+    assert isinstance(open_task(trainer.train()).task, OwnTask)
+    assert 0 <= trainer.evaluate()["accuracy"] <= 1
+
+
 class _Count(pl.Callback):
     def __init__(self) -> None:
         self.num_batches = 0
