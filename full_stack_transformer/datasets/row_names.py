@@ -24,11 +24,15 @@ _TEXTS = (
     ("sentence1", "sentence2"),  # MRPC, STS-B, RTE, WNLI, ATEC on the hub
     ("premise", "hypothesis"),  # MNLI, SNLI, XNLI
     ("question1", "question2"),  # QQP
+    ("#1 String", "#2 String"),  # MRPC as GLUE's own file has it
     ("s1", "s2"),
     ("review", None),
     ("content", None),
 )
-_LABELS = ("label", "labels", "score", "similarity_score", "category", "sentiment", "stars")
+_LABELS = (
+    *("label", "labels", "score", "similarity_score", "category", "sentiment", "stars"),
+    *("gold_label", "is_duplicate", "Quality"),  # MNLI, QQP and MRPC as GLUE's own files have them
+)
 _WORDS = ("words", "tokens")
 _WORD_LABELS = ("labels", "ner_tags", "tags", "pos_tags", "ner")
 # Names of one value that say "unknown": a test set that is not published.

@@ -97,6 +97,21 @@ _COLUMNS = {"label": ["A", "B"], "text": ["x", "y"]}
         ("sequence_classification", {"sentence1": "a", "sentence2": "b"}, _PAIR),
         ("sequence_classification", {"question": "a", "sentence": "b"}, _PAIR),
         ("sequence_classification", {"premise": "a", "hypothesis": "b", "label": -1}, _PAIR),
+        (
+            "sequence_classification",
+            {"question1": "a", "question2": "b", "is_duplicate": "1"},
+            {**_PAIR, "label": "1"},
+        ),
+        (
+            "sequence_classification",
+            {"Quality": "0", "#1 String": "a", "#2 String": "b"},
+            {**_PAIR, "label": "0"},
+        ),
+        (
+            "sequence_classification",
+            {"sentence1": "a", "sentence2": "b", "gold_label": "neutral"},
+            {**_PAIR, "label": "neutral"},
+        ),
         ("sentence_embedding", {"s1": "a", "s2": "b", "score": 4.5}, {**_PAIR, "label": 4.5}),
         ("masked_lm", {"title": "T", "text": "wiki"}, {"title": "T", "text": "wiki"}),
         (
