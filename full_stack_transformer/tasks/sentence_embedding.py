@@ -35,6 +35,7 @@ from full_stack_transformer.tasks.task import (
     Task,
     TaskOptions,
     field,
+    field_names,
     pad,
     place,
 )
@@ -81,7 +82,7 @@ class SentenceEmbedding(Task):
         elif loss == "cosine" and lacking is not None:
             raise RowError(
                 f"{place(lacking)}--embedding_loss cosine needs 'text_pair' and 'label' in each row; found "
-                f"the fields {', '.join(lacking)}"
+                f"the fields {field_names(lacking)}"
             )
         labels = [_number(row) for row in rows if row.get("label") is not None]
         return cls(

@@ -31,6 +31,7 @@ from full_stack_transformer.tasks.task import (
     Task,
     TaskOptions,
     field,
+    field_names,
     place,
 )
 
@@ -210,7 +211,7 @@ def _label_of(row: Row) -> Any:
     label = row.get("label")
     if label is None:
         raise RowError(
-            f"{place(row)}a row to learn from should have a 'label'; found the fields {', '.join(row)}"
+            f"{place(row)}a row to learn from should have a 'label'; found the fields {field_names(row)}"
         )
     return label
 

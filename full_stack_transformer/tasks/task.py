@@ -260,8 +260,13 @@ def field(row: Row, name: str, kind: type | tuple[type, ...], task: str) -> Any:
     if isinstance(value, kind):
         return value
     expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
-    found = f"{type(value).__name__} there" if name in row else f"the fields {', '.join(row)}"
+    found = f"{type(value).__name__} there" if name in row else f"the fields {field_names(row)}"
     raise RowError(f"{place(row)}a row of {task} should have {name!r}, a {expected}; found {found}")
+
+
+def field_names(row: Row) -> str:
+    """What a row has, for an error."""
+    return ", ".join(name for name in row if name != "_place")
 
 
 def place(row: Row) -> str:

@@ -164,6 +164,7 @@ def test_a_model_that_lacks_its_head_is_refused(tokenizer_dir: Path, tmp_path: P
     ("task", "row", "message"),
     [
         ("sequence_classification", {"text": 3}, "should have 'text', a str; found int there"),
+        ("sequence_classification", {"title": "x", "body": "y"}, "the fields title, body$"),
         ("sequence_classification", {"text": "x", "label": "stone"}, "'stone' is none of"),
         ("token_labelling", {"words": ["a", "b"], "labels": ["O"]}, "1 labels and 2 words"),
         ("token_labelling", {"words": ["a"], "labels": ["X"]}, "'X' is none of"),
