@@ -46,7 +46,18 @@ def named_rows(rows: Iterable[Row], task: str) -> list[Row]:
         RowError: a row has no names that are known.
     """
     convert = _CONVERTERS.get(task, dict)
-    return [convert(row) for row in rows]
+    return [_converted(row, convert) for row in rows]
+
+
+def _converted(row: Row, convert: Callable[[Row], Row]) -> Row:
+    try:
+        return convert(row)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise RowError(
+            f"{row.get(PLACE, 'a row')} has fields of another form than the known ones: {reason}; "
+            "docs/tasks.md shows the forms"
+        ) from error
 
 
 def _texts(row: Row) -> Row:
@@ -73,11 +84,13 @@ def _choices(row: Row) -> Row:
     if isinstance(row.get("choices"), list) and "text" in row:
         return row
     endings = [name for name in row if name.startswith("ending") and name[6:].isdecimal()]
+    # A table has a column for the greatest number of choices: the last ones may hold nothing.
+    endings.sort(key=lambda name: int(name[6:]))
+    while endings and row[endings[-1]] in (None, ""):
+        endings.pop()
     if endings:  # SWAG: the context, then the beginning of the sentence that each choice ends
         beginning = row.get("sent2") or ""
-        texts = [
-            f"{beginning} {row[name]}".strip() for name in sorted(endings, key=lambda n: int(n[6:]))
-        ]
+        texts = [f"{beginning} {row[name] or ''}".strip() for name in endings]
         text = row.get("sent1", row.get("startphrase", ""))
         return _chosen(row, text, texts, row.get("label", row.get("gold")))
     if "question" in row:
@@ -125,10 +138,18 @@ def _labelled_words(row: Row) -> Row:
     if words is None:
         raise _no_field(row, _WORDS, "words")
     labels = next((row[name] for name in _WORD_LABELS if name in row), None)
-    found: Row = {"words": list(words)}
+    found: Row = {"words": _list(words)}
     if labels is not None:
+        if None in _list(labels):
+            raise TypeError("a label is null")
         found["labels"] = [str(label) for label in labels]
     return _with_rest(found, row)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{value!r} should be a list")
+    return list(value)
 
 
 def _with_rest(found: Row, row: Row) -> Row:

@@ -11,6 +11,7 @@ All of them plain, .gz or .zst. Knows file formats, and not what a task makes of
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _UNLABELLED_FOLDERS = ("unsup",)
 # A cell of a CSV file may hold a long document; Python's own limit is 131,072 characters.
 _MAX_CELL_CHARACTERS = 1 << 27
 _DOCUMENT_START = "-DOCSTART-"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -74,16 +76,16 @@ def _json_lines(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
             continue
         place = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = _loaded(line)
+        except (ValueError, RecursionError) as error:
             raise RowError(f"{place} should be a JSON object, but is no JSON: {error}") from error
         yield _placed(row, place)
 
 
 def _json(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
     try:
-        content = json.load(text)
-    except ValueError as error:
+        content = _loaded(text.read())
+    except (ValueError, RecursionError) as error:
         raise RowError(f"{path} should hold JSON: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
@@ -97,6 +99,15 @@ def _json(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
         )
     for number, row in enumerate(content):
         yield _placed(row, f"{path}, row {number}")
+
+
+def _loaded(text: str) -> Any:
+    content = json.loads(text)
+    if _SURROGATE.search(text):
+        # A lone surrogate, which JSON can spell, is no text.
+        whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+        content = json.loads(whole)
+    return content
 
 
 def _nested_spans(path: Path, articles: list[Any]) -> Iterator[Row]:

@@ -37,6 +37,7 @@ from full_stack_transformer.tasks.task import (
     field,
     pad,
     place,
+    texts_of,
 )
 
 
@@ -83,7 +84,7 @@ class MultipleChoice(Task):
         features = []
         for number, row in enumerate(rows):
             text = field(row, "text", str, self.name)
-            choices = field(row, "choices", list, self.name)
+            choices = texts_of(row, "choices", self.name)
             if len(choices) < 2:
                 raise RowError(f"{place(row)}a row should have two choices at least")
             encode = self._continued if self.by_likelihood else self.encode_pair

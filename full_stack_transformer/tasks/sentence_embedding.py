@@ -35,7 +35,7 @@ from full_stack_transformer.tasks.task import (
     Task,
     TaskOptions,
     field,
-    field_names,
+    names_of,
     pad,
     place,
 )
@@ -82,7 +82,7 @@ class SentenceEmbedding(Task):
         elif loss == "cosine" and lacking is not None:
             raise RowError(
                 f"{place(lacking)}--embedding_loss cosine needs 'text_pair' and 'label' in each row; found "
-                f"the fields {field_names(lacking)}"
+                f"the fields {names_of(lacking)}"
             )
         labels = [_number(row) for row in rows if row.get("label") is not None]
         return cls(

@@ -31,7 +31,7 @@ from full_stack_transformer.tasks.task import (
     Task,
     TaskOptions,
     field,
-    field_names,
+    names_of,
     place,
 )
 
@@ -116,7 +116,10 @@ class SequenceClassification(Task):
         features = []
         for number, row in enumerate(rows):
             text = field(row, "text", str, self.name)
-            feature = self.encode_pair(text, row.get("text_pair"))
+            pair = row.get("text_pair")
+            if pair is not None:
+                pair = field(row, "text_pair", str, self.name)
+            feature = self.encode_pair(text, pair)
             if row.get("label") is not None:
                 feature["labels"] = self._target(row)
             features.append({**feature, "row": number})
@@ -211,7 +214,7 @@ def _label_of(row: Row) -> Any:
     label = row.get("label")
     if label is None:
         raise RowError(
-            f"{place(row)}a row to learn from should have a 'label'; found the fields {field_names(row)}"
+            f"{place(row)}a row to learn from should have a 'label'; found the fields {names_of(row)}"
         )
     return label
 

@@ -155,6 +155,11 @@ def _answer(row: Row) -> tuple[int, int] | None:
     answers = row.get("answers")
     if answers is None:
         return None
+    if not isinstance(answers, list) or not all(map(_is_answer, answers)):
+        raise RowError(
+            f"{place(row)}the answers should be a list of objects with 'text', a str, and 'start', an int; "
+            f"found {answers!r}"
+        )
     if not answers:
         return (0, 0)
     text, start = answers[0]["text"], answers[0].get("start")
@@ -166,6 +171,14 @@ def _answer(row: Row) -> tuple[int, int] | None:
             f"{row['context'][max(0, start) : max(0, start) + len(text)]!r}"
         )
     return (start, start + len(text))
+
+
+def _is_answer(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("text"), str)
+        and isinstance(value.get("start"), int | None)
+    )
 
 
 def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:

@@ -260,13 +260,28 @@ def field(row: Row, name: str, kind: type | tuple[type, ...], task: str) -> Any:
     if isinstance(value, kind):
         return value
     expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
-    found = f"{type(value).__name__} there" if name in row else f"the fields {field_names(row)}"
+    found = f"{type(value).__name__} there" if name in row else f"the fields {names_of(row)}"
     raise RowError(f"{place(row)}a row of {task} should have {name!r}, a {expected}; found {found}")
 
 
-def field_names(row: Row) -> str:
-    """What a row has, for an error."""
-    return ", ".join(name for name in row if name != "_place")
+def texts_of(row: Row, name: str, task: str) -> list[str]:
+    """A field of a row that is a list of texts.
+
+    Raises:
+        RowError: it is missing, or something else.
+    """
+    values: list[Any] = field(row, name, list, task)
+    wrong = next((value for value in values if not isinstance(value, str)), "")
+    if not isinstance(wrong, str):
+        raise RowError(
+            f"{place(row)}a row of {task} should have {name!r}, a list of str; found {wrong!r} in it"
+        )
+    return values
+
+
+def names_of(row: Row) -> str:
+    """The fields of a row, for an error."""
+    return ", ".join(name for name in row if name != "_place") or "of an empty object"
 
 
 def place(row: Row) -> str:

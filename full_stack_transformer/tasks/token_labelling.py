@@ -32,6 +32,7 @@ from full_stack_transformer.tasks.task import (
     TaskOptions,
     field,
     place,
+    texts_of,
 )
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -189,7 +190,7 @@ def _text_and_words(row: Row) -> tuple[str, list[tuple[int, int]]]:
     if "words" not in row:
         text = field(row, "text", str, TokenLabelling.name)
         return text, [match.span() for match in _WORD.finditer(text)]
-    words = field(row, "words", list, TokenLabelling.name)
+    words = texts_of(row, "words", TokenLabelling.name)
     spans, start = [], 0
     for word in words:
         spans.append((start, start + len(word)))

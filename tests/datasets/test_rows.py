@@ -130,6 +130,11 @@ _COLUMNS = {"label": ["A", "B"], "text": ["x", "y"]}
             {"question": "q", "choices": _COLUMNS, "answerKey": "A"},
             {**_CHOICES, "label": 0},
         ),
+        (
+            "multiple_choice",  # a table has a column for the row with the most choices
+            {"sent1": "q", "ending0": "x", "ending1": "y", "ending2": None, "label": 0},
+            {**_CHOICES, "label": 0},
+        ),
         ("token_labelling", {"tokens": ["a"], "ner_tags": [3]}, {"words": ["a"], "labels": ["3"]}),
     ],
 )
@@ -140,8 +145,37 @@ def test_the_names_of_known_data_sets(
 
 
 @pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("span_selection", {"answers": ["b"]}, "string indices must be"),
+        ("span_selection", {"answers": {"answer_start": [2]}}, "'text' is missing"),
+        ("span_selection", {"answers": {"text": ["b"], "answer_start": []}}, "is shorter"),
+        ("multiple_choice", {"ending0": "x", "ending1": "y", "label": "B"}, "literal for int"),
+        ("multiple_choice", {"question": "q", "choices": {"label": ["A"]}}, "'text' is missing"),
+        (
+            "token_labelling",
+            {"words": "two words", "labels": "O O"},
+            "'two words' should be a list",
+        ),
+        ("token_labelling", {"words": ["a"], "labels": [None]}, "a label is null"),
+    ],
+)
+def test_fields_of_another_form_are_refused(task: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=f"line 3 has fields of another form.*{message}"):
+        named_rows([{**row, PLACE: "x.jsonl, line 3"}], task)
+
+
+def test_a_lone_surrogate_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(r'{"text": "a \ud83d b", "label": "\ud83d\ude00"}')
+    assert _bare(read_rows(path)) == [{"text": "a ? b", "label": "😀"}]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        pytest.param("x.json", "[" * 100_000, "should hold JSON: maximum", id="deep.json"),
+        pytest.param("x.jsonl", "\n" + "[" * 100_000, "line 2 should be a JSON", id="deep.jsonl"),
         ("x.jsonl", '{"a": 1}\n[1]\n', "line 2 should be a JSON object, found list"),
         ("x.jsonl", '{"a": 1}\n{"a"\n', "line 2 should be a JSON object, but is no JSON"),
         ("x.json", "{}", "should hold a list of objects"),
