@@ -33,7 +33,11 @@ def baseline_predictions(
         task: says what kind of answer there is.
         train_rows: what the baselines learn from.
         rows: what they predict.
+
+    Raises:
+        RowError: a row to learn from has no label, or one that the model never saw.
     """
+    task.labelled_features(train_rows)
     makers = _MAKERS.get(task.name, {})
     found = {name: make(task, train_rows, rows) for name, make in makers.items()}
     return {name: predictions for name, predictions in found.items() if predictions}

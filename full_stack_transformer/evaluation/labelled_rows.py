@@ -48,8 +48,13 @@ def evaluate_rows(arguments: EvaluateArguments) -> dict[str, Any]:
     rows = named_rows(read_rows(path), task.name)
     if not rows:
         raise RowError(f"{path} has no rows")
-    predictions = task.predict(rows, opened.backbone, batch_size=arguments.batch_size)
+    features = task.labelled_features(rows)
+    predictions = task.predict_features(
+        rows, features, opened.backbone, batch_size=arguments.batch_size
+    )
     figures = task.figures(rows, predictions)
+    if not figures.scalars:
+        raise RowError(f"{path} has no row with a pair of texts and a label, to measure by")
     content: dict[str, Any] = {
         "task": opened.name,
         "rows": str(path),
@@ -59,6 +64,10 @@ def evaluate_rows(arguments: EvaluateArguments) -> dict[str, Any]:
     }
     if train_path is not None and arguments.baselines:
         train_rows = named_rows(read_rows(train_path), task.name)
+        if not train_rows:
+            raise RowError(
+                f"{train_path} has no rows for the baselines to learn from; pass --no-baselines"
+            )
         found = baseline_predictions(task, train_rows, rows)
         found["untrained"] = task.predict(
             rows, _untrained(opened, arguments), batch_size=arguments.batch_size

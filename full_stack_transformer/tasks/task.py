@@ -140,6 +140,22 @@ class Task(ABC):
             RowError: a row lacks a field, or has a label that training never saw.
         """
 
+    def labelled_features(self, rows: Sequence[Row]) -> list[Feature]:
+        """The inputs of rows to learn from or to measure by.
+
+        Raises:
+            RowError: as `features`, or a row has no label where the task needs one.
+        """
+        features = self.features(rows)
+        bare = next((feature for feature in features if "labels" not in feature), None)
+        if self.needs_labels and bare is not None:
+            row = rows[bare["row"]]
+            raise RowError(
+                f"{place(row)}a row to learn from or to measure by needs a label; found the fields "
+                f"{names_of(row)}"
+            )
+        return features
+
     def num_targets(self, feature: Feature) -> int:
         """What a feature weighs in the mean of the loss."""
         return 1
@@ -156,6 +172,8 @@ class Task(ABC):
         """Tensors (B, T), padded on the right; `labels` where all features have them."""
         batch: Batch = {}
         for name in features[0]:
+            if name == "labels" and not all(name in feature for feature in features):
+                continue
             if name == "input_ids" or (name in _PADDING and isinstance(features[0][name], list)):
                 padding = _PADDING.get(name, self.tokenizer.pad_token_id)
                 batch[name] = pad([feature[name] for feature in features], padding)

@@ -92,7 +92,9 @@ class Trainer:
     def evaluate(self, rows: Sequence[Row] | None = None) -> dict[str, float]:
         """Figures of the best model on the validation rows, or on others; `pl.Trainer.validate`."""
         rows = self._data.named_rows("valid") if rows is None else rows
-        return self._opened.task.figures(rows, self.predict(rows)).scalars
+        task = self._opened.task
+        task.labelled_features(rows)
+        return task.figures(rows, self.predict(rows)).scalars
 
     def predict(self, rows: Sequence[Row]) -> list[Prediction]:
         """JSON for each row, by the best model; `pl.Trainer.predict`."""

@@ -14,6 +14,7 @@ from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows
 from full_stack_transformer.evaluation.masked import evaluate_masked
 from full_stack_transformer.metrics.correlation import spearman
+from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.modelling.sentence_encoder import open_sentence_encoder
 from full_stack_transformer.tasks.catalogue import open_task
 from full_stack_transformer.training.rows import BaseDataModule
@@ -239,3 +240,45 @@ def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
         file.write(json.dumps({"text": "no label"}) + "\n")
     with pytest.raises(RowError, match="line 25 has no label"):
         training.to_the_end()
+
+
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [
+        ("sequence_classification", "label"),
+        ("token_labelling", "labels"),
+        ("span_selection", "answers"),
+        ("multiple_choice", "label"),
+    ],
+)
+def test_a_row_without_a_label_is_predicted_and_not_measured(
+    task: str, field: str, tmp_path: Path
+) -> None:
+    rows = small_rows(task, 8)
+    tokenizer = small_tokenizer(tmp_path / "tokenizer")
+    found, backbone = small_task(task, rows, tokenizer)
+    save_model_directory(
+        tmp_path / "model", backbone, tokenizer_directory=tokenizer, description={"task": task}
+    )
+    del rows[3][field]
+    assert len(found.predict(rows, backbone.eval())) == len(rows)
+    path, all_rows = tmp_path / "bare.jsonl", tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    all_rows.write_text("".join(json.dumps(row) + "\n" for row in small_rows(task, 8)))
+    (tmp_path / "empty.jsonl").touch()
+    model = tmp_path / "model"
+    for arguments in (
+        EvaluateArguments(model, path),
+        EvaluateArguments(model, all_rows, train_file=path),
+    ):
+        with pytest.raises(RowError, match=r"bare.jsonl, line 4: a row .* needs a label"):
+            evaluate_rows(arguments)
+    with pytest.raises(RowError, match="no rows for the baselines"):
+        evaluate_rows(EvaluateArguments(model, all_rows, train_file=tmp_path / "empty.jsonl"))
+
+
+def test_rows_that_cannot_be_measured_by_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one text alone"}\n')
+    with pytest.raises(RowError, match="no row with a pair of texts and a label"):
+        evaluate_rows(EvaluateArguments(model_dir, path, task="sentence_embedding"))
