@@ -10,6 +10,7 @@ Known are GLUE, IMDB and ATEC, SWAG and CommonsenseQA, SQuAD, CoNLL-2003 as the 
 Wikipedia. Fields that are not known stay as they are.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ _LABELS = (
 _WORDS = ("words", "tokens")
 _WORD_LABELS = ("labels", "ner_tags", "tags", "pos_tags", "ner")
 # Names of one value that say "unknown": a test set that is not published.
-_NO_LABEL = (-1, "-1", "")
+_NO_LABEL = (None, -1, "-1", "")
 
 
 def named_rows(rows: Iterable[Row], task: str) -> list[Row]:
@@ -74,7 +75,7 @@ def _texts(row: Row) -> Row:
         raise _no_field(row, [name for name, _ in _TEXTS], "a text")
     for name in _LABELS:
         if name in row:
-            if row[name] is not None and row[name] not in _NO_LABEL:
+            if not _is_unknown(row[name]):
                 found["label"] = row[name]
             break
     return found
@@ -112,7 +113,7 @@ def _choices(row: Row) -> Row:
 
 def _chosen(row: Row, text: Any, choices: Sequence[str], label: Any) -> Row:
     found: Row = {"text": text, "choices": list(choices)}
-    if label not in (None, *_NO_LABEL):
+    if not _is_unknown(label):
         found["label"] = int(label)
     return _with_rest(found, row)
 
@@ -144,6 +145,11 @@ def _labelled_words(row: Row) -> Row:
             raise TypeError("a label is null")
         found["labels"] = [str(label) for label in labels]
     return _with_rest(found, row)
+
+
+def _is_unknown(label: Any) -> bool:
+    """NaN is what tables hold where there is nothing."""
+    return label in _NO_LABEL or (isinstance(label, float) and math.isnan(label))
 
 
 def _list(value: Any) -> list[Any]:

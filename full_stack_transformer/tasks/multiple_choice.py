@@ -203,7 +203,8 @@ class MultipleChoice(Task):
 
 def _label(row: Row, num_choices: int) -> int:
     try:
-        label = int(row["label"])
+        number = float(row["label"])
+        label = int(number) if number.is_integer() else -1
     except (TypeError, ValueError, KeyError):
         label = -1
     if not 0 <= label < num_choices:

@@ -8,6 +8,7 @@ pair than to the others of the batch; without a pair, to itself under other drop
 below half of the greatest one teaches nothing there). A saved model is one of sentence-transformers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -208,8 +209,11 @@ class SentenceEmbedding(Task):
 
 def _number(row: Row) -> float:
     try:
-        return float(row["label"])
+        number = float(row["label"])
     except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
         raise RowError(
             f"{place(row)}the label should be a number, how alike the texts are; found {row['label']!r}"
-        ) from None
+        )
+    return number

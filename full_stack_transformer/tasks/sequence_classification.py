@@ -5,6 +5,7 @@ Predictions: {"label": name, "scores": {name: probability}}, {"labels": [names],
 classes at once, {"score": number} for regression.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -79,9 +80,13 @@ class SequenceClassification(Task):
                 names.update(map(label_name, label if isinstance(label, list) else [label]))
             elif kind == "single_label":
                 names.add(label_name(label))
+        if kind == "multi_label" and not names:
+            raise RowError(
+                "rows to learn from should have labels; each row's list of them is empty"
+            )
         if kind == "single_label" and len(names) < 2:
             raise RowError(
-                f"rows to learn from should have two labels at least; found only {', '.join(names)}"
+                f"rows to learn from should have two labels at least; found only {', '.join(names)!r}"
             )
         return cls(
             tokenizer,
@@ -237,10 +242,12 @@ def _number(row: Row) -> float:
 
 
 def _as_number(label: Any) -> float | None:
+    """None of what is no number, which "nan" and "inf" are not."""
     try:
-        return float(label)
+        number = float(label)
     except (TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _in_order(name: str) -> tuple[float, str]:

@@ -62,6 +62,10 @@ class TokenLabelling(Task):
     ) -> Self:
         """The labels' names; `O`, which marks nothing, comes first."""
         names = {label for row in rows for label in field(row, "labels", list, cls.name)}
+        if not names:
+            raise RowError(
+                "rows to learn from should have labels; each row's list of them is empty"
+            )
         labels = sorted(map(str, names), key=lambda name: (name != OUTSIDE, name))
         return cls(tokenizer, options, labels=labels)
 

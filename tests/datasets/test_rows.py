@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ _COLUMNS = {"label": ["A", "B"], "text": ["x", "y"]}
             {"sentence1": "a", "sentence2": "b", "gold_label": "neutral"},
             {**_PAIR, "label": "neutral"},
         ),
+        ("sequence_classification", {**_PAIR, "label": math.nan}, _PAIR),
         ("sentence_embedding", {"s1": "a", "s2": "b", "score": 4.5}, {**_PAIR, "label": 4.5}),
         ("masked_lm", {"title": "T", "text": "wiki"}, {"title": "T", "text": "wiki"}),
         (
@@ -123,6 +125,11 @@ _COLUMNS = {"label": ["A", "B"], "text": ["x", "y"]}
             "multiple_choice",
             {"startphrase": "q", "sent2": "", "ending0": "x", "ending1": "y", "gold": 0},
             {**_CHOICES, "label": 0},
+        ),
+        (
+            "multiple_choice",
+            {"ending0": "x", "ending1": "y", "label": math.nan},
+            {**_CHOICES, "text": ""},
         ),
         ("multiple_choice", {"question": _STEM, "answerKey": "B"}, {**_CHOICES, "label": 1}),
         (

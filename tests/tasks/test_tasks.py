@@ -11,7 +11,8 @@ from transformers import DataCollatorWithPadding
 from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.catalogue import open_task, task_class, task_name_of
-from full_stack_transformer.tasks.task import Row, Task
+from full_stack_transformer.tasks.task import Row, Task, TaskOptions
+from full_stack_transformer.tasks.tokenizers import open_tokenizer
 from tests.tasks.small_tasks import TINY_ENCODER, are_close, save_task, small_rows, small_task
 
 _KINDS = {
@@ -173,6 +174,8 @@ def test_a_model_that_lacks_its_head_is_refused(tokenizer_dir: Path, tmp_path: P
         ("multiple_choice", {"text": "a", "choices": ["b"]}, "two choices"),
         ("multiple_choice", {"text": "a", "choices": ["b", None]}, "list of str; found None in"),
         ("multiple_choice", {"text": "a", "choices": ["b", "c"], "label": 2}, "0 to 1, found 2"),
+        ("multiple_choice", {"text": "a", "choices": ["b", "c"], "label": 0.7}, "found 0.7"),
+        ("sentence_embedding", {"text": "a", "text_pair": "b", "label": "nan"}, "a number"),
         ("span_selection", {"question": "a", "context": "b"}, None),
         (
             "span_selection",
@@ -205,3 +208,24 @@ def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(UsageError, match="should name a task"):
         task_class("no_such_module.Task")
     assert issubclass(task_class("full_stack_transformer.tasks.masked_lm.MaskedLm"), Task)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("sequence_classification", {"text": "a", "label": []}),
+        ("token_labelling", {"words": [], "labels": []}),
+    ],
+)
+def test_rows_without_any_label_are_refused(task: str, row: Row, tokenizer_dir: Path) -> None:
+    with pytest.raises(RowError, match="each row's list of them is empty"):
+        task_class(task).learn([row], open_tokenizer(tokenizer_dir), TaskOptions())
+
+
+def test_words_that_python_takes_for_numbers_are_names(tokenizer_dir: Path) -> None:
+    """Not a regression whose loss is NaN, nor an order that changes from run to run."""
+    rows = [{"text": "a", "label": label} for label in ("nan", "1", "inf", "b", "0")]
+    task = task_class("sequence_classification").learn(
+        rows, open_tokenizer(tokenizer_dir), TaskOptions()
+    )
+    assert task.config_fields()["id2label"] == dict(enumerate(["0", "1", "b", "inf", "nan"]))
