@@ -170,7 +170,8 @@ def _answer(row: Row) -> tuple[int, int] | None:
             f"{place(row)}the answer {text!r} should stand at character {start} of the context; found "
             f"{row['context'][max(0, start) : max(0, start) + len(text)]!r}"
         )
-    return (start, start + len(text))
+    # No token begins or ends with a space, so that no span would ever hold all of such an answer.
+    return _without_spaces(row["context"], start, start + len(text))
 
 
 def _is_answer(value: Any) -> bool:
@@ -185,6 +186,8 @@ def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
     """A token of byte-level BPE begins with the space before its word."""
     while start < end and text[start].isspace():
         start += 1
+    while start < end and text[end - 1].isspace():
+        end -= 1
     return (start, end)
 
 

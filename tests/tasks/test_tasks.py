@@ -229,3 +229,16 @@ def test_words_that_python_takes_for_numbers_are_names(tokenizer_dir: Path) -> N
         rows, open_tokenizer(tokenizer_dir), TaskOptions()
     )
     assert task.config_fields()["id2label"] == dict(enumerate(["0", "1", "b", "inf", "nan"]))
+
+
+@pytest.mark.parametrize("answer", ["pig", " pig", "pig ", " pig\n "])
+def test_an_answer_with_spaces_around_it_is_learned_as_an_answer(
+    answer: str, tokenizer_dir: Path
+) -> None:
+    context = f"oak fern {answer} moss"
+    row = {"question": "which animal", "context": context, "answers": [{"text": answer}]}
+    task, _ = small_task("span_selection", small_rows("span_selection", 3), tokenizer_dir)
+    [feature] = task.features([row])
+    first, last = feature["labels"]
+    found = context[feature["offsets"][first][0] : feature["offsets"][last][1]]
+    assert found == "pig"
