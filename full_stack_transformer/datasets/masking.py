@@ -18,6 +18,8 @@ from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.tokenization import DocumentTokenizer
 
 _PART_MASKED, _PART_REPLACED = 0.8, 0.1
+# How byte-level BPE spells a space, an end of line, a tab and a carriage return: as letters.
+_BYTE_LEVEL_SPACES = "ĠĊĉč"
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,11 @@ def word_continuations(tokenizer: DocumentTokenizer, vocab_size: int) -> NDArray
     """(vocabulary,) whether each token goes on with a word, by the marks of its kind of tokenizer.
 
     WordPiece marks what goes on (`##`), SentencePiece and byte-level BPE what begins (a space, spelled `▁`
-    or `Ġ`); there a token that is no letter or digit begins one too.
+    or `Ġ`); there a token that is no letter or digit, such as the end of a line, begins one too.
     """
     tokens = [tokenizer.backend.id_to_token(number) or "" for number in range(vocab_size)]
-    if any(token.startswith("##") for token in tokens):
+    # Another tokenizer may know `##` too: it begins headings and comments.
+    if type(tokenizer.backend.model).__name__ == "WordPiece":
         return np.array([token.startswith("##") for token in tokens])
-    return np.array([token[:1].isalnum() and token[:1] not in "▁Ġ" for token in tokens])
+    marks = _BYTE_LEVEL_SPACES if _BYTE_LEVEL_SPACES[0] in tokens else "▁"
+    return np.array([token[:1].isalnum() and token[:1] not in marks for token in tokens])

@@ -15,8 +15,9 @@ from full_stack_transformer.datasets.masking import (
     choose,
     hide,
     make_masking,
+    word_continuations,
 )
-from full_stack_transformer.tokenization import open_saved_tokenizer
+from full_stack_transformer.tokenization import TrainedTokenizer, open_saved_tokenizer
 
 
 def _masking(dataset: DatasetDirectory, *, whole_words: bool = False) -> Masking:
@@ -112,7 +113,16 @@ def test_words_are_known_by_the_marks_of_their_tokenizer(
     masking = _masking(dataset, whole_words=True)
     tokenizer = open_saved_tokenizer(dataset.tokenizer_directory)
     assert masking.continues_word is not None
-    for token, is_continuation in (("Ġthe", False), ("e", True), (".", False)):
+    for token, is_continuation in (("Ġthe", False), ("e", True), (".", False), ("Ċ", False)):
         number = tokenizer.backend.token_to_id(token)
         assert number is not None
         assert masking.continues_word[number] == is_continuation
+
+
+def test_hash_marks_of_a_text_are_no_marks_of_wordpiece() -> None:
+    tokenizer = TrainedTokenizer.train(["## heading\n## heading\n" * 9], vocab_size=300)
+    continues = word_continuations(tokenizer, tokenizer.vocab_size)
+    tokens = [tokenizer.backend.id_to_token(number) for number in range(tokenizer.vocab_size)]
+    assert "##" in tokens
+    assert continues[tokens.index("h")]
+    assert not continues[tokens.index("##")]
