@@ -22,6 +22,11 @@ _NAMES: dict[Split, tuple[str, ...]] = {
 _HASH_RANGE = 1 << 64
 # Rows with the same one of these stay together.
 GROUP_FIELD = "group"
+# Fields in which rows of the same texts differ: numbers of rows, and labels under all known names.
+_NUMBERS = {PLACE, "", "id", "idx", "index", "guid"}
+_LABELS = {"label", "labels", "score", "similarity_score", "category", "sentiment", "stars", "gold"}
+_OTHER_LABELS = {"answerKey", "answers", "ner_tags", "tags", "pos_tags", "ner"}
+_NO_TEXTS = _NUMBERS | _LABELS | _OTHER_LABELS
 
 
 def find_splits(directory: Path) -> dict[Split, Path]:
@@ -79,6 +84,6 @@ def describe_rows(path: Path) -> dict[str, Any]:
 def _hash(row: Row, seed: int) -> int:
     key = row.get(GROUP_FIELD)
     if key is None:
-        key = {name: value for name, value in row.items() if name not in (PLACE, "label", "labels")}
+        key = {name: value for name, value in row.items() if name not in _NO_TEXTS}
     text = json.dumps([seed, key], ensure_ascii=False, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -140,6 +140,9 @@ def _table(path: Path, lines: io.TextIOWrapper, *, delimiter: str) -> Iterator[R
         header = next(reader, None)
         if header is None:
             raise RowError(f"{path} should begin with a line of column names; it is empty")
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise RowError(f"{path}, line 1: two columns have the name {twice[0]!r}; rename one")
         for cells in reader:
             if not cells:
                 continue
@@ -173,12 +176,12 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _labelled_words(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
-    """The first column is the word, the last one its label."""
+    """The first column is the word, the last one its label; with tabs between them words may hold spaces."""
     words: list[str] = []
     labels: list[str] = []
     start = 1
     for number, line in enumerate([*lines, ""], start=1):
-        cells = line.split()
+        cells = line.strip("\r\n").split("\t") if "\t" in line.strip() else line.split()
         if cells and not cells[0].startswith(_DOCUMENT_START):
             if len(cells) < 2:
                 raise RowError(

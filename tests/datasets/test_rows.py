@@ -73,6 +73,15 @@ def test_words_and_labels_are_read_as_conll_writes_them(tmp_path: Path) -> None:
     assert rows[1][PLACE].endswith("line 7")
 
 
+def test_words_between_tabs_may_hold_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "x.conll"
+    path.write_text("New York\tB-LOC\r\nsleeps\tO\r\n\t\r\nParis\tB-LOC\r\n")
+    assert _bare(read_rows(path)) == [
+        {"words": ["New York", "sleeps"], "labels": ["B-LOC", "O"]},
+        {"words": ["Paris"], "labels": ["B-LOC"]},
+    ]
+
+
 def test_squad_is_read_nested_and_flat(tmp_path: Path) -> None:
     answer = {"text": "b", "answer_start": 2}
     question = {"id": "1", "question": "q", "answers": [answer]}
@@ -188,6 +197,7 @@ def test_a_lone_surrogate_is_no_text(tmp_path: Path) -> None:
         ("x.json", "{}", "should hold a list of objects"),
         ("x.csv", "a,b\n1\n", "line 2 should have 2 columns"),
         ("x.csv", "", "is empty"),
+        ("x.csv", "text,text,label\n", "two columns have the name 'text'"),
         ("x.conll", "word\n", "line 1 should be a word and its label"),
         ("x.parquet", "no", "should be a Parquet file"),
         ("x.pdf", "no", "should end in one of"),
@@ -225,6 +235,14 @@ def test_a_split_by_hash_keeps_equal_rows_and_groups_together() -> None:
     grouped = [{"text": str(n), "group": str(n % 7)} for n in range(70)]
     for part in split_by_hash(grouped, [0.5, 0.5]):
         assert len(part) % 10 == 0
+
+
+def test_a_split_by_hash_keeps_rows_together_that_differ_in_numbers_and_labels() -> None:
+    rows = [{"id": n, "sentence": f"text {n % 20}", "score": n / 7} for n in range(60)]
+    first, second = split_by_hash(rows, [0.5, 0.5])
+    assert first
+    assert second
+    assert not {row["sentence"] for row in first} & {row["sentence"] for row in second}
 
 
 def test_a_description_changes_with_the_content(tmp_path: Path) -> None:
