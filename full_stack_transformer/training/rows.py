@@ -257,17 +257,21 @@ class RowCollator:
         data = self._data
         features = [data.features(self._split)[number] for number in spans.starts]
         if self._augments:
-            features = [self._augmented(feature, spans.epoch) for feature in features]
+            features = [self._augmented(number, spans.epoch) for number in spans.starts]
         numbers = [] if spans.is_filler else spans.starts.tolist()
         batch = data.task.collate(features)
         return {**batch, "numbers": torch.tensor(numbers, dtype=torch.int64)}
 
-    def _augmented(self, feature: Feature, epoch: int) -> Feature:
-        number = feature["row"]
+    def _augmented(self, place: int, epoch: int) -> Feature:
         data = self._data
+        features = data.features(self._split)
+        number = features[place]["row"]
+        window = 0  # of those of the row
+        while place > window and features[place - window - 1]["row"] == number:
+            window += 1
         random = np.random.default_rng(make_key(data.arguments.seed, epoch, number))
         changed = data.task.features([data.augment(data.named_rows("train")[number], random)])
-        return {**changed[0], "row": number}
+        return {**changed[min(window, len(changed) - 1)], "row": number}
 
 
 class FileRows(BaseDataModule):
@@ -277,6 +281,8 @@ class FileRows(BaseDataModule):
         super().__init__(arguments)
         self.task_name = arguments.task
         data = arguments.dataset_dir
+        if data is not None and data.is_file():
+            raise UsageError(f"--dataset_dir {data} is a file of rows; pass it as --train_file")
         self._hub = hub_rows(str(data)) if data is not None and not data.is_dir() else None
         self._paths = _paths(arguments, has_directory=self._hub is None)
         self._data_name = (arguments.dataset_dir or self._paths["train"]).name

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from full_stack_transformer.arguments import EvaluateArguments, TrainArguments
+from full_stack_transformer.datasets.rows import Row
 from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows
 from full_stack_transformer.evaluation.masked import evaluate_masked
@@ -17,7 +18,7 @@ from full_stack_transformer.metrics.correlation import spearman
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.modelling.sentence_encoder import open_sentence_encoder
 from full_stack_transformer.tasks.catalogue import open_task
-from full_stack_transformer.training.rows import BaseDataModule
+from full_stack_transformer.training.rows import BaseDataModule, FileRows, RowCollator
 from tests.tasks.small_tasks import TINY_ENCODER, small_rows, small_task, small_tokenizer
 from tests.training.training_here import TrainingHere, checkpoint_of, curve_of
 
@@ -282,3 +283,41 @@ def test_rows_that_cannot_be_measured_by_are_refused(model_dir: Path, tmp_path: 
     path.write_text('{"text": "one text alone"}\n')
     with pytest.raises(RowError, match="no row with a pair of texts and a label"):
         evaluate_rows(EvaluateArguments(model_dir, path, task="sentence_embedding"))
+
+
+class _LongRows(BaseDataModule):
+    """Rows of several windows, that `augment` leaves as they are."""
+
+    task_name = "token_labelling"
+
+    def all_rows(self) -> Iterable[dict[str, Any]]:
+        """Sixty words each."""
+        rows = small_rows(self.task_name, 40)
+        return [{name: (row[name] * 60)[:60] for name in ("words", "labels")} for row in rows]
+
+    def augment(self, row: Row, random: np.random.Generator) -> Row:
+        """Itself."""
+        return row
+
+
+def test_every_window_of_an_augmented_row_is_seen(tmp_path: Path) -> None:
+    data = _LongRows(TrainArguments(train_file=Path("unused"), task="token_labelling"))
+    rows = data.named_rows("train")
+    task, _ = small_task("token_labelling", rows, small_tokenizer(tmp_path))
+    data.open(task)
+    assert len(data.features("train")) > len(rows)
+    plan, augmented, plain = (
+        data.train_plan(0, 1),
+        data.train_collator(),
+        RowCollator(data, "train"),
+    )
+    for position in range(plan.num_batches_per_epoch):
+        spans = plan.batch(0, position)
+        assert torch.equal(augmented(spans)["input_ids"], plain(spans)["input_ids"])
+
+
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,b\n")
+    with pytest.raises(UsageError, match=r"rows.csv is a file of rows; pass it as --train_file"):
+        FileRows(TrainArguments(dataset_dir=path, task="sequence_classification"))
