@@ -86,6 +86,11 @@ class SentenceEmbedding(Task):
                 f"the fields {names_of(lacking)}"
             )
         labels = [_number(row) for row in rows if row.get("label") is not None]
+        if loss == "simcse" and len(labels) == len(rows) and not max(labels, default=1.0) > 0:
+            raise RowError(
+                "--embedding_loss simcse learns from pairs that are alike, but no label is above 0; pass "
+                "--embedding_loss cosine"
+            )
         return cls(
             tokenizer, options, loss=loss, greatest_label=max(map(abs, labels), default=1.0) or 1.0
         )

@@ -92,6 +92,7 @@ class TokenLabelling(Task):
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each window, with `word_tokens`: the token of each word that begins in it."""
         features: list[Feature] = []
+        room = self.options.max_length - self.tokenizer.num_special_tokens_to_add()
         for number, row in enumerate(rows):
             text, spans = _text_and_words(row)
             labels = self._label_ids(row, len(spans)) if row.get("labels") is not None else None
@@ -99,7 +100,7 @@ class TokenLabelling(Task):
                 text,
                 truncation=True,
                 max_length=self.options.max_length,
-                stride=self.stride,
+                stride=min(self.stride, room - 1),
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
             )

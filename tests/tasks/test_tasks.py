@@ -242,3 +242,19 @@ def test_an_answer_with_spaces_around_it_is_learned_as_an_answer(
     first, last = feature["labels"]
     found = context[feature["offsets"][first][0] : feature["offsets"][last][1]]
     assert found == "pig"
+
+
+@pytest.mark.parametrize("max_length", [4, 5])
+def test_words_are_read_in_the_shortest_windows(max_length: int, tokenizer_dir: Path) -> None:
+    row = {"words": ["cat", "sees", "the", "dog", "again"], "labels": ["O"] * 5}
+    options = TaskOptions(max_length=max_length)
+    task = task_class("token_labelling").learn([row], open_tokenizer(tokenizer_dir), options)
+    seen = {word for feature in task.features([row]) for word in feature["word_tokens"]}
+    assert seen == set(range(5))
+
+
+def test_pairs_that_are_all_unlike_are_refused_by_simcse(tokenizer_dir: Path) -> None:
+    row = {"text": "a", "text_pair": "b", "label": 0}
+    options = TaskOptions(embedding_loss="simcse")
+    with pytest.raises(RowError, match="no label is above 0; pass --embedding_loss cosine"):
+        task_class("sentence_embedding").learn([row], open_tokenizer(tokenizer_dir), options)
