@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
@@ -154,7 +155,7 @@ def load_backbone(
             ignore_mismatched_sizes=new_head,
             **fields,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"no {_describe(model_class)} at {model_path!r}: {reason}") from error
     missing = sorted(loading["missing_keys"])

@@ -138,7 +138,7 @@ def open_task(
     cls = task_class(description.get("task_class") or name)
     if "model_class" in description:  # its module registers it with transformers
         import_by_path(description["model_class"], "a model")
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config = _config(directory)
     tokenizer = open_tokenizer(directory)
     options = TaskOptions(
         max_length=_max_length(tokenizer.model_max_length, config),
@@ -162,6 +162,15 @@ def open_task(
     return OpenedTask(name, task, backbone, description)
 
 
+def _config(directory: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{directory / 'config.json'} cannot be used: {reason}") from error
+    return config
+
+
 def _max_length(of_tokenizer: int, config: PretrainedConfig) -> int:
     """What both allow; a tokenizer without a limit says 1e30."""
     of_model = getattr(config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
@@ -171,5 +180,8 @@ def _max_length(of_tokenizer: int, config: PretrainedConfig) -> int:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} should hold JSON, but is damaged: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -258,3 +258,23 @@ def test_pairs_that_are_all_unlike_are_refused_by_simcse(tokenizer_dir: Path) ->
     options = TaskOptions(embedding_loss="simcse")
     with pytest.raises(RowError, match="no label is above 0; pass --embedding_loss cosine"):
         task_class("sentence_embedding").learn([row], open_tokenizer(tokenizer_dir), options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "config.json should hold JSON"),
+        ("config.json", '{"architectures": ["XForTokenClassification"]}', "config.json cannot be"),
+        ("description.json", "{", "description.json should hold JSON"),
+        ("model.safetensors", "", "header too small"),
+    ],
+)
+def test_a_damaged_directory_is_refused(
+    name: str, content: str, message: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    rows = small_rows("token_labelling", 3)
+    task, backbone = small_task("token_labelling", rows, tokenizer_dir)
+    save_task(tmp_path / "model", task, backbone, tokenizer_dir, {"task": task.name})
+    (tmp_path / "model" / name).write_text(content)
+    with pytest.raises(ModelError, match=message):
+        open_task(tmp_path / "model")
