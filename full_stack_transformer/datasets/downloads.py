@@ -29,7 +29,7 @@ def download(metadata: Path, directory: Path | None = None) -> Path:
         directory: where to put it; beside `metadata` if None.
 
     Raises:
-        InputError: the metadata lack a key, or what was fetched has another checksum.
+        InputError: the metadata lack a key or a valid URL, or what was fetched has another checksum.
         MachineError: there is no network, the server refuses, or the disk is full.
     """
     facts = _read(metadata)
@@ -43,6 +43,8 @@ def download(metadata: Path, directory: Path | None = None) -> Path:
         _fetch(facts["url"], partial)
         _check(partial, facts)
         partial.replace(target)
+    except httpx.InvalidURL as error:
+        raise InputError(f"{metadata}: the url {facts['url']!r} is none: {error}") from error
     except httpx.HTTPError as error:
         raise MachineError(
             f"{facts['url']} cannot be fetched: {error}; put the file to {target} by hand"

@@ -71,6 +71,9 @@ def _rows(part: Any, place: str) -> list[Row]:
             if named[key] is not None and named[key] >= 0:
                 named[key] = names[named[key]]
         for key, names in names_of_lists.items():
-            named[key] = [names[one] for one in named[key]]
+            ids = named[key]
+            # As of one class, -1 is what rows of a test split say; Python takes it for the last name.
+            is_labelled = ids is not None and all(one >= 0 for one in ids)
+            named[key] = [names[one] for one in ids] if is_labelled else None
         rows.append({**named, PLACE: f"{place}, row {number}"})
     return rows

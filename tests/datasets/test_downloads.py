@@ -76,6 +76,8 @@ def test_another_checksum_is_refused(url: str, tmp_path: Path) -> None:
 def test_what_cannot_be_fetched_is_said(url: str, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="404"):
         download(_metadata(tmp_path, url, url=f"{url}/none"))
+    with pytest.raises(InputError, match="is none: Invalid"):
+        download(_metadata(tmp_path, url, url=r"http://\u0000"))
     with pytest.raises(InputError, match="must be a plain name"):
         download(_metadata(tmp_path, url, filename="../x"))
     (tmp_path / "metadata.toml").write_text('url = "x"\n')
@@ -100,7 +102,7 @@ def test_classes_of_a_hub_data_set_get_their_names(hub: Path) -> None:
             "tags": datasets.List(datasets.ClassLabel(names=["O", "B-X"])),
         }
     )
-    rows = {"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], []]}
+    rows = {"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], [-1, -1]]}
     for split in ("train", "validation"):
         path = hub / "pairs" / f"{split}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def test_classes_of_a_hub_data_set_get_their_names(hub: Path) -> None:
     assert list(found) == ["train", "valid"]
     first, second = found["valid"]
     assert (first["label"], first["tags"]) == ("yes", ["O", "B-X"])
-    assert (second["label"], second["tags"]) == (-1, [])  # of a test split, without labels
+    assert (second["label"], second["tags"]) == (-1, None)  # of a test split, without labels
     assert "pairs validation, row 0" in first[PLACE]
 
 
