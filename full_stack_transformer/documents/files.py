@@ -2,14 +2,16 @@
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from full_stack_transformer.errors import DocumentsError, MissingExtraError
 
 _COMPRESSIONS = (".gz", ".zst")
+_ZSTD_BLOCK_BYTES = 1 << 14
 JSON_LINES_ENDINGS = (".jsonl", ".ndjson")
 PARQUET_ENDING = ".parquet"
 # What a directory is searched for; a file that is named is taken whatever its ending.
@@ -51,7 +53,7 @@ def open_decompressed(path: Path, start: int) -> Iterator[BinaryIO]:
         with path.open("rb") as raw, _decompressed(path, raw) as file:
             _skip_to(file, start)
             yield file
-    except (OSError, EOFError, _zstd_error()) as error:
+    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
         reason = getattr(error, "strerror", None) or error
         raise DocumentsError(
             f"{path} should be a file of documents, but cannot be read: {reason}"
@@ -80,9 +82,45 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
                 f"{path} needs the package zstandard, which is not installed; "
                 "install it with: pip install -c constraints.txt -e '.[data]'"
             ) from error
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader)
+        return io.BufferedReader(_ZstdFile(raw, zstandard.ZstdDecompressor()))
     return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """All frames of a file; zstandard's own reader takes a file that was cut off for its end."""
+
+    def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
+        self._raw = raw
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._compressed = b""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes.
+
+        Raises:
+            EOFError: the file ends within a frame.
+        """
+        while not self._content:
+            if not self._compressed:
+                self._compressed = self._raw.read(_ZSTD_BLOCK_BYTES)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends in the middle")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._content = memoryview(self._frame.decompress(self._compressed))
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        found, self._content = self._content[: len(buffer)], self._content[len(buffer) :]
+        buffer[: len(found)] = found
+        return len(found)
 
 
 def _zstd_error() -> type[Exception]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from full_stack_transformer.datasets.row_names import named_rows
@@ -209,6 +210,23 @@ def test_a_file_that_cannot_be_read_says_where(
     (tmp_path / name).write_text(content)
     with pytest.raises(RowError, match=message):
         list(read_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_compressed_file_that_is_damaged_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x.jsonl.{kind}"
+    content = "".join(f'{{"text": "{n * 7919}"}}\n' for n in range(30_000)).encode()
+    compress = gzip.compress if kind == "gz" else zstandard.compress
+    whole = compress(content) + compress(content)  # two frames, as `cat` makes them
+    path.write_bytes(whole)
+    assert len(list(read_rows(path))) == 60_000
+    damages = [whole[:-3], whole[:8], whole[: len(whole) // 2 + 100]]
+    if kind == "gz":  # zstd's checksum is optional
+        damages.append(whole[:50] + bytes([whole[50] ^ 0xFF]) + whole[51:])
+    for damaged in damages:
+        path.write_bytes(damaged)
+        with pytest.raises(RowError, match=path.name):
+            list(read_rows(path))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
