@@ -13,6 +13,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ _UNLABELLED_FOLDERS = ("unsup",)
 # A cell of a CSV file may hold a long document; Python's own limit is 131,072 characters.
 _MAX_CELL_CHARACTERS = 1 << 27
 _DOCUMENT_START = "-DOCSTART-"
+# Published files whose first line is a row already, by what it looks like; tabs are between the cells.
+_WITHOUT_NAMES = (
+    (re.compile(r"\d+\t[^\t]+\t[^\t]+\t[01]"), ("id", "sentence1", "sentence2", "label")),  # ATEC
+    (re.compile(r"\w+\t[01]\t\*?\t[^\t]+"), ("source", "label", "mark", "sentence")),  # CoLA
+)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -131,13 +137,17 @@ def _nested_spans(path: Path, articles: list[Any]) -> Iterator[Row]:
 
 def _table(path: Path, lines: io.TextIOWrapper, *, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    first = lines.readline()
+    known = [names for form, names in _WITHOUT_NAMES if form.fullmatch(first.rstrip("\r\n"))]
+    delimiter = "\t" if known else delimiter
+    every = chain([first], lines) if first else lines
     # GLUE's .tsv files have quotation marks that open and never close.
     if delimiter == ",":
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(every, strict=True)
     else:
-        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        reader = csv.reader(every, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     try:
-        header = next(reader, None)
+        header = list(known[0]) if known else next(reader, None)
         if header is None:
             raise RowError(f"{path} should begin with a line of column names; it is empty")
         twice = [name for name in header if header.count(name) > 1]

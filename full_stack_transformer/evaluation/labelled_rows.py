@@ -21,7 +21,13 @@ from full_stack_transformer.metrics.bootstrap import bootstrap_intervals
 from full_stack_transformer.modelling.backbones import backbone_of_config
 from full_stack_transformer.modelling.model_directory import find_model_directory
 from full_stack_transformer.storage import make_directories, write_json, write_text
-from full_stack_transformer.tasks.catalogue import CAUSAL_LM, OpenedTask, open_task, task_name_of
+from full_stack_transformer.tasks.catalogue import (
+    CAUSAL_LM,
+    SENTENCE_EMBEDDING,
+    OpenedTask,
+    open_task,
+    task_name_of,
+)
 from full_stack_transformer.tasks.multiple_choice import MultipleChoice
 from full_stack_transformer.tasks.task import Figures, Prediction, Row, Task
 
@@ -54,7 +60,8 @@ def evaluate_rows(arguments: EvaluateArguments) -> dict[str, Any]:
     )
     figures = task.figures(rows, predictions)
     if not figures.scalars:
-        raise RowError(f"{path} has no row with a pair of texts and a label, to measure by")
+        wanted = "a pair of texts and a label" if task.name == SENTENCE_EMBEDDING else "any words"
+        raise RowError(f"{path} has no row with {wanted}, to measure by")
     content: dict[str, Any] = {
         "task": opened.name,
         "rows": str(path),

@@ -143,7 +143,9 @@ class TokenLabelling(Task):
         return [self._prediction(row, words) for row, words in zip(rows, best, strict=True)]
 
     def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
-        """F1 of spans where the labels mark spans, and accuracy of words."""
+        """F1 of spans where the labels mark spans, and accuracy of words; none where there are no words."""
+        if not any(predictions):
+            return Figures({})
         found = label_metrics(
             [list(map(str, row["labels"])) for row in rows],
             [[word["label"] for word in one] for one in predictions],

@@ -22,7 +22,7 @@ from full_stack_transformer.arguments import RunExperimentArguments, TrainArgume
 from full_stack_transformer.datasets.row_splits import Split
 from full_stack_transformer.errors import MissingExtraError, UsageError
 from full_stack_transformer.modelling.model_directory import find_model_directory
-from full_stack_transformer.storage import write_json
+from full_stack_transformer.storage import make_directories, replace_directory, write_json
 from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
 from full_stack_transformer.tasks.task import Feature, Prediction, Row, Task
 from full_stack_transformer.training.data import Batch, BatchLoader, ValidationLoader
@@ -102,8 +102,18 @@ class Trainer:
         return opened.task.predict(rows, opened.backbone, batch_size=self.arguments.batch_size)
 
     def save_model(self, directory: Path) -> None:
-        """Copy the best model, a plain Hugging Face directory; `save_checkpoint` keeps the rest."""
-        shutil.copytree(find_model_directory(self._directory), directory)
+        """Copy the best model, a plain Hugging Face directory; one that is there already is replaced.
+
+        Raises:
+            UsageError: there is something else.
+        """
+        if directory.exists() and not (directory / "config.json").is_file():
+            raise UsageError(f"{directory} exists and is no model directory; name another one")
+        make_directories(directory.absolute().parent)
+        partial = directory.with_name(f".{directory.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(find_model_directory(self._directory), partial)
+        replace_directory(partial, directory)
 
     def save_metrics(self, split: str, metrics: dict[str, float]) -> None:
         """Write `SPLIT_results.json` into the experiment directory."""

@@ -46,6 +46,28 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     assert all(name in row[PLACE] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "row"),
+    [
+        (
+            "atec_nlp_sim_train.csv",
+            "\ufeff1\t\u600e\u4e48, \u66f4\u6539\t\u624b\u673a\t1\n2\ta\tb\t0\n",
+            {"text": "\u600e\u4e48, \u66f4\u6539", "text_pair": "\u624b\u673a", "label": "1"},
+        ),
+        ("train.tsv", 'gj04\t0\t*\tThe "cat sat.\n', {"text": 'The "cat sat.', "label": "0"}),
+    ],
+    ids=["atec", "cola"],
+)
+def test_published_tables_without_names_of_columns_are_known(
+    name: str, content: str, row: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    [first, *_] = named_rows(read_rows(path), "sequence_classification")
+    del first[PLACE]
+    assert {key: first[key] for key in row} == row
+
+
 def test_a_table_with_tabs_leaves_quotation_marks_alone(tmp_path: Path) -> None:
     path = tmp_path / "dev.tsv"
     path.write_text('sentence\tlabel\nthe "best\t1\n')

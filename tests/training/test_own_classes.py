@@ -186,7 +186,10 @@ def test_a_trainer_has_the_usual_verbs(tmp_path: Path) -> None:
     assert json.loads((experiment / "eval_results.json").read_text()) == figures
     [prediction] = trainer.predict([{"text": "cat sees the dog"}])
     assert prediction["label"] in ("animal", "plant")
-    trainer.save_model(tmp_path / "mine")
+    for _ in range(2):  # as a cell of a notebook that is run again
+        trainer.save_model(tmp_path / "mine")
+    with pytest.raises(UsageError, match="is no model directory"):
+        trainer.save_model(tmp_path)
     assert open_task(tmp_path / "mine").name == "sequence_classification"
     assert trainer.metrics_format({"accuracy": 0.5}) == {"accuracy": "0.5000"}
 
