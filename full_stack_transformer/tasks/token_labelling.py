@@ -9,6 +9,7 @@ word is labelled by the window that shows most around it.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -196,13 +197,29 @@ def _text_and_words(row: Row) -> tuple[str, list[tuple[int, int]]]:
     """The text of a row, and where each word stands in it."""
     if "words" not in row:
         text = field(row, "text", str, TokenLabelling.name)
-        return text, [match.span() for match in _WORD.finditer(text)]
+        return text, _spans_of_words(text)
     words = texts_of(row, "words", TokenLabelling.name)
     spans, start = [], 0
     for word in words:
         spans.append((start, start + len(word)))
         start += len(word) + 1
     return " ".join(words), spans
+
+
+def _spans_of_words(text: str) -> list[tuple[int, int]]:
+    """Where words and marks stand; an accent or vowel sign that is a character of its own parts no word."""
+    spans: list[tuple[int, int]] = []
+    for match in _WORD.finditer(text):
+        start, end = match.span()
+        goes_on = _combines(text[start]) or (_combines(text[start - 1]) and text[start].isalnum())
+        if spans and spans[-1][1] == start and goes_on:
+            start = spans.pop()[0]
+        spans.append((start, end))
+    return spans
+
+
+def _combines(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
 
 
 def _tokens_of_words(

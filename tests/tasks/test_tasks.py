@@ -10,6 +10,7 @@ from transformers import DataCollatorWithPadding
 
 from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.modelling.model_directory import save_model_directory
+from full_stack_transformer.tasks import token_labelling
 from full_stack_transformer.tasks.catalogue import open_task, task_class, task_name_of
 from full_stack_transformer.tasks.task import Row, Task, TaskOptions
 from full_stack_transformer.tasks.tokenizers import open_tokenizer
@@ -159,6 +160,24 @@ def test_a_model_that_lacks_its_head_is_refused(tokenizer_dir: Path, tmp_path: P
     )
     with pytest.raises(ModelError, match="lack 2 tensors"):
         open_task(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("See a_b, now!", ["See", "a_b", ",", "now", "!"]),
+        ("deux cafe\u0301s.", ["deux", "cafe\u0301s", "."]),  # accents of their own
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948",
+            ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u0948"],
+        ),
+        ("\u0301a", ["\u0301a"]),
+        ("", []),
+    ],
+    ids=["latin", "accents", "hindi", "mark-first", "empty"],
+)
+def test_the_words_of_a_text_are_whole_in_every_script(text: str, words: list[str]) -> None:
+    assert [text[start:end] for start, end in token_labelling._spans_of_words(text)] == words
 
 
 @pytest.mark.parametrize(
