@@ -69,6 +69,12 @@ def split_by_hash(rows: Iterable[Row], parts: Sequence[float], *, seed: int = 0)
     return lists
 
 
+def num_repeated(rows: Iterable[Row], known: Iterable[Row]) -> int:
+    """How many of the rows have the texts, or the group, of a known one."""
+    hashes = {_hash(row, 0) for row in known}
+    return sum(_hash(row, 0) in hashes for row in rows)
+
+
 def describe_rows(path: Path) -> dict[str, Any]:
     """Name, size and SHA-256 of what rows are read from, for a description."""
     if path.is_file():

@@ -6,6 +6,7 @@ the class: `fst run_experiment --data_class my_module.MyData`.
 """
 
 import copy
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +27,15 @@ from full_stack_transformer.datasets.row_splits import (
     Split,
     describe_rows,
     find_splits,
+    num_repeated,
     split_by_hash,
 )
 from full_stack_transformer.datasets.rows import Row, read_rows
 from full_stack_transformer.errors import RowError, UsageError
 from full_stack_transformer.tasks.task import Feature, Task
 from full_stack_transformer.training.data import Collator, EpochDataModule, ValidationLoader
+
+logger = logging.getLogger(__name__)
 
 # Without splits of its own a data set is cut into these parts.
 _PARTS = {"train": 0.8, "valid": 0.1, "test": 0.1}
@@ -312,6 +316,16 @@ class FileRows(BaseDataModule):
         part = self.arguments.validation_fraction
         if "valid" not in found and part > 0:
             found["train"], found["valid"] = split_by_hash(found["train"], [1 - part, part])
+        held_out: tuple[Split, ...] = ("valid", "test")
+        for split in held_out:
+            repeated = num_repeated(found.get(split, []), found.get("train", []))
+            if repeated:
+                logger.warning(
+                    "%s of %s rows of %s are among those to train on too: their figures flatter the model",
+                    f"{repeated:,}",
+                    f"{len(found[split]):,}",
+                    split,
+                )
         return {split: found.get(split, []) for split in SPLITS}
 
 

@@ -229,6 +229,20 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         TrainArguments(**{"train_file": Path("x"), "task": "sequence_classification", **options})
 
 
+def test_rows_that_are_on_both_sides_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = write_rows(tmp_path / "rows", "sequence_classification", num_train=40, num_valid=8)
+    known = [json.loads(line) for line in (rows / "train.jsonl").read_text().splitlines()[:3]]
+    for row in known:
+        row |= {"label": "other", "id": 7}  # whatever else a row says
+    text = "".join(json.dumps(row) + "\n" for row in [*known, {"text": "new", "label": "plant"}])
+    (rows / "test.jsonl").write_text(text, encoding="utf-8")
+    data = FileRows(TrainArguments(task="sequence_classification", dataset_dir=rows))
+    assert len(data.rows("test")) == 4
+    assert "3 of 4 rows of test are among those to train on too" in caplog.text
+
+
 def test_a_figure_that_is_not_measured_is_refused(tmp_path: Path) -> None:
     training = _Training(tmp_path, "sequence_classification", max_steps=1)
     with pytest.raises(UsageError, match=r"must be one of loss, accuracy, .*; found 'bleu'"):
