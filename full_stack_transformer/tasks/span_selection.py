@@ -139,7 +139,8 @@ class SpanSelection(Task):
 
     def _stride(self, question: str, row: Row) -> int:
         """As told, but always less than the room that the question leaves."""
-        num_question = len(self.tokenizer(question, add_special_tokens=False)["input_ids"])
+        encoding = self.tokenizer(question, add_special_tokens=False, verbose=False)
+        num_question = len(encoding["input_ids"])
         num_marks = self.tokenizer.num_special_tokens_to_add(pair=True)
         room: int = self.options.max_length - num_question - num_marks
         if room < 2:
@@ -165,7 +166,9 @@ def _answer(row: Row) -> tuple[int, int] | None:
     text, start = answers[0]["text"], answers[0].get("start")
     if start is None:
         start = row["context"].find(text)
-    if row["context"][start : start + len(text)] != text or start < 0:
+        if start < 0:
+            raise RowError(f"{place(row)}the answer {text!r} does not stand in the context")
+    if start < 0 or row["context"][start : start + len(text)] != text:
         raise RowError(
             f"{place(row)}the answer {text!r} should stand at character {start} of the context; found "
             f"{row['context'][max(0, start) : max(0, start) + len(text)]!r}"

@@ -201,6 +201,11 @@ def test_the_words_of_a_text_are_whole_in_every_script(text: str, words: list[st
             {"question": "a", "context": "bcd", "answers": [{"text": "c", "start": 0}]},
             "should stand at character 0",
         ),
+        (
+            "span_selection",
+            {"question": "a", "context": "bcd", "answers": [{"text": "x", "start": None}]},
+            "'x' does not stand in the context",
+        ),
         ("span_selection", {"question": "a", "context": "b", "answers": "b"}, "list of objects"),
         (
             "span_selection",
