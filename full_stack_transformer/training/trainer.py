@@ -11,20 +11,17 @@ trainer.save_model(Path("my_model"))
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
 from full_stack_transformer.datasets.row_splits import Split
-from full_stack_transformer.errors import MissingExtraError, UsageError
+from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.model_directory import find_model_directory
 from full_stack_transformer.storage import make_directories, replace_directory, write_json
 from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
-from full_stack_transformer.tasks.task import Feature, Prediction, Row, Task
+from full_stack_transformer.tasks.task import Prediction, Row, Task
 from full_stack_transformer.training.data import Batch, BatchLoader, ValidationLoader
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.open_work import open_own_work, open_work
@@ -169,81 +166,3 @@ class Trainer:
         if not hasattr(data, "task"):
             self.work.begin(None)
         return data
-
-
-def to_hf_trainer(
-    task: Task, backbone: Backbone, features: Sequence[Feature], arguments: Any
-) -> Any:
-    """The same task under the Hugging Face Trainer, which needs the package accelerate.
-
-    The loss of a step is ours: the sum over its targets by their number, however many batches it has.
-    `eval_loss` is the mean over batches of theirs, as always there.
-
-    Args:
-        task: makes batches and losses.
-        backbone: with the task's head.
-        features: of the training rows.
-        arguments: transformers.TrainingArguments.
-
-    Raises:
-        MissingExtraError: accelerate is not installed.
-    """
-    try:
-        import accelerate  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "the Hugging Face Trainer needs the package accelerate; install it with: pip install accelerate"
-        ) from error
-    from transformers import Trainer as HuggingFaceTrainer
-
-    def collate(chosen: Sequence[Feature]) -> Batch:
-        batch = task.collate(chosen)
-        if "labels" in batch:
-            batch["num_targets"] = torch.tensor(list(map(task.num_targets, chosen)))
-        return batch
-
-    def mean_loss(scores: Tensor, batch: Batch, num_targets: Tensor) -> Tensor:
-        return task.loss_sum(scores, batch) / num_targets.clamp(min=1)
-
-    class TaskTrainer(HuggingFaceTrainer):
-        loss_is_scaled_for_ga = True  # by the targets of all batches of the step
-
-        def get_batch_samples(self, *arguments: Any) -> Any:
-            batches, _ = super().get_batch_samples(*arguments)
-            counts = [batch["num_targets"].sum() for batch in batches]
-            if not counts:
-                return batches, None
-            num_targets = torch.stack(counts).sum().float().to(self.args.device)
-            # The mean over processes: their gradients are averaged.
-            return batches, self.accelerator.reduce(num_targets, reduction="mean")
-
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Batch,
-            return_outputs: bool = False,
-            num_items_in_batch: Tensor | None = None,
-        ) -> Any:
-            if num_items_in_batch is None:
-                num_items_in_batch = inputs["num_targets"].sum()
-            scores = task.forward(model, inputs)
-            loss = mean_loss(scores, inputs, num_items_in_batch)
-            return (loss, {"logits": scores}) if return_outputs else loss
-
-        def prediction_step(
-            self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
-        ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            # Its own reads the loss where the model's forward takes `labels`, which not each task gives.
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                scores = task.forward(model, inputs)
-                counts = inputs.get("num_targets")  # not there without labels
-                loss = None if counts is None else mean_loss(scores, inputs, counts.sum())
-            return (
-                (loss, None, None) if prediction_loss_only else (loss, scores, inputs.get("labels"))
-            )
-
-    arguments.remove_unused_columns = False  # a feature says more than the model's forward takes
-    return TaskTrainer(
-        model=backbone, args=arguments, train_dataset=list(features), data_collator=collate
-    )
