@@ -95,12 +95,14 @@ class ForkedBot:
         """The first line of this run that holds `words`, once there is one."""
         until = time.monotonic() + timeout
         while True:
+            # Asked before its log is read: what one that has ended wrote is all there.
+            is_running = self.is_running
             new = self._log.read_bytes()[self._log_start :].decode("utf-8", "replace")
             for line in new.splitlines():
                 if words in line:
                     return line
+            assert is_running, f"it ended: {new}"
             assert time.monotonic() < until, f"no {words!r} in: {new}"
-            assert self.is_running or words in self.log, f"it ended: {new}"
             time.sleep(_LOOK_SECONDS)
 
     @property
