@@ -104,6 +104,7 @@ def test_killed_in_mid_text_the_bot_goes_on_with_the_same_text(
         bot.start()
         (answer,) = finals(telegram, chat_id)
         assert answer["text"] == prompt + " word" * 200
+        finals(telegram, -chat_id)
         # The bot may have been killed before it knew that the group's message had arrived; then it sent
         # it again and deletes the first one before it says anything else.
         telegram.write(-chat_id, "/settings", user_id=5)
