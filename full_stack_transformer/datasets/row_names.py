@@ -36,6 +36,8 @@ _LABELS = (
 )
 _WORDS = ("words", "tokens")
 _WORD_LABELS = ("labels", "ner_tags", "tags", "pos_tags", "ner")
+# Everything that says what is right about a row, under all of its names.
+LABEL_NAMES = frozenset((*_LABELS, *_WORD_LABELS, "gold", "answerKey", "answers"))
 # Names of one value that say "unknown": a test set that is not published.
 _NO_LABEL = (None, -1, "-1", "")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from full_stack_transformer.datasets.row_names import LABEL_NAMES
 from full_stack_transformer.datasets.rows import PLACE, ROW_ENDINGS, Row
 from full_stack_transformer.documents.files import ending
 from full_stack_transformer.errors import RowError
@@ -22,11 +23,8 @@ _NAMES: dict[Split, tuple[str, ...]] = {
 _HASH_RANGE = 1 << 64
 # Rows with the same one of these stay together.
 GROUP_FIELD = "group"
-# Fields in which rows of the same texts differ: numbers of rows, and labels under all known names.
-_NUMBERS = {PLACE, "", "id", "idx", "index", "guid"}
-_LABELS = {"label", "labels", "score", "similarity_score", "category", "sentiment", "stars", "gold"}
-_OTHER_LABELS = {"answerKey", "answers", "ner_tags", "tags", "pos_tags", "ner"}
-_NO_TEXTS = _NUMBERS | _LABELS | _OTHER_LABELS
+# Fields in which rows of the same texts differ: numbers of rows, and labels.
+_NO_TEXTS = LABEL_NAMES | {PLACE, "", "id", "idx", "index", "guid"}
 
 
 def find_splits(directory: Path) -> dict[Split, Path]:
@@ -69,10 +67,10 @@ def split_by_hash(rows: Iterable[Row], parts: Sequence[float], *, seed: int = 0)
     return lists
 
 
-def num_repeated(rows: Iterable[Row], known: Iterable[Row]) -> int:
-    """How many of the rows have the texts, or the group, of a known one."""
+def num_repeated(known: Iterable[Row], *others: Iterable[Row]) -> list[int]:
+    """How many of each of the others have the texts, or the group, of a known row."""
     hashes = {_hash(row, 0) for row in known}
-    return sum(_hash(row, 0) in hashes for row in rows)
+    return [sum(_hash(row, 0) in hashes for row in rows) for rows in others]
 
 
 def describe_rows(path: Path) -> dict[str, Any]:

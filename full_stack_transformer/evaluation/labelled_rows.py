@@ -76,8 +76,8 @@ def evaluate_rows(arguments: EvaluateArguments) -> dict[str, Any]:
                 f"{train_path} has no rows for the baselines to learn from; pass --no-baselines"
             )
         found = baseline_predictions(task, train_rows, rows)
-        found["untrained"] = task.predict(
-            rows, _untrained(opened, arguments), batch_size=arguments.batch_size
+        found["untrained"] = task.predict_features(
+            rows, features, _untrained(opened, arguments), batch_size=arguments.batch_size
         )
         content["baselines"] = {
             name: task.figures(rows, one).scalars for name, one in found.items()

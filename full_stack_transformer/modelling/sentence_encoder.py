@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError
-from full_stack_transformer.modelling.backbones import context_length
+from full_stack_transformer.modelling.backbones import context_length, load_backbone
 from full_stack_transformer.modelling.embedding_head import Head, read_head
 from full_stack_transformer.modelling.embeddings import needs_first_layer
 from full_stack_transformer.modelling.model_directory import find_model_directory, resolve_device
@@ -86,21 +86,12 @@ def open_sentence_encoder(path: Path, *, device: str = "auto") -> SentenceEncode
         ModelError: there is no model, weights are missing, or modules.json names what is not known here.
     """
     directory = find_model_directory(path)
+    backbone = load_backbone(str(directory), dtype=torch.float32, model_class=AutoModel)
     try:
-        backbone, loading = AutoModel.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no model to embed texts with at {directory}: {reason}") from error
-    # BERT's pooler, which a masked language model is saved without, takes no part in a pooling here.
-    missing = [name for name in sorted(loading["missing_keys"]) if "pooler." not in name]
-    if missing:
-        raise ModelError(
-            f"the weights at {directory} lack {len(missing)} tensors that the model needs "
-            f"({', '.join(missing[:3])} …); it is damaged or belongs to another task"
-        )
+        raise ModelError(f"no tokenizer to embed texts with at {directory}: {reason}") from error
     where = resolve_device(device)
     head, max_length = read_head(directory, device=where)
     longest = min(context_length(backbone.config), tokenizer.model_max_length)

@@ -59,18 +59,12 @@ def _add_predictions(router: APIRouter, models: ServedModels) -> None:
     @router.post("/fill_mask", openapi_extra=body_schema(TextsRequest))
     async def fill_mask(request: Request) -> Predictions:
         """The likeliest tokens for each mask of each text; `/version` names the mask token."""
-        body = await parse_body(request, TextsRequest)
-        model = models.find_task(body.model, "masked_lm")
-        found = await _predict(request, model, [{"text": text} for text in body.texts])
-        return Predictions(model=model.name, predictions=found)
+        return await _predict_texts(request, models, "masked_lm")
 
     @router.post("/label", openapi_extra=body_schema(TextsRequest))
     async def label(request: Request) -> Predictions:
         """A label for each word of each text."""
-        body = await parse_body(request, TextsRequest)
-        model = models.find_task(body.model, "token_labelling")
-        found = await _predict(request, model, [{"text": text} for text in body.texts])
-        return Predictions(model=model.name, predictions=found)
+        return await _predict_texts(request, models, "token_labelling")
 
 
 def _add_decisions(router: APIRouter, models: ServedModels) -> None:
@@ -109,6 +103,13 @@ def _add_vectors(router: APIRouter, models: ServedModels) -> None:
         vectors, _ = await embed(request, model, body.texts)
         directions = torch.nn.functional.normalize(vectors, dim=-1)
         return Similarities(model=model.name, similarity=(directions @ directions.T).tolist())
+
+
+async def _predict_texts(request: Request, models: ServedModels, task: str) -> Predictions:
+    body = await parse_body(request, TextsRequest)
+    model = models.find_task(body.model, task)
+    found = await _predict(request, model, [{"text": text} for text in body.texts])
+    return Predictions(model=model.name, predictions=found)
 
 
 async def _predict(request: Request, model: ServedTask, rows: Sequence[Row]) -> list[Prediction]:

@@ -317,8 +317,8 @@ class FileRows(BaseDataModule):
         if "valid" not in found and part > 0:
             found["train"], found["valid"] = split_by_hash(found["train"], [1 - part, part])
         held_out: tuple[Split, ...] = ("valid", "test")
-        for split in held_out:
-            repeated = num_repeated(found.get(split, []), found.get("train", []))
+        counts = num_repeated(found.get("train", []), *(found.get(one, []) for one in held_out))
+        for split, repeated in zip(held_out, counts, strict=True):
             if repeated:
                 logger.warning(
                     "%s of %s rows of %s are among those to train on too: their figures flatter the model",
