@@ -278,7 +278,10 @@ def test_a_split_by_hash_keeps_equal_rows_and_groups_together() -> None:
 
 
 def test_a_split_by_hash_keeps_rows_together_that_differ_in_numbers_and_labels() -> None:
-    rows = [{"id": n, "sentence": f"text {n % 20}", "score": n / 7} for n in range(60)]
+    rows = [
+        {"id": n, "sentence": f"text {n % 20}", "score": n / 7, "gold_label": str(n)}
+        for n in range(60)
+    ]
     first, second = split_by_hash(rows, [0.5, 0.5])
     assert first
     assert second
