@@ -17,43 +17,44 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from full_stack_transformer import __version__, arguments
-from full_stack_transformer.allocator import restart_with_kept_memory
+from full_stack_transformer import __version__
+from full_stack_transformer.arguments import data, models, serving, training
+from full_stack_transformer.arguments.familiar_options import translate
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     MissingExtraError,
     UsageError,
 )
-from full_stack_transformer.familiar_options import translate
+from full_stack_transformer.machine import restart_with_kept_memory
 
 # name, options, "module:function" that takes them; in the order of the pipeline
 COMMANDS: tuple[tuple[str, type, str], ...] = (
     (
         "collect_documents",
-        arguments.CollectDocumentsArguments,
+        data.CollectDocumentsArguments,
         "document_sources.collect:collect_documents",
     ),
-    ("prepare_dataset", arguments.PrepareDatasetArguments, "datasets.prepare:prepare_dataset"),
-    ("verify_dataset", arguments.VerifyDatasetArguments, "datasets.verify:verify_dataset"),
+    ("prepare_dataset", data.PrepareDatasetArguments, "preparation.prepare:prepare_dataset"),
+    ("verify_dataset", data.VerifyDatasetArguments, "datasets.verify:verify_dataset"),
     (
         "check_tokenizer",
-        arguments.CheckTokenizerArguments,
-        "datasets.check_tokenizer:check_tokenizer",
+        data.CheckTokenizerArguments,
+        "tokenization.check_tokenizer:check_tokenizer",
     ),
-    ("train", arguments.TrainArguments, "training.run:train"),
-    ("run_experiment", arguments.RunExperimentArguments, "training.run:run_experiment"),
+    ("train", training.TrainArguments, "training.run:train"),
+    ("run_experiment", training.RunExperimentArguments, "training.run:run_experiment"),
     (
         "average_checkpoints",
-        arguments.AverageCheckpointsArguments,
+        models.AverageCheckpointsArguments,
         "modelling.averaging:average_checkpoints",
     ),
-    ("whiten", arguments.WhitenArguments, "modelling.whitening_command:whiten"),
-    ("evaluate", arguments.EvaluateArguments, "evaluation.run:evaluate"),
-    ("generate", arguments.GenerateArguments, "generation.command:generate"),
-    ("serve", arguments.ServeArguments, "serving.run:serve"),
-    ("telegram_bot", arguments.TelegramBotArguments, "telegram.run:run_bot"),
-    ("tensorboard", arguments.TensorboardArguments, "training.curves:show_curves"),
-    ("demo", arguments.DemoArguments, "demo:run_demo"),
+    ("whiten", models.WhitenArguments, "modelling.embedding.whitening_command:whiten"),
+    ("evaluate", models.EvaluateArguments, "evaluation.run:evaluate"),
+    ("generate", models.GenerateArguments, "generation.command:generate"),
+    ("serve", serving.ServeArguments, "serving.run:serve"),
+    ("telegram_bot", serving.TelegramBotArguments, "telegram.run:run_bot"),
+    ("tensorboard", training.TensorboardArguments, "training.tensorboard:show_curves"),
+    ("demo", data.DemoArguments, "document_sources.demo:run_demo"),
 )
 
 # Beside any command: print what its options are, and run nothing.

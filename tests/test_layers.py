@@ -109,12 +109,12 @@ def test_every_package_has_a_docstring() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "datasets.prepare",
+        "preparation.prepare",
         "document_sources.collect",
         "telegram.run",
         "telegram.bot",
         "serving.client",
-        "demo",
+        "document_sources.demo",
         "metrics.generated_texts",
         "__main__",
     ],

@@ -1,6 +1,7 @@
 """The command line: help at once, options in every spelling, errors as one sentence."""
 
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer import __main__, __version__, arguments
+from full_stack_transformer import __main__, __version__
 from full_stack_transformer.__main__ import COMMANDS
+from full_stack_transformer.arguments.data import PrepareDatasetArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from tests.conftest import RunFst
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,14 +40,11 @@ def test_every_option_has_help(name: str, run_fst: RunFst) -> None:
             break
     assert seconds < 0.5
     options = next(options for command, options, _ in COMMANDS if command == name)
-    source = Path(arguments.__file__).read_text(encoding="utf-8")
     for field in dataclasses.fields(options):
         if not field.name.startswith("_"):
             assert f"--{field.name}" in done.stdout
-            assert f"    {field.name}: " in source
             owner = next(cls for cls in options.__mro__ if field.name in cls.__annotations__)
-            declaration = source.split(f"class {owner.__name__}")[1]
-            declaration = declaration.split(f"    {field.name}: ")[1]
+            declaration = inspect.getsource(owner).split(f"    {field.name}: ")[1]
             assert declaration.split("\n")[1].strip().startswith('"""'), field.name
 
 
@@ -120,7 +120,7 @@ def test_options_may_be_spelled_in_every_usual_way(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = _parse([*REQUIRED, *words], monkeypatch)
-    assert isinstance(given, arguments.PrepareDatasetArguments)
+    assert isinstance(given, PrepareDatasetArguments)
     assert (given.max_sample_length, given.strip_lines) == (99, False)
 
 
@@ -138,7 +138,7 @@ def test_options_win_over_the_config_file(
     (tmp_path / name).write_text(content)
     words = [*REQUIRED, "--vocab_size", "500", "--config", str(tmp_path / name)]
     given = _parse(words, monkeypatch)
-    assert isinstance(given, arguments.PrepareDatasetArguments)
+    assert isinstance(given, PrepareDatasetArguments)
     assert (given.max_sample_length, given.vocab_size) == (77, 500)
 
 
@@ -190,7 +190,7 @@ def test_all_options_are_shown_with_their_origin(run_fst: RunFst, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    names = {field.name for field in dataclasses.fields(arguments.TrainArguments)} - {"_"}
+    names = {field.name for field in dataclasses.fields(TrainArguments)} - {"_"}
     assert shown.keys() == names
     assert shown["batch_size"] == ["8", "command", "line"]
     assert shown["learning_rate"] == ["0.5", "options.toml"]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.tokenization import DocumentTokenizer
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 # 0.4 s of decoding. A larger corpus is measured on samples spread evenly over it.
 _MAX_MEASURED_TOKENS = 2_000_000

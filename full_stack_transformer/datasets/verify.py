@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from full_stack_transformer.arguments import VerifyDatasetArguments
+from full_stack_transformer.arguments.data import VerifyDatasetArguments
 from full_stack_transformer.datasets.corpus import (
     CORPUS_FILE_NAME,
     POSITION_DTYPE,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from full_stack_transformer.arguments import CollectDocumentsArguments
+from full_stack_transformer.arguments.data import CollectDocumentsArguments
 from full_stack_transformer.document_sources.documents import Document
 from full_stack_transformer.document_sources.nietzsche import nietzsche_documents
 from full_stack_transformer.document_sources.python_docs import python_documents

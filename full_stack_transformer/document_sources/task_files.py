@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.arguments import CollectDocumentsArguments
+from full_stack_transformer.arguments.data import CollectDocumentsArguments
 from full_stack_transformer.document_sources.task_rows import Side, TaskName, TaskRow, task_rows
 from full_stack_transformer.errors import MachineError
 from full_stack_transformer.storage import (

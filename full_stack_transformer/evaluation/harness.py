@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from full_stack_transformer.errors import InputError, MissingExtraError
-from full_stack_transformer.generation.native.decoder import WeightsDtype
+from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
 from full_stack_transformer.modelling.model_directory import open_model
 
 logger = logging.getLogger(__name__)

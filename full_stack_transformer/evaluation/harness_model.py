@@ -15,9 +15,9 @@ from full_stack_transformer.evaluation.log_likelihoods import (
     log_likelihoods,
     rolling_spans,
 )
-from full_stack_transformer.generation.native.decoder import WeightsDtype
 from full_stack_transformer.generation.open_engine import open_engine, open_runner
-from full_stack_transformer.generation.runners import Runner
+from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.runners.torch import Runner
 from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
 from full_stack_transformer.modelling.backbones import context_length

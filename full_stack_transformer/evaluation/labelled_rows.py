@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from full_stack_transformer.arguments import EvaluateArguments
-from full_stack_transformer.datasets.row_names import named_rows
-from full_stack_transformer.datasets.row_splits import find_splits
-from full_stack_transformer.datasets.rows import PLACE, read_rows
+from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.baselines import baseline_predictions
 from full_stack_transformer.evaluation.pictures import confusion_picture
 from full_stack_transformer.metrics.bootstrap import bootstrap_intervals
 from full_stack_transformer.modelling.backbones import backbone_of_config
 from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.rows.fields import named_rows
+from full_stack_transformer.rows.files import PLACE, read_rows
+from full_stack_transformer.rows.splits import find_splits
 from full_stack_transformer.storage import make_directories, write_json, write_text
 from full_stack_transformer.tasks.catalogue import (
     CAUSAL_LM,

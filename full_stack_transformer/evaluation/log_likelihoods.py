@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from full_stack_transformer.generation.runners import Runner, SlotWork
-from full_stack_transformer.tokenization import DocumentTokenizer
+from full_stack_transformer.generation.runners.torch import Runner, SlotWork
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 # Tokens read at once: the logits of 512 over GPT-2's vocabulary take 100 MB.
 _MAX_TOKENS_AT_ONCE = 512

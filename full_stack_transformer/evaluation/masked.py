@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from full_stack_transformer.arguments import EvaluateArguments
+from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.datasets.batches import SortedBatches
 from full_stack_transformer.datasets.collators import IGNORED_LABEL
 from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
@@ -20,7 +20,7 @@ from full_stack_transformer.datasets.masking import (
 )
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
-from full_stack_transformer.tokenization import open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 
 logger = logging.getLogger(__name__)
 

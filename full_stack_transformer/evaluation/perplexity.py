@@ -11,7 +11,7 @@ from full_stack_transformer.datasets.collators import PaddedCollator
 from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.datasets.text_bytes import num_target_bytes
 from full_stack_transformer.modelling.losses import next_token_loss
-from full_stack_transformer.tokenization import DocumentTokenizer
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.evaluation.perplexity import Perplexity
-from full_stack_transformer.generation.native.decoder import WeightsDtype
 from full_stack_transformer.generation.open_engine import open_runner
-from full_stack_transformer.generation.runners import Runner, SlotWork
+from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.runners.torch import Runner, SlotWork
 
 # Tokens read at once: the logits of 512 over GPT-2's vocabulary take 100 MB.
 _MAX_TOKENS_AT_ONCE = 512

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.arguments import EvaluateArguments
+from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.datasets.description import open_dataset
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
@@ -20,7 +20,7 @@ from full_stack_transformer.evaluation.perplexity import measure_perplexity
 from full_stack_transformer.evaluation.rounded_weights import measure_rounded_weights
 from full_stack_transformer.modelling.model_directory import find_model_directory, open_model
 from full_stack_transformer.tasks.catalogue import task_name_of
-from full_stack_transformer.tokenization import open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from full_stack_transformer.errors import ModelError, RequestError
-from full_stack_transformer.tokenization import DocumentTokenizer
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 # For a base model that has never seen a chat: the form in which texts report a conversation.
 _PLAIN_TEMPLATE = (

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from full_stack_transformer.arguments import GenerateArguments
+from full_stack_transformer.arguments.models import GenerateArguments
 from full_stack_transformer.errors import InputError, UsageError
 from full_stack_transformer.generation.continuation import TextPiece
 from full_stack_transformer.generation.interactive import Session

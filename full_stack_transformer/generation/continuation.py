@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from full_stack_transformer.generation.engine import FinishReason, TokenEvent
 from full_stack_transformer.generation.sampling import ScoredToken
-from full_stack_transformer.tokenization import DocumentTokenizer, TextStream
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.generation.guessing import guess_from_text
-from full_stack_transformer.generation.runners import Runner, SlotWork
+from full_stack_transformer.generation.runners.torch import Runner, SlotWork
 from full_stack_transformer.generation.sampling import (
     History,
     SamplingParameters,

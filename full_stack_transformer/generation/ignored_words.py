@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from full_stack_transformer.tokenization import DocumentTokenizer
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 
 class IgnoredWords:

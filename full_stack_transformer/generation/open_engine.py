@@ -9,12 +9,12 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import MachineError, ModelError
 from full_stack_transformer.generation.engine import Engine
-from full_stack_transformer.generation.native.decoder import (
+from full_stack_transformer.generation.runners.native.decoder import (
     NativeRunner,
     WeightsDtype,
     why_not_native,
 )
-from full_stack_transformer.generation.runners import Runner, SlotWork, TorchRunner
+from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
 from full_stack_transformer.modelling.backbones import context_length
 
 logger = logging.getLogger(__name__)

@@ -30,16 +30,16 @@ from full_stack_transformer.generation.continuation import (
 )
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
 from full_stack_transformer.generation.ignored_words import IgnoredWords
-from full_stack_transformer.generation.native.decoder import WeightsDtype
 from full_stack_transformer.generation.open_engine import open_engine
-from full_stack_transformer.generation.runners import TorchRunner
+from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.runners.torch import TorchRunner
 from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.modelling.model_directory import (
     OpenedModel,
     find_model_directory,
     open_model,
 )
-from full_stack_transformer.tokenization import DocumentTokenizer, TextStream
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 _MAX_RANDOM_SEED = 2**32
 _GREEDY = SamplingParameters(temperature=0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from full_stack_transformer.arguments import AverageCheckpointsArguments
+from full_stack_transformer.arguments.models import AverageCheckpointsArguments
 from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
 from full_stack_transformer.modelling.model_card import model_card

@@ -28,7 +28,10 @@ from full_stack_transformer.storage import (
     write_json,
     write_text,
 )
-from full_stack_transformer.tokenization import DocumentTokenizer, open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import (
+    DocumentTokenizer,
+    open_saved_tokenizer,
+)
 
 MODEL_DIRECTORY_NAME = "model"
 CARD_FILE_NAME = "README.md"

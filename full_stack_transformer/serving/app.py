@@ -25,10 +25,11 @@ from full_stack_transformer.errors import (
     ServiceUnavailableError,
     UnknownModelError,
 )
-from full_stack_transformer.serving.api_keys import ApiKeys
-from full_stack_transformer.serving.bodies import InvalidBodyError, body_schema, parse_body
-from full_stack_transformer.serving.engine_worker import EngineWorker
-from full_stack_transformer.serving.generation import (
+from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
+from full_stack_transformer.serving.http.guard import Guard, RequestFacts, error_response
+from full_stack_transformer.serving.http.keys import ApiKeys
+from full_stack_transformer.serving.http.prometheus import Metrics
+from full_stack_transformer.serving.routes.generation import (
     ClientGoneError,
     Wanted,
     check_room,
@@ -38,11 +39,9 @@ from full_stack_transformer.serving.generation import (
     token_requests,
     wait_for_texts,
 )
-from full_stack_transformer.serving.guard import Guard, RequestFacts, error_response
-from full_stack_transformer.serving.metrics import Metrics
-from full_stack_transformer.serving.models import ServedModels
-from full_stack_transformer.serving.openai import make_openai_router
-from full_stack_transformer.serving.playground_routes import make_playground_router
+from full_stack_transformer.serving.routes.openai import make_openai_router
+from full_stack_transformer.serving.routes.playground import make_playground_router
+from full_stack_transformer.serving.routes.tasks import make_task_router
 from full_stack_transformer.serving.schemas import (
     GeneratedTextsRequest,
     GeneratedTextsResponse,
@@ -50,8 +49,9 @@ from full_stack_transformer.serving.schemas import (
     Readiness,
     Version,
 )
-from full_stack_transformer.serving.task_routes import make_task_router
-from full_stack_transformer.serving.task_worker import TaskWorker
+from full_stack_transformer.serving.workers.engine_worker import EngineWorker
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.task_worker import TaskWorker
 
 # Every class of error that a request can end with, the most special first.
 STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = (

@@ -14,23 +14,23 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from full_stack_transformer import __version__
-from full_stack_transformer.arguments import ServeArguments
+from full_stack_transformer.arguments.serving import ServeArguments
 from full_stack_transformer.errors import MachineError
 from full_stack_transformer.modelling.model_directory import find_model_directory
-from full_stack_transformer.serving.api_keys import ApiKeys, read_api_keys
 from full_stack_transformer.serving.app import AppOptions, make_app
-from full_stack_transformer.serving.engine_worker import EngineWorker
-from full_stack_transformer.serving.metrics import Metrics
-from full_stack_transformer.serving.models import (
+from full_stack_transformer.serving.http.connections import protocol_with
+from full_stack_transformer.serving.http.json_log import log_json_lines
+from full_stack_transformer.serving.http.keys import ApiKeys, read_api_keys
+from full_stack_transformer.serving.http.prometheus import Metrics
+from full_stack_transformer.serving.workers.engine_worker import EngineWorker
+from full_stack_transformer.serving.workers.models import (
     OpeningOptions,
     ServedModel,
     ServedModels,
     open_served,
 )
-from full_stack_transformer.serving.protocol import protocol_with
-from full_stack_transformer.serving.request_log import log_json_lines
-from full_stack_transformer.serving.task_models import ServedTask
-from full_stack_transformer.serving.task_worker import MAX_BATCH_ROWS, TaskWorker
+from full_stack_transformer.serving.workers.task_models import ServedTask
+from full_stack_transformer.serving.workers.task_worker import MAX_BATCH_ROWS, TaskWorker
 
 logger = logging.getLogger(__name__)
 

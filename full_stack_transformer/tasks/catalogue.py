@@ -12,14 +12,14 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.backbones import load_backbone
-from full_stack_transformer.modelling.embedding_head import MODULES_FILE_NAME
+from full_stack_transformer.modelling.embedding.head import MODULES_FILE_NAME
 from full_stack_transformer.modelling.model_directory import (
     backbone_of_checkpoint,
     find_model_directory,
     resolve_device,
 )
 from full_stack_transformer.tasks.task import Task, TaskOptions
-from full_stack_transformer.tasks.tokenizers import open_tokenizer
+from full_stack_transformer.tokenization.transformers_tokenizer import open_tokenizer
 
 CAUSAL_LM, SENTENCE_EMBEDDING = "causal_lm", "sentence_embedding"
 # name -> module of this room, class; and how the name of a model's class ends that has such a head.

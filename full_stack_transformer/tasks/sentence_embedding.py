@@ -21,8 +21,8 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerFast
 
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.correlation import pearson, spearman
-from full_stack_transformer.modelling.embedding_head import Head, read_head, write_head
-from full_stack_transformer.modelling.embeddings import (
+from full_stack_transformer.modelling.embedding.head import Head, read_head, write_head
+from full_stack_transformer.modelling.embedding.pooling import (
     cosine_losses,
     needs_first_layer,
     simcse_losses,

@@ -35,21 +35,21 @@ from aiogram.types import (
 
 from full_stack_transformer.errors import InputError, MachineError, ServiceError
 from full_stack_transformer.serving.client import ServiceClient
-from full_stack_transformer.telegram.asks import Asks
-from full_stack_transformer.telegram.chats import Chats
-from full_stack_transformer.telegram.delivery import Courier, DiscreetSession
-from full_stack_transformer.telegram.intake import ALLOWED_UPDATES, Effects, Intake
+from full_stack_transformer.telegram.conversation.lanes import Chats
+from full_stack_transformer.telegram.conversation.voice import Voice
+from full_stack_transformer.telegram.conversation.writing import Writer
 from full_stack_transformer.telegram.monitoring import Metrics, serve_monitoring
 from full_stack_transformer.telegram.own_service import own_service
-from full_stack_transformer.telegram.pace import Pace
-from full_stack_transformer.telegram.policy import Policy
-from full_stack_transformer.telegram.polling import REFUSED_BY_TELEGRAM, poll
-from full_stack_transformer.telegram.settings import Settings
-from full_stack_transformer.telegram.store import Store
+from full_stack_transformer.telegram.sending.delivery import Courier, DiscreetSession
+from full_stack_transformer.telegram.sending.pace import Pace
+from full_stack_transformer.telegram.state.policy import Policy
+from full_stack_transformer.telegram.state.settings import Settings
+from full_stack_transformer.telegram.state.store import Store
 from full_stack_transformer.telegram.texts import LANGUAGES, Words
-from full_stack_transformer.telegram.voice import Voice
-from full_stack_transformer.telegram.webhook import serve_webhook
-from full_stack_transformer.telegram.writing import Writer
+from full_stack_transformer.telegram.updates.asks import Asks
+from full_stack_transformer.telegram.updates.intake import ALLOWED_UPDATES, Effects, Intake
+from full_stack_transformer.telegram.updates.polling import REFUSED_BY_TELEGRAM, poll
+from full_stack_transformer.telegram.updates.webhook import serve_webhook
 
 logger = logging.getLogger(__name__)
 

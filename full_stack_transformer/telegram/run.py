@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from full_stack_transformer.arguments import TelegramBotArguments
+from full_stack_transformer.arguments.serving import TelegramBotArguments
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.telegram.settings import MAX_LENGTH, Settings
+from full_stack_transformer.telegram.state.settings import MAX_LENGTH, Settings
 
 TOKEN_VARIABLE = "TELEGRAM_BOT_TOKEN"  # noqa: S105 - the name of the variable, no token
 SECRET_VARIABLE = "TELEGRAM_WEBHOOK_SECRET"  # noqa: S105 - as above

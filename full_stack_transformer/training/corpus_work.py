@@ -8,22 +8,22 @@ import pytorch_lightning as pl
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
 from full_stack_transformer.datasets.masking import Masking, make_masking
 from full_stack_transformer.datasets.text_bytes import bytes_per_target
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.modelling.backbones import new_backbone, pretrained_backbone
-from full_stack_transformer.tasks.tokenizers import (
+from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
+from full_stack_transformer.tokenization.transformers_tokenizer import (
     open_tokenizer,
     save_tokenizer,
 )
-from full_stack_transformer.tokenization import open_saved_tokenizer
-from full_stack_transformer.training.data import DatasetDataModule
+from full_stack_transformer.training.callbacks.sample_parameters import SampleParameters
+from full_stack_transformer.training.callbacks.text_samples import SampleTexts
+from full_stack_transformer.training.data.batches import DatasetDataModule
 from full_stack_transformer.training.masked import MaskedLanguageModelling
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.sample_parameters import SampleParameters
-from full_stack_transformer.training.samples import SampleTexts
 from full_stack_transformer.training.tasks import CausalLanguageModelling
 from full_stack_transformer.training.work import Work, place_for_tokenizer
 

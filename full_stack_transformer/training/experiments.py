@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import (
     DatasetError,
     FullStackTransformerError,
@@ -40,6 +40,10 @@ from full_stack_transformer.storage import (
     versions,
     write_json,
 )
+from full_stack_transformer.training.callbacks.text_samples import (
+    GENERATED_FILE_NAME,
+    drop_lines_after,
+)
 from full_stack_transformer.training.checkpoints import (
     LAST_FILE_NAME,
     FoundCheckpoint,
@@ -47,7 +51,6 @@ from full_stack_transformer.training.checkpoints import (
     link_checkpoint,
 )
 from full_stack_transformer.training.processes import is_main_process
-from full_stack_transformer.training.samples import GENERATED_FILE_NAME, drop_lines_after
 from full_stack_transformer.training.summary import SUMMARY_FILE_NAME
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from full_stack_transformer.errors import MissingExtraError
 from full_stack_transformer.tasks.task import Feature, Task
-from full_stack_transformer.training.data import Batch
+from full_stack_transformer.training.data.batches import Batch
 
 
 def to_hf_trainer(

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.tasks.task import Prediction, Row, Task
-from full_stack_transformer.training.data import Batch
+from full_stack_transformer.training.callbacks.profiling import FORWARD, LOSS
+from full_stack_transformer.training.data.batches import Batch
+from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.profiling import FORWARD, LOSS
-from full_stack_transformer.training.rows import BaseDataModule
 
 
 class LabelledRows(TrainingModule):

@@ -5,13 +5,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import IGNORED_LABEL
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.data import Batch
-from full_stack_transformer.training.meter import perplexity
+from full_stack_transformer.training.callbacks.meter import perplexity
+from full_stack_transformer.training.callbacks.profiling import FORWARD, LOSS
+from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.profiling import FORWARD, LOSS
 
 
 class MaskedLanguageModelling(TrainingModule):

@@ -3,12 +3,16 @@
 import dataclasses
 from typing import Any
 
-from full_stack_transformer.arguments import CORPUS_TASKS, RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.training import (
+    CORPUS_TASKS,
+    RunExperimentArguments,
+    TrainArguments,
+)
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.tasks.catalogue import TASKS, head_of, import_by_path, task_class
 from full_stack_transformer.tasks.task import Task
 from full_stack_transformer.training.corpus_work import LanguageModelWork
-from full_stack_transformer.training.rows import BaseDataModule, FileRows
+from full_stack_transformer.training.data.rows import BaseDataModule, FileRows
 from full_stack_transformer.training.rows_work import RowsWork
 from full_stack_transformer.training.work import Work
 

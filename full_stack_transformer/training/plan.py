@@ -7,7 +7,7 @@ Knows nothing of Lightning.
 from dataclasses import dataclass
 from typing import Self
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from full_stack_transformer.datasets.row_splits import Split
-from full_stack_transformer.datasets.rows import PLACE
 from full_stack_transformer.errors import RowError
+from full_stack_transformer.rows.files import PLACE
+from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.storage import write_json, write_text
 from full_stack_transformer.tasks.task import Prediction, Row, Task
 

@@ -7,23 +7,23 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
-from full_stack_transformer.datasets.row_splits import Split
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import RowError, UsageError
 from full_stack_transformer.modelling.backbones import new_backbone, pretrained_backbone
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
+from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.tasks.catalogue import open_task
 from full_stack_transformer.tasks.task import Task, TaskOptions
-from full_stack_transformer.tasks.tokenizers import (
+from full_stack_transformer.tokenization.transformers_tokenizer import (
     copy_tokenizer,
     open_tokenizer,
     special_token_ids,
     train_tokenizer,
 )
+from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.labelled import LabelledRows
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.results import write_results
-from full_stack_transformer.training.rows import BaseDataModule
 from full_stack_transformer.training.work import Work, place_for_tokenizer
 
 

@@ -16,14 +16,27 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
 from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
 from full_stack_transformer.storage import read_json, write_json
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.averaging import AveragedWeights
+from full_stack_transformer.training.callbacks.curves import RecordCurves
+from full_stack_transformer.training.callbacks.export import ExportModel
+from full_stack_transformer.training.callbacks.meter import Meter
+from full_stack_transformer.training.callbacks.moving_average import AveragedWeights
+from full_stack_transformer.training.callbacks.profiling import StepProfiler
+from full_stack_transformer.training.callbacks.progress import Progress
+from full_stack_transformer.training.callbacks.saving import SaveCheckpoints
+from full_stack_transformer.training.callbacks.stopping import (
+    NEVER,
+    CatchSignals,
+    FollowPlan,
+    InterruptedBySignalError,
+    StopWithoutImprovement,
+)
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
 from full_stack_transformer.training.experiments import (
     ARGUMENTS_FILE_NAME,
@@ -32,22 +45,9 @@ from full_stack_transformer.training.experiments import (
     open_experiment,
     write_arguments,
 )
-from full_stack_transformer.training.export import ExportModel
-from full_stack_transformer.training.meter import Meter
 from full_stack_transformer.training.open_work import open_own_work, open_work
 from full_stack_transformer.training.plan import Plan
 from full_stack_transformer.training.processes import is_main_process
-from full_stack_transformer.training.profiling import StepProfiler
-from full_stack_transformer.training.progress import Progress
-from full_stack_transformer.training.recording import RecordCurves
-from full_stack_transformer.training.saving import SaveCheckpoints
-from full_stack_transformer.training.stopping import (
-    NEVER,
-    CatchSignals,
-    FollowPlan,
-    InterruptedBySignalError,
-    StopWithoutImprovement,
-)
 from full_stack_transformer.training.summary import SUMMARY_FILE_NAME, summarize
 from full_stack_transformer.training.throughput import flops_per_token
 from full_stack_transformer.training.tuning import tune

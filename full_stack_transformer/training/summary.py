@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from full_stack_transformer.training.callbacks.meter import Meter
+from full_stack_transformer.training.callbacks.progress import duration
 from full_stack_transformer.training.figures import ValidationFigures
-from full_stack_transformer.training.meter import Meter
-from full_stack_transformer.training.progress import duration
 
 SUMMARY_FILE_NAME = "summary.json"
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.text_bytes import bits_per_byte
 from full_stack_transformer.modelling.acceleration import accelerate
 from full_stack_transformer.modelling.losses import (
@@ -12,10 +12,10 @@ from full_stack_transformer.modelling.losses import (
     next_token_loss,
 )
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.data import Batch
-from full_stack_transformer.training.meter import perplexity
+from full_stack_transformer.training.callbacks.meter import perplexity
+from full_stack_transformer.training.callbacks.profiling import FORWARD, LOSS
+from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.profiling import FORWARD, LOSS
 
 
 class CausalLanguageModelling(TrainingModule):

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torch import Tensor
 
-from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
-from full_stack_transformer.datasets.row_splits import Split
+from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.storage import make_directories, replace_directory, write_json
 from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
 from full_stack_transformer.tasks.task import Prediction, Row, Task
-from full_stack_transformer.training.data import Batch, BatchLoader, ValidationLoader
+from full_stack_transformer.training.data.batches import Batch, BatchLoader, ValidationLoader
+from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.open_work import open_own_work, open_work
 from full_stack_transformer.training.processes import is_main_process
-from full_stack_transformer.training.rows import BaseDataModule
 from full_stack_transformer.training.rows_work import RowsWork
 from full_stack_transformer.training.run import train_work
 from full_stack_transformer.training.work import Work

@@ -17,11 +17,11 @@ import pytorch_lightning as pl
 import torch
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import TrainingError, UsageError
-from full_stack_transformer.training.data import Batch, EpochDataModule
+from full_stack_transformer.training.callbacks.curves import resident_bytes
+from full_stack_transformer.training.data.batches import Batch, EpochDataModule
 from full_stack_transformer.training.optimization import make_optimizer
-from full_stack_transformer.training.recording import resident_bytes
 from full_stack_transformer.training.work import Work
 
 logger = logging.getLogger(__name__)

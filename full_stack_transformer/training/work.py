@@ -15,10 +15,10 @@ import pytorch_lightning as pl
 from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
-from full_stack_transformer.datasets.row_splits import Split
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.training.data import EpochDataModule
+from full_stack_transformer.rows.splits import Split
+from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.experiments import TOKENIZER_DIRECTORY_NAME
 from full_stack_transformer.training.module import TrainingModule
 

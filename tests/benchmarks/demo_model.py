@@ -19,7 +19,7 @@ from full_stack_transformer.datasets.collators import PaddedCollator
 from full_stack_transformer.datasets.description import open_dataset
 from full_stack_transformer.evaluation.perplexity import measure_perplexity
 from full_stack_transformer.modelling.losses import next_token_loss
-from full_stack_transformer.tokenization import open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 from full_stack_transformer.training.optimization import learning_rate_factor, make_optimizer
 
 

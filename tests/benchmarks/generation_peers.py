@@ -59,8 +59,11 @@ Generate = Callable[[Prompts, int], Generated]
 def load_ours(job: Job) -> Generate:
     """The engine, on the C++ decoder where it runs."""
     from full_stack_transformer.generation.engine import Engine, TokenRequest
-    from full_stack_transformer.generation.native.decoder import NativeRunner, why_not_native
-    from full_stack_transformer.generation.runners import Runner, TorchRunner
+    from full_stack_transformer.generation.runners.native.decoder import (
+        NativeRunner,
+        why_not_native,
+    )
+    from full_stack_transformer.generation.runners.torch import Runner, TorchRunner
     from full_stack_transformer.generation.sampling import SamplingParameters
 
     backbone = _load_backbone(job, dtype="float32")

@@ -45,7 +45,7 @@ def ours(directory: Path, batching: str) -> Epochs:
     from full_stack_transformer.datasets.batches import BatchPlan, LengthBatches, PackedBatches
     from full_stack_transformer.datasets.collators import PackedCollator, PaddedCollator
     from full_stack_transformer.datasets.corpus import Corpus
-    from full_stack_transformer.training.data import BatchLoader, Collator
+    from full_stack_transformer.training.data.batches import BatchLoader, Collator
 
     sizes = json.loads((directory / "sizes.json").read_text())
     corpus = Corpus(directory, **sizes)

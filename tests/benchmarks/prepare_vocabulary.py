@@ -22,7 +22,7 @@ _TRAINING_CHARACTERS = 4_000_000
 
 def train(documents: Path, directory: Path) -> dict[str, Any]:
     """Train a tokenizer on the beginning of `documents` and save it."""
-    from full_stack_transformer.tokenization import TrainedTokenizer
+    from full_stack_transformer.tokenization.document_tokenizer import TrainedTokenizer
 
     with documents.open(encoding="utf-8") as file:
         texts = file.read(_TRAINING_CHARACTERS).split(f"\n{END_OF_DOCUMENT}\n")

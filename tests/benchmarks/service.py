@@ -32,7 +32,10 @@ from typing import Any
 import httpx
 
 from full_stack_transformer.document_sources.python_docs import python_documents
-from full_stack_transformer.tokenization import DocumentTokenizer, open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import (
+    DocumentTokenizer,
+    open_saved_tokenizer,
+)
 from tests.benchmarks.service_files import write_model
 from tests.benchmarks.service_load import stream_with_clients
 

@@ -24,7 +24,7 @@ def write_model(directory: Path, texts: list[str], preset: str) -> None:
 
     from full_stack_transformer.modelling.backbones import new_backbone
     from full_stack_transformer.modelling.model_directory import save_model_directory
-    from full_stack_transformer.tokenization import TrainedTokenizer
+    from full_stack_transformer.tokenization.document_tokenizer import TrainedTokenizer
 
     tokenizer = TrainedTokenizer.train(texts, vocab_size=_VOCAB_SIZE)
     tokenizer.save(directory / "tokenizer", model_max_length=_CONTEXT_TOKENS)

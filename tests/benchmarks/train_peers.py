@@ -100,7 +100,7 @@ def _trainer_of(job: dict[str, Any], directory: str) -> Any:
     """The parts that `fst train` puts together, for the documents of the job."""
     from pathlib import Path
 
-    from full_stack_transformer.arguments import TrainArguments
+    from full_stack_transformer.arguments.training import TrainArguments
     from full_stack_transformer.datasets.corpus import CorpusWriter
 
     layers, width, heads, vocabulary, rows, tokens = SHAPES[job["shape"]]
@@ -141,7 +141,7 @@ def _data_and_task(job: dict[str, Any], directory: str) -> Any:
     from full_stack_transformer.datasets.description import DatasetDirectory
     from full_stack_transformer.modelling.acceleration import compile_layers
     from full_stack_transformer.modelling.backbones import new_backbone
-    from full_stack_transformer.training.data import DatasetDataModule
+    from full_stack_transformer.training.data.batches import DatasetDataModule
     from full_stack_transformer.training.tasks import CausalLanguageModelling
 
     arguments, counts, vocabulary, tokens = _trainer_of(job, directory)
@@ -183,8 +183,8 @@ def _ours(job: dict[str, Any]) -> None:
 
     import pytorch_lightning as pl
 
+    from full_stack_transformer.training.callbacks.stopping import NEVER
     from full_stack_transformer.training.run import _quieten_libraries
-    from full_stack_transformer.training.stopping import NEVER
 
     _quieten_libraries()
 

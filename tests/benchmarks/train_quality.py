@@ -23,13 +23,13 @@ from transformers import PreTrainedModel as Backbone
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run by its path, this script sees only its own directory
 
-from full_stack_transformer.arguments import TrainArguments  # noqa: E402
+from full_stack_transformer.arguments.training import TrainArguments  # noqa: E402
 from full_stack_transformer.datasets.description import (  # noqa: E402
     DatasetDirectory,
     open_dataset,
 )
 from full_stack_transformer.modelling.backbones import new_backbone  # noqa: E402
-from full_stack_transformer.training.data import DatasetDataModule  # noqa: E402
+from full_stack_transformer.training.data.batches import DatasetDataModule  # noqa: E402
 from full_stack_transformer.training.optimization import (  # noqa: E402
     learning_rate_factor,
     make_optimizer,

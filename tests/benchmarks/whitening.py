@@ -26,11 +26,11 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.document_sources.docstrings import Docstring, library_docstrings
 from full_stack_transformer.document_sources.task_rows import TaskRow, sentence_rows, side_of
 from full_stack_transformer.metrics.correlation import spearman
-from full_stack_transformer.modelling.embedding_head import Head
-from full_stack_transformer.modelling.embeddings import POOLING_MODES, PoolingMode
-from full_stack_transformer.modelling.sentence_encoder import SentenceEncoder
-from full_stack_transformer.modelling.whitening import fit_whitening
-from full_stack_transformer.tokenization import TrainedTokenizer
+from full_stack_transformer.modelling.embedding.encoder import SentenceEncoder
+from full_stack_transformer.modelling.embedding.head import Head
+from full_stack_transformer.modelling.embedding.pooling import POOLING_MODES, PoolingMode
+from full_stack_transformer.modelling.embedding.whitening import fit_whitening
+from full_stack_transformer.tokenization.document_tokenizer import TrainedTokenizer
 from tests.benchmarks.machine import commit, processor
 
 MAX_LENGTH = 48

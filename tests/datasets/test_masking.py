@@ -17,7 +17,10 @@ from full_stack_transformer.datasets.masking import (
     make_masking,
     word_continuations,
 )
-from full_stack_transformer.tokenization import TrainedTokenizer, open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import (
+    TrainedTokenizer,
+    open_saved_tokenizer,
+)
 
 
 def _masking(dataset: DatasetDirectory, *, whole_words: bool = False) -> Masking:

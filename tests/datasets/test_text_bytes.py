@@ -6,7 +6,7 @@ import pytest
 
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.datasets.text_bytes import bits_per_byte, bytes_per_target
-from full_stack_transformer.tokenization import open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 
 
 def test_a_target_has_the_bytes_of_its_text(dataset: DatasetDirectory) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from full_stack_transformer.arguments import VerifyDatasetArguments
+from full_stack_transformer.arguments.data import VerifyDatasetArguments
 from full_stack_transformer.datasets import verify
 from full_stack_transformer.datasets.verify import verify_dataset
 from full_stack_transformer.errors import DatasetError

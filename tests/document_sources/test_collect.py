@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer.arguments import CollectDocumentsArguments
+from full_stack_transformer.arguments.data import CollectDocumentsArguments
 from full_stack_transformer.document_sources import collect
 from full_stack_transformer.document_sources.documents import Document
 from full_stack_transformer.errors import FullStackTransformerError, MachineError, UsageError

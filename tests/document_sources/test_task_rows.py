@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from full_stack_transformer.arguments import CollectDocumentsArguments
+from full_stack_transformer.arguments.data import CollectDocumentsArguments
 from full_stack_transformer.document_sources import docstrings, task_rows
 from full_stack_transformer.document_sources.collect import collect_documents
 from full_stack_transformer.document_sources.docstrings import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer.arguments import EvaluateArguments
+from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.continued_texts import (

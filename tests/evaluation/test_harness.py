@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer.arguments import EvaluateArguments
+from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.errors import InputError, MissingExtraError, UsageError
 from full_stack_transformer.evaluation import harness
 from full_stack_transformer.evaluation.log_likelihoods import continuation_span, log_likelihoods
-from full_stack_transformer.generation.runners import TorchRunner
+from full_stack_transformer.generation.runners.torch import TorchRunner
 from full_stack_transformer.modelling.model_directory import open_model
 from tests.conftest import RunFst
 

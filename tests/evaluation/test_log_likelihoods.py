@@ -11,7 +11,7 @@ from full_stack_transformer.evaluation.log_likelihoods import (
     log_likelihoods,
     rolling_spans,
 )
-from full_stack_transformer.generation.runners import TorchRunner
+from full_stack_transformer.generation.runners.torch import TorchRunner
 from full_stack_transformer.modelling.model_directory import OpenedModel, open_model
 
 PAIRS = [

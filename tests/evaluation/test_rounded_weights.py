@@ -9,7 +9,7 @@ import pytest
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.evaluation.perplexity import measure_perplexity
 from full_stack_transformer.evaluation.rounded_weights import measure_rounded_weights
-from full_stack_transformer.generation.native.decoder import WeightsDtype, why_not_native
+from full_stack_transformer.generation.runners.native.decoder import WeightsDtype, why_not_native
 from full_stack_transformer.modelling.model_directory import open_model
 from tests.conftest import RunFst
 

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import torch
 
-import full_stack_transformer.datasets.prepare
+import full_stack_transformer.preparation.prepare
 import full_stack_transformer.training.run  # noqa: F401 (imported before the forks, so that it is paid once)
 from full_stack_transformer.__main__ import run
 from full_stack_transformer.training.checkpoints import LAST_FILE_NAME, find_checkpoint

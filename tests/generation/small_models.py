@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
-from full_stack_transformer.generation.native.decoder import NativeRunner, why_not_native
-from full_stack_transformer.generation.runners import Runner, SlotWork, TorchRunner
+from full_stack_transformer.generation.runners.native.decoder import NativeRunner, why_not_native
+from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
 from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.modelling.backbones import new_backbone
 

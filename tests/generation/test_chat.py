@@ -17,7 +17,10 @@ from full_stack_transformer.generation.chat import (
     ChatTemplate,
     load_chat_template,
 )
-from full_stack_transformer.tokenization import DocumentTokenizer, TrainedTokenizer
+from full_stack_transformer.tokenization.document_tokenizer import (
+    DocumentTokenizer,
+    TrainedTokenizer,
+)
 
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"
 # As ChatML has it.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from full_stack_transformer.arguments import GenerateArguments
+from full_stack_transformer.arguments.models import GenerateArguments
 from full_stack_transformer.errors import InputError, UsageError
 from full_stack_transformer.generation import command
 from full_stack_transformer.generation.chat import ChatMessage

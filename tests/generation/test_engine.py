@@ -14,7 +14,7 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.generation import engine as engine_module
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
-from full_stack_transformer.generation.runners import Runner, SlotWork, TorchRunner
+from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
 from full_stack_transformer.generation.sampling import SamplingParameters
 from tests.generation.small_models import (
     CONTEXT,

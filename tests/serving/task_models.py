@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from full_stack_transformer.tasks.tokenizers import save_tokenizer
-from full_stack_transformer.tokenization import load_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import load_tokenizer
+from full_stack_transformer.tokenization.transformers_tokenizer import save_tokenizer
 from tests.tasks.small_tasks import save_task, small_rows, small_task, small_tokenizer
 
 TASKS = (

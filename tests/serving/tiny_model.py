@@ -9,7 +9,7 @@ import torch
 
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
-from full_stack_transformer.tokenization import TrainedTokenizer
+from full_stack_transformer.tokenization.document_tokenizer import TrainedTokenizer
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.catalogue import task_class
 from full_stack_transformer.tasks.task import Row, Task, TaskOptions
-from full_stack_transformer.tasks.tokenizers import (
+from full_stack_transformer.tokenization.transformers_tokenizer import (
     open_tokenizer,
     special_token_ids,
     train_tokenizer,

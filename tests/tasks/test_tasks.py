@@ -13,7 +13,7 @@ from full_stack_transformer.modelling.model_directory import save_model_director
 from full_stack_transformer.tasks import token_labelling
 from full_stack_transformer.tasks.catalogue import open_task, task_class, task_name_of
 from full_stack_transformer.tasks.task import Row, Task, TaskOptions
-from full_stack_transformer.tasks.tokenizers import open_tokenizer
+from full_stack_transformer.tokenization.transformers_tokenizer import open_tokenizer
 from tests.tasks.small_tasks import TINY_ENCODER, are_close, save_task, small_rows, small_task
 
 _KINDS = {

@@ -186,7 +186,10 @@ def _become_bot(request: dict[str, object], run: object) -> None:
     assert isinstance(environment, dict)
     os.environ.clear()
     os.environ.update(environment)
-    from full_stack_transformer.telegram import bot, pace, policy, screen
+    from full_stack_transformer.telegram import bot
+    from full_stack_transformer.telegram.conversation import screen
+    from full_stack_transformer.telegram.sending import pace
+    from full_stack_transformer.telegram.state import policy
 
     # A busy machine answers late, and what is late here is not lost.
     bot._CALL_TIMEOUT_SECONDS = bot._SERVICE_CHECK_SECONDS = screen._MAX_CLOSING_SECONDS = 120.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer.arguments import TelegramBotArguments
+from full_stack_transformer.arguments.serving import TelegramBotArguments
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.telegram.run import (
     SECRET_VARIABLE,

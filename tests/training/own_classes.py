@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from full_stack_transformer.tasks.sequence_classification import SequenceClassification
-from full_stack_transformer.training.rows import BaseDataModule
+from full_stack_transformer.training.data.rows import BaseDataModule
 from tests.tasks.small_tasks import small_rows
 
 

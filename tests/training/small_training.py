@@ -13,14 +13,14 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.profilers import Profiler
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import OpenedModel
-from full_stack_transformer.tokenization import open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 from full_stack_transformer.training import throughput
-from full_stack_transformer.training.data import DatasetDataModule
-from full_stack_transformer.training.stopping import NEVER, FollowPlan
+from full_stack_transformer.training.callbacks.stopping import NEVER, FollowPlan
+from full_stack_transformer.training.data.batches import DatasetDataModule
 from full_stack_transformer.training.tasks import CausalLanguageModelling
 
 _FEW = {"limit_val_batches": 2.0, "batch_size": 4, "num_warmup_steps": 0}

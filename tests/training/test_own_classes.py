@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import transformers
 
-from full_stack_transformer.arguments import RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import MissingExtraError, ModelError, UsageError
 from full_stack_transformer.tasks.catalogue import open_task
 from full_stack_transformer.tasks.sequence_classification import SequenceClassification

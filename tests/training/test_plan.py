@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.training.plan import Plan
 
 _PER_EPOCH = 10

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from full_stack_transformer.training.data import Batch
+from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.tasks import CausalLanguageModelling
 from tests.training.training_here import GPT2_WITH_DROPOUT, TrainingHere
 

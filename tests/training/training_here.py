@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
-from full_stack_transformer.arguments import TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.training import metric_names, throughput
-from full_stack_transformer.training.data import Batch
+from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.labelled import LabelledRows
 from full_stack_transformer.training.masked import MaskedLanguageModelling
 from full_stack_transformer.training.module import TrainingModule

@@ -1,0 +1,1 @@
+"""The options of every command, by stage: a frozen dataclass each. Standard library only."""

@@ -1,0 +1,135 @@
+"""Options of the service and of the bot."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Literal
+
+from full_stack_transformer.arguments.checks import at_least, between, check_sampling
+from full_stack_transformer.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """Serve a model over HTTP, OpenAI-compatible; writes nothing."""
+
+    model: Path
+    """Model directory, experiment directory or .ckpt file."""
+    _: KW_ONLY
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface of the machine."""
+    port: int = 9228
+    """Port to listen on; 0 for any free one."""
+    served_model_name: str | None = None
+    """Name of the model for clients; without it the name of its experiment or directory."""
+    more_models: tuple[str, ...] = ()
+    """NAME=PATH of another model that is served beside; may be repeated."""
+    watch: bool = False
+    """When training writes a better model into the directory, serve that, between two requests."""
+    max_batch_size: int = 32
+    """Texts that are generated at once, of each model."""
+    max_queue_size: int = 64
+    """Texts that may wait, for each model; more are answered 429."""
+    max_length: int | None = None
+    """Tokens of prompt and answer together, at most; without it the model's context."""
+    weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Arithmetic of the weights. auto: bfloat16 where the hardware computes in it. int8: the fastest,
+    with a small loss of quality, which fst evaluate --weights_dtype int8 measures."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, mps."""
+    api_keys_file: Path | None = None
+    """File with a key on each line (or sha256: and its digest); the environment variable FST_API_KEYS adds
+    more, separated by commas. With keys, everything but /health and the page at / needs one."""
+    allowed_origins: tuple[str, ...] = ()
+    """Site whose web pages may ask from a browser, such as https://example.org; may be repeated; *: all."""
+    request_timeout_seconds: float = 600.0
+    """Time of a request in queue and slot, at most."""
+    header_timeout_seconds: float = 10.0
+    """Time in which the head of a request must arrive."""
+    body_timeout_seconds: float = 30.0
+    """Time in which the body of a request must arrive."""
+    max_body_bytes: int = 1_048_576
+    """Bytes of a body, at most."""
+    shutdown_seconds: float = 20.0
+    """After SIGTERM: time in which running requests may finish; the others end with an error then."""
+    log_format: Literal["text", "json"] = "text"
+    """json: log JSON lines, with one for each request: sizes, times and outcome, never texts."""
+    workers: int = 1
+    """Always 1: one process owns the device. For more, run several services behind a balancer."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        between(self, 0, 65535, "port")
+        at_least(self, 1, "max_batch_size", "max_body_bytes")
+        at_least(self, 0, "max_queue_size", "shutdown_seconds")
+        at_least(self, 0.01, "request_timeout_seconds", "header_timeout_seconds")
+        at_least(self, 0.01, "body_timeout_seconds")
+        if self.max_length is not None:
+            at_least(self, 2, "max_length")
+        for word in self.more_models:
+            name, _, path = word.partition("=")
+            if not name or not path:
+                raise UsageError(f"--more_models must be NAME=PATH, found {word!r}")
+        if self.workers != 1:
+            raise UsageError(
+                f"--workers {self.workers}: one process owns the device and generates for all requests "
+                "together, a second one would only compete with it; for more machines or devices run one "
+                "service on each, with --port, behind a balancer"
+            )
+
+
+@dataclass(frozen=True)
+class TelegramBotArguments:
+    """Answer Telegram messages with texts of a model; what is owed is kept in a database."""
+
+    _: KW_ONLY
+    service_url: str = "http://127.0.0.1:9228"
+    """Address of the service that `fst serve` printed, or of any OpenAI-compatible server such as vLLM.
+    The environment variable SERVICE_API_KEY holds its key where it wants one."""
+    checkpoint: Path | None = None
+    """Model directory, experiment directory or .ckpt file: the bot starts the service by itself."""
+    device: str = "auto"
+    """Where the service of --checkpoint computes: auto, cpu, cuda, mps."""
+    token_file: Path | None = None
+    """File that holds the bot's token; without it the environment variable TELEGRAM_BOT_TOKEN is read."""
+    telegram_api_base: str = "https://api.telegram.org"
+    """Address of the Bot API server, such as a local one."""
+    database: Path = Path("data/telegram_bot.sqlite3")
+    """SQLite file that holds what is owed, settings and conversations; one for each bot."""
+    mode: Literal["auto", "continue", "chat"] = "auto"
+    """What a chat does with a message before it changes its settings. auto: chat where the service says
+    that the model has a chat template, else continue."""
+    max_new_tokens: int = 80
+    """Tokens in a text, at most, before a chat changes it."""
+    temperature: float = 0.7
+    """Randomness, before a chat changes it: 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among the so many likeliest tokens; 0 for all."""
+    top_p: float = 0.95
+    """Choose among the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.1
+    """Divides the scores of tokens that already occurred; 1 for none."""
+    allowed_ids: tuple[int, ...] = ()
+    """Number of a user or chat that may use the bot; may be repeated. Without any, everybody may."""
+    admin_ids: tuple[int, ...] = ()
+    """Number of a user who may use the bot without limits, and let others in with /allow and /deny."""
+    max_tokens_per_day: int = 0
+    """New tokens for each user and day (UTC); 0 for no limit."""
+    webhook_url: str | None = None
+    """Public https address at which Telegram delivers updates; without it the bot polls. The environment
+    variable TELEGRAM_WEBHOOK_SECRET must hold a secret of at least 16 letters, digits, - or _."""
+    webhook_host: str = "127.0.0.1"
+    """Address to listen on for the webhook, behind a proxy that holds the certificate."""
+    webhook_port: int = 8443
+    """Port to listen on for the webhook; 0 for any free one."""
+    monitoring_port: int | None = None
+    """Port on 127.0.0.1 for /health and Prometheus /metrics; 0 for any free one, none without it."""
+    log_texts: bool = False
+    """Write prompts and texts to the log, and say so in /privacy; otherwise only their sizes."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        check_sampling(self)
+        at_least(self, 0, "top_k", "max_tokens_per_day")
+        between(self, 0, 65535, "webhook_port")
+        if self.monitoring_port is not None:
+            between(self, 0, 65535, "monitoring_port")

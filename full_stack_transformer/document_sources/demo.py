@@ -1,0 +1,206 @@
+"""`fst demo`: the whole road on this machine, each step a command that can be repeated by hand.
+
+    collect_documents -> prepare_dataset -> train -> evaluate -> generate -> serve, tensorboard
+
+What an earlier demo finished is used again, so it may be interrupted and typed again at any time. Runs the
+commands as processes and imports nothing heavy.
+"""
+
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from full_stack_transformer.arguments.data import DemoArguments
+from full_stack_transformer.errors import FullStackTransformerError, MachineError
+from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
+
+_SOURCE = "python_docs"
+_PROMPTS = ("This module provides", "Return a new list", "Raise an exception if the file")
+# What `fst train` writes when it ended by itself.
+_SUMMARY_FILE_NAME = "summary.json"
+_SECONDS_TO_START = 120.0
+
+
+class StepFailedError(FullStackTransformerError):
+    """A command of the demo failed; it has said why itself."""
+
+
+def run_demo(arguments: DemoArguments) -> int:
+    """Walk the road, show what was written, and serve until Ctrl-C.
+
+    Raises:
+        StepFailedError: a command failed.
+    """
+    started = time.perf_counter()
+    ports = (0, 0)
+    if arguments.serve:  # minutes before they are needed: a port in use is better said now
+        ports = (
+            _free_port(arguments.port, "--port"),
+            _free_port(arguments.tensorboard_port, "--tensorboard_port"),
+        )
+    documents = _collect(arguments.root / "documents")
+    dataset = _prepare(arguments.root / "datasets", documents)
+    experiment = _train(arguments, dataset)
+    _run("evaluate", str(experiment), str(dataset))
+    for prompt in _PROMPTS:
+        # Cooler than the default: a model this small finds words of its own otherwise.
+        sampling = ("--max_new_tokens", "80", "--temperature", "0.5", "--seed", "1")
+        _run("generate", str(experiment), "--prompt", prompt, *sampling)
+    minutes, seconds = divmod(time.perf_counter() - started, 60)
+    _say(
+        f"\nFrom documents to text in {minutes:.0f} min {seconds:.0f} s. What was written where:\n"
+    )
+    _say(_table(documents, dataset, experiment))
+    if not arguments.serve:
+        _say(f"\nTalk to it:  fst serve {experiment}\n")
+        return 0
+    return _serve(arguments, experiment, *ports)
+
+
+def _collect(root: Path) -> Path:
+    documents = root / _SOURCE
+    if (documents / "train.txt").is_file() and (documents / "valid.txt").is_file():
+        _say(f"\n{documents} is there already\n")
+    else:
+        _run("collect_documents", _SOURCE, "--documents_root", str(root))
+    return documents
+
+
+def _prepare(root: Path, documents: Path) -> Path:
+    if not versions(root, _SOURCE):
+        _run(
+            "prepare_dataset",
+            *("--documents_train_file", str(documents / "train.txt")),
+            *("--documents_valid_file", str(documents / "valid.txt")),
+            *("--datasets_root", str(root), "--dataset_name", _SOURCE),
+            *("--vocab_size", "4096", "--max_sample_length", "256"),
+        )
+    dataset = versions(root, _SOURCE)[-1]
+    assert (dataset / DESCRIPTION_FILE_NAME).is_file(), "a version is complete or absent"
+    return dataset
+
+
+def _train(arguments: DemoArguments, dataset: Path) -> Path:
+    root = arguments.root / "experiments"
+    finished = [path for path in versions(root, _SOURCE) if (path / _SUMMARY_FILE_NAME).is_file()]
+    if finished and not arguments.fresh:
+        _say(f"\n{finished[-1]} is trained already (train anew: fst demo --fresh)\n")
+        return finished[-1]
+    _run(
+        "train",
+        *("--dataset_dir", str(dataset)),
+        *("--experiments_root", str(root), "--experiment_name", _SOURCE),
+        *("--model_config", "mini", "--batch_size", "8", "--optimizer", "muon"),
+        *("--learning_rate", "4e-3", "--num_warmup_steps", "50", "--max_epochs", "-1"),
+        *("--max_minutes", f"{arguments.minutes:g}", "--val_check_interval", "300"),
+    )
+    return versions(root, _SOURCE)[-1]
+
+
+def _run(*words: str) -> None:
+    """Show a command, then run it."""
+    _say(f"\n$ fst {shlex.join(words)}\n")
+    exit_code = subprocess.run(_command(*words), check=False).returncode
+    if exit_code:
+        raise StepFailedError(
+            f"fst {words[0]} ended with exit code {exit_code}; the demo stops here"
+        )
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "full_stack_transformer", *words]
+
+
+def _free_port(port: int, flag: str) -> int:
+    """`port`, or a free one for 0."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise MachineError(
+                f"port {port} cannot be used: {error.strerror}; stop what uses it, or pass {flag}"
+            ) from error
+        return int(listener.getsockname()[1])
+
+
+def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_port: int) -> int:
+    """Start the service and TensorBoard, say where they are, and stay until Ctrl-C."""
+    commands = (
+        ("serve", str(experiment), "--port", str(port)),
+        (
+            "tensorboard",
+            str(arguments.root / "experiments"),
+            "--port",
+            str(tensorboard_port),
+        ),
+    )
+    processes = []
+    # SIGTERM ends it as Ctrl-C does, so that it leaves no orphans.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for words in commands:
+            _say(f"\n$ fst {shlex.join(words)}\n")
+            processes.append(subprocess.Popen(_command(*words)))
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_it_answers(f"{url}/health", processes[0])
+        tensorboard_url = f"http://127.0.0.1:{tensorboard_port}"
+        _wait_until_it_answers(tensorboard_url, processes[1])
+        _say(
+            f"\n  API            {url}/v1  (OpenAI-compatible)\n  API docs       {url}/docs\n"
+            f"  TensorBoard    {tensorboard_url}\n\n"
+            f'  curl {url}/generated_texts/ -d \'{{"seed_text": "This function"}}\'\n\nCtrl-C ends it.\n'
+        )
+        return processes[0].wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise StepFailedError(
+                f"the process for {url} ended with exit code {process.returncode}"
+            )
+        try:
+            httpx.get(url, timeout=5.0)
+            return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise MachineError(f"{url} does not answer after {_SECONDS_TO_START:.0f} s")
+
+
+def _table(documents: Path, dataset: Path, experiment: Path) -> str:
+    description = read_json(dataset / DESCRIPTION_FILE_NAME)
+    summary = read_json(experiment / _SUMMARY_FILE_NAME)
+    num_bytes = sum(path.stat().st_size for path in documents.glob("*.txt"))
+    rows = (
+        ("documents", documents, f"{num_bytes / 1e6:.1f} MB of text"),
+        (
+            "dataset",
+            dataset,
+            f"{description['number_of_train_tokens']:,} tokens in "
+            f"{description['number_of_train_samples']:,} samples",
+        ),
+        ("experiment", experiment, f"{summary['num_steps']:,} steps, curves, checkpoints"),
+        ("model", experiment / "model", f"validation loss {summary['best_validation_loss']:.3f}"),
+    )
+    width = max(len(str(path)) for _, path, _ in rows)
+    return "".join(f"  {name:<12}{path!s:<{width}}  {facts}\n" for name, path, facts in rows)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

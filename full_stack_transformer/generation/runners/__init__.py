@@ -1,0 +1,1 @@
+"""What computes logits for the engine: PyTorch, or the C++ decoder."""

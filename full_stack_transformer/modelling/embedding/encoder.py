@@ -1,0 +1,100 @@
+"""Texts to vectors: a transformer, its tokenizer, and the head that makes one vector of many.
+
+Opens the format of sentence-transformers. A directory without modules.json, such as that of a masked
+language model, is read with the mean over tokens, as that library does.
+"""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.errors import ModelError
+from full_stack_transformer.modelling.backbones import context_length, load_backbone
+from full_stack_transformer.modelling.embedding.head import Head, read_head
+from full_stack_transformer.modelling.embedding.pooling import needs_first_layer
+from full_stack_transformer.modelling.model_directory import find_model_directory, resolve_device
+
+
+class SentenceEncoder:
+    """A transformer, its tokenizer and a head, ready to compute.
+
+    Args:
+        backbone: without a head of its own, in evaluation mode.
+        tokenizer: the model's.
+        head: what makes one vector of many.
+        max_length: tokens of a text, at most; the rest is cut off.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerFast,
+        head: Head,
+        *,
+        max_length: int,
+    ) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.head = head
+        self.max_length = max_length
+        # What the model takes of what the tokenizer makes.
+        self._inputs = inspect.signature(backbone.forward).parameters.keys()
+
+    @property
+    def dimension(self) -> int:
+        """Width of an embedding."""
+        denses = self.head.denses
+        return len(denses[-1].weight) if denses else int(self.backbone.config.hidden_size)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
+        """A vector for each text, in their order: (texts, D)."""
+        found = np.zeros((len(texts), self.dimension), np.float32)
+        # Texts of similar length share a batch: less padding.
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            found[numbers] = self._encode_batch([texts[number] for number in numbers])
+        return found
+
+    def _encode_batch(self, texts: list[str]) -> NDArray[np.float32]:
+        encoding = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.backbone.device)
+        inputs = {name: tensor for name, tensor in encoding.items() if name in self._inputs}
+        uses_first = needs_first_layer(self.head.pooling)
+        outputs = self.backbone(**inputs, output_hidden_states=uses_first)
+        vectors = self.head(
+            outputs.last_hidden_state,
+            inputs["attention_mask"],
+            first=outputs.hidden_states[1] if uses_first else None,
+        )
+        array: NDArray[np.float32] = vectors.float().cpu().numpy()
+        return array
+
+
+def open_sentence_encoder(path: Path, *, device: str = "auto") -> SentenceEncoder:
+    """Open a model directory, or the one of an experiment, to embed texts with.
+
+    Raises:
+        ModelError: there is no model, weights are missing, or modules.json names what is not known here.
+    """
+    directory = find_model_directory(path)
+    backbone = load_backbone(str(directory), dtype=torch.float32, model_class=AutoModel)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"no tokenizer to embed texts with at {directory}: {reason}") from error
+    where = resolve_device(device)
+    head, max_length = read_head(directory, device=where)
+    longest = min(context_length(backbone.config), tokenizer.model_max_length)
+    return SentenceEncoder(
+        backbone.to(where).eval(), tokenizer, head, max_length=min(max_length or longest, longest)
+    )

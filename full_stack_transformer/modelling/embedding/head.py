@@ -1,0 +1,274 @@
+"""What follows on the transformer that embeds texts, and its files in the format of sentence-transformers.
+
+    config.json  model.safetensors  tokenizer.json …   the transformer
+    modules.json                                       what follows on what:
+    1_Pooling/config.json                              token vectors -> one vector
+    2_Dense/config.json, model.safetensors             an affine map, such as a whitening
+    3_Normalize/                                       length 1
+
+`SentenceTransformer(DIRECTORY)` opens such a directory too and gives the same vectors. The files are
+written with the names that every version from 3.0 on reads. Knows nothing of the transformer but its size.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from full_stack_transformer.errors import ModelError
+from full_stack_transformer.modelling.embedding.pooling import PoolingMode, needs_first_layer, pool
+from full_stack_transformer.modelling.embedding.whitening import Whitening
+from full_stack_transformer.storage import write_json, write_text
+
+MODULES_FILE_NAME = "modules.json"
+_TRANSFORMER_FILE_NAME = "sentence_bert_config.json"
+_MODEL_FILE_NAME = "config_sentence_transformers.json"
+_CONFIG_FILE_NAME = "config.json"
+_WEIGHTS_FILE_NAME = "model.safetensors"
+_TYPE_PREFIX = "sentence_transformers.models."
+# How the two libraries call the same thing; one of these keys is true.
+_POOLING_KEYS: dict[str, PoolingMode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+_POOLING_NAMES: dict[str, PoolingMode] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "lasttoken": "last",
+}
+_LINEAR = "torch.nn.modules.linear.Identity"
+_ACTIVATIONS = {_LINEAR: torch.nn.Identity(), "torch.nn.modules.activation.Tanh": torch.nn.Tanh()}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """x -> activation(x @ weight.T + bias)."""
+
+    weight: Tensor
+    """(width after, width before)"""
+    bias: Tensor | None
+    activation: str = _LINEAR
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """(B, width before) -> (B, width after)."""
+        moved: Tensor = _ACTIVATIONS[self.activation](
+            torch.nn.functional.linear(vectors, self.weight, self.bias)
+        )
+        return moved
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands between the transformer's token vectors and a text's vector."""
+
+    pooling: PoolingMode = "mean"
+    denses: tuple[Dense, ...] = ()
+    is_normalized: bool = False
+    """Whether vectors are brought to length 1."""
+
+    def __call__(
+        self, last: Tensor, attention_mask: Tensor, *, first: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, H) -> (B, D); the arguments are those of `embeddings.pool`."""
+        vectors = pool(last, attention_mask, self.pooling, first=first)
+        for dense in self.denses:
+            vectors = dense(vectors)
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.is_normalized else vectors
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A folder of a model directory."""
+
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def write_head(
+    directory: Path,
+    head: Head,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    max_length: int,
+) -> None:
+    """Add to a model directory the files that make it one of sentence-transformers.
+
+    Args:
+        directory: holds the transformer and its tokenizer.
+        head: what follows on the transformer.
+        hidden_size: width of the transformer.
+        num_layers: of the transformer.
+        max_length: tokens of a text, at most.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    transformer: dict[str, Any] = {"max_seq_length": max_length, "do_lower_case": False}
+    if needs_first_layer(head.pooling):
+        transformer["config_args"] = {"output_hidden_states": True}
+    modules = list(_modules(head, hidden_size, num_layers))
+    entries = [{"idx": 0, "name": "0", "path": "", "type": f"{_TYPE_PREFIX}Transformer"}]
+    for number, module in enumerate(modules, 1):
+        name = f"{number}_{module.kind}"
+        entries.append(
+            {"idx": number, "name": str(number), "path": name, "type": _TYPE_PREFIX + module.kind}
+        )
+        (directory / name).mkdir(exist_ok=True)
+        if module.config:
+            write_json(directory / name / _CONFIG_FILE_NAME, module.config)
+        if module.tensors:
+            save_file(module.tensors, directory / name / _WEIGHTS_FILE_NAME)
+    write_json(directory / _TRANSFORMER_FILE_NAME, transformer)
+    write_json(
+        directory / _MODEL_FILE_NAME,
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+    # The last, since it says that the others are there.
+    write_text(directory / MODULES_FILE_NAME, json.dumps(entries, indent=2) + "\n")
+
+
+def _modules(head: Head, hidden_size: int, num_layers: int) -> Iterator[_Module]:
+    """What stands behind the transformer, in order."""
+    pooling: PoolingMode = head.pooling
+    if needs_first_layer(head.pooling):
+        # The mean over tokens is linear: averaging the layers first gives the same.
+        config = {"layer_start": 0, "num_hidden_layers": num_layers}
+        yield _Module(
+            "WeightedLayerPooling",
+            {"word_embedding_dimension": hidden_size, **config},
+            {"layer_weights": _first_and_last(num_layers + 1)},
+        )
+        pooling = "mean"
+    modes = {key: name == pooling for key, name in _POOLING_KEYS.items()}
+    yield _Module("Pooling", {"word_embedding_dimension": hidden_size, **modes})
+    for dense in head.denses:
+        yield _Module("Dense", _dense_config(dense), _dense_tensors(dense))
+    if head.is_normalized:
+        yield _Module("Normalize")
+
+
+def whitening_dense(whitening: Whitening) -> Dense:
+    """(x - m) W as an affine map: the weight is W^T and the bias -m W, computed in fp64."""
+    return Dense(
+        weight=torch.from_numpy(whitening.kernel.T.astype(np.float32)).contiguous(),
+        bias=torch.from_numpy((-whitening.mean @ whitening.kernel).astype(np.float32)),
+    )
+
+
+def read_head(directory: Path, *, device: torch.device) -> tuple[Head, int | None]:
+    """What follows on the transformer, and the most tokens of a text where the files say so.
+
+    Raises:
+        ModelError: modules.json names a module that is not known here, or a file is damaged.
+    """
+    if not (directory / MODULES_FILE_NAME).is_file():
+        return Head(), None
+    try:
+        pooling: PoolingMode = "mean"
+        denses: list[Dense] = []
+        is_layered = is_normalized = False
+        for entry in json.loads((directory / MODULES_FILE_NAME).read_text("utf-8")):
+            folder, kind = directory / entry["path"], entry["type"].rpartition(".")[2]
+            if kind == "WeightedLayerPooling":
+                is_layered = _is_first_and_last(folder)
+            elif kind == "Pooling":
+                pooling = _pooling_of(_read(folder))
+            elif kind == "Dense":
+                denses.append(_open_dense(folder, device))
+            elif kind == "Normalize":
+                is_normalized = True
+            elif kind != "Transformer":
+                raise ValueError(f"the module {entry['type']} is not known here")
+        if is_layered and pooling != "mean":
+            raise ValueError(f"layers are averaged, but tokens pooled by {pooling}")
+        transformer = directory / _TRANSFORMER_FILE_NAME
+        max_length = _read(directory, transformer.name).get("max_seq_length")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{directory / MODULES_FILE_NAME} should describe a model of sentence-transformers: {error}"
+        ) from error
+    head = Head("first_last_avg" if is_layered else pooling, tuple(denses), is_normalized)
+    return head, max_length
+
+
+def _read(folder: Path, name: str = _CONFIG_FILE_NAME) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if (folder / name).is_file():
+        content = json.loads((folder / name).read_text("utf-8"))
+    return content
+
+
+def _pooling_of(config: dict[str, Any]) -> PoolingMode:
+    named = config.get("pooling_mode")
+    if named is None:
+        known = [key for key in config if key.startswith("pooling_mode_") and config[key]]
+        modes = [_POOLING_KEYS.get(key) for key in known] or ["mean"]
+    else:
+        names = [named] if isinstance(named, str) else list(named)
+        modes = [_POOLING_NAMES.get(name) for name in names]
+    if len(modes) != 1 or modes[0] is None:
+        raise ValueError(f"this pooling is not known here: {config}")
+    return modes[0]
+
+
+def _is_first_and_last(folder: Path) -> bool:
+    """Whether the layers are averaged as `first_last_avg` does; nothing else is known here."""
+    weights = load_file(folder / _WEIGHTS_FILE_NAME)["layer_weights"]
+    start = _read(folder)["layer_start"]
+    full = torch.cat([torch.zeros(start), weights])
+    if not torch.allclose(full / full.sum(), _first_and_last(len(full)) / 2):
+        raise ValueError("these weights of layers are not known here")
+    return True
+
+
+def _first_and_last(num_states: int) -> Tensor:
+    """Weights of the embeddings, the first layer … the last layer; one layer is both."""
+    weights = torch.zeros(num_states)
+    weights[1] += 1
+    weights[-1] += 1
+    return weights
+
+
+def _dense_config(dense: Dense) -> dict[str, Any]:
+    after, before = dense.weight.shape
+    return {
+        "in_features": before,
+        "out_features": after,
+        "bias": dense.bias is not None,
+        "activation_function": dense.activation,
+    }
+
+
+def _dense_tensors(dense: Dense) -> dict[str, Tensor]:
+    tensors = {"linear.weight": dense.weight.cpu()}
+    if dense.bias is not None:
+        tensors["linear.bias"] = dense.bias.cpu()
+    return tensors
+
+
+def _open_dense(folder: Path, device: torch.device) -> Dense:
+    config = _read(folder)
+    if config["activation_function"] not in _ACTIVATIONS or config.get("use_residual"):
+        raise ValueError(f"this Dense layer is not known here: {config}")
+    tensors = load_file(folder / _WEIGHTS_FILE_NAME, device=str(device))
+    return Dense(
+        tensors["linear.weight"].float(),
+        tensors["linear.bias"].float() if config.get("bias", True) else None,
+        config["activation_function"],
+    )

@@ -1,0 +1,1 @@
+"""Documents -> dataset directory. Writes the contract that `datasets` reads; never imports torch."""

@@ -1,0 +1,268 @@
+"""One pass over input files: their documents into the corpora of one or both halves.
+
+    files -> blocks --workers--> encoded blocks -> duplicates out -> train or valid -> samples -> corpus
+
+Everything that depends on the order of the documents happens here, in one thread.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from full_stack_transformer.arguments.data import PrepareDatasetArguments
+from full_stack_transformer.datasets.corpus import CorpusWriter, shorter_than_journal
+from full_stack_transformer.documents.blocks import Block, ReadingOptions
+from full_stack_transformer.documents.formats import format_of
+from full_stack_transformer.errors import DocumentsError
+from full_stack_transformer.preparation.encoding import DIGEST_BYTES, EncodedBlock, Workers
+from full_stack_transformer.preparation.journal import Journal, Progress, SplitState
+from full_stack_transformer.preparation.progress import ProgressLine
+from full_stack_transformer.preparation.samples import SampleWriter
+
+DIGESTS_FILE_NAME = "digests.bin"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Input files and what is made of them."""
+
+    name: str
+    """train or valid: the half that documents go to."""
+    files: list[Path]
+    validation_fraction: float = 0.0
+    """The part of the documents that goes to valid instead."""
+
+    @property
+    def splits(self) -> list[str]:
+        """The halves that this pass writes."""
+        return [self.name, "valid"] if self.validation_fraction else [self.name]
+
+
+def run_pass(
+    one: Pass,
+    directory: Path,
+    reading: ReadingOptions,
+    workers: Workers,
+    arguments: PrepareDatasetArguments,
+    journal: Journal,
+    *,
+    vocab_size: int,
+) -> dict[str, SplitState]:
+    """Write the corpora of a pass, from where the journal says, and return what they became."""
+    progress = journal.last.get(one.name) or Progress(
+        one.name, splits={split: SplitState() for split in one.splits}
+    )
+    if progress.is_done:
+        return progress.splits
+    with contextlib.ExitStack() as stack:
+        halves = _Halves(stack, directory, vocab_size, progress, arguments)
+        duplicates = None
+        if arguments.deduplicate == "exact":
+            duplicates = stack.enter_context(
+                contextlib.closing(_Duplicates(directory / DIGESTS_FILE_NAME, progress.num_digests))
+            )
+        line = stack.enter_context(ProgressLine(one.name, one.files))
+        _write_blocks(one, reading, workers, progress, halves, duplicates, journal, line)
+        # A finished pass is recorded after its files are complete, which leaving the stack does.
+    progress.is_done = True
+    journal.write(progress)
+    return progress.splits
+
+
+def _write_blocks(
+    one: Pass,
+    reading: ReadingOptions,
+    workers: Workers,
+    progress: Progress,
+    halves: "_Halves",
+    duplicates: "_Duplicates | None",
+    journal: Journal,
+    line: ProgressLine,
+) -> None:
+    while progress.file_number < len(one.files):
+        path = one.files[progress.file_number]
+        blocks = format_of(path, reading).blocks(
+            path, start=progress.position, continues=halves.has_open_document
+        )
+        line.begin_file(path, progress.position)
+        with contextlib.closing(blocks):
+            for encoded in workers.encode(_seen(blocks, line)):
+                halves.add(encoded, one, duplicates)
+                progress.position = encoded.block_end
+                if journal.is_due:
+                    progress.num_digests = duplicates.flush() if duplicates else 0
+                    halves.flush()
+                    journal.write(progress)
+        counts = progress.splits[one.name].documents
+        num_documents = counts.num_documents - progress.num_documents_before
+        _check_file(path, num_documents, reading, counts.num_bytes)
+        progress.file_number += 1
+        progress.position = 0
+        progress.num_documents_before = counts.num_documents
+
+
+def _seen(blocks: Iterator[Block], line: ProgressLine) -> Iterator[Block]:
+    for block in blocks:
+        line.advance_to(block.end)
+        yield block
+
+
+def _check_file(path: Path, num_documents: int, reading: ReadingOptions, num_bytes: int) -> None:
+    """Say what is wrong with a file that gave no document."""
+    if num_documents:
+        return
+    raise DocumentsError(
+        f"{path}: expected documents that end with a line {reading.end_of_document!r} (or the "
+        f"texts of .jsonl and .parquet files), found none in {num_bytes:,} bytes; end each document "
+        "with such a line, or pass --end_of_document"
+    )
+
+
+class _Halves:
+    """The corpora that a pass writes, and the state of each."""
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        directory: Path,
+        vocab_size: int,
+        progress: Progress,
+        arguments: PrepareDatasetArguments,
+    ) -> None:
+        self._states = progress.splits
+        self._corpora: dict[str, CorpusWriter] = {}
+        self._writers: dict[str, SampleWriter] = {}
+        for split, state in progress.splits.items():
+            self._corpora[split] = stack.enter_context(
+                CorpusWriter(
+                    directory / split,
+                    vocab_size,
+                    num_tokens=state.samples.num_tokens,
+                    num_samples=state.samples.num_samples,
+                )
+            )
+            self._writers[split] = SampleWriter(
+                self._corpora[split],
+                min_sample_length=arguments.min_sample_length,
+                max_sample_length=arguments.max_sample_length,
+                counts=state.samples,
+                open_document=state.open_document,
+            )
+
+    @property
+    def has_open_document(self) -> bool:
+        """Whether a document larger than a block is on its way."""
+        return any(state.open_document is not None for state in self._states.values())
+
+    def add(self, encoded: EncodedBlock, one: Pass, duplicates: "_Duplicates | None") -> None:
+        """Append the documents of a block to the halves that they belong to."""
+        counts = self._states[one.name].documents
+        counts.add(encoded.counts)
+        if encoded.drops_open_document:
+            self._writers[one.name].drop_open_document()
+        is_valid = _goes_to_valid(encoded, one.validation_fraction)
+        is_new = np.ones(len(encoded.lengths), dtype=bool)
+        if duplicates is not None:
+            is_new = duplicates.filter(encoded)
+            counts.num_duplicate_documents += int((~is_new).sum())
+        self._append(one.name, encoded, is_new & ~is_valid)
+        if is_valid.any():
+            self._append("valid", encoded, is_new & is_valid)
+            self._states["valid"].documents.num_documents += int((is_new & is_valid).sum())
+        for split, writer in self._writers.items():
+            self._states[split].samples = writer.counts
+            self._states[split].open_document = writer.open_document
+
+    def _append(self, split: str, encoded: EncodedBlock, is_wanted: NDArray[np.bool_]) -> None:
+        token_ids, lengths = encoded.token_ids, encoded.lengths
+        if not is_wanted.all():
+            token_ids = token_ids[np.repeat(is_wanted, lengths)]
+            lengths = lengths[is_wanted]
+        if len(lengths):
+            is_whole = split == "valid" and len(self._writers) > 1  # pieces always go to train
+            self._writers[split].add(
+                token_ids,
+                lengths,
+                continues=encoded.continues and not is_whole,
+                unfinished=encoded.unfinished and not is_whole,
+            )
+
+    def flush(self) -> None:
+        """Make what was appended durable."""
+        for corpus in self._corpora.values():
+            corpus.flush()
+
+
+def _goes_to_valid(encoded: EncodedBlock, fraction: float) -> NDArray[np.bool_]:
+    """Whether each document is among the fraction, by a hash of its text; a piece of one never is."""
+    if not fraction:
+        return np.zeros(len(encoded.lengths), dtype=bool)
+    limit = int(fraction * 2**64)
+    chosen = [int.from_bytes(digest[8:], "little") < limit for digest in encoded.digests]
+    return np.array(chosen, dtype=bool) & ~_is_piece(encoded)
+
+
+def _is_piece(encoded: EncodedBlock) -> NDArray[np.bool_]:
+    is_piece = np.zeros(len(encoded.lengths), dtype=bool)
+    if encoded.continues:
+        is_piece[0] = True
+    if encoded.unfinished:
+        is_piece[-1] = True
+    return is_piece
+
+
+class _Duplicates:
+    """Hashes of the texts so far; kept in a file beside the journal, for --resume.
+
+    128 bits: among 10^12 documents two different ones share a hash with a probability below 10^-14. A
+    document larger than a block arrives in pieces and is never taken for a duplicate.
+    """
+
+    def __init__(self, path: Path, num_known: int) -> None:
+        self._file = path.open("a+b")
+        if os.fstat(self._file.fileno()).st_size < num_known * DIGEST_BYTES:
+            raise shorter_than_journal(path)
+        self._file.truncate(num_known * DIGEST_BYTES)
+        self._file.seek(0)
+        known = self._file.read()
+        self._seen = {
+            known[start : start + DIGEST_BYTES] for start in range(0, len(known), DIGEST_BYTES)
+        }
+
+    def filter(self, encoded: EncodedBlock) -> NDArray[np.bool_]:
+        """Whether each document is new, and remember the new ones."""
+        is_piece = _is_piece(encoded)
+        is_new = np.ones(len(encoded.lengths), dtype=bool)
+        for number, digest in enumerate(encoded.digests):
+            if is_piece[number]:
+                continue
+            if digest in self._seen:
+                is_new[number] = False
+            else:
+                self._seen.add(digest)
+                self._file.write(digest)
+        return is_new
+
+    def flush(self) -> int:
+        """Make the hashes durable, and return how many there are."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return len(self._seen)
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
+        self._file.close()
+
+
+def counts_of(states: dict[str, SplitState]) -> dict[str, dict[str, int]]:
+    """The counts of each half, for the description."""
+    return {
+        split: {**dataclasses.asdict(state.documents), **dataclasses.asdict(state.samples)}
+        for split, state in states.items()
+    }

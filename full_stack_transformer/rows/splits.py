@@ -1,0 +1,93 @@
+"""Rows as train, valid and test: out of a directory, out of single files, or split by a hash."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from full_stack_transformer.documents.files import ending
+from full_stack_transformer.errors import RowError
+from full_stack_transformer.rows.fields import LABEL_NAMES
+from full_stack_transformer.rows.files import PLACE, ROW_ENDINGS, Row
+from full_stack_transformer.storage import file_facts, files_below
+
+Split = Literal["train", "valid", "test"]
+
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "valid": ("valid", "validation", "dev", "val"),
+    "test": ("test",),
+}
+_HASH_RANGE = 1 << 64
+# Rows with the same one of these stay together.
+GROUP_FIELD = "group"
+# Fields in which rows of the same texts differ: numbers of rows, and labels.
+_NO_TEXTS = LABEL_NAMES | {PLACE, "", "id", "idx", "index", "guid"}
+
+
+def find_splits(directory: Path) -> dict[Split, Path]:
+    """The files train.*, valid.* (or validation, dev) and test.* of a directory, or folders of these names.
+
+    Raises:
+        RowError: there is no training file.
+    """
+    found: dict[Split, Path] = {}
+    for split, names in _NAMES.items():
+        for path in sorted(directory.iterdir()):
+            is_rows = path.is_dir() or ending(path) in ROW_ENDINGS
+            if path.name.split(".")[0] in names and is_rows:
+                found.setdefault(split, path)
+    if "train" not in found:
+        raise RowError(
+            f"{directory} should hold train with one of the endings {', '.join(ROW_ENDINGS)}, or a folder "
+            f"train; found {', '.join(sorted(path.name for path in directory.iterdir())[:8]) or 'nothing'}"
+        )
+    return found
+
+
+def split_by_hash(rows: Iterable[Row], parts: Sequence[float], *, seed: int = 0) -> list[list[Row]]:
+    """The rows in as many lists as `parts`, each about such a part of them.
+
+    Where a row goes depends on its texts (or its group) and the seed alone: equal rows stay together, and
+    others that are added or taken away move none.
+    """
+    total, borders = 0.0, []
+    for part in parts:
+        total += part
+        borders.append(total)
+    lists: list[list[Row]] = [[] for _ in parts]
+    for row in rows:
+        place = _hash(row, seed) / _HASH_RANGE * total
+        number = next(
+            n for n, border in enumerate(borders) if place < border or n + 1 == len(parts)
+        )
+        lists[number].append(row)
+    return lists
+
+
+def num_repeated(known: Iterable[Row], *others: Iterable[Row]) -> list[int]:
+    """How many of each of the others have the texts, or the group, of a known row."""
+    hashes = {_hash(row, 0) for row in known}
+    return [sum(_hash(row, 0) in hashes for row in rows) for rows in others]
+
+
+def describe_rows(path: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of what rows are read from, for a description."""
+    if path.is_file():
+        return {"name": path.name, **file_facts(path)}
+    digest = hashlib.sha256()
+    files = files_below(path)
+    for file in files:
+        facts = file_facts(file)
+        digest.update(f"{file.relative_to(path)} {facts['sha256']}\n".encode())
+    return {"name": path.name, "number_of_files": len(files), "sha256": digest.hexdigest()}
+
+
+def _hash(row: Row, seed: int) -> int:
+    key = row.get(GROUP_FIELD)
+    if key is None:
+        key = {name: value for name, value in row.items() if name not in _NO_TEXTS}
+    text = json.dumps([seed, key], ensure_ascii=False, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

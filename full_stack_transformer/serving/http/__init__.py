@@ -1,0 +1,1 @@
+"""Connections, keys, limits, logs and metrics of the service. Knows no model."""

@@ -1,0 +1,230 @@
+"""What stands around the whole application: keys, pages of other sites, headers, the log of requests.
+
+    request -> id -> key? -> page of another site? -> application -> security headers -> log line, metrics
+
+Denies by default: what is open without a key is a list of exact paths. Logs sizes, times and outcomes, never
+texts. Pure ASGI, so that streams pass through it piece by piece.
+"""
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from full_stack_transformer.errors import AccessError
+from full_stack_transformer.serving.http.keys import ApiKeys
+from full_stack_transformer.serving.http.prometheus import Metrics
+from full_stack_transformer.serving.routes.playground import playground_files
+from full_stack_transformer.serving.schemas import ErrorDetail, ErrorResponse
+from full_stack_transformer.serving.workers.engine_worker import Ticket
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset(("/health",))
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PREFLIGHT_SECONDS = b"600"
+_PAGES = ("/docs", "/redoc")
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+# The documentation page has a script of its own inside it.
+_PAGE_POLICY = (
+    b"content-security-policy",
+    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    b"img-src 'self' data:; frame-ancestors 'none'",
+)
+
+
+@dataclass
+class RequestFacts:
+    """What is known of one request; handlers add to it."""
+
+    request_id: str
+    started: float
+    key: str | None = None
+    status: int = 0
+    num_bytes: int = 0
+    error_kind: str | None = None
+    tickets: list[Ticket] = field(default_factory=list)
+
+
+class Guard:
+    """Wraps an application.
+
+    Args:
+        app: the application.
+        keys: what opens it.
+        allowed_origins: sites whose pages may ask from a browser; "*" for all.
+        metrics: counts answers.
+        early_answer: an answer to a POST to a path while nothing can be taken there; what it costs decides
+            how many requests too many the service stands.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        allowed_origins: Sequence[str],
+        metrics: Metrics,
+        early_answer: Callable[[str, RequestFacts], Response | None],
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._open_paths = OPEN_PATHS.union(playground_files())
+        self._origins = frozenset(allowed_origins)
+        self._metrics = metrics
+        self._early_answer = early_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = Headers(scope=scope)
+        facts = RequestFacts(_request_id(headers), time.monotonic())
+        scope.setdefault("state", {})["facts"] = facts
+        cross_origin = self._cross_origin_headers(headers)
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                facts.status = message["status"]
+                own = message.get("headers", [])
+                policy = _PAGE_POLICY if scope["path"].startswith(_PAGES) else _POLICY
+                # What a route says of itself, such as the playground of its scripts, goes before.
+                named = {name for name, _ in own}
+                message["headers"] = [
+                    *own,
+                    *(header for header in (*_HEADERS, policy) if header[0] not in named),
+                    (b"x-request-id", facts.request_id.encode()),
+                    *cross_origin,
+                ]
+            elif message["type"] == "http.response.body":
+                facts.num_bytes += len(message.get("body", b""))
+            await send(message)
+
+        self._metrics.on_task(1)
+        try:
+            answer = self._preflight(scope, headers) or self._refusal(scope, headers, facts)
+            if answer is None and scope["method"] == "POST":
+                answer = self._early_answer(scope["path"], facts)
+            await (answer or self._app)(scope, receive, send_guarded)
+        finally:
+            self._metrics.on_task(-1)
+            self._note(scope, facts)
+
+    def _refusal(self, scope: Scope, headers: Headers, facts: RequestFacts) -> Response | None:
+        """The answer to a request that may not pass."""
+        if not self._is_from_allowed_page(scope, headers):
+            facts.error_kind = "permission_error"
+            return error_response(
+                403, "permission_error", AccessError("pages of this site may not ask here")
+            )
+        if self._keys.is_open:
+            return None
+        # Several such headers are none: which of them counts would be a guess.
+        given = headers.getlist("authorization")
+        facts.key = self._keys.find(given[0].encode("latin-1")) if len(given) == 1 else None
+        is_open = scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD")
+        if is_open or facts.key is not None:
+            return None
+        facts.error_kind = "authentication_error"
+        response = error_response(
+            401,
+            "authentication_error",
+            AccessError("this service needs a key: send it as `Authorization: Bearer KEY`"),
+            code="invalid_api_key",
+        )
+        response.headers["www-authenticate"] = "Bearer"
+        return response
+
+    def _is_from_allowed_page(self, scope: Scope, headers: Headers) -> bool:
+        """Browsers name the site of the page that asks; a page of another site must not, unless allowed."""
+        origin = headers.get("origin")
+        if origin is None or "*" in self._origins or origin in self._origins:
+            return True
+        return origin == f"{scope['scheme']}://{headers.get('host', '')}"
+
+    def _cross_origin_headers(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        origin = headers.get("origin")
+        if origin is None or not ("*" in self._origins or origin in self._origins):
+            return []
+        allowed = b"*" if "*" in self._origins else origin.encode("latin-1")
+        return [(b"access-control-allow-origin", allowed), (b"vary", b"origin")]
+
+    def _preflight(self, scope: Scope, headers: Headers) -> Response | None:
+        """The answer to a browser that asks whether it may ask."""
+        if scope["method"] != "OPTIONS" or "access-control-request-method" not in headers:
+            return None
+        if not self._cross_origin_headers(headers):
+            return None
+        allowed = {
+            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-headers": "authorization, content-type, x-request-id",
+            "access-control-max-age": _PREFLIGHT_SECONDS.decode(),
+        }
+        return Response(status_code=204, headers=allowed)
+
+    def _note(self, scope: Scope, facts: RequestFacts) -> None:
+        """One line and the counters; a request without an answer is one whose client went away."""
+        route = getattr(scope.get("route"), "path", "none")
+        self._metrics.forget(facts.tickets)
+        self._metrics.on_answer(route, facts.status or 499, facts.error_kind)
+        logger.debug("request", extra={"facts": _line(route, scope, facts)})
+
+
+def _line(route: str, scope: Scope, facts: RequestFacts) -> dict[str, Any]:
+    times = [ticket.times for ticket in facts.tickets]
+    started = [one.started - one.submitted for one in times if one.started]
+    first = [one.first_token - one.submitted for one in times if one.first_token]
+    return {
+        "request_id": facts.request_id,
+        "key": facts.key,
+        "method": scope["method"] if scope["method"].isalpha() else "other",
+        "route": route,
+        "model": facts.tickets[0].model_name if facts.tickets else None,
+        "status": facts.status or 499,
+        "error": facts.error_kind,
+        "seconds": round(time.monotonic() - facts.started, 6),
+        "seconds_in_queue": round(max(started), 6) if started else None,
+        "seconds_to_first_token": round(min(first), 6) if first else None,
+        "num_texts": len(times),
+        "prompt_tokens": sum(len(ticket.request.prompt_ids) for ticket in facts.tickets),
+        "new_tokens": sum(ticket.continuation.num_tokens for ticket in facts.tickets),
+        "answer_bytes": facts.num_bytes,
+    }
+
+
+def error_response(
+    status: int,
+    kind: str,
+    error: Exception,
+    *,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    """An answer in OpenAI's shape."""
+    parameter = getattr(error, "parameter", None)
+    detail = ErrorDetail(message=str(error), type=kind, code=code, param=parameter)
+    body = ErrorResponse(error=detail).model_dump()
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)

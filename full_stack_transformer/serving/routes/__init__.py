@@ -1,0 +1,1 @@
+"""What each URL takes and answers. Knows no socket."""

@@ -1,0 +1,122 @@
+"""Vectors of texts: `/v1/embeddings`, and what `/embed` and `/similarity` need.
+
+A model for sentence embeddings gives its own. One that generates gives the mean of what it makes of a text's
+tokens; the token that begins a document is the same in all texts, and counts where there is no other.
+"""
+
+import base64
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from torch import Tensor
+
+from full_stack_transformer.errors import RequestError
+from full_stack_transformer.serving.http.bodies import InvalidBodyError
+from full_stack_transformer.serving.routes.generation import encode, unless_gone
+from full_stack_transformer.serving.schemas import EmbeddingRequest
+from full_stack_transformer.serving.workers.models import AnyServed, ServedModel, ServedModels
+from full_stack_transformer.serving.workers.task_models import ServedTask
+
+EMBEDDING = "sentence_embedding"
+
+
+def find_embedding(models: ServedModels, name: str | None) -> AnyServed:
+    """The model of that name; without one the first for embeddings, else the first that generates.
+
+    Raises:
+        UnknownModelError: there is none.
+        RequestError: it is for another task.
+    """
+    found = models.find_any(name)
+    if name is None:
+        those: list[AnyServed] = [
+            model for model in models.of_tasks if model.opened.name == EMBEDDING
+        ]
+        found = next(iter([*those, *models.generating]), found)
+    return found if isinstance(found, ServedModel) else models.find_task(found.name, EMBEDDING)
+
+
+async def answer_embeddings(request: Request, body: EmbeddingRequest, model: AnyServed) -> Response:
+    """A vector of length one for each text.
+
+    Raises:
+        RequestError: it can never be given.
+        ServiceUnavailableError: not now.
+    """
+    vectors, num_tokens = await embed(request, model, _inputs(body))
+    width = vectors.shape[-1]
+    if body.dimensions not in (None, width):
+        raise InvalidBodyError(f"dimensions: this model's vectors have {width}", "dimensions")
+    vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": _written(vector, body)}
+                for index, vector in enumerate(vectors)
+            ],
+            "model": model.name,
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+        }
+    )
+
+
+async def embed(
+    request: Request, model: AnyServed, inputs: Sequence[str | list[int]]
+) -> tuple[Tensor, int]:
+    """Vectors (texts, hidden) of any length, and the number of tokens that were read.
+
+    Raises:
+        RequestError: it can never be given.
+        ServiceUnavailableError: not now.
+    """
+    deadline = time.monotonic() + request.app.state.request_timeout_seconds
+    if isinstance(model, ServedTask):
+        return await _embed_by_task(request, model, inputs, deadline)
+    worker = request.app.state.worker
+    worker.check_room(model.engine, 1)
+    token_ids = [await encode(model, text) for text in inputs]
+    longest = max(map(len, token_ids))
+    if longest > model.engine.max_length:
+        raise RequestError(
+            f"the model's context is {model.engine.max_length} tokens, but a text has {longest}; shorten it"
+        )
+    states = await unless_gone(
+        request.receive, worker.hidden_states(model.name, model.engine, token_ids, deadline)
+    )
+    begin_id = model.tokenizer.begin_id
+    words = [
+        one[1:] if ids[0] == begin_id and len(ids) > 1 else one
+        for one, ids in zip(states, token_ids, strict=True)
+    ]
+    means = torch.stack([one.float().mean(dim=0) for one in words])
+    return means, sum(map(len, token_ids))
+
+
+async def _embed_by_task(
+    request: Request, model: ServedTask, inputs: Sequence[str | list[int]], deadline: float
+) -> tuple[Tensor, int]:
+    rows = [{"text": text} for text in inputs if isinstance(text, str)]
+    if len(rows) < len(inputs):
+        raise InvalidBodyError("input: this model reads texts, not token ids", "input")
+    found = await unless_gone(
+        request.receive,
+        request.app.state.task_worker.predict(model.name, model.opened, rows, deadline),
+    )
+    return torch.tensor([one["embedding"] for one in found.predictions]), found.num_tokens
+
+
+def _inputs(body: EmbeddingRequest) -> Sequence[str | list[int]]:
+    given: Any = body.input
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+def _written(vector: Tensor, body: EmbeddingRequest) -> list[float] | str:
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+    values: list[float] = vector.tolist()
+    return values

@@ -1,0 +1,367 @@
+"""The one thread that owns the engines: a bounded queue in front, pieces of text out to asyncio.
+
+    handlers --submit--> queue --> thread: add, step, cancel --one call_soon_threadsafe a step--> mailboxes
+
+One thread steps the engines of all models in turn: they share the device. Knows nothing of HTTP.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from full_stack_transformer.errors import (
+    FullStackTransformerError,
+    RequestError,
+    ServiceUnavailableError,
+)
+from full_stack_transformer.generation.continuation import Continuation
+from full_stack_transformer.generation.engine import Engine, FinishReason, TokenEvent, TokenRequest
+from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.serving.workers.thread import WorkerThread, busy, call_on, settle
+
+logger = logging.getLogger(__name__)
+
+_MODEL_FAILED = "the model failed on this request"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step did for one continuation; the last one has a finish reason."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    num_tokens: int = 0
+    scored: tuple[ScoredToken, ...] = ()
+    scored_prompt: tuple[ScoredToken, ...] = ()
+    problem: FullStackTransformerError | None = None
+    """Why the continuation ends with "error"."""
+
+
+class Mailbox:
+    """Pieces of the continuations of one HTTP request, with their numbers; read on the event loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._arrived: list[tuple[int, Piece]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, number: int, piece: Piece) -> None:
+        """Called on the event loop."""
+        self._arrived.append((number, piece))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[tuple[int, Piece]]:
+        """What has arrived since the last time, at least one piece; for one reader."""
+        if not self._arrived:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+
+@dataclass
+class Times:
+    """When things happened to a continuation, by time.monotonic(); 0 before they did."""
+
+    submitted: float = 0.0
+    started: float = 0.0
+    first_token: float = 0.0
+    ended: float = 0.0
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One continuation on its way through the worker."""
+
+    model_name: str
+    engine: Engine
+    request: TokenRequest
+    continuation: Continuation
+    mailbox: Mailbox
+    number: int
+    deadline: float
+    """By time.monotonic()."""
+    times: Times = field(default_factory=Times)
+    is_cancelled: bool = False
+
+
+@dataclass(eq=False)
+class _Reading:
+    """Sequences whose hidden states are wanted; one is read between two steps."""
+
+    model_name: str
+    engine: Engine
+    sequences: list[Sequence[int]]
+    answer: "asyncio.Future[list[Tensor]]"
+    deadline: float
+    states: list[Tensor] = field(default_factory=list)
+
+
+class EngineWorker(WorkerThread):
+    """Owns the thread; every method may be called from the event loop.
+
+    Args:
+        max_queue_size: continuations of one model that may wait.
+        on_piece: told of each piece on the event loop, before it is read; for metrics.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_queue_size: int,
+        on_piece: Callable[[Ticket, Piece], None] = lambda ticket, piece: None,
+    ) -> None:
+        super().__init__("engine")
+        self._max_queue_size = max_queue_size
+        self._on_piece = on_piece
+        self._waiting: deque[Ticket] = deque()
+        self._readings: deque[_Reading] = deque()
+        self._running: dict[tuple[Engine, int], Ticket] = {}
+        self._seconds_per_ticket = 1.0
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Continuations that wait for a slot."""
+        return len(self._waiting) + len(self._readings)
+
+    @property
+    def num_running(self) -> int:
+        """Continuations in slots."""
+        return len(self._running)
+
+    def count(self, model_name: str) -> tuple[int, int]:
+        """Continuations of a model in slots, and what waits for one."""
+        running = tuple(self._running.values())
+        waiting = [one.model_name for one in tuple(self._waiting)]
+        waiting += [one.model_name for one in tuple(self._readings)]
+        return [one.model_name for one in running].count(model_name), waiting.count(model_name)
+
+    def check_room(self, engine: Engine, num_tickets: int) -> None:
+        """Refuse what would not be taken now; cheap, for before the work of tokenizing.
+
+        Raises:
+            RequestError: so many are never taken at once.
+            ServiceBusyError: the queue is full.
+            ServiceUnavailableError: the service is stopping.
+        """
+        self.check_is_taking()
+        most = self._max_queue_size + engine.num_slots
+        if num_tickets > most:
+            raise RequestError(
+                f"at most {most} texts are generated at once, {num_tickets} were asked for"
+            )
+        num_ahead = sum(1 for ticket in tuple(self._waiting) if ticket.engine is engine)
+        num_ahead += sum(1 for key in tuple(self._running) if key[0] is engine)
+        num_ahead += len(self._readings)
+        if num_ahead + num_tickets > most:
+            rounds = max(1, num_ahead - engine.num_slots) / engine.num_slots
+            raise busy(
+                f"{num_ahead} requests are under way or waiting; try again later",
+                rounds * self._seconds_per_ticket,
+            )
+
+    def submit(self, tickets: list[Ticket]) -> None:
+        """Queue continuations of one model, all of them or none.
+
+        Raises:
+            ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`.
+        """
+        now = time.monotonic()
+        with self._wake:
+            self.check_room(tickets[0].engine, len(tickets))
+            for ticket in tickets:
+                ticket.times.submitted = now
+            self._waiting.extend(tickets)
+            self._wake.notify()
+
+    async def hidden_states(
+        self,
+        model_name: str,
+        engine: Engine,
+        sequences: list[Sequence[int]],
+        deadline: float,
+    ) -> list[Tensor]:
+        """What the model makes of each token of each sequence, (tokens, hidden).
+
+        Raises:
+            ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`, or the model failed.
+        """
+        answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
+        reading = _Reading(model_name, engine, sequences, answer, deadline)
+        with self._wake:
+            self.check_room(engine, 1)
+            self._readings.append(reading)
+            self._wake.notify()
+        return await answer
+
+    def cancel(self, tickets: list[Ticket]) -> None:
+        """End continuations nobody waits for: those in slots before the next step."""
+        with self._wake:
+            for ticket in tickets:
+                ticket.is_cancelled = True
+            waiting = [ticket for ticket in self._waiting if not ticket.is_cancelled]
+            if len(waiting) < len(self._waiting):
+                self._waiting = deque(waiting)
+            self._wake.notify()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while self._take_in():
+            try:
+                self._read_one()
+                self._step()
+            except Exception:
+                # One broken step must not leave every later client waiting for ever.
+                logger.exception("a generation step failed; its requests are ended")
+                self._end_all(ServiceUnavailableError(_MODEL_FAILED))
+
+    def _take_in(self) -> bool:
+        """Wait for work, end what is cancelled or late, fill free slots; false when it is time to leave."""
+        late: list[Ticket] = []
+        with self._wake:
+            while not (self._waiting or self._running or self._readings):
+                if self._is_stopping:
+                    return False
+                self._wake.wait()
+            for key in [key for key, ticket in self._running.items() if ticket.is_cancelled]:
+                self._release(key)
+            now = time.monotonic()
+            if now >= self._stop_at:
+                late = list(self._waiting)
+                self._waiting.clear()
+            elif self._waiting and min(ticket.deadline for ticket in self._waiting) <= now:
+                late = [ticket for ticket in self._waiting if ticket.deadline <= now]
+                self._waiting = deque(ticket for ticket in self._waiting if ticket.deadline > now)
+            self._fill_slots(now)
+        if now >= self._stop_at:
+            self._end_all(ServiceUnavailableError("the service is stopping"), late)
+            return True
+        self._end_late(now, late)
+        return True
+
+    def _fill_slots(self, now: float) -> None:
+        passed: list[Ticket] = []
+        while self._waiting:
+            ticket = self._waiting.popleft()
+            if not ticket.engine.num_free_slots:
+                passed.append(ticket)
+                continue
+            ticket.times.started = now
+            self._running[ticket.engine, ticket.engine.add(ticket.request)] = ticket
+        self._waiting.extend(passed)
+
+    def _end_late(self, now: float, late: list[Ticket]) -> None:
+        for key in [key for key, ticket in self._running.items() if ticket.deadline <= now]:
+            late.append(self._running[key])
+            self._release(key)
+        if late:
+            problem = ServiceUnavailableError("the request took longer than the service allows")
+            self._deliver([(ticket, Piece("", "error", problem=problem)) for ticket in late])
+
+    def _read_one(self) -> None:
+        """Read one sequence for hidden states, where a slot is free."""
+        for reading in tuple(self._readings):
+            if reading.answer.cancelled():
+                self._readings.remove(reading)
+            elif time.monotonic() >= min(reading.deadline, self._stop_at):
+                problem = ServiceUnavailableError(
+                    "the service is stopping or the request took too long"
+                )
+                self._finish_reading(reading, problem)
+            elif reading.engine.num_free_slots:
+                try:
+                    sequence = reading.sequences[len(reading.states)]
+                    reading.states += reading.engine.hidden_states([sequence])
+                except FullStackTransformerError as error:
+                    self._finish_reading(reading, error)
+                    return
+                except Exception:
+                    # Left where it is, it would be tried again for ever.
+                    logger.exception("reading for hidden states failed; its request is ended")
+                    self._finish_reading(reading, ServiceUnavailableError(_MODEL_FAILED))
+                    return
+                if len(reading.states) == len(reading.sequences):
+                    self._finish_reading(reading, None)
+                else:
+                    self._readings.rotate(-1)
+                return
+
+    def _finish_reading(self, reading: _Reading, problem: Exception | None) -> None:
+        self._readings.remove(reading)
+        settle(reading.answer, reading.states if problem is None else problem)
+
+    def _step(self) -> None:
+        deliveries: list[tuple[Ticket, Piece]] = []
+        for engine in dict.fromkeys(engine for engine, _ in self._running):
+            events: dict[int, list[TokenEvent]] = {}
+            for event in engine.step():
+                events.setdefault(event.request_id, []).append(event)
+            for request_id, some in events.items():
+                ticket = self._running[engine, request_id]
+                piece = _piece_of(ticket.continuation, some)
+                if piece.finish_reason is not None:
+                    self._release((engine, request_id))
+                    self._note_end(ticket)
+                ticket.times.first_token = ticket.times.first_token or time.monotonic()
+                deliveries.append((ticket, piece))
+        if deliveries:
+            self._deliver(deliveries)
+
+    def _note_end(self, ticket: Ticket) -> None:
+        ticket.times.ended = time.monotonic()
+        taken = ticket.times.ended - ticket.times.started
+        self._seconds_per_ticket += 0.1 * (taken - self._seconds_per_ticket)
+
+    def _end_all(self, problem: FullStackTransformerError, others: Sequence[Ticket] = ()) -> None:
+        tickets = [*self._running.values(), *others]
+        for key in list(self._running):
+            self._release(key)
+        self._deliver([(ticket, Piece("", "error", problem=problem)) for ticket in tickets])
+
+    def _release(self, key: tuple[Engine, int]) -> None:
+        key[0].cancel(key[1])
+        del self._running[key]
+
+    def _deliver(self, deliveries: list[tuple[Ticket, Piece]]) -> None:
+        """Hand pieces over to the event loops of their readers: one call a loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Piece]]] = {}
+        for delivery in deliveries:
+            by_loop.setdefault(delivery[0].mailbox.loop, []).append(delivery)
+        for loop, some in by_loop.items():
+            call_on(loop, lambda some=some: self._put(some))  # type: ignore[misc]
+
+    def _put(self, deliveries: list[tuple[Ticket, Piece]]) -> None:
+        for ticket, piece in deliveries:
+            self._on_piece(ticket, piece)
+            ticket.mailbox.put(ticket.number, piece)
+
+
+def _piece_of(continuation: Continuation, events: list[TokenEvent]) -> Piece:
+    """All that a step did for one continuation; what comes after its end is ignored."""
+    text = ""
+    scored: list[ScoredToken] = []
+    scored_prompt: list[ScoredToken] = []
+    num_before = continuation.num_tokens
+    reason: FinishReason | None = None
+    for event in events:
+        released = continuation.push(event)
+        text += released.text
+        if event.scored is not None:
+            scored.append(event.scored)
+        scored_prompt += event.scored_prompt
+        reason = released.finish_reason
+        if reason is not None:
+            break
+    problem = None
+    if reason == "error":
+        problem = ServiceUnavailableError("the model computed scores that are no numbers")
+    num_tokens = continuation.num_tokens - num_before
+    return Piece(text, reason, num_tokens, tuple(scored), tuple(scored_prompt), problem)

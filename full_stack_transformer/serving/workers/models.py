@@ -1,0 +1,295 @@
+"""The models that are served, by name; `--watch` replaces one between requests.
+
+A request keeps the model it began with, so a replaced one lives until its last request has ended.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from full_stack_transformer.errors import (
+    FullStackTransformerError,
+    ModelError,
+    RequestError,
+    UnknownModelError,
+)
+from full_stack_transformer.generation.chat import ChatTemplate, load_chat_template
+from full_stack_transformer.generation.engine import Engine, TokenRequest
+from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.sampling import SamplingParameters
+from full_stack_transformer.generation.text_generator import find_end_ids
+from full_stack_transformer.modelling.model_directory import (
+    OpenedModel,
+    find_model_directory,
+    open_model,
+)
+from full_stack_transformer.serving.routes.token_texts import TokenTexts
+from full_stack_transformer.serving.schemas import ServedModelFacts
+from full_stack_transformer.serving.workers.facts import facts_of
+from full_stack_transformer.serving.workers.task_models import ServedTask, open_served_task
+from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
+from full_stack_transformer.tasks.catalogue import CAUSAL_LM, task_name_of
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LOOKS = 2.0
+_MAX_TRIES_TO_OPEN = 5
+
+
+@dataclass(frozen=True)
+class OpeningOptions:
+    """How every model is opened."""
+
+    device: str
+    num_slots: int
+    weights_dtype: Literal["auto"] | WeightsDtype
+    max_length: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """One model, ready to generate."""
+
+    name: str
+    path: Path
+    signature: object
+    """Tells one content of the directory from the next."""
+    tokenizer: DocumentTokenizer
+    description: dict[str, Any]
+    engine: Engine
+    chat_template: ChatTemplate
+    end_ids: frozenset[int]
+    """Tokens that end a text."""
+    turn_end_ids: frozenset[int]
+    """Tokens that end an answer in a chat, beside those."""
+    loaded_at: int
+    num_swaps: int = 0
+
+    @property
+    def facts(self) -> ServedModelFacts:
+        """What people may know of it."""
+        return facts_of(
+            self,
+            context_tokens=self.engine.max_length,
+            computed_by=self.engine.computed_by,
+            has_chat_template=not self.chat_template.is_plain,
+            control_tokens=self.tokenizer.control_tokens,
+        )
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Texts of single tokens."""
+        return TokenTexts(self.tokenizer)
+
+
+AnyServed = ServedModel | ServedTask
+
+
+class ServedModels:
+    """Models by name, at least one; the first is the default."""
+
+    def __init__(self, models: Sequence[AnyServed], options: OpeningOptions) -> None:
+        self._models: dict[str, AnyServed] = {model.name: model for model in models}
+        self._options = options
+        if len(self._models) < len(models):
+            names = ", ".join(model.name for model in models)
+            raise ModelError(f"every model needs a name of its own, found {names}; use NAME=PATH")
+
+    @property
+    def first(self) -> AnyServed:
+        """The first of the command line."""
+        return next(iter(self._models.values()))
+
+    @property
+    def all(self) -> list[AnyServed]:
+        """Every model, in the order of the command line."""
+        return list(self._models.values())
+
+    @property
+    def generating(self) -> list[ServedModel]:
+        """Those that continue texts."""
+        return [model for model in self.all if isinstance(model, ServedModel)]
+
+    @property
+    def of_tasks(self) -> list[ServedTask]:
+        """Those of other tasks."""
+        return [model for model in self.all if isinstance(model, ServedTask)]
+
+    def find(self, name: str | None) -> ServedModel:
+        """The generating model of that name; the first one without a name.
+
+        Raises:
+            UnknownModelError: there is none.
+            RequestError: it is for another task.
+        """
+        found = next(iter(self.generating), self.first) if name is None else self.find_any(name)
+        if isinstance(found, ServedTask):
+            raise RequestError(
+                f"{found.name} is a model for {found.opened.name}, it does not continue texts; /docs "
+                "names the routes"
+            )
+        return found
+
+    def find_task(self, name: str | None, task: str) -> ServedTask:
+        """The model of that name for a task; the first one of the task without a name.
+
+        Raises:
+            UnknownModelError: there is none.
+            RequestError: it is for another task.
+        """
+        those = [model for model in self.of_tasks if model.opened.name == task]
+        found = next(iter(those), self.first) if name is None else self.find_any(name)
+        if isinstance(found, ServedModel) or found.opened.name != task:
+            other = CAUSAL_LM if isinstance(found, ServedModel) else found.opened.name
+            raise RequestError(
+                f"{found.name} is a model for {other}; this route needs one for {task}"
+            )
+        return found
+
+    def find_any(self, name: str | None) -> AnyServed:
+        """The model of that name; the first one without a name.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+        if name is None:
+            return self.first
+        found = self._models.get(name)
+        if found is None:
+            raise UnknownModelError(
+                f"no model of this name is served; there are: {', '.join(self._models)[:300]}"
+            )
+        return found
+
+    async def watch(self) -> None:
+        """Replace models whose directory has changed, for ever."""
+        failed: dict[str, object] = {}
+        while True:
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+            for model in self.all:
+                signature = _signature(model.path)
+                if signature in (model.signature, None) or failed.get(model.name) == signature:
+                    continue
+                try:
+                    new = await asyncio.to_thread(
+                        open_served, model.name, model.path, self._options
+                    )
+                except (
+                    Exception
+                ) as error:  # the old model goes on, whatever is wrong with the new one
+                    failed[model.name] = signature
+                    logger.warning("the new model at %s cannot be served: %s", model.path, error)
+                    continue
+                self._models[model.name] = new = _as_successor(new, model.num_swaps + 1)
+                logger.info("now serving %s at step %s", new.name, new.facts.step)
+
+
+def _as_successor(model: AnyServed, num_swaps: int) -> AnyServed:
+    return dataclasses.replace(model, num_swaps=num_swaps)
+
+
+def open_served(name: str | None, path: Path, options: OpeningOptions) -> AnyServed:
+    """Open a model and check that its parts agree; one that generates makes a token.
+
+    Raises:
+        ModelError: it cannot be opened, or its parts do not agree.
+    """
+    for _ in range(_MAX_TRIES_TO_OPEN):
+        before = _signature(path)
+        served = _open_any(name, path, options, before)
+        # Training may have replaced the directory between two of its files.
+        if _signature(path) == before:
+            return served
+    raise ModelError(f"{path} changes faster than it can be opened; try again later")
+
+
+def _open_any(
+    name: str | None, path: Path, options: OpeningOptions, signature: object
+) -> AnyServed:
+    if task_name_of(find_model_directory(path)) == CAUSAL_LM:
+        return _open_once(name, path, options, signature)
+    return open_served_task(
+        *(name, path, signature), device=options.device, weights_dtype=options.weights_dtype
+    )
+
+
+def _open_once(
+    name: str | None, path: Path, options: OpeningOptions, signature: object
+) -> ServedModel:
+    opened = open_model(path, device=options.device)
+    engine = open_engine(
+        opened.backbone,
+        num_slots=options.num_slots,
+        weights_dtype=options.weights_dtype,
+        max_length=options.max_length,
+    )
+    template = load_chat_template(find_model_directory(path))
+    _check_end_ids(opened, path)
+    _make_one_token(opened, engine, path)
+    return ServedModel(
+        name=name or opened.name,
+        path=path,
+        signature=signature,
+        tokenizer=opened.tokenizer,
+        description=opened.description,
+        engine=engine,
+        chat_template=template,
+        end_ids=find_end_ids(opened),
+        turn_end_ids=template.stop_ids(opened.tokenizer),
+        loaded_at=int(time.time()),
+    )
+
+
+def _check_end_ids(opened: OpenedModel, path: Path) -> None:
+    """Compare what the generation settings name as the end of a text with tokenizer and weights.
+
+    Raises:
+        ModelError: the settings name ids that the model does not have.
+    """
+    tokenizer = opened.tokenizer
+    num_embeddings = opened.backbone.get_input_embeddings().num_embeddings
+    settings: Any = opened.backbone.generation_config
+    named = getattr(settings, "eos_token_id", None)
+    ids = frozenset([named] if isinstance(named, int) else named or ())
+    wrong = sorted(one for one in ids if not 0 <= one < num_embeddings)
+    if wrong:
+        raise ModelError(
+            f"{path}: generation_config.json names the end tokens {wrong[:5]}, the model has "
+            f"{num_embeddings:,} embeddings; they do not belong together"
+        )
+    if ids and tokenizer.end_id not in ids:
+        logger.warning(
+            "%s: the tokenizer ends a text with %d, generation_config.json with %s; both end a text here",
+            *(path, tokenizer.end_id, sorted(ids)),
+        )
+
+
+def _make_one_token(opened: OpenedModel, engine: Engine, path: Path) -> None:
+    """What is broken is better known before the first request; and this warms up what is slow once."""
+    prompt = opened.tokenizer.encode_prompt("A")[: engine.max_length - 1]
+    engine.add(TokenRequest(prompt, 1, SamplingParameters(temperature=0), seed=0))
+    while engine.num_running:
+        for event in engine.step():
+            if event.finish_reason == "error":
+                raise ModelError(f"{path}: the model computes NaN or infinite scores; it is broken")
+
+
+def _signature(path: Path) -> object:
+    """Changes whenever a model directory is replaced; none while there is no model."""
+    try:
+        directory = find_model_directory(path)
+        stats = [directory.stat()]
+        description = directory / DESCRIPTION_FILE_NAME
+        stats += [description.stat()] if description.is_file() else []
+        stats += [path.stat()] if path.is_file() else []
+    except (OSError, FullStackTransformerError):
+        return None
+    return tuple((one.st_ino, one.st_mtime_ns) for one in stats)

@@ -1,0 +1,1 @@
+"""What survives the process: the SQLite database, and what it holds."""

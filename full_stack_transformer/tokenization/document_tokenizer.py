@@ -1,0 +1,422 @@
+"""Text <-> token ids: the built-in tokenizers, training one, decoding a stream.
+
+A `DocumentTokenizer` wraps a raw `tokenizers.Tokenizer` and adds what a corpus needs: the tokens that
+frame a document. Text never becomes a control token, whatever it contains. Knows nothing of files of
+documents and of models, and never imports torch.
+
+How to implement a new tokenizer: subclass `DocumentTokenizer`, override `load` (where the vocabulary
+comes from) and, where the text is to be changed before encoding, `normalize`; then name the class:
+`--tokenizer_cls_name my_module.MyTokenizer`.
+"""
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+
+from full_stack_transformer.errors import TokenizerError, UsageError
+from full_stack_transformer.tokenization.encoders import is_plain_byte_level
+
+BEGIN_OF_DOCUMENT = "[DOC_START]"
+END_OF_DOCUMENT = "[DOC_END]"
+PADDING = "[PAD]"
+
+_CONFIG_FILE_NAME = "tokenizer_config.json"
+_TOKENIZER_FILE_NAME = "tokenizer.json"
+# What stands in a text for bytes that are no character.
+_BROKEN = "\ufffd"
+# Key in tokenizer_config.json under which our own class is remembered.
+_CLASS_KEY = "full_stack_transformer_cls_name"
+
+
+class DocumentTokenizer:
+    """Text <-> token ids, with the tokens that begin and end a document and that pad a batch."""
+
+    hub_name: str | None = None
+    """Where `load` looks when no path is given."""
+    text_before: str = ""
+    """Encoded with the text of a document, before it."""
+    text_after: str = ""
+    """Encoded with the text of a document, after it."""
+
+    def __init__(self, backend: Tokenizer, *, begin: str, end: str, pad: str) -> None:
+        # Lost whenever a tokenizer is saved or copied, so it is set here, where all pass.
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.begin, self.end, self.pad = begin, end, pad
+        self.begin_id = self._id_of(begin)
+        self.end_id = self._id_of(end)
+        self.pad_id = self._id_of(pad)
+
+    @classmethod
+    def load(cls, path: str | None) -> Self:
+        """Open a directory or hub name; its own begin and end tokens frame a document.
+
+        Raises:
+            TokenizerError: there is no tokenizer at `path`, or it names no begin and end token.
+        """
+        directory = _local_directory(path, cls.hub_name)
+        backend = _read_backend(directory)
+        config = _read_config(directory)
+        begin = _first_named(config, ("bos_token", "cls_token", "eos_token"))
+        end = _first_named(config, ("eos_token", "sep_token", "bos_token"))
+        if begin is None or end is None:
+            raise TokenizerError(
+                f"the tokenizer at {directory} names no begin or end token (bos_token, eos_token, "
+                f"cls_token, sep_token in {_CONFIG_FILE_NAME}); name them there, or write a class with "
+                "its own and pass --tokenizer_cls_name"
+            )
+        pad = _first_named(config, ("pad_token",)) or end
+        return cls(backend, begin=begin, end=end, pad=pad)
+
+    def normalize(self, text: str) -> str:
+        """The text of a document, or of its beginning, as it is to be learned."""
+        return text
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether two parts of a text, cut between words, encode to what the whole does."""
+        is_unchanged = type(self).normalize is DocumentTokenizer.normalize
+        return is_unchanged and is_plain_byte_level(self.backend)
+
+    def after_decoding(self, text: str) -> str:
+        """The text that a reader sees, from what the tokens spell."""
+        return text
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each document, framed by the begin and the end token."""
+        prepared = [f"{self.text_before}{self.normalize(text)}{self.text_after}" for text in texts]
+        encodings = self.backend.encode_batch_fast(prepared, add_special_tokens=False)
+        return [[self.begin_id, *encoding.ids, self.end_id] for encoding in encodings]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of the beginning of a document: the begin token and `text`, without an end."""
+        prepared = f"{self.text_before}{self.normalize(text)}" if text else ""
+        return [self.begin_id, *self.backend.encode(prepared, add_special_tokens=False).ids]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as it is: not normalized, without any framing."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def split_markup(self, text: str) -> list[int | str]:
+        """What a chat template wrote: ids of the control tokens that it names, and the texts between them."""
+        encoding = self._markup_backend.encode(text, add_special_tokens=False)
+        pieces: list[int | str] = []
+        end = 0
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self._control_ids:
+                pieces += [text[end:start], token_id]
+                end = stop
+        return [piece for piece in [*pieces, text[end:]] if piece != ""]
+
+    @cached_property
+    def _markup_backend(self) -> Tokenizer:
+        # A backend of its own: the flag is a setting of the whole object, and other threads encode texts.
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the tokens; control tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return self.backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def leaves_out(self, token_id: int) -> bool:
+        """Whether `decode` skips this id: a control token, or none of the vocabulary."""
+        return token_id in self._control_ids or self.backend.id_to_token(token_id) is None
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """Names of the control tokens, in the order of their ids."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in sorted(self._control_ids)]
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of SentencePiece's tokens for single bytes, where the decoder knows them."""
+        sample = self.backend.token_to_id("<0x41>")
+        if sample is None or self.decode([sample]) != "A":
+            return frozenset()
+        ids = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of ids: the largest id and one."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _id_of(self, token: str) -> int:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise TokenizerError(f"the tokenizer has no token {token!r} in its vocabulary")
+        return int(token_id)
+
+    def save(self, directory: Path, *, model_max_length: int) -> None:
+        """Write what `transformers.AutoTokenizer` and `tokenizers.Tokenizer` both open."""
+        directory.mkdir(parents=True, exist_ok=True)
+        # Not by the backend, which reports a full disk as a bare Exception.
+        content = self.backend.to_str(pretty=True)
+        (directory / _TOKENIZER_FILE_NAME).write_text(content, encoding="utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.begin,
+            "eos_token": self.end,
+            "pad_token": self.pad,
+            "model_max_length": model_max_length,
+            "clean_up_tokenization_spaces": False,
+            # Text of a prompt must not become a control token in transformers either.
+            "split_special_tokens": True,
+            _CLASS_KEY: class_name(type(self)),
+        }
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (directory / _CONFIG_FILE_NAME).write_text(text, encoding="utf-8")
+
+
+class GPT2Tokenizer(DocumentTokenizer):
+    """GPT-2's vocabulary with three tokens appended; a document is framed by them and by spaces.
+
+    The space before the text gives its first word the token that it has inside a sentence.
+    """
+
+    hub_name = "openai-community/gpt2"
+    text_before = " "
+    text_after = " "
+
+    @classmethod
+    def load(cls, path: str | None) -> Self:
+        """Open GPT-2's vocabulary and append begin, end and padding."""
+        backend = _read_backend(_local_directory(path, cls.hub_name))
+        return cls(
+            _with_control_tokens(backend), begin=BEGIN_OF_DOCUMENT, end=END_OF_DOCUMENT, pad=PADDING
+        )
+
+    def after_decoding(self, text: str) -> str:
+        """Without the space before the end of the document."""
+        return text.removesuffix(" ")
+
+
+class TrainedTokenizer(DocumentTokenizer):
+    """A byte-level BPE trained on one's own documents: every text can be encoded and decoded."""
+
+    @classmethod
+    def train(cls, documents: Iterable[str], *, vocab_size: int) -> Self:
+        """Train on the documents, which are read once; deterministic."""
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.decoder = decoders.ByteLevel()
+        control_tokens = [BEGIN_OF_DOCUMENT, END_OF_DOCUMENT, PADDING]
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[
+                AddedToken(token, special=True, normalized=False) for token in control_tokens
+            ],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(documents, trainer=trainer)
+        backend = _with_control_tokens(backend)
+        return cls(backend, begin=BEGIN_OF_DOCUMENT, end=END_OF_DOCUMENT, pad=PADDING)
+
+
+def load_tokenizer(cls_name: str | None, path: str | None) -> DocumentTokenizer:
+    """The tokenizer that `--tokenizer_cls_name` and `--tokenizer_path` name.
+
+    A directory that this package wrote remembers its class; one with GPT-2's two files and no
+    tokenizer.json is read by `GPT2Tokenizer`.
+
+    Raises:
+        UsageError: the class does not exist.
+        TokenizerError: no tokenizer can be opened.
+    """
+    if cls_name is None and path is not None:
+        directory = Path(path)
+        saved_cls_name = _read_config(directory).get(_CLASS_KEY) if directory.is_dir() else None
+        if saved_cls_name is not None:
+            return open_saved_tokenizer(directory)
+        if (directory / "merges.txt").is_file() and not (
+            directory / _TOKENIZER_FILE_NAME
+        ).is_file():
+            cls_name = GPT2Tokenizer.__name__
+    return _find_class(cls_name or DocumentTokenizer.__name__).load(path)
+
+
+def open_saved_tokenizer(directory: Path) -> DocumentTokenizer:
+    """Open the tokenizer of a dataset or model directory, as it was when it was saved."""
+    config = _read_config(directory)
+    cls_name = config.get(_CLASS_KEY)
+    if cls_name is None:
+        return DocumentTokenizer.load(str(directory))
+    return _find_class(str(cls_name))(
+        _read_backend(directory),
+        begin=str(config["bos_token"]),
+        end=str(config["eos_token"]),
+        pad=str(config["pad_token"]),
+    )
+
+
+def class_name(cls: type[DocumentTokenizer]) -> str:
+    """How `--tokenizer_cls_name` names the class."""
+    return cls.__name__ if cls.__module__ == __name__ else f"{cls.__module__}.{cls.__name__}"
+
+
+class TextStream:
+    """Decodes tokens one by one; the pieces together equal the decoding of all tokens.
+
+    What a later token may change is held back: an unfinished character, and a run of byte tokens, which
+    SentencePiece's decoder reads as a whole. Only the newest tokens are decoded again, so a long text costs
+    no more per token.
+    """
+
+    def __init__(self, tokenizer: DocumentTokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Decoders may treat the first token in a special way, so the others never stand first.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes; may be empty."""
+        if self._tokenizer.leaves_out(token_id):
+            return ""
+        self._pending.append(token_id)
+        if token_id in self._tokenizer.byte_ids:
+            return ""
+        text = self._text(self._pending)
+        if not text.endswith(_BROKEN):
+            return self._release(text, len(self._pending))
+        # The character before it is settled if the newest token, with which it may go on, does not.
+        settled = self._text(self._pending[:-1])
+        if settled + self._tokenizer.decode([token_id]) == text:
+            return self._release(settled, len(self._pending) - 1)
+        return ""
+
+    def finish(self) -> str:
+        """Text that was held back: broken characters at the end."""
+        return self._release(self._text(self._pending), len(self._pending))
+
+    def _text(self, token_ids: list[int]) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + token_ids)[len(before) :]
+
+    def _release(self, text: str, num_tokens: int) -> str:
+        if text:
+            self._context = self._pending[:num_tokens]
+        else:
+            self._context += self._pending[:num_tokens]
+        del self._pending[:num_tokens]
+        return text
+
+
+def _with_control_tokens(backend: Tokenizer) -> Tokenizer:
+    backend.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (BEGIN_OF_DOCUMENT, END_OF_DOCUMENT, PADDING)
+        ]
+    )
+    # So that transformers' tokenizer("a prompt") begins a document as training did.
+    backend.post_processor = TemplateProcessing(
+        single=f"{BEGIN_OF_DOCUMENT} $A",
+        special_tokens=[(BEGIN_OF_DOCUMENT, backend.token_to_id(BEGIN_OF_DOCUMENT))],
+    )
+    return backend
+
+
+def _find_class(name: str) -> type[DocumentTokenizer]:
+    module_name, _, bare_name = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name or __name__), bare_name, None)
+    except ImportError as error:
+        raise UsageError(
+            f"--tokenizer_cls_name {name}: cannot import {module_name}: {error}"
+        ) from error
+    if isinstance(found, type) and issubclass(found, DocumentTokenizer):
+        return found
+    known = ", ".join(sorted(cls.__name__ for cls in _subclasses(DocumentTokenizer)))
+    raise UsageError(
+        f"--tokenizer_cls_name must name a class of {__name__} ({known}) or my_module.MyClass that "
+        f"derives from DocumentTokenizer; found {name!r}"
+    )
+
+
+def _subclasses(cls: type[DocumentTokenizer]) -> Iterator[type[DocumentTokenizer]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _subclasses(subclass)
+
+
+def _local_directory(path: str | None, hub_name: str | None) -> Path:
+    if path is not None and Path(path).is_dir():
+        return Path(path)
+    name = path or hub_name
+    if name is None:
+        raise UsageError("this tokenizer class needs --tokenizer_path")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (
+        Exception
+    ) as error:  # the hub's client raises a dozen kinds for offline, absent and gated
+        raise TokenizerError(
+            f"no tokenizer at {name!r}: it is neither a directory here nor can it be fetched from the hub "
+            f"({type(error).__name__}); pass --tokenizer_path DIRECTORY with tokenizer.json, or with "
+            "vocab.json and merges.txt"
+        ) from error
+
+
+def _read_backend(directory: Path) -> Tokenizer:
+    tokenizer_file = directory / _TOKENIZER_FILE_NAME
+    vocabulary_file, merges_file = directory / "vocab.json", directory / "merges.txt"
+    try:
+        if tokenizer_file.is_file():
+            return Tokenizer.from_file(str(tokenizer_file))
+        if vocabulary_file.is_file() and merges_file.is_file():
+            backend = Tokenizer(models.BPE.from_file(str(vocabulary_file), str(merges_file)))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+            backend.decoder = decoders.ByteLevel()
+            return backend
+    except Exception as error:  # tokenizers raises bare Exception on a malformed file
+        raise TokenizerError(
+            f"the tokenizer files in {directory} cannot be read: {error}"
+        ) from error
+    raise TokenizerError(
+        f"{directory} should hold {_TOKENIZER_FILE_NAME}, or vocab.json and merges.txt; it has neither"
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", _CONFIG_FILE_NAME):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TokenizerError(f"{file} is no JSON: {error}") from error
+        merged.update({key: value for key, value in content.items() if value is not None})
+    return merged
+
+
+def _first_named(config: dict[str, Any], keys: Sequence[str]) -> str | None:
+    for key in keys:
+        token = config.get(key)
+        if isinstance(token, dict):  # an AddedToken, written out
+            token = token.get("content")
+        if token:
+            return str(token)
+    return None

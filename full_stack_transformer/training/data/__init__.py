@@ -1,0 +1,1 @@
+"""Batches for Lightning: of a corpus, or of labelled rows."""

@@ -1,0 +1,382 @@
+"""The C++ decoder: transformers' numbers, always the same bits, and a fall-back where it cannot be had."""
+
+import copy
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.errors import ModelError
+from full_stack_transformer.generation.engine import Engine, TokenRequest
+from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.generation.runners.native import library
+from full_stack_transformer.generation.runners.native.decoder import (
+    NativeRunner,
+    WeightsDtype,
+    why_not_native,
+)
+from full_stack_transformer.generation.runners.torch import Runner, SlotWork
+from tests.generation.small_models import (
+    CONTEXT,
+    GREEDY,
+    SHAPES,
+    make_runner,
+    random_prompts,
+    run_requests,
+    small_backbone,
+)
+
+DTYPES: tuple[WeightsDtype, ...] = ("float32", "bfloat16", "int8")
+# Root mean square of the difference to transformers' fp32 logits, relative to that of the logits.
+TOLERANCES: dict[WeightsDtype, float] = {"float32": 1e-4, "bfloat16": 0.03, "int8": 0.06}
+
+
+@pytest.fixture(autouse=True)
+def _decoder_is_here() -> None:
+    problem = why_not_native(small_backbone("llama"))
+    if problem is not None:
+        pytest.skip(f"no C++ decoder here: {problem}")
+
+
+def _read(runner: Runner, slot: int, token_ids: Sequence[int]) -> Tensor:
+    """Logits (tokens, vocabulary) after each token."""
+    return runner.run([SlotWork(slot, 0, token_ids, num_logits=len(token_ids))])
+
+
+def _theirs(backbone: Backbone, token_ids: Sequence[int]) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = backbone(torch.tensor([list(token_ids)])).logits[0]
+    return logits
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    difference = (ours - theirs).square().mean().sqrt()
+    return float(difference / theirs.square().mean().sqrt())
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_transformers(shape: str, dtype: WeightsDtype) -> None:
+    runner = make_runner(dtype, shape)
+    for prompt in random_prompts(12, max_tokens=CONTEXT):
+        theirs = _theirs(small_backbone(shape), prompt)
+        assert _distance(_read(runner, 1, prompt), theirs) < TOLERANCES[dtype]
+
+
+LLAMA = {
+    "vocab_size": 77,
+    "hidden_size": 96,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 70,
+}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig(**LLAMA, num_key_value_heads=2),
+        transformers.LlamaConfig(**LLAMA, num_key_value_heads=1, tie_word_embeddings=True),
+        transformers.LlamaConfig(**LLAMA, head_dim=80, attention_bias=True, mlp_bias=True),
+        transformers.LlamaConfig(**LLAMA, head_dim=48, rope_parameters=LLAMA_3_ROPE),
+        transformers.LlamaConfig(
+            **LLAMA, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        ),
+        transformers.GPT2Config(
+            vocab_size=77, n_positions=70, n_embd=96, n_inner=112, n_layer=2, n_head=2
+        ),
+    ],
+    ids=["grouped", "one-key-head", "biases", "llama-3", "stretched", "gpt2-odd"],
+)
+def test_variants_of_the_two_families_are_computed_right(
+    config: transformers.PretrainedConfig,
+) -> None:
+    config.bos_token_id, config.eos_token_id = 0, 1
+    torch.manual_seed(2)
+    backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+            elif "bias" in name:
+                parameter.normal_(std=0.3)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    runner = NativeRunner(backbone, num_slots=2, weights_dtype="float32")
+    for prompt in random_prompts(6, vocab_size=77, max_tokens=70):
+        assert _distance(_read(runner, 0, prompt), _theirs(backbone, prompt)) < 1e-4
+
+
+def _trained_backbone() -> Backbone:
+    """A model that has learned something: that a token's successor is mostly a fixed one."""
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    backbone = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=3e-3)
+    for step in range(80):
+        ids = _successors(16, seed=step)
+        loss = backbone(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return backbone.eval()
+
+
+def _successors(rows: int, seed: int) -> Tensor:
+    """(rows, 32) tokens, each mostly 7 times the one before and 3."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(64, (rows, 32), generator=generator)
+    is_fixed = torch.rand(rows, 32, generator=generator) < 0.8
+    for place in range(1, 32):
+        following = (7 * ids[:, place - 1] + 3) % 64
+        ids[:, place] = torch.where(is_fixed[:, place], following, ids[:, place])
+    return ids
+
+
+def test_rounding_the_weights_of_a_trained_model_costs_less_than_one_percent() -> None:
+    backbone = _trained_backbone()
+    samples = _successors(64, seed=1000)
+    losses = {}
+    for dtype in DTYPES:
+        runner = NativeRunner(backbone, num_slots=1, weights_dtype=dtype)
+        rows = [_read(runner, 0, sample[:-1].tolist()) for sample in samples]
+        losses[dtype] = torch.nn.functional.cross_entropy(
+            torch.cat(rows), samples[:, 1:].flatten()
+        ).item()
+    assert losses["float32"] < 2.0  # ln 64 is 4.2
+    for dtype in DTYPES:
+        change = torch.tensor(losses[dtype] - losses["float32"]).expm1().item()
+        assert abs(change) < 0.01, f"{dtype}: {change:+.3%}"
+
+
+# ------------------------------------------------------------------ the same bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bits_depend_on_nothing_but_the_tokens(shape: str, dtype: WeightsDtype) -> None:
+    """Not on company, slot, what the slot held, nor on how the prompt was cut."""
+    numbers = random.Random(0)
+    prompts = random_prompts(32, max_tokens=90)
+    alone_runner = make_runner(dtype, shape, num_slots=1)
+    alone = [_read(alone_runner, 0, prompt) for prompt in prompts]
+    runner = make_runner(dtype, shape, num_slots=32)
+    slots = numbers.sample(range(32), 32)
+    for prompt_length in (90, 17):  # what a slot held before is of no account
+        runner.run([SlotWork(slot, 0, [7] * prompt_length, 0) for slot in range(32)])
+    # All at once, each in pieces of random lengths.
+    done = [0] * 32
+    rows: list[list[Tensor]] = [[] for _ in prompts]
+    while any(done[number] < len(prompt) for number, prompt in enumerate(prompts)):
+        work, chosen = [], []
+        for number, prompt in enumerate(prompts):
+            piece = prompt[done[number] : done[number] + numbers.choice((0, 1, 1, 2, 13, 40))]
+            if piece:
+                work.append(SlotWork(slots[number], done[number], piece, num_logits=len(piece)))
+                chosen.append(number)
+                done[number] += len(piece)
+        if work:
+            lengths = [len(one.token_ids) for one in work]
+            for number, part in zip(chosen, torch.split(runner.run(work), lengths), strict=True):
+                rows[number].append(part)
+    for number in range(32):
+        assert torch.equal(torch.cat(rows[number]), alone[number])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: WeightsDtype) -> None:
+    prompts = random_prompts(2)
+    expected = [_read(make_runner(dtype, num_slots=1), 0, prompt) for prompt in prompts]
+    for num_threads in (2, 5):
+        runner = NativeRunner(
+            small_backbone("llama"), num_slots=1, weights_dtype=dtype, num_threads=num_threads
+        )
+        assert f"{num_threads} threads" in runner.name
+        for prompt, logits in zip(prompts, expected, strict=True):
+            assert torch.equal(_read(runner, 0, prompt), logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copied_slot_goes_on_as_the_first_one_would(dtype: WeightsDtype) -> None:
+    runner = make_runner(dtype, num_slots=3)
+    prompt = list(range(3, 60))
+    whole = _read(runner, 0, prompt)
+    runner.run([SlotWork(2, 0, [9] * 80, 0)])
+    for num_tokens in (1, 15, 16, 17, 50):
+        runner.copy_slot(0, 2, num_tokens)
+        rest = prompt[num_tokens:]
+        logits = runner.run([SlotWork(2, num_tokens, rest, num_logits=len(rest))])
+        assert torch.equal(logits, whole[num_tokens:])
+    assert torch.equal(_read(runner, 0, prompt), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_guessed_tokens_that_are_taken_back_leave_no_trace(dtype: WeightsDtype) -> None:
+    runner = make_runner(dtype, num_slots=1)
+    prompt = list(range(3, 40))
+    whole = _read(runner, 0, prompt)
+    runner.run([SlotWork(0, 20, [200, 201, 202, 203, 204, 205, 206], 1)])
+    assert torch.equal(runner.run([SlotWork(0, 20, prompt[20:], 17)]), whole[20:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_last_norm_gives_makes_the_logits(dtype: WeightsDtype) -> None:
+    runner = make_runner(dtype, "gpt2", num_slots=2)
+    prompts = [[5, 6, 7, 8, 9], [40]]
+    states = runner.hidden_states([SlotWork(slot, 0, ids, 0) for slot, ids in enumerate(prompts)])
+    assert states.shape == (6, 64)
+    with torch.inference_mode():
+        logits = small_backbone("gpt2").get_output_embeddings()(states)
+    expected = torch.cat([_read(runner, 0, ids) for ids in prompts])
+    assert _distance(logits, expected) < (1e-5 if dtype == "float32" else 0.03)
+
+
+# ------------------------------------------------------------------ what it cannot do
+
+
+def test_broken_weights_are_refused() -> None:
+    layer = "model.layers.1.mlp.up_proj.weight"
+    for name in (layer, "model.embed_tokens.weight", "model.norm.weight"):
+        backbone = copy.deepcopy(small_backbone("llama"))
+        with torch.no_grad():
+            backbone.get_parameter(name).flatten()[3] = float("nan")
+        with pytest.raises(ModelError, match="NaN or infinite"):
+            NativeRunner(backbone, num_slots=1, weights_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.GPTNeoXConfig(num_hidden_layers=1, hidden_size=64), "not gpt_neox"),
+        (transformers.LlamaConfig(**{**LLAMA, "hidden_act": "gelu"}), "not gelu"),
+        (transformers.LlamaConfig(**{**LLAMA, "intermediate_size": 100}), "multiples of 16"),
+        (transformers.GPT2Config(n_layer=1, activation_function="relu"), "not relu"),
+        (transformers.GPT2Config(n_layer=1, scale_attn_by_inverse_layer_idx=True), "unusual"),
+    ],
+    ids=["architecture", "activation", "sizes", "gpt2-activation", "gpt2-scale"],
+)
+def test_what_it_does_not_know_it_says(config: transformers.PretrainedConfig, reason: str) -> None:
+    with torch.device("meta"):
+        backbone = transformers.AutoModelForCausalLM.from_config(config)
+    backbone = backbone.to_empty(device="cpu")
+    problem = why_not_native(backbone)
+    assert problem is not None and reason in problem
+    with pytest.raises(ModelError, match="cannot run this model here"):
+        NativeRunner(backbone, num_slots=1, weights_dtype="float32")
+
+
+def test_another_architecture_goes_through_pytorch_aloud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        open_engine(small_backbone("gpt_neox"), num_slots=1, weights_dtype="float32")
+    assert "generating through PyTorch, which is slower" in caplog.text
+    with pytest.raises(ModelError, match=r"--weights_dtype int8 .* gpt_neox"):
+        open_engine(small_backbone("gpt_neox"), num_slots=1, weights_dtype="int8")
+
+
+# ------------------------------------------------------------------ compiling
+
+
+def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
+    """Another process finds what the first one compiled; a source that does not compile takes no place."""
+    compiler = tmp_path / "c++"
+    # Copies the library that is there instead of compiling for a quarter of a minute.
+    compiled = Path(library.load_library()._name)
+    compiler.write_text(
+        f'#!/bin/sh\necho compiled >> "{tmp_path}/log"\n'
+        f'for last; do true; done\ncp "{compiled}" "$last"\n'
+    )
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for _ in range(2):
+        assert _why_not_in_another_process(environment) == "None"
+    assert (tmp_path / "log").read_text() == "compiled\n"
+    kept = list((tmp_path / "cache" / "full_stack_transformer").iterdir())
+    assert [path.suffix for path in kept] == [".so"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/bin/false"}, "/bin/false could not compile decoder.cpp: exit code 1"),
+        ({"XDG_CACHE_HOME": "/dev/null"}, "cannot be kept at /dev/null"),
+    ],
+    ids=["compiler", "cache"],
+)
+def test_a_machine_without_it_says_why(
+    environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path), **environment}
+    assert reason in _why_not_in_another_process(environment)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.fixture
+def _failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    remembering = (library._compiler, library.load_library, library._why_not_compiled)
+    for function in remembering:
+        function.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "/bin/false")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        yield
+    for function in remembering:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("_failing_compiler")
+def test_where_it_cannot_be_compiled_pytorch_generates_aloud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    request = TokenRequest([5, 6, 7], 9, GREEDY, seed=0)
+    expected = run_requests(Engine(make_runner("torch")), [request])
+    with caplog.at_level(logging.INFO):
+        engine = open_engine(small_backbone("llama"), num_slots=1, weights_dtype="float32")
+    assert "generating through PyTorch, which is slower" in caplog.text
+    assert "/bin/false could not compile decoder.cpp" in caplog.text
+    assert run_requests(engine, [request]) == expected
+    with pytest.raises(ModelError, match=r"--weights_dtype int8 .* could not compile"):
+        open_engine(small_backbone("llama"), num_slots=1, weights_dtype="int8")
+
+
+def _why_not_in_another_process(environment: dict[str, str]) -> str:
+    code = "from full_stack_transformer.generation.runners.native import library; print(library.why_not())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
