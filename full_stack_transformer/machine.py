@@ -1,17 +1,34 @@
-"""Memory settings that must be in place before a process starts.
+"""What this computer has: processor features, cores, memory, devices. Asked for here and nowhere else.
 
-glibc gives large blocks back to the system at every free and asks for them again, zeroed, in the next
-training step. Kept instead, training on a processor is 1.1 to 1.5 times as fast (a model of 4 x 256,
-batches of 16 x 256, two cores: 4,100-7,000 tokens/s without, 7,300-8,250 with). The settings can only be
-given through the environment, so the process starts itself again with them.
+`FST_ISA=avx2` hides AVX-512, so that everything runs as on a processor without it. Standard library only;
+torch is imported where a device is asked for. Knows nothing of models.
 """
 
 import os
 import platform
+import resource
 import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-VARIABLE = "GLIBC_TUNABLES"
-SETTINGS = ":".join(
+from full_stack_transformer.errors import MachineError
+
+if TYPE_CHECKING:
+    import torch
+
+ISA_VARIABLE = "FST_ISA"
+# Value of the variable -> beginning of the names of processor features that it hides.
+_HIDDEN_FEATURES = {"avx512": (), "avx2": ("avx512", "amx")}
+_CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
+_STATM = Path("/proc/self/statm")
+
+# glibc gives large blocks back to the system at every free and asks for them again, zeroed, in the next
+# training step. Kept instead, training on a processor is 1.1 to 1.5 times as fast (a model of 4 x 256,
+# batches of 16 x 256, two cores: 4,100-7,000 tokens/s without, 7,300-8,250 with).
+ALLOCATOR_VARIABLE = "GLIBC_TUNABLES"
+ALLOCATOR_SETTINGS = ":".join(
     (
         "glibc.malloc.mmap_max=0",  # large blocks from the heap, where they are used again
         "glibc.malloc.trim_threshold=17179869184",  # bytes at the end of the heap that are kept
@@ -21,10 +38,89 @@ SETTINGS = ":".join(
 )
 
 
+def processor_features() -> frozenset[str]:
+    """Instruction sets under Linux's names, such as avx512_bf16, less those that FST_ISA hides.
+
+    Empty where the system does not list them.
+
+    Raises:
+        MachineError: FST_ISA is unknown, or asks for more than the processor has.
+    """
+    features = _features_of_processor()
+    isa = os.environ.get(ISA_VARIABLE)
+    if not isa:
+        return features
+    if isa not in _HIDDEN_FEATURES:
+        raise MachineError(
+            f"{ISA_VARIABLE} must be one of {', '.join(_HIDDEN_FEATURES)}; found {isa!r}"
+        )
+    if isa == "avx512" and "avx512f" not in features:
+        raise MachineError(f"{ISA_VARIABLE}=avx512: this processor has no AVX-512; unset it")
+    hidden = _HIDDEN_FEATURES[isa]
+    return frozenset(name for name in features if not (hidden and name.startswith(hidden)))
+
+
+@cache
+def _features_of_processor() -> frozenset[str]:
+    try:
+        text = _CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    lines = [line for line in text.splitlines() if line.startswith("flags")]
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def multiplies_bfloat16(device: "torch.device") -> bool:
+    """Whether the hardware multiplies bfloat16; emulated, it is some 20 times slower than float32."""
+    if device.type == "cuda":
+        import torch
+
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and "avx512_bf16" in processor_features()
+
+
+def free_memory_bytes(device: "torch.device") -> int | None:
+    """Memory that may still be allocated there without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+    return int(available[0]) * 1024 if available else None
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM; None where the system does not say."""
+    try:
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return None
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process ever had in RAM."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
 def restart_with_kept_memory(argv: list[str]) -> None:
-    """Start `fst ARGV` again with the settings; return where they are in place or mean nothing."""
-    if VARIABLE in os.environ or platform.libc_ver()[0] != "glibc":
+    """Start `fst ARGV` again with an allocator that keeps freed memory; return where that means nothing.
+
+    The settings can only be given through the environment of a new process.
+    """
+    if ALLOCATOR_VARIABLE in os.environ or platform.libc_ver()[0] != "glibc":
         return
-    environment = {**os.environ, VARIABLE: SETTINGS}
+    environment = {**os.environ, ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
     command = [sys.executable, "-m", "full_stack_transformer", *argv]
     os.execve(sys.executable, command, environment)  # noqa: S606 (no shell, our own words)

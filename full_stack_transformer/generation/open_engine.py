@@ -1,7 +1,6 @@
 """A model and the wishes of its user -> an engine on what computes fastest here."""
 
 import logging
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +14,7 @@ from full_stack_transformer.generation.runners.native.decoder import (
     why_not_native,
 )
 from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
+from full_stack_transformer.machine import free_memory_bytes, multiplies_bfloat16
 from full_stack_transformer.modelling.backbones import context_length
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def open_engine(
         MachineError: memory is short for a single request.
     """
     if weights_dtype == "auto":
-        weights_dtype = "bfloat16" if _multiplies_bfloat16(backbone) else "float32"
+        weights_dtype = "bfloat16" if multiplies_bfloat16(backbone.device) else "float32"
     max_length = min(max_length or context_length(backbone.config), context_length(backbone.config))
     num_slots = _fitting_slots(backbone, num_slots, max_length, weights_dtype)
     runner = open_runner(
@@ -117,13 +117,6 @@ def _no_cache(backbone: Backbone, reason: str) -> ModelError:
     )
 
 
-def _multiplies_bfloat16(backbone: Backbone) -> bool:
-    device = next(backbone.parameters()).device
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def _fitting_slots(
     backbone: Backbone, num_slots: int, max_length: int, weights_dtype: WeightsDtype
 ) -> int:
@@ -135,7 +128,7 @@ def _fitting_slots(
     )
     num_values = 2 * config.num_hidden_layers * heads * head_size * max_length
     slot_bytes = num_values * (4 if weights_dtype == "float32" else 2)
-    free_bytes = _free_bytes(next(backbone.parameters()).device)
+    free_bytes = free_memory_bytes(backbone.device)
     if free_bytes is None:
         return num_slots
     fitting = int(free_bytes * _MAX_MEMORY_PART) // slot_bytes
@@ -147,14 +140,3 @@ def _fitting_slots(
     if fitting < num_slots:
         logger.warning("memory holds %d requests at once, not %d", fitting, num_slots)
     return min(num_slots, int(fitting))
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    available = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
-    return int(available[0]) * 1024 if available else None

@@ -9,7 +9,6 @@ imports torch.
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Generator
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from full_stack_transformer.documents.blocks import ReadingOptions
 from full_stack_transformer.documents.files import find_document_files
 from full_stack_transformer.documents.formats import format_of
 from full_stack_transformer.errors import DatasetError
+from full_stack_transformer.machine import num_cores
 from full_stack_transformer.preparation.encoding import BlockEncoderOptions, Workers
 from full_stack_transformer.preparation.journal import Journal, SplitState, fingerprint
 from full_stack_transformer.preparation.passes import DIGESTS_FILE_NAME, Pass, run_pass
@@ -84,7 +84,7 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
             with_digests=arguments.deduplicate == "exact" or bool(arguments.validation_fraction),
         )
         states: dict[str, SplitState] = {}
-        num_workers = arguments.num_workers or os.cpu_count() or 1
+        num_workers = arguments.num_workers or num_cores()
         with Workers(options, tokenizer, encoder, num_workers=num_workers) as workers:
             for one in passes:
                 states |= run_pass(

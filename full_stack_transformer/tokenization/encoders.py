@@ -6,13 +6,11 @@ years may differ goes to the reference (`_is_doubtful`). Knows nothing of docume
 """
 
 import logging
-import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, Protocol
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from full_stack_transformer.errors import MissingExtraError, TokenizerError
+from full_stack_transformer.machine import resident_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ BackendName = Literal["tokenizers", "gigatoken"]
 # they paid for a second loading and for meeting all words again, 0.4 of 1.8 processor seconds.
 _MAX_CACHE_BYTES = 80 << 20
 _LAST_OF_PLANE = 0xFFFF
-_STATM = Path("/proc/self/statm")
 # Where the growth cannot be read, after so many characters: what fits into the bound if every word is new.
 _MAX_CACHE_CHARACTERS = 6 << 20
 
@@ -116,12 +114,12 @@ class GigatokenEncoder:
         self._gigatoken = None
         self._gigatoken = Gigatoken.from_json(self._json).backend
         self._num_characters = 0
-        self._resident_bytes = _resident_bytes()
+        self._resident_bytes = resident_bytes()
 
     def _forget_words(self, num_characters: int) -> None:
         self._num_characters += num_characters
         if self._resident_bytes:
-            is_full = _resident_bytes() - self._resident_bytes > _MAX_CACHE_BYTES
+            is_full = (resident_bytes() or 0) - self._resident_bytes > _MAX_CACHE_BYTES
         else:
             is_full = self._num_characters > _MAX_CACHE_CHARACTERS
         if is_full:
@@ -326,11 +324,3 @@ def _merged(is_second: Sequence[bool], first: EncodedTexts, second: EncodedTexts
     offsets = np.zeros(len(ids) + 1, dtype=np.int64)
     np.cumsum([len(one) for one in ids], out=offsets[1:])
     return EncodedTexts(np.concatenate(ids), offsets)
-
-
-def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
-    try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0

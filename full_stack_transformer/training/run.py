@@ -18,6 +18,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.machine import multiplies_bfloat16
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
 from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
@@ -330,9 +331,9 @@ def _resolve_precision(arguments: TrainArguments) -> str:
     if arguments.precision != "auto":
         return arguments.precision
     if arguments.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+        return "bf16" if multiplies_bfloat16(torch.device("cuda")) else "32"
     if arguments.accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "32"
+        return "bf16" if multiplies_bfloat16(torch.device("cpu")) else "32"
     return "32"
 
 

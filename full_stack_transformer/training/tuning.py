@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import TrainingError, UsageError
-from full_stack_transformer.training.callbacks.curves import resident_bytes
+from full_stack_transformer.machine import free_memory_bytes, resident_bytes
 from full_stack_transformer.training.data.batches import Batch, EpochDataModule
 from full_stack_transformer.training.optimization import make_optimizer
 from full_stack_transformer.training.work import Work
@@ -41,7 +40,6 @@ _SECONDS_PER_SIZE, _LEAST_STEPS_PER_SIZE = 2.0, 4
 # Fewer batches than this in an epoch leave no order to shuffle.
 _LEAST_BATCHES_PER_EPOCH = 8
 _PART_OF_MEMORY = 0.8
-_MEMORY_INFORMATION = Path("/proc/meminfo")
 
 
 def tune(
@@ -214,7 +212,9 @@ def _try_size(trial: _Trial, size: int) -> tuple[str, float]:
         return "an epoch would have no batch", 0.0
     # Twice the batch takes at most twice what the process holds now; a processor's memory cannot be
     # tried out, since the system ends a process that takes too much.
-    if trial.device.type == "cpu" and resident_bytes() > _PART_OF_MEMORY * _available_bytes():
+    free = free_memory_bytes(trial.device)
+    held = resident_bytes()
+    if trial.device.type == "cpu" and free and held and held > _PART_OF_MEMORY * free:
         return "may not fit into memory", 0.0
     try:
         return "", _tokens_per_second(trial, size)
@@ -234,12 +234,3 @@ def _tokens_per_second(trial: _Trial, size: int) -> float:
         num_targets += float(batches[0]["num_targets"])
         num_steps += 1
     return num_targets / (time.perf_counter() - started)
-
-
-def _available_bytes() -> float:
-    """Memory that the system could still give; where it does not tell, no limit."""
-    if _MEMORY_INFORMATION.is_file():
-        for line in _MEMORY_INFORMATION.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    return math.inf

@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run by its path, this script sees only its own directory
 
-from full_stack_transformer.machine import SETTINGS, VARIABLE  # noqa: E402
+from full_stack_transformer.machine import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE  # noqa: E402
 from full_stack_transformer.training.throughput import measure_matmul_peak  # noqa: E402
 from tests.benchmarks.train_peers import NUM_THREADS, SHAPES  # noqa: E402
 
@@ -89,7 +89,7 @@ class Subject:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
         environment["OMP_NUM_THREADS"] = str(NUM_THREADS)
         if is_ours:  # as `fst train` starts itself
-            environment[VARIABLE] = SETTINGS
+            environment[ALLOCATOR_VARIABLE] = ALLOCATOR_SETTINGS
         python = peer_python if name == "trainer" else sys.executable
         process = subprocess.Popen(
             [python, str(HERE / "train_peers.py"), json.dumps({**job, "subject": name})],

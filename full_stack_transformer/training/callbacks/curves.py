@@ -3,9 +3,6 @@
 Between two points of a curve nothing is computed and nothing waits for the device.
 """
 
-import resource
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +10,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
+from full_stack_transformer.machine import peak_resident_bytes, resident_bytes
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.meter import Meter, Reading, perplexity
 from full_stack_transformer.training.callbacks.profiling import HISTOGRAMS
@@ -21,7 +19,6 @@ from full_stack_transformer.training.figures import validation_figures
 from full_stack_transformer.training.module import TrainingModule
 
 _MEGABYTE = 1e6
-_STATM = Path("/proc/self/statm")
 
 
 class RecordCurves(pl.Callback):
@@ -101,7 +98,8 @@ class RecordCurves(pl.Callback):
             metric_names.EPOCH: (batch_index + 1) / self._batches_per_epoch,
             metric_names.LEARNING_RATE: pl_module.learning_rate,
             metric_names.GRADIENT_NORM: float(pl_module.gradient_norm),
-            metric_names.RESIDENT_MEGABYTES: resident_bytes() / _MEGABYTE,
+            metric_names.RESIDENT_MEGABYTES: (resident_bytes() or peak_resident_bytes())
+            / _MEGABYTE,
         }
         if rate > 0:  # not in the first step, with which the meter begins
             points[metric_names.TOKENS_PER_SECOND] = rate
@@ -130,14 +128,6 @@ class RecordCurves(pl.Callback):
             ):
                 if values is not None:
                     writer.add_histogram(f"{kind}/{name}", values, trainer.global_step)
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM; where the system does not tell, the most it ever was."""
-    if _STATM.is_file():
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def _writer(trainer: pl.Trainer) -> SummaryWriter | None:

@@ -32,20 +32,27 @@ def service(model_dir: Path, watched: Path) -> Iterator[Service]:
         assert "Traceback" not in process.log
 
 
-def _text(service: Service, model: str) -> str:
+def _log_probability(service: Service, model: str) -> float:
+    """Of the likeliest first token, which tells one model from another.
+
+    Through PyTorch its last digits depend on the requests beside it, and with them later tokens.
+    """
     body = {"model": model, "prompt": "The", "max_tokens": 12, "temperature": 0, "logprobs": 0}
     answer = httpx.post(f"{service.url}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 200
     assert answer.json()["model"] == model
-    choice = answer.json()["choices"][0]
-    # Random weights often repeat a letter; its log-probability tells one model from another.
-    return f"{choice['text']} {choice['logprobs']['token_logprobs']}"
+    found: float = answer.json()["choices"][0]["logprobs"]["token_logprobs"][0]
+    return found
+
+
+def _is_close(one: float, other: float) -> bool:
+    return abs(one - other) < 0.01
 
 
 def test_models_are_asked_by_name(service: Service) -> None:
     listed = httpx.get(f"{service.url}/v1/models", timeout=60).json()["data"]
     assert [model["id"] for model in listed] == ["good", "other"]
-    assert _text(service, "good") != _text(service, "other")
+    assert not _is_close(_log_probability(service, "good"), _log_probability(service, "other"))
     native = {"seed_text": "The", "generation_max_len": 12, "temperature": 0}
     texts = [
         httpx.post(f"{service.url}/generated_texts/", json=native | named, timeout=60).json()[
@@ -60,13 +67,13 @@ def test_a_better_model_is_served_without_dropping_a_request(
     service: Service, watched: Path, tmp_path: Path
 ) -> None:
     """Clients ask all the time while the directory is replaced, first by a broken model."""
-    before = _text(service, "good")
-    stop, faults, texts = threading.Event(), [], set()
+    before = _log_probability(service, "good")
+    stop, faults, found = threading.Event(), [], list[float]()
 
     def ask() -> None:
         while not stop.is_set():
             try:
-                texts.add(_text(service, "good"))
+                found.append(_log_probability(service, "good"))
             except (AssertionError, httpx.HTTPError) as error:
                 faults.append(error)
 
@@ -86,9 +93,9 @@ def test_a_better_model_is_served_without_dropping_a_request(
         for thread in threads:
             thread.join()
     assert not faults
-    after = _text(service, "good")
-    assert texts <= {before, after}
-    assert after != before
+    after = _log_probability(service, "good")
+    assert not _is_close(before, after)
+    assert all(_is_close(one, before) or _is_close(one, after) for one in found)
     facts = httpx.get(f"{service.url}/version", timeout=60).json()["models"][0]
     assert (facts["step"], facts["num_swaps"]) == (7, 1)
 

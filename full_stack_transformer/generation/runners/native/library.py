@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from full_stack_transformer.errors import MachineError
+from full_stack_transformer.machine import processor_features
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def why_not() -> str | None:
     """Why this machine cannot run the decoder; none if it can."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"it needs Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    missing = _NEEDED_FLAGS - _processor_flags()
+    missing = _NEEDED_FLAGS - processor_features()
     if missing:
         return f"the processor lacks {', '.join(sorted(missing))}"
     if _compiler() is None:
@@ -123,19 +124,9 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 
-@cache
-def _processor_flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
-    lines = [line for line in text.splitlines() if line.startswith("flags")]
-    return frozenset(lines[0].split()) if lines else frozenset()
-
-
 def _fingerprint() -> str:
     parts = (_SOURCE.read_bytes(), *map(str.encode, (*_FLAGS, str(_compiler()), platform.node())))
-    parts = (*parts, " ".join(sorted(_processor_flags())).encode())
+    parts = (*parts, " ".join(sorted(processor_features())).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
