@@ -22,7 +22,7 @@ _NAME = "small"
 # Several blocks and a line of the journal after each, in a preparation that takes 0.2 s.
 _CONSTANTS = {
     "documents.blocks.BLOCK_BYTES": 64 << 10,
-    "datasets.journal._SECONDS_BETWEEN_LINES": 0.0,
+    "preparation.journal._SECONDS_BETWEEN_LINES": 0.0,
 }
 _NUM_DOCUMENTS = {"train": 1400, "valid": 100}
 _TEXT = "the corpus holds every token that a reader of documents writes down, café and 日本語 🙂"

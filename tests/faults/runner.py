@@ -26,7 +26,7 @@ from tests.faults import gate
 _MESSAGE_BYTES = 1 << 16
 _PACKAGE = "full_stack_transformer"
 # What commands import when they run; imported before the fork, so that it is paid once.
-_PRELOADED = (f"{_PACKAGE}.__main__", f"{_PACKAGE}.datasets.prepare")
+_PRELOADED = (f"{_PACKAGE}.__main__", f"{_PACKAGE}.preparation.prepare")
 _PATIENCE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -93,7 +93,7 @@ def gated_runner(
 
     Args:
         output: a path in an existing directory.
-        constants: values of module constants in the commands, such as "datasets.prepare.SIZE".
+        constants: values of module constants in the commands, such as "preparation.prepare.SIZE".
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # One thread: forking with live ones can dead-lock, and OpenBLAS starts some on import.
