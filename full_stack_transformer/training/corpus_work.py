@@ -19,8 +19,7 @@ from full_stack_transformer.tokenization.transformers_tokenizer import (
     open_tokenizer,
     save_tokenizer,
 )
-from full_stack_transformer.training.callbacks.sample_parameters import SampleParameters
-from full_stack_transformer.training.callbacks.text_samples import SampleTexts
+from full_stack_transformer.training.callbacks.text_samples import SampleParameters, SampleTexts
 from full_stack_transformer.training.data.batches import DatasetDataModule
 from full_stack_transformer.training.masked import MaskedLanguageModelling
 from full_stack_transformer.training.module import TrainingModule

@@ -16,19 +16,17 @@ from full_stack_transformer.errors import InputError
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.storage import write_json
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
-from full_stack_transformer.training.callbacks.sample_parameters import (
-    PARAMETERS_FILE_NAME,
-    SampleParameters,
-    read_parameters,
-    write_parameters,
-)
 from full_stack_transformer.training.callbacks.text_samples import (
     GENERATED_FILE_NAME,
+    PARAMETERS_FILE_NAME,
     Sample,
+    SampleParameters,
     SampleTexts,
     as_markdown,
     drop_lines_after,
     evaluating,
+    read_parameters,
+    write_parameters,
 )
 from tests.training.small_training import SmallTraining
 
