@@ -1,7 +1,7 @@
 """`fst COMMAND`: the table of commands, each imported only when it runs.
 
-Results (paths, texts, figures) go to standard output; logs and progress to standard error.
-Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+Results (paths, texts, metrics) go to standard output, logs and progress to standard error.
+Exit codes: 0 success, 1 an error explained by the message, 2 wrong usage, 130 interrupted.
 """
 
 import contextlib
@@ -12,20 +12,24 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
 
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments import data, models, serving, training
-from full_stack_transformer.arguments.familiar_options import translate
+from full_stack_transformer.arguments.familiar_options import RENAMED, translate
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     MissingExtraError,
     UsageError,
 )
 from full_stack_transformer.machine import restart_with_kept_memory
+
+if TYPE_CHECKING:
+    from cyclopts.help import HelpEntry, HelpPanel
+    from rich.console import Console, ConsoleOptions
 
 # name, options, "module:function" that takes them; in the order of the pipeline
 COMMANDS: tuple[tuple[str, type, str], ...] = (
@@ -57,7 +61,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("demo", data.DemoArguments, "document_sources.demo:run_demo"),
 )
 
-# Beside any command: print what its options are, and run nothing.
+# With any command: print its options and their values, and run nothing.
 _SHOW_ALL = "--show_all_args"
 _CONFIG_READERS: dict[str, Callable[..., Any]] = {
     ".json": cyclopts.config.Json,
@@ -66,7 +70,7 @@ _CONFIG_READERS: dict[str, Callable[..., Any]] = {
     ".yml": cyclopts.config.Yaml,
 }
 
-# Which extra brings a package that a command may miss.
+# The extra that installs a package.
 _EXTRA_OF_PACKAGE = {
     "torch": "train",
     "transformers": "train",
@@ -83,9 +87,9 @@ _EXTRA_OF_PACKAGE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # A class of one's own lies where the command is typed; only `python -m` looks there by itself.
+    # Your own classes are in the working directory; only `python -m` adds it to the path by itself.
     sys.path.append("")
-    if words[:1] in (["train"], ["run_experiment"]) and not {"--help", "-h", _SHOW_ALL} & {*words}:
+    if _is_training(words) and not {"--help", "-h", _SHOW_ALL} & {*words}:
         restart_with_kept_memory(words)
     sys.exit(run(words))
 
@@ -96,7 +100,7 @@ def run(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "aiogram.event", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # Reads of a broken pipe (fst generate … | head) end the program quietly.
+    # A broken pipe (fst generate … | head) ends the program quietly.
     try:
         app = _make_app()
         argv, config = _take_config_option(app, _normalize(argv))
@@ -114,7 +118,7 @@ def run(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a disk that fails under a file that was there a moment ago
+    except OSError as error:  # such as a failing disk
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     if isinstance(result, Path):
         sys.stdout.write(f"{result}\n")
@@ -131,15 +135,18 @@ def _known_command(argv: list[str]) -> str:
 
 
 def _make_app() -> App:
-    # The options keep the spelling of the dataclass fields; cyclopts takes hyphens for underscores.
+    # Options are spelled like the dataclass fields; cyclopts accepts hyphens for underscores.
     app = App(
         name="fst",
         help="From a folder of texts to a language model that people talk to.",
-        help_epilogue="Options of a command: fst COMMAND --help. Any command reads them from a JSON, "
-        "TOML or YAML file too: --config FILE. --show_all_args prints each with its value and origin.",
+        help_epilogue="fst COMMAND --help lists the options of a command. --config FILE reads options from a "
+        "JSON, TOML or YAML file. --show_all_args prints all options with their values and origins.",
         version=__version__,
         default_parameter=Parameter(
-            name_transform=str, negative_bool=("no-", "no_"), negative_iterable=()
+            name_transform=str,
+            negative_bool=("no-", "no_"),
+            negative_iterable=(),
+            show_default=_shown_default,
         ),
         sort_key=None,
     )
@@ -152,12 +159,78 @@ def _make_app() -> App:
             name=name,
             help=summary,
             sort_key=order,
+            help_formatter=_GroupedHelp(options),
         )
     return app
 
 
+def _shown_default(value: object) -> str | None:
+    """The default in the help of an option, or None if it says nothing."""
+    if value is None or value is False or value in ("", ()):
+        return None
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupedHelp:
+    """Shows the options of a command in groups.
+
+    The fields of the command's own class come first. Each base class named …Options is one more group, whose
+    title is its docstring.
+    """
+
+    options: type
+
+    def __call__(
+        self, console: "Console", console_options: "ConsoleOptions", panel: "HelpPanel"
+    ) -> None:
+        """Print one panel for each group."""
+        from cyclopts.help import DefaultFormatter
+
+        titles = self._titles()
+        groups: dict[str, list[HelpEntry]] = {title: [] for title in titles.values()}
+        for entry in panel.entries:
+            name = entry.positive_names[0].removeprefix("--")
+            groups[titles[name]].append(self._with_one_spelling(entry))
+        for title, entries in groups.items():
+            DefaultFormatter()(console, console_options, panel.copy(title=title, entries=entries))
+
+    def render_usage(
+        self, console: "Console", console_options: "ConsoleOptions", usage: Any
+    ) -> None:
+        """Print the usage line as cyclopts does."""
+        from cyclopts.help import DefaultFormatter
+
+        DefaultFormatter().render_usage(console, console_options, usage)
+
+    def _titles(self) -> dict[str, str]:
+        """The title of each field's group, in the order of the groups."""
+        owners = [owner for owner in self.options.__mro__ if dataclasses.is_dataclass(owner)]
+        groups = [owner for owner in owners if owner.__name__.endswith("Options")]
+        common = "Common options" if groups else "Options"
+        titles = {
+            name: common
+            for owner in owners
+            if owner not in groups
+            for name in owner.__annotations__
+        }
+        return titles | {
+            name: (owner.__doc__ or "").rstrip(".")
+            for owner in groups
+            for name in owner.__annotations__
+        }
+
+    @staticmethod
+    def _with_one_spelling(entry: "HelpEntry") -> "HelpEntry":
+        """Of `--no-x` and `--no_x` the second, and none where an option is off by default."""
+        names = [
+            name for name in entry.negative_names if name.startswith("--no_") and entry.default
+        ]
+        return entry.copy(negative_names=tuple(names))
+
+
 def _runner(options: type, target: str) -> Callable[..., Any]:
-    """A function that cyclopts fills with `options` and that imports `target` when it runs."""
+    """A function that takes `options` from cyclopts, imports `target` and calls it."""
 
     def runner(given: Any) -> Any:
         module_name, function_name = target.split(":")
@@ -166,7 +239,7 @@ def _runner(options: type, target: str) -> Callable[..., Any]:
 
     runner.__annotations__["given"] = Annotated[options, Parameter(name="*")]
     if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(options)):
-        # cyclopts wants it where no option is required; one of several may be required all the same.
+        # cyclopts needs a default if no single option is required; __post_init__ may require one of several.
         with contextlib.suppress(UsageError):
             runner.__defaults__ = (None,)
             runner.__defaults__ = (options(),)
@@ -174,9 +247,9 @@ def _runner(options: type, target: str) -> Callable[..., Any]:
 
 
 def _normalize(argv: list[str]) -> list[str]:
-    """Take `prepare-dataset` for `prepare_dataset`, and `--strip_lines false` for `--strip_lines=false`.
+    """Accept `prepare-dataset` for `prepare_dataset` and `--strip_lines false` for `--strip_lines=false`.
 
-    Of a training also the names of other trainers' options for ours.
+    For training also accept the option names of other trainers.
     """
     words: list[str] = []
     for word in argv:
@@ -187,11 +260,15 @@ def _normalize(argv: list[str]) -> list[str]:
             words.append(word)
     if words and not words[0].startswith("-"):
         words[0] = words[0].replace("-", "_")
-    return translate(words) if words[:1] in (["train"], ["run_experiment"]) else words
+    return translate(words) if _is_training(words) else words
+
+
+def _is_training(argv: list[str]) -> bool:
+    return argv[:1] in (["train"], ["run_experiment"])
 
 
 def _take_config_option(app: App, argv: list[str]) -> tuple[list[str], Path | None]:
-    """Take `--config FILE` out of `argv`; options typed beside it win over the file's."""
+    """Take `--config FILE` out of `argv`; options on the command line override the file."""
     for index, word in enumerate(argv):
         if word == "--config" and index + 1 < len(argv):
             path, rest = Path(argv[index + 1]), argv[:index] + argv[index + 2 :]
@@ -201,13 +278,17 @@ def _take_config_option(app: App, argv: list[str]) -> tuple[list[str], Path | No
             continue
         if path.suffix not in _CONFIG_READERS or not path.is_file():
             raise UsageError(f"--config must name a .json, .toml or .yaml file; found {path}")
-        app.config = (_CONFIG_READERS[path.suffix](path, use_commands_as_keys=False),)
+        reader = _CONFIG_READERS[path.suffix](path, use_commands_as_keys=False)
+        if _is_training(argv) and isinstance(reader.config, dict):
+            content = {str(RENAMED.get(key, key)): value for key, value in reader.config.items()}
+            reader = cyclopts.config.Dict(content, use_commands_as_keys=False, source=str(path))
+        app.config = (reader,)
         return rest, path
     return argv, None
 
 
 def _show_all_options(app: App, argv: list[str], config: Path | None) -> int:
-    """Print every option of a command, its value and where it came from, and run nothing."""
+    """Print every option of a command with its value and its origin, and run nothing."""
     _, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
     options = next(options for name, options, _ in COMMANDS if name == argv[0])
     given = bound.arguments.get("given")

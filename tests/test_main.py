@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,23 @@ def test_every_option_has_help(name: str, run_fst: RunFst) -> None:
             owner = next(cls for cls in options.__mro__ if field.name in cls.__annotations__)
             declaration = inspect.getsource(owner).split(f"    {field.name}: ")[1]
             assert declaration.split("\n")[1].strip().startswith('"""'), field.name
+
+
+def test_the_help_of_train_has_groups_and_the_common_options_first(run_fst: RunFst) -> None:
+    lines = run_fst("train", "--help", env={"COLUMNS": "100"}).stdout.splitlines()
+    titles = {line.split("─ ")[1].split(" ─")[0]: i for i, line in enumerate(lines) if "╭" in line}
+    assert [*titles] == [
+        *("Common options", "Data", "Model", "Optimization", "Schedule", "Validation", "Hardware"),
+        *("Output", "Masked language model", "Sequence classification"),
+        *("Span selection and token labelling", "Sentence embedding"),
+    ]
+    assert titles["Data"] <= 40, "the common options fit on one screen"
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in COMMANDS])
+def test_no_default_is_shown_that_says_nothing(name: str, run_fst: RunFst) -> None:
+    shown = re.findall(r"default:\W+(\S*)]", run_fst(name, "--help").stdout)
+    assert not {"None", "()", "-", "", '""', "False"} & {*shown}
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -160,7 +178,8 @@ def test_options_win_over_the_config_file(
         (["trian"], 2, 'Did you mean "train"'),
         (["train", "--dataset_dir", "x", "--learning_rat", "1"], 2, "--learning_rate"),
         (["train"], 2, "--dataset_dir"),
-        (["train", "--warmup_ratio", "0.1"], 2, "type instead: --num_warmup_steps"),
+        (["train", "--warmup_ratio", "0.1"], 2, "use instead: --num_warmup_steps"),
+        (["train", "--temperature", "0.1"], 2, "use instead: --simcse_temperature"),
         (["run_experiment"], 2, "pass --data_class or --model_class"),
         (["run_experiment", "--data_class", "no.Such"], 2, "should name a data set"),
         (
@@ -175,7 +194,7 @@ def test_options_win_over_the_config_file(
         (["evaluate", "none", "none"], 1, "none should be a model directory"),
         (["generate", "none", "--prompt", "x"], 1, "none should be a model directory"),
         (["serve", "none"], 1, "none should be a model directory"),
-        (["serve", "none", "--port", "70000"], 2, "--port must lie between 0 and 65535"),
+        (["serve", "none", "--port", "70000"], 2, "--port must be between 0 and 65535"),
         (["tensorboard", "none"], 1, "none does not exist"),
         (["collect_documents", "everything"], 2, "python_docs"),
     ],
@@ -208,6 +227,12 @@ def test_all_options_are_shown_with_their_origin(run_fst: RunFst, tmp_path: Path
     assert shown["learning_rate"] == ["0.5", "options.toml"]
     assert shown["accelerator"] == ["'gpu'", "command", "line"]
     assert shown["seed"] == ["0", "default"]
+
+
+def test_the_saved_options_of_earlier_versions_are_read(run_fst: RunFst, tmp_path: Path) -> None:
+    (tmp_path / "arguments.json").write_text('{"dataset_dir": "x", "temperature": 0.25}')
+    done = run_fst("train", "--config", "arguments.json", "--show_all_args", cwd=tmp_path)
+    assert re.search(r"^simcse_temperature +0.25 +arguments.json$", done.stdout, re.MULTILINE)
 
 
 def test_a_missing_extra_names_its_install_command(tmp_path: Path, run_fst: RunFst) -> None:

@@ -1,4 +1,4 @@
-"""Checks that the options of several commands share."""
+"""Checks shared by the options of several commands; all raise UsageError."""
 
 import math
 
@@ -16,7 +16,7 @@ def between(options: object, least: float, most: float, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if not least <= value <= most:
-            raise UsageError(f"--{name} must lie between {least:g} and {most:g}, found {value!r}")
+            raise UsageError(f"--{name} must be between {least:g} and {most:g}, found {value!r}")
 
 
 def check_sampling(options: object) -> None:
@@ -30,7 +30,7 @@ def parsed_logit_bias(words: tuple[str, ...]) -> dict[int, float]:
     """The token ids and values of `ID=VALUE` words.
 
     Raises:
-        UsageError: a word is none, or a value no number up to 100 in size.
+        UsageError: a word is not ID=VALUE, or a value is not between -100 and 100.
     """
     biases: dict[int, float] = {}
     for word in words:
@@ -42,5 +42,5 @@ def parsed_logit_bias(words: tuple[str, ...]) -> dict[int, float]:
                 f"--logit_bias must be ID=VALUE, such as 11=-100, found {word!r}"
             ) from None
         if not abs(float(value)) <= 100:
-            raise UsageError(f"--logit_bias must lie between -100 and 100, found {word!r}")
+            raise UsageError(f"--logit_bias must be between -100 and 100, found {word!r}")
     return biases

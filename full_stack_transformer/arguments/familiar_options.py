@@ -1,14 +1,17 @@
-"""Options of `fst train` under the names that users of other trainers type.
+"""Option names of other trainers, for `fst train`.
 
-Some mean the same here and are taken for ours; of the rest the command says what to type now. Standard
-library only, as arguments/.
+Names with the same meaning are accepted; for the others the error says what to use instead. Standard library
+only, like all of arguments/.
 """
 
 from collections.abc import Callable, Sequence
 
 from full_stack_transformer.errors import UsageError
 
-# Of the Hugging Face Trainer and its example scripts, of Lightning and of the Full Stack Deep Learning labs.
+# Our options that had another name before, in files for --config and in arguments.json.
+RENAMED = {"temperature": "simcse_temperature"}
+
+# From the Hugging Face Trainer and its example scripts, Lightning and the Full Stack Deep Learning labs.
 SAME: dict[str, str] = {
     "model_name_or_path": "model_path",
     "config_name": "model_config",
@@ -34,33 +37,34 @@ SAME: dict[str, str] = {
     "optim": "optimizer",
     "auto_lr_find": "find_learning_rate",
 }
-# What to type instead, where nothing has the same meaning.
+# What to use instead, if no option has the same meaning.
 INSTEAD: dict[str, str] = {
+    **{old: f"--{new}" for old, new in RENAMED.items()},
     "warmup_ratio": "--num_warmup_steps N, a number of optimizer steps",
     "no_cuda": "--accelerator cpu",
     "use_cpu": "--accelerator cpu",
     "n_gpu": "--devices N",
-    "evaluation_strategy": "--val_check_interval: batches (above 1) or parts of an epoch between validations",
-    "eval_strategy": "--val_check_interval: batches (above 1) or parts of an epoch between validations",
+    "evaluation_strategy": "--val_check_interval N batches (above 1), or a fraction of an epoch",
+    "eval_strategy": "--val_check_interval N batches (above 1), or a fraction of an epoch",
     "evaluate_during_training": "nothing: each epoch ends with a validation (--val_check_interval)",
     "per_gpu_train_batch_size": "--batch_size, on each device",
     "per_gpu_eval_batch_size": "--batch_size, which validation uses too",
     "per_device_eval_batch_size": "--batch_size, which validation uses too",
     "eval_batch_size": "--batch_size, which validation uses too",
-    "logging_dir": "--experiments_root; curves lie in the experiment directory",
+    "logging_dir": "--experiments_root; curves are in the experiment directory",
     "output_dir": "--experiments_root DIRECTORY --experiment_name NAME",
-    "overwrite_output_dir": "nothing: each training is a new version of --experiment_name",
+    "overwrite_output_dir": "nothing: each training makes a new version of --experiment_name",
     "overwrite_cache": "nothing: there is no cache",
     "cache_dir": "the environment variable HF_HOME",
     "preprocessing_num_workers": "nothing: rows are read in the training process",
-    "dataloader_num_workers": "nothing: batches are made in the training process",
-    "num_workers": "nothing: batches are made in the training process",
+    "dataloader_num_workers": "nothing: batches are built in the training process",
+    "num_workers": "nothing: batches are built in the training process",
     "group_by_length": "--batching length, which is the default",
-    "line_by_line": "fst prepare_dataset, which makes samples of documents",
+    "line_by_line": "fst prepare_dataset, which splits documents into samples",
     "block_size": "--max_sample_length of fst prepare_dataset",
     "mlm": "--task masked_lm",
     "model_type": '--model_config FILE.json with {"model_type": …}, or a preset such as encoder-mini',
-    "model_revision": "--model_path with the directory of that revision, which hf download fetches",
+    "model_revision": "--model_path with a directory downloaded by hf download --revision",
     "use_auth_token": "the environment variable HF_TOKEN, or hf auth login",
     "token": "the environment variable HF_TOKEN, or hf auth login",
     "use_fast_tokenizer": "nothing: every tokenizer is a fast one",
@@ -70,12 +74,12 @@ INSTEAD: dict[str, str] = {
     "amp_backend": "--precision 16",
     "tf32": "nothing: --precision auto decides",
     "local_rank": "--devices N; processes find each other",
-    "past_index": "nothing: no model here keeps a past between batches",
+    "past_index": "nothing: no model here keeps state between batches",
     "save_steps": "--checkpoint_every_n_minutes",
     "save_total_limit": "nothing: last.ckpt, previous.ckpt and best.ckpt are kept",
     "save_strategy": "--checkpoint_every_n_minutes",
     "load_best_model_at_end": "nothing: model/ is the best model",
-    "greater_is_better": "nothing: the name of --metric_for_best_model says it",
+    "greater_is_better": "nothing: it follows from --metric_for_best_model",
     "adafactor": "--optimizer muon, or adamw",
     "report_to": "nothing: curves go to TensorBoard (fst tensorboard)",
     "one_cycle_max_lr": "--learning_rate with --lr_schedule cosine",
@@ -85,17 +89,17 @@ INSTEAD: dict[str, str] = {
     "auto_scale_batch_size": "--find_batch_size",
     "checkpoint_callback": "--checkpoint_every_n_minutes",
     "progress_bar_refresh_rate": "--no_enable_progress_bar",
-    "weights_summary": "nothing: the first line of the log has the number of parameters",
+    "weights_summary": "nothing: the first log line has the number of parameters",
     "tpu_cores": "--accelerator tpu --devices N",
     "framework": "nothing: transformers 5 has no TensorFlow and no Flax; everything here is PyTorch",
 }
 
 
 def translate(words: Sequence[str]) -> list[str]:
-    """The words of a command line under our names.
+    """Replace the option names of other trainers in a command line by ours.
 
     Raises:
-        UsageError: an option has no counterpart; the message says what to type now.
+        UsageError: an option has no counterpart; the message says what to use instead.
     """
     found: list[str] = []
     rest = list(words)
@@ -104,7 +108,7 @@ def translate(words: Sequence[str]) -> list[str]:
         name, separator, value = word.partition("=")
         option = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
         if option in INSTEAD:
-            raise UsageError(f"--{option} is not known here; type instead: {INSTEAD[option]}")
+            raise UsageError(f"unknown option --{option}; use instead: {INSTEAD[option]}")
         if option in _SPECIAL:
             if not separator:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
@@ -117,7 +121,7 @@ def translate(words: Sequence[str]) -> list[str]:
 
 
 def _gpus(value: str) -> list[str]:
-    """Lightning 1's: a number, a list of them, or -1 for all."""
+    """The option of Lightning 1: a number, a list of indices, or -1 for all."""
     if value == "0":
         return ["--accelerator", "cpu"]
     return ["--accelerator", "gpu", "--devices", "auto" if value in ("", "-1") else value]

@@ -5,59 +5,77 @@ from pathlib import Path
 from typing import Literal
 
 from full_stack_transformer.arguments.checks import at_least, between, check_sampling
+from full_stack_transformer.arguments.models import ModelArguments
 from full_stack_transformer.errors import UsageError
 
 
-@dataclass(frozen=True)
-class ServeArguments:
-    """Serve a model over HTTP, OpenAI-compatible; writes nothing."""
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Engine."""
 
-    model: Path
-    """Model directory, experiment directory or .ckpt file."""
+    max_batch_size: int = 32
+    """Maximum texts generated together, per model."""
+    max_queue_size: int = 64
+    """Maximum waiting texts, per model; further requests are answered 429."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and answer together. Default: the model's context."""
+    weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Type of the weights. auto: bfloat16 if the hardware supports it. int8: fastest, with a small loss of
+    quality that fst evaluate --weights_dtype int8 measures."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda or mps."""
+    workers: int = 1
+    """Always 1: one process owns the device. For more, run several services behind a load balancer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessOptions:
+    """Access."""
+
+    api_keys_file: Path | None = None
+    """File with one key per line, or sha256: and its digest. The environment variable FST_API_KEYS adds
+    keys, separated by commas. With keys, everything except /health and the page at / requires one."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origin whose web pages may call the service from a browser, such as https://example.org; * for all;
+    may be repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """Limits."""
+
+    request_timeout_seconds: float = 600.0
+    """Maximum seconds of a request, queued plus running."""
+    header_timeout_seconds: float = 10.0
+    """Maximum seconds to receive the headers of a request."""
+    body_timeout_seconds: float = 30.0
+    """Maximum seconds to receive the body of a request."""
+    max_body_bytes: int = 1_048_576
+    """Maximum bytes of a request body."""
+    shutdown_seconds: float = 20.0
+    """Seconds that running requests have to finish after SIGTERM; then they end with an error."""
+
+
+@dataclass(frozen=True)
+class ServeArguments(EngineOptions, AccessOptions, LimitOptions, ModelArguments):
+    """Serve a model over HTTP with an OpenAI-compatible API."""
+
     _: KW_ONLY
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface of the machine."""
+    """Address to listen on; 0.0.0.0 for all interfaces."""
     port: int = 9228
-    """Port to listen on; 0 for any free one."""
+    """Port to listen on; 0 for any free port."""
     served_model_name: str | None = None
-    """Name of the model for clients; without it the name of its experiment or directory."""
+    """Name of the model for clients. Default: the name of its experiment or directory."""
     more_models: tuple[str, ...] = ()
-    """NAME=PATH of another model that is served beside; may be repeated."""
+    """NAME=PATH of another model to serve; may be repeated."""
     watch: bool = False
-    """When training writes a better model into the directory, serve that, between two requests."""
-    max_batch_size: int = 32
-    """Texts that are generated at once, of each model."""
-    max_queue_size: int = 64
-    """Texts that may wait, for each model; more are answered 429."""
-    max_length: int | None = None
-    """Tokens of prompt and answer together, at most; without it the model's context."""
-    weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Arithmetic of the weights. auto: bfloat16 where the hardware computes in it. int8: the fastest,
-    with a small loss of quality, which fst evaluate --weights_dtype int8 measures."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, mps."""
-    api_keys_file: Path | None = None
-    """File with a key on each line (or sha256: and its digest); the environment variable FST_API_KEYS adds
-    more, separated by commas. With keys, everything but /health and the page at / needs one."""
-    allowed_origins: tuple[str, ...] = ()
-    """Site whose web pages may ask from a browser, such as https://example.org; may be repeated; *: all."""
-    request_timeout_seconds: float = 600.0
-    """Time of a request in queue and slot, at most."""
-    header_timeout_seconds: float = 10.0
-    """Time in which the head of a request must arrive."""
-    body_timeout_seconds: float = 30.0
-    """Time in which the body of a request must arrive."""
-    max_body_bytes: int = 1_048_576
-    """Bytes of a body, at most."""
-    shutdown_seconds: float = 20.0
-    """After SIGTERM: time in which running requests may finish; the others end with an error then."""
+    """Reload the model between requests when training writes a better one."""
     log_format: Literal["text", "json"] = "text"
-    """json: log JSON lines, with one for each request: sizes, times and outcome, never texts."""
-    workers: int = 1
-    """Always 1: one process owns the device. For more, run several services behind a balancer."""
+    """json: one JSON line per request with sizes, times and outcome, never texts."""
 
     def __post_init__(self) -> None:
-        """Refuse what can never work."""
+        """Raise UsageError for values that can never work."""
         between(self, 0, 65535, "port")
         at_least(self, 1, "max_batch_size", "max_body_bytes")
         at_least(self, 0, "max_queue_size", "shutdown_seconds")
@@ -72,8 +90,8 @@ class ServeArguments:
         if self.workers != 1:
             raise UsageError(
                 f"--workers {self.workers}: one process owns the device and generates for all requests "
-                "together, a second one would only compete with it; for more machines or devices run one "
-                "service on each, with --port, behind a balancer"
+                "together, so a second one would only compete with it; run one service per device, each with "
+                "its own --port, behind a load balancer"
             )
 
 
@@ -127,7 +145,7 @@ class TelegramBotArguments:
     """Write prompts and texts to the log, and say so in /privacy; otherwise only their sizes."""
 
     def __post_init__(self) -> None:
-        """Refuse what can never work."""
+        """Raise UsageError for values that can never work."""
         check_sampling(self)
         at_least(self, 0, "top_k", "max_tokens_per_day")
         between(self, 0, 65535, "webhook_port")

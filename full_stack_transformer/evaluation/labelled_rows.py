@@ -95,7 +95,7 @@ def _paths(arguments: EvaluateArguments) -> tuple[Path, Path | None]:
 
     A single file is what it is; of a directory the test rows are taken, without any the validation rows.
     """
-    data = arguments.dataset_dir
+    data = arguments.data
     is_splits = data.is_dir() and any(path.name.split(".")[0] == "train" for path in data.iterdir())
     if not is_splits:
         return data, arguments.train_file

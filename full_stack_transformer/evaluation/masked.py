@@ -33,7 +33,7 @@ def evaluate_masked(arguments: EvaluateArguments) -> dict[str, Any]:
         DatasetError: the dataset was made with another tokenizer than the model's.
     """
     opened = open_task(arguments.model, device=arguments.device)
-    dataset = open_dataset(arguments.dataset_dir)
+    dataset = open_dataset(arguments.data)
     masking = _masking(opened, dataset)
     device = next(opened.backbone.parameters()).device
     samples = MaskedSamples(dataset.valid, masking)

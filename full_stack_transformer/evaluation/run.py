@@ -45,7 +45,7 @@ def _measured(arguments: EvaluateArguments) -> dict[str, Any]:
             weights_dtype=arguments.weights_dtype,
             num_slots=arguments.batch_size,
         )
-    if _holds_rows(arguments.dataset_dir):
+    if _holds_rows(arguments.data):
         return evaluate_rows(arguments)
     task = task_name_of(find_model_directory(arguments.model))
     return _MEASURES.get(task, evaluate_rows)(arguments)
@@ -61,7 +61,7 @@ def _holds_rows(path: Path) -> bool:
 
 def _evaluate_language_model(arguments: EvaluateArguments) -> dict[str, Any]:
     model = open_model(arguments.model, device=arguments.device)
-    dataset = open_dataset(arguments.dataset_dir)
+    dataset = open_dataset(arguments.data)
     theirs = open_saved_tokenizer(dataset.tokenizer_directory)
     if theirs.backend.get_vocab() != model.tokenizer.backend.get_vocab():
         raise DatasetError(

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from full_stack_transformer.arguments.familiar_options import RENAMED
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import (
     DatasetError,
@@ -231,7 +232,9 @@ def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Expe
 
 
 def _read_arguments(path: Path, kind: type[TrainArguments]) -> TrainArguments:
-    content: dict[str, Any] = read_json(path)
+    content: dict[str, Any] = {
+        RENAMED.get(name, name): value for name, value in read_json(path).items()
+    }
     for name in _PATHS & content.keys():
         content[name] = Path(content[name])
     try:

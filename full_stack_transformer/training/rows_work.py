@@ -73,7 +73,7 @@ class RowsWork(Work):
             problem_type=arguments.problem_type,
             pooling=arguments.pooling,
             embedding_loss=arguments.embedding_loss,
-            temperature=arguments.temperature,
+            temperature=arguments.simcse_temperature,
         )
         self.task: Task
 

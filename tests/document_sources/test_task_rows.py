@@ -220,5 +220,5 @@ def test_the_files_are_complete_and_the_same_again(
 
 
 def test_rows_of_other_sources_are_refused() -> None:
-    with pytest.raises(UsageError, match="--task makes rows of python_docs only"):
+    with pytest.raises(UsageError, match="--task works with python_docs only"):
         CollectDocumentsArguments("nietzsche", task="span_selection")

@@ -111,4 +111,4 @@ def test_parts_that_do_not_belong_together_are_found_at_the_start(tmp_path: Path
 def test_several_workers_are_refused_with_an_explanation(model_dir: Path, run_fst: RunFst) -> None:
     done = run_fst("serve", model_dir, "--workers", "4")
     assert done.returncode == 2
-    assert "behind a balancer" in done.stderr
+    assert "behind a load balancer" in done.stderr
