@@ -81,6 +81,11 @@ _EXTRA_OF_PACKAGE = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "aiogram": "telegram",
+    "sklearn": "evaluation",
+    "scipy": "evaluation",
+    "seqeval": "evaluation",
+    "sacrebleu": "evaluation",
+    "rouge_score": "evaluation",
 }
 
 

@@ -122,7 +122,8 @@ def test_every_package_has_a_docstring() -> None:
         "telegram.bot",
         "serving.client",
         "document_sources.demo",
-        "metrics.generated_texts",
+        "metrics.classification",
+        "metrics.texts",
         "__main__",
     ],
 )
@@ -131,6 +132,17 @@ def test_light_modules_never_import_torch(module: str) -> None:
     code = (
         f"import sys, full_stack_transformer.{module}\n"
         f"sys.exit(','.join(name for name in {heavy} if name in sys.modules) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{module} imports {done.stderr}"
+
+
+@pytest.mark.parametrize("module", ["training.run", "serving.run", "tasks.catalogue"])
+def test_the_libraries_of_metrics_are_imported_when_one_is_computed(module: str) -> None:
+    libraries = ["sklearn", "seqeval", "sacrebleu", "rouge_score", "nltk"]
+    code = (
+        f"import sys, full_stack_transformer.{module}\n"
+        f"sys.exit(','.join(name for name in {libraries} if name in sys.modules) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{module} imports {done.stderr}"

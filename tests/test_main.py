@@ -235,6 +235,13 @@ def test_the_saved_options_of_earlier_versions_are_read(run_fst: RunFst, tmp_pat
     assert re.search(r"^simcse_temperature +0.25 +arguments.json$", done.stdout, re.MULTILINE)
 
 
+def test_a_metric_without_its_library_names_the_extra() -> None:
+    error = ModuleNotFoundError("No module named 'sklearn'", name="sklearn.metrics")
+    message = str(__main__._missing_extra(error))
+    assert "needs the package sklearn" in message
+    assert "pip install -c constraints.txt -e '.[evaluation]'" in message
+
+
 def test_a_missing_extra_names_its_install_command(tmp_path: Path, run_fst: RunFst) -> None:
     (tmp_path / "aiogram.py").write_text("raise ModuleNotFoundError(name='aiogram')")
     done = run_fst("telegram_bot", env={"PYTHONPATH": str(tmp_path), "TELEGRAM_BOT_TOKEN": "1:abc"})

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from full_stack_transformer.evaluation.word_classifier import WordClassifier, tf_idf
+from full_stack_transformer.evaluation.bag_of_words import class_probabilities, cosines, words
 from full_stack_transformer.tasks.sequence_classification import (
     SequenceClassification,
     label_name,
 )
 from full_stack_transformer.tasks.task import Prediction, Row, Task
 
-_WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
@@ -62,12 +61,12 @@ def _words_of_class(task: Task, train_rows: Sequence[Row], rows: Sequence[Row]) 
         return []
     if task.problem_type == "regression":
         return [{"score": score} for score in _similarities(train_rows, rows)]
-    classifier = WordClassifier.learn(
+    probabilities = class_probabilities(
         [_marked_words(row) for row in train_rows],
         [task.labels.index(label_name(row["label"])) for row in train_rows],
+        [_marked_words(row) for row in rows],
         num_classes=len(task.labels),
     )
-    probabilities = classifier.probabilities([_marked_words(row) for row in rows])
     return [
         {
             "label": task.labels[int(row.argmax())],
@@ -99,7 +98,7 @@ def _similarities(train_rows: Sequence[Row], rows: Sequence[Row]) -> list[float]
     ]
     firsts = [words(row["text"]) for row in rows]
     seconds = [words(row.get("text_pair") or "") for row in rows]
-    return [float(cosine) for cosine in tf_idf(known).cosines(firsts, seconds)]
+    return [float(cosine) for cosine in cosines(known, firsts, seconds)]
 
 
 def _majority_label(task: Task, train_rows: Sequence[Row], rows: Sequence[Row]) -> list[Prediction]:
@@ -137,12 +136,10 @@ def _choice_by_words(
 ) -> list[Prediction]:
     """The choice whose words are most like the text's."""
     known = [words(row["text"]) + words(choice) for row in train_rows for choice in row["choices"]]
-    vectors = tf_idf(known)
-    found = []
-    for row in rows:
-        text = [words(row["text"])] * len(row["choices"])
-        found.append(_choice(vectors.cosines(text, [words(one) for one in row["choices"]])))
-    return found
+    texts = [words(row["text"]) for row in rows for _ in row["choices"]]
+    choices = [words(choice) for row in rows for choice in row["choices"]]
+    ends = np.cumsum([len(row["choices"]) for row in rows])[:-1]
+    return [_choice(scores) for scores in np.split(cosines(known, texts, choices), ends)]
 
 
 def _choice(scores: NDArray[np.float64]) -> Prediction:
@@ -172,11 +169,6 @@ def _first_answer(task: Task, train_rows: Sequence[Row], rows: Sequence[Row]) ->
         {"answer": text, "start": 0, "end": len(text), "score": 1.0}
         for text in ((_SENTENCE.match(row["context"]) or [""])[0].strip() for row in rows)
     ]
-
-
-def words(text: str) -> list[str]:
-    """Words of a text in lower case."""
-    return _WORD.findall(text.lower())
 
 
 _Maker = Callable[[Task, Sequence[Row], Sequence[Row]], list[Any]]

@@ -7,7 +7,7 @@ Overlap with the one true continuation is low for any model of free text; the fi
 same texts, and say whether a model repeats itself. The same figures of the expected texts stand beside.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,20 +15,15 @@ from numpy.typing import NDArray
 
 from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.errors import DatasetError
+from full_stack_transformer.evaluation.bootstrap import Interval, bootstrap_intervals
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
-from full_stack_transformer.metrics.bootstrap import Interval, bootstrap_intervals
-from full_stack_transformer.metrics.generated_texts import (
-    bleu_counts,
-    bleu_of_counts,
-    chrf_counts,
-    chrf_of_counts,
+from full_stack_transformer.metrics.texts import (
+    Overlap,
     distinct,
-    exact_match,
     repetition,
     repetition_of_texts,
-    rouge_of_texts,
     words,
 )
 from full_stack_transformer.modelling.model_directory import OpenedModel
@@ -141,38 +136,23 @@ def _halves(
 def _measure(
     texts: list[str], expected: list[str], *, seed: int, num_resamples: int
 ) -> tuple[dict[str, float], dict[str, Interval]]:
-    references = [[one] for one in expected]
-    bleu_rows, chrf_rows = bleu_counts(texts, references), chrf_counts(texts, references)
-    rouge_rows = np.array(rouge_of_texts(texts, references))
-    matches = np.array([exact_match([a], [b]) for a, b in zip(texts, references, strict=True)])
+    overlap = Overlap(texts, [[text] for text in expected])
     our_words, their_words = [words(text) for text in texts], [words(text) for text in expected]
     repeats = np.array(repetition_of_texts(our_words, _REPETITION_ORDER) or [0.0])
 
-    def overlap(positions: NDArray[np.int64]) -> Mapping[str, float]:
-        rouge1, rouge2, rouge_l = rouge_rows[positions].mean(axis=0).tolist()
-        return {
-            "bleu": bleu_of_counts(bleu_rows[positions].sum(axis=0)),
-            "chrf": chrf_of_counts(chrf_rows[positions].sum(axis=0)),
-            "rouge1": rouge1,
-            "rouge2": rouge2,
-            "rougeL": rouge_l,
-            "exact_match": float(matches[positions].mean()),
-        }
+    def repeated(indices: NDArray[np.int64] | slice) -> dict[str, float]:
+        return {"repetition_4": float(repeats[indices].mean())}
 
-    def repeated(positions: NDArray[np.int64]) -> Mapping[str, float]:
-        return {"repetition_4": float(repeats[positions].mean())}
-
-    options = {"num_resamples": num_resamples, "seed": seed}
-    figures = {
-        **overlap(np.arange(len(texts))),
-        **repeated(np.arange(len(repeats))),
+    metrics = {
+        **overlap.metrics(),
+        **repeated(slice(None)),
         "expected_repetition_4": repetition(their_words, _REPETITION_ORDER),
     }
     for order in (1, 2):
-        figures[f"distinct_{order}"] = distinct(our_words, order)
-        figures[f"expected_distinct_{order}"] = distinct(their_words, order)
+        metrics[f"distinct_{order}"] = distinct(our_words, order)
+        metrics[f"expected_distinct_{order}"] = distinct(their_words, order)
     intervals = {
-        **bootstrap_intervals(overlap, len(texts), **options),
-        **bootstrap_intervals(repeated, len(repeats), **options),
+        **bootstrap_intervals(overlap.metrics, len(texts), num_resamples=num_resamples, seed=seed),
+        **bootstrap_intervals(repeated, len(repeats), num_resamples=num_resamples, seed=seed),
     }
-    return figures, intervals
+    return metrics, intervals

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.baselines import baseline_predictions
+from full_stack_transformer.evaluation.bootstrap import bootstrap_intervals
 from full_stack_transformer.evaluation.pictures import confusion_picture
-from full_stack_transformer.metrics.bootstrap import bootstrap_intervals
 from full_stack_transformer.modelling.backbones import backbone_of_config
 from full_stack_transformer.modelling.model_directory import find_model_directory
 from full_stack_transformer.rows.fields import named_rows

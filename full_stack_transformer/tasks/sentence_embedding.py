@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerFast
 
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.correlation import pearson, spearman
+from full_stack_transformer.metrics.regression import pearson, spearman
 from full_stack_transformer.modelling.embedding.head import Head, read_head, write_head
 from full_stack_transformer.modelling.embedding.pooling import (
     cosine_losses,

@@ -23,7 +23,7 @@ from full_stack_transformer.metrics.classification import (
     classification_metrics,
     multi_label_metrics,
 )
-from full_stack_transformer.metrics.correlation import regression_metrics
+from full_stack_transformer.metrics.regression import regression_metrics
 from full_stack_transformer.tasks.task import (
     Feature,
     Figures,

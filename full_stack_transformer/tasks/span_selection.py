@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering
 
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.spans import answer_f1, exact_match, span_metrics
+from full_stack_transformer.metrics.texts import answer_f1, exact_match, span_metrics
 from full_stack_transformer.tasks.task import (
     Batch,
     Feature,

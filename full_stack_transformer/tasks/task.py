@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.classification import ClassificationFigures, ClassRow
+from full_stack_transformer.metrics.classification import ClassificationMetrics, ClassRow
 
 Row = Mapping[str, Any]
 Feature = dict[str, Any]
@@ -62,7 +62,7 @@ class Figures:
     """Row: the expected one of `labels`, column: the predicted one."""
 
     @classmethod
-    def of_classes(cls, figures: ClassificationFigures, labels: Sequence[str]) -> Self:
+    def of_classes(cls, figures: ClassificationMetrics, labels: Sequence[str]) -> Self:
         """Those of decisions between classes."""
         scalars = figures.scalars()
         if figures.confusion:  # of one class each, where it is the accuracy

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.labels import OUTSIDE, label_metrics
+from full_stack_transformer.metrics.classification import OUTSIDE, label_metrics
 from full_stack_transformer.tasks.task import (
     IGNORED_LABEL,
     Feature,

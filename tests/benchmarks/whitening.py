@@ -25,7 +25,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.document_sources.docstrings import Docstring, library_docstrings
 from full_stack_transformer.document_sources.task_rows import TaskRow, sentence_rows, side_of
-from full_stack_transformer.metrics.correlation import spearman
+from full_stack_transformer.metrics.regression import spearman
 from full_stack_transformer.modelling.embedding.encoder import SentenceEncoder
 from full_stack_transformer.modelling.embedding.head import Head
 from full_stack_transformer.modelling.embedding.pooling import POOLING_MODES, PoolingMode

@@ -1,4 +1,4 @@
-"""Each figure against the library that defines it, on random cases."""
+"""Each metric against the library that defines it, on random cases."""
 
 import random
 import warnings
@@ -14,12 +14,11 @@ from sklearn import metrics as sklearn_metrics
 
 from full_stack_transformer.metrics.classification import (
     classification_metrics,
+    label_metrics,
     multi_label_metrics,
 )
-from full_stack_transformer.metrics.correlation import pearson, regression_metrics, spearman
-from full_stack_transformer.metrics.generated_texts import bleu, chrf, rouge
-from full_stack_transformer.metrics.labels import label_metrics
-from full_stack_transformer.metrics.spans import span_metrics
+from full_stack_transformer.metrics.regression import pearson, regression_metrics, spearman
+from full_stack_transformer.metrics.texts import Overlap, span_metrics
 
 NUM_CASES = 300
 _WORDS = ("the", "cat", "sat", "on", "a", "mat", "today,", "again.", "3.5", "well-known", "It's")
@@ -43,17 +42,17 @@ def test_decisions_equal_scikit_learns() -> None:
             ours.confusion,
             sklearn_metrics.confusion_matrix(expected, predicted, labels=range(num_classes)),
         )
-        for figure, average in (
+        for value, average in (
             (ours.f1_macro, "macro"),
             (ours.f1_weighted, "weighted"),
             (ours.f1_micro, "micro"),
             (ours.f1_binary if num_classes == 2 else None, "binary"),
         ):
-            if figure is not None:
+            if value is not None:
                 theirs = sklearn_metrics.f1_score(
                     expected, predicted, average=average, zero_division=0
                 )
-                assert _close(figure, theirs)
+                assert _close(value, theirs)
 
 
 def test_decisions_of_several_labels_equal_scikit_learns() -> None:
@@ -62,9 +61,9 @@ def test_decisions_of_several_labels_equal_scikit_learns() -> None:
         expected, predicted = generator.random((2, 40, 4)) < generator.random(4)
         ours = multi_label_metrics(expected.astype(int), predicted.astype(int), list("abcd"))
         assert _close(ours.accuracy, sklearn_metrics.accuracy_score(expected, predicted))
-        for figure, average in ((ours.f1_micro, "micro"), (ours.f1_weighted, "weighted")):
+        for value, average in ((ours.f1_micro, "micro"), (ours.f1_weighted, "weighted")):
             theirs = sklearn_metrics.f1_score(expected, predicted, average=average, zero_division=0)
-            assert _close(figure, theirs)
+            assert _close(value, theirs)
 
 
 def test_correlations_equal_scipys() -> None:
@@ -101,7 +100,7 @@ def test_spans_of_labels_equal_seqevals() -> None:
         ]
         ours = label_metrics(expected, predicted).scalars()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of figures that are not defined
+            warnings.simplefilter("ignore")  # of metrics that are not defined
             assert _close(ours["span_f1"], seqeval.metrics.f1_score(expected, predicted))
             assert _close(
                 ours["span_precision"], seqeval.metrics.precision_score(expected, predicted)
@@ -127,21 +126,21 @@ def test_overlap_of_texts_equals_sacrebleus_and_rouge_scores() -> None:
     for seed in range(NUM_CASES):
         predicted, expected = _texts(seed)
         columns: Sequence[Sequence[str]] = list(zip(*expected, strict=True))
-        assert _close(bleu(predicted, expected), sacrebleu.corpus_bleu(predicted, columns).score)
-        assert _close(chrf(predicted, expected), sacrebleu.corpus_chrf(predicted, columns).score)
+        ours = Overlap(predicted, expected).metrics()
+        assert _close(ours["bleu"], sacrebleu.corpus_bleu(predicted, columns).score)
+        assert _close(ours["chrf"], sacrebleu.corpus_chrf(predicted, columns).score)
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-        ours = rouge(predicted, expected)
-        for name, figure in ours.items():
+        for name in scorer.rouge_types:
             theirs = [
                 scorer.score_multi(several, text)[name].fmeasure
                 for text, several in zip(predicted, expected, strict=True)
             ]
-            assert _close(figure, sum(theirs) / len(theirs)), name
+            assert _close(ours[name], sum(theirs) / len(theirs)), name
 
 
 def test_answers_are_judged_by_the_rules_of_squad() -> None:
     # Worked out with the evaluation script of SQuAD 2.0: articles, punctuation and case do not count.
     expected = [["The cat."], ["a mat", "the mat today"], [], ["one two"]]
-    figures = span_metrics(expected, ["cat", "the mat", "", ""])
-    assert figures.exact_match == 3 / 4
-    assert figures.f1 == 3 / 4
+    metrics = span_metrics(expected, ["cat", "the mat", "", ""])
+    assert metrics.exact_match == 3 / 4
+    assert metrics.f1 == 3 / 4

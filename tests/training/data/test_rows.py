@@ -14,7 +14,7 @@ from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows
 from full_stack_transformer.evaluation.masked import evaluate_masked
-from full_stack_transformer.metrics.correlation import spearman
+from full_stack_transformer.metrics.regression import spearman
 from full_stack_transformer.modelling.embedding.encoder import open_sentence_encoder
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.rows.files import Row

@@ -1,14 +1,20 @@
-"""Confidence intervals: seeded, as wide as theory says, and of figures that are no means too."""
+"""Confidence intervals: seeded, as wide as theory says, and of metrics that are no means too."""
+
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
-from full_stack_transformer.metrics.bootstrap import (
-    Interval,
-    bootstrap_intervals,
-    bootstrap_mean,
-)
+from full_stack_transformer.evaluation.bootstrap import Interval, bootstrap_intervals
 from full_stack_transformer.metrics.classification import classification_metrics
+
+
+def bootstrap_mean(values: ArrayLike, **options: Any) -> Interval:
+    array = np.asarray(values)
+    return bootstrap_intervals(
+        lambda indices: {"mean": float(array[indices].mean())}, len(array), **options
+    )["mean"]
 
 
 def test_the_interval_of_a_share_is_as_wide_as_theory_says() -> None:
@@ -36,12 +42,12 @@ def test_several_figures_are_drawn_together() -> None:
     expected = generator.integers(3, size=100)
     predicted = np.where(generator.random(100) < 0.6, expected, 0)
 
-    def figures(positions: np.ndarray) -> dict[str, float]:
-        drawn = classification_metrics(expected[positions], predicted[positions], ["a", "b", "c"])
+    def metrics(indices: np.ndarray) -> dict[str, float]:
+        drawn = classification_metrics(expected[indices], predicted[indices], ["a", "b", "c"])
         return drawn.scalars()
 
-    intervals = bootstrap_intervals(figures, 100, num_resamples=200)
-    for name, value in figures(np.arange(100)).items():
+    intervals = bootstrap_intervals(metrics, 100, num_resamples=200)
+    for name, value in metrics(np.arange(100)).items():
         assert intervals[name].low < value < intervals[name].high
     assert intervals["accuracy"] == intervals["f1_micro"]
 
@@ -57,6 +63,6 @@ def test_one_example_has_a_point_for_an_interval() -> None:
 )
 def test_what_gives_no_interval_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="at least one example and one draw"):
-        bootstrap_mean([1.0, 2.0], **options)  # type: ignore[arg-type]
+        bootstrap_mean([1.0, 2.0], **options)
     with pytest.raises(ValueError, match="at least one example"):
         bootstrap_mean([])

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from full_stack_transformer.metrics.correlation import (
-    average_ranks,
+from full_stack_transformer.metrics.regression import (
     pearson,
     regression_metrics,
     spearman,
@@ -18,14 +17,13 @@ def test_pearson_equals_numpys() -> None:
     assert pearson(first * 1e-200, -first) == pytest.approx(-1)
 
 
-def test_equal_numbers_share_their_mean_rank() -> None:
-    assert average_ranks([10, 20, 10, 30, 10]).tolist() == [2, 4, 2, 5, 2]
-
-
 def test_ranks_equal_counting_the_smaller_and_the_equal_ones() -> None:
-    values = np.random.default_rng(1).integers(10, size=100)
-    counted = [(values < one).sum() + ((values == one).sum() + 1) / 2 for one in values]
-    assert average_ranks(values).tolist() == counted
+    first, second = np.random.default_rng(1).integers(10, size=(2, 100))  # with equal numbers
+    ranks = [
+        [(values < one).sum() + ((values == one).sum() + 1) / 2 for one in values]
+        for values in (first, second)
+    ]
+    assert spearman(first, second) == pytest.approx(pearson(*ranks))
 
 
 def test_spearman_sees_order_only() -> None:
@@ -40,9 +38,9 @@ def test_a_constant_side_has_no_correlation() -> None:
 
 
 def test_the_errors_are_means() -> None:
-    figures = regression_metrics([1, 2, 3], [1, 4, 2])
-    assert figures["mean_squared_error"] == pytest.approx(5 / 3)
-    assert figures["mean_absolute_error"] == 1
+    metrics = regression_metrics([1, 2, 3], [1, 4, 2])
+    assert metrics["mean_squared_error"] == pytest.approx(5 / 3)
+    assert metrics["mean_absolute_error"] == 1
 
 
 @pytest.mark.parametrize(("first", "second"), [([1], [1, 2]), ([], [])], ids=["lengths", "empty"])

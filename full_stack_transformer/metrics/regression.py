@@ -1,18 +1,18 @@
-"""How well numbers agree with numbers: Pearson, Spearman, mean squared and absolute error."""
+"""How well predicted numbers agree with expected ones: Pearson, Spearman, mean squared and absolute error."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
 def regression_metrics(expected: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
-    """Every figure of this module by name.
+    """Every metric of this module by name.
 
     Args:
         expected: (examples,) numbers.
         predicted: (examples,) numbers.
 
     Raises:
-        ValueError: the lengths differ, or nothing is there.
+        ValueError: the lengths differ, or there are no examples.
     """
     wanted, given = _pair(expected, predicted)
     return {
@@ -24,32 +24,23 @@ def regression_metrics(expected: ArrayLike, predicted: ArrayLike) -> dict[str, f
 
 
 def pearson(first: ArrayLike, second: ArrayLike) -> float:
-    """Linear correlation, -1 to 1; 0 where one side is constant, which says nothing of the other."""
+    """Linear correlation, -1 to 1; 0 if one side is constant, where it is not defined."""
+    import scipy.stats  # half a second, and only needed here
+
     a, b = _pair(first, second)
-    # Scaled by the largest, or squares of tiny differences would vanish.
-    a, b = (_scaled(side - side.mean()) for side in (a, b))
-    spread = np.sqrt((a @ a) * (b @ b))
-    return float(np.clip((a @ b) / spread, -1, 1)) if spread > 0 else 0.0
+    return 0.0 if _is_constant(a, b) else float(scipy.stats.pearsonr(a, b).statistic)
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Correlation of the ranks, -1 to 1; equal numbers share their mean rank."""
+    import scipy.stats
+
     a, b = _pair(first, second)
-    return pearson(average_ranks(a), average_ranks(b))
+    return 0.0 if _is_constant(a, b) else float(scipy.stats.spearmanr(a, b).statistic)
 
 
-def average_ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """The rank of each number from 1; equal numbers share the mean of their ranks."""
-    array = np.asarray(values, np.float64)
-    _, group, counts = np.unique(array, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[group]
-    return ranks
-
-
-def _scaled(centred: NDArray[np.float64]) -> NDArray[np.float64]:
-    largest = float(np.abs(centred).max())
-    return centred / largest if largest > 0 else centred
+def _is_constant(*sides: NDArray[np.float64]) -> bool:
+    return any(side.min() == side.max() for side in sides)
 
 
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
