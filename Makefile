@@ -1,5 +1,5 @@
-# Two commands: `make demo` walks the whole road on this machine, `make test` checks everything.
-# Both make .venv and install through constraints.txt first, and only when something has changed.
+# Two commands: `make demo` runs the whole pipeline on this machine, `make test` checks everything.
+# Both first create .venv and install the versions of constraints.txt, if something has changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

@@ -1,45 +1,44 @@
-"""Every error that this package raises on purpose, and who must act on it.
+"""The errors that this package raises for its users. The class says who can fix the problem.
 
-    FullStackTransformerError        something a person can mend
-    ├── UsageError                   who typed the command: an option is missing, wrong or contradicts another
-    ├── InputError                   who supplied the files
-    │   ├── DocumentsError           texts: missing, unreadable, empty, without delimiter
-    │   ├── TokenizerError           a vocabulary that is none, or does not fit
-    │   ├── RowError                 labelled rows: unreadable, or without what their task needs
-    │   ├── DatasetError             a dataset directory that is none, or damaged
-    │   └── ModelError               a model directory that is none, or does not fit
-    ├── MachineError                 who runs the machine: port in use, disk full, no network
-    │   └── MissingExtraError        a package that this command needs is not installed
-    ├── TrainingError                who chose the options of a training that cannot go on
-    ├── RequestError                 who sent a request to the service: impossible as it stands
-    │   ├── AccessError              without a key, or from a page of another site
-    │   ├── UnknownModelError        for a model that is not served
-    │   └── BodyTooLargeError        with more bytes than are read
-    └── ServiceError                 who runs the service: unreachable, overloaded, failing
-        ├── ServiceUnavailableError  try again later
-        │   └── ServiceBusyError     the queue is full; the error says for how long
-        └── ServiceRefusedError      the same request will be refused again
+    FullStackTransformerError        base class
+    ├── UsageError                   user of the command line: an option is missing, invalid or contradictory
+    ├── InputError                   owner of the input files:
+    │   ├── DocumentsError             texts are missing, unreadable, empty or without delimiter
+    │   ├── TokenizerError             a tokenizer is invalid or does not fit
+    │   ├── RowError                   labelled rows are unreadable or lack a field
+    │   ├── DatasetError               a dataset directory is missing, damaged or does not fit
+    │   └── ModelError                 a model directory is missing, damaged or does not fit
+    ├── MachineError                 operator of the machine: port in use, disk full, no network
+    │   └── MissingExtraError          a required package is not installed
+    ├── TrainingError                user who chose the training options: the training cannot continue
+    ├── RequestError                 client of the service: the request is invalid
+    │   ├── AccessError                no valid key, or a web page of another origin
+    │   ├── UnknownModelError          the model is not served
+    │   └── BodyTooLargeError          the body is too large
+    └── ServiceError                 operator of the service: it failed
+        ├── ServiceUnavailableError    try again later
+        │   └── ServiceBusyError       the queue is full; has the seconds to wait
+        └── ServiceRefusedError        the same request will be rejected again
 
-A message says what was expected, what was found, where, and what to do.
-The command line turns an error into one sentence and an exit code, the service into a status,
-the bot into one friendly message. This module knows none of them.
+A message says what was wrong, where, and what to do. The command line shows it with an exit code, the service
+as an HTTP status, the bot as a chat message. This module knows none of them.
 """
 
 
 class FullStackTransformerError(Exception):
-    """Base of all errors that a person can mend."""
+    """Base class of all errors that a user can fix."""
 
     exit_code = 1
 
 
 class UsageError(FullStackTransformerError):
-    """An option is missing, wrong or contradicts another one."""
+    """An option is missing, invalid or contradicts another one."""
 
     exit_code = 2
 
 
 class InputError(FullStackTransformerError):
-    """A file or directory that the user supplied cannot be used."""
+    """An input file or directory cannot be used."""
 
 
 class DocumentsError(InputError):
@@ -47,11 +46,11 @@ class DocumentsError(InputError):
 
 
 class TokenizerError(InputError):
-    """A tokenizer cannot be loaded, or does not fit its purpose."""
+    """A tokenizer cannot be loaded or does not fit."""
 
 
 class RowError(InputError):
-    """A labelled row cannot be read, or lacks what its task needs."""
+    """A labelled row cannot be read or lacks a field of its task."""
 
 
 class DatasetError(InputError):
@@ -63,39 +62,39 @@ class ModelError(InputError):
 
 
 class MachineError(FullStackTransformerError):
-    """The machine cannot do what was asked: port in use, disk full, no network."""
+    """The machine is the problem: port in use, disk full, no network."""
 
 
 class MissingExtraError(MachineError):
-    """A package that belongs to an extra is not installed."""
+    """A package of an extra is not installed."""
 
 
 class TrainingError(FullStackTransformerError):
-    """Training cannot go on, such as after a loss that is not a number."""
+    """Training cannot continue, such as after a NaN loss."""
 
 
 class RequestError(FullStackTransformerError):
-    """A request that can never be served as it stands."""
+    """A request is invalid."""
 
 
 class AccessError(RequestError):
-    """A request without a valid key, or from a web page that may not ask."""
+    """A request has no valid key, or comes from a web page of another origin."""
 
 
 class UnknownModelError(RequestError):
-    """A request for a model that is not served."""
+    """A request names a model that is not served."""
 
 
 class BodyTooLargeError(RequestError):
-    """A request whose body has more bytes than are read."""
+    """The body of a request is too large."""
 
 
 class ServiceError(FullStackTransformerError):
-    """The service that was called did not answer as it should."""
+    """The service failed to answer."""
 
 
 class ServiceUnavailableError(ServiceError):
-    """The service is away or overloaded; the same request may succeed later."""
+    """The service is unreachable or overloaded; the same request may succeed later."""
 
 
 class ServiceBusyError(ServiceUnavailableError):
@@ -107,4 +106,4 @@ class ServiceBusyError(ServiceUnavailableError):
 
 
 class ServiceRefusedError(ServiceError):
-    """The service refused the request and would refuse it again."""
+    """The service rejected the request and would reject it again."""

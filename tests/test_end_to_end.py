@@ -126,7 +126,7 @@ def test_the_demo_walks_the_road_and_serves_when_typed_again(
             *(sys.executable, "-m", "full_stack_transformer", *words),
             *("--port", "0", "--tensorboard_port", "0"),
         ],
-        "Ctrl-C ends it",
+        "Ctrl-C stops it",
     )
     try:
         again.start()
@@ -149,5 +149,5 @@ def test_the_demo_says_at_once_that_a_port_is_in_use(run_fst: RunFst, tmp_path: 
         port = other.getsockname()[1]
         done = run_fst("demo", "--root", tmp_path / "demo", "--port", str(port))
     assert done.returncode == 1
-    assert f"port {port} cannot be used: Address already in use" in done.stderr
+    assert f"port {port} is not available: Address already in use" in done.stderr
     assert not (tmp_path / "demo").exists()

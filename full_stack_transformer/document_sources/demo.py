@@ -1,9 +1,9 @@
-"""`fst demo`: the whole road on this machine, each step a command that can be repeated by hand.
+"""`fst demo`: the whole pipeline on this machine; each step is a command that can be run by hand.
 
     collect_documents -> prepare_dataset -> train -> evaluate -> generate -> serve, tensorboard
 
-What an earlier demo finished is used again, so it may be interrupted and typed again at any time. Runs the
-commands as processes and imports nothing heavy.
+Finished steps of an earlier demo are reused, so it can be interrupted and started again at any time. The
+commands run as processes; this module imports nothing heavy.
 """
 
 import shlex
@@ -22,24 +22,24 @@ from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, ver
 
 _SOURCE = "python_docs"
 _PROMPTS = ("This module provides", "Return a new list", "Raise an exception if the file")
-# What `fst train` writes when it ended by itself.
+# `fst train` writes it when the training is complete.
 _SUMMARY_FILE_NAME = "summary.json"
 _SECONDS_TO_START = 120.0
 
 
 class StepFailedError(FullStackTransformerError):
-    """A command of the demo failed; it has said why itself."""
+    """A command of the demo failed and has shown its own error."""
 
 
 def run_demo(arguments: DemoArguments) -> int:
-    """Walk the road, show what was written, and serve until Ctrl-C.
+    """Run all steps, list the files, and serve until Ctrl-C.
 
     Raises:
         StepFailedError: a command failed.
     """
     started = time.perf_counter()
     ports = (0, 0)
-    if arguments.serve:  # minutes before they are needed: a port in use is better said now
+    if arguments.serve:  # check now, not minutes later when they are needed
         ports = (
             _free_port(arguments.port, "--port"),
             _free_port(arguments.tensorboard_port, "--tensorboard_port"),
@@ -49,16 +49,14 @@ def run_demo(arguments: DemoArguments) -> int:
     experiment = _train(arguments, dataset)
     _run("evaluate", str(experiment), str(dataset))
     for prompt in _PROMPTS:
-        # Cooler than the default: a model this small finds words of its own otherwise.
+        # Below the default temperature, at which a model this small invents words.
         sampling = ("--max_new_tokens", "80", "--temperature", "0.5", "--seed", "1")
         _run("generate", str(experiment), "--prompt", prompt, *sampling)
     minutes, seconds = divmod(time.perf_counter() - started, 60)
-    _say(
-        f"\nFrom documents to text in {minutes:.0f} min {seconds:.0f} s. What was written where:\n"
-    )
+    _say(f"\nFrom documents to text in {minutes:.0f} min {seconds:.0f} s. The files:\n")
     _say(_table(documents, dataset, experiment))
     if not arguments.serve:
-        _say(f"\nTalk to it:  fst serve {experiment}\n")
+        _say(f"\nServe the model:  fst serve {experiment}\n")
         return 0
     return _serve(arguments, experiment, *ports)
 
@@ -66,7 +64,7 @@ def run_demo(arguments: DemoArguments) -> int:
 def _collect(root: Path) -> Path:
     documents = root / _SOURCE
     if (documents / "train.txt").is_file() and (documents / "valid.txt").is_file():
-        _say(f"\n{documents} is there already\n")
+        _say(f"\n{documents} exists already\n")
     else:
         _run("collect_documents", _SOURCE, "--documents_root", str(root))
     return documents
@@ -90,7 +88,7 @@ def _train(arguments: DemoArguments, dataset: Path) -> Path:
     root = arguments.root / "experiments"
     finished = [path for path in versions(root, _SOURCE) if (path / _SUMMARY_FILE_NAME).is_file()]
     if finished and not arguments.fresh:
-        _say(f"\n{finished[-1]} is trained already (train anew: fst demo --fresh)\n")
+        _say(f"\n{finished[-1]} is trained already (to train again: fst demo --fresh)\n")
         return finished[-1]
     _run(
         "train",
@@ -108,9 +106,7 @@ def _run(*words: str) -> None:
     _say(f"\n$ fst {shlex.join(words)}\n")
     exit_code = subprocess.run(_command(*words), check=False).returncode
     if exit_code:
-        raise StepFailedError(
-            f"fst {words[0]} ended with exit code {exit_code}; the demo stops here"
-        )
+        raise StepFailedError(f"fst {words[0]} failed with exit code {exit_code}; the demo stops")
 
 
 def _command(*words: str) -> list[str]:
@@ -125,13 +121,13 @@ def _free_port(port: int, flag: str) -> int:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
             raise MachineError(
-                f"port {port} cannot be used: {error.strerror}; stop what uses it, or pass {flag}"
+                f"port {port} is not available: {error.strerror}; free it or pass another {flag}"
             ) from error
         return int(listener.getsockname()[1])
 
 
 def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_port: int) -> int:
-    """Start the service and TensorBoard, say where they are, and stay until Ctrl-C."""
+    """Start the service and TensorBoard, show their addresses, and wait for Ctrl-C."""
     commands = (
         ("serve", str(experiment), "--port", str(port)),
         (
@@ -142,7 +138,7 @@ def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_po
         ),
     )
     processes = []
-    # SIGTERM ends it as Ctrl-C does, so that it leaves no orphans.
+    # SIGTERM works like Ctrl-C, so that no process is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for words in commands:
@@ -155,7 +151,7 @@ def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_po
         _say(
             f"\n  API            {url}/v1  (OpenAI-compatible)\n  API docs       {url}/docs\n"
             f"  TensorBoard    {tensorboard_url}\n\n"
-            f'  curl {url}/generated_texts/ -d \'{{"seed_text": "This function"}}\'\n\nCtrl-C ends it.\n'
+            f'  curl {url}/generated_texts/ -d \'{{"seed_text": "This function"}}\'\n\nCtrl-C stops it.\n'
         )
         return processes[0].wait()
     except KeyboardInterrupt:
@@ -171,15 +167,13 @@ def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _SECONDS_TO_START
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise StepFailedError(
-                f"the process for {url} ended with exit code {process.returncode}"
-            )
+            raise StepFailedError(f"the process of {url} exited with code {process.returncode}")
         try:
             httpx.get(url, timeout=5.0)
             return
         except httpx.HTTPError:
             time.sleep(0.2)
-    raise MachineError(f"{url} does not answer after {_SECONDS_TO_START:.0f} s")
+    raise MachineError(f"{url} does not respond after {_SECONDS_TO_START:.0f} s")
 
 
 def _table(documents: Path, dataset: Path, experiment: Path) -> str:
