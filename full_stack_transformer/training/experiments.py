@@ -41,6 +41,7 @@ from full_stack_transformer.storage import (
     versions,
     write_json,
 )
+from full_stack_transformer.training.callbacks.progress import SUMMARY_FILE_NAME
 from full_stack_transformer.training.callbacks.text_samples import (
     GENERATED_FILE_NAME,
     drop_lines_after,
@@ -52,7 +53,6 @@ from full_stack_transformer.training.checkpoints import (
     link_checkpoint,
 )
 from full_stack_transformer.training.processes import is_main_process
-from full_stack_transformer.training.summary import SUMMARY_FILE_NAME
 
 logger = logging.getLogger(__name__)
 

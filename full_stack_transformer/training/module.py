@@ -22,8 +22,7 @@ from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import TrainingError, UsageError
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.data.batches import Batch, EpochDataModule
-from full_stack_transformer.training.optimization import make_optimizer, make_schedule
-from full_stack_transformer.training.plan import Plan
+from full_stack_transformer.training.optimization import Plan, make_optimizer, make_schedule
 from full_stack_transformer.training.processes import greatest
 
 

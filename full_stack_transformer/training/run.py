@@ -24,19 +24,23 @@ from full_stack_transformer.modelling.backbones import num_parameters, quieten_t
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
 from full_stack_transformer.storage import read_json, write_json
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.callbacks.curves import RecordCurves
-from full_stack_transformer.training.callbacks.export import ExportModel
-from full_stack_transformer.training.callbacks.meter import Meter
-from full_stack_transformer.training.callbacks.moving_average import AveragedWeights
-from full_stack_transformer.training.callbacks.profiling import StepProfiler
-from full_stack_transformer.training.callbacks.progress import Progress
-from full_stack_transformer.training.callbacks.saving import SaveCheckpoints
-from full_stack_transformer.training.callbacks.stopping import (
+from full_stack_transformer.training.callbacks.control import (
     NEVER,
     CatchSignals,
     FollowPlan,
     InterruptedBySignalError,
+    SaveCheckpoints,
     StopWithoutImprovement,
+)
+from full_stack_transformer.training.callbacks.export import ExportModel
+from full_stack_transformer.training.callbacks.meter import Meter, flops_per_token
+from full_stack_transformer.training.callbacks.moving_average import AveragedWeights
+from full_stack_transformer.training.callbacks.profiling import StepProfiler
+from full_stack_transformer.training.callbacks.progress import (
+    SUMMARY_FILE_NAME,
+    Progress,
+    RecordCurves,
+    summarize,
 )
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
 from full_stack_transformer.training.experiments import (
@@ -47,10 +51,8 @@ from full_stack_transformer.training.experiments import (
     write_arguments,
 )
 from full_stack_transformer.training.open_work import open_own_work, open_work
-from full_stack_transformer.training.plan import Plan
+from full_stack_transformer.training.optimization import Plan
 from full_stack_transformer.training.processes import is_main_process
-from full_stack_transformer.training.summary import SUMMARY_FILE_NAME, summarize
-from full_stack_transformer.training.throughput import flops_per_token
 from full_stack_transformer.training.tuning import tune
 from full_stack_transformer.training.work import Work
 
@@ -98,8 +100,7 @@ def train_work(work: Work, callbacks: Sequence[pl.Callback] = ()) -> Path | int:
             return _after(work, experiment) if is_main_process() else 0
         if not work.arguments.trains:
             return _after(work, experiment)
-        training = _set_up(experiment, work)
-        training.add_callbacks(callbacks)
+        training = _set_up(experiment, work, callbacks)
         try:
             training.fit()
         except InterruptedBySignalError as interruption:
@@ -121,18 +122,16 @@ def _after(work: Work, experiment: Experiment) -> Path:
     return experiment.directory
 
 
-def _set_up(experiment: Experiment, work: Work) -> "_Training":
-    torch.manual_seed(experiment.arguments.seed)
+def _set_up(experiment: Experiment, work: Work, callbacks: Sequence[pl.Callback]) -> "_Training":
+    arguments = experiment.arguments
+    torch.manual_seed(arguments.seed)
     work.begin(experiment.directory if is_main_process() else None)
     backbone = work.make_backbone()
-    trainer = _make_trainer(experiment)
-    found = tune(experiment.arguments, work, backbone, trainer)
-    if found != experiment.arguments:
-        experiment = dataclasses.replace(experiment, arguments=found)
+    if arguments.find_batch_size or arguments.find_learning_rate:
+        arguments = tune(arguments, work, backbone, _make_trainer(experiment))
+        experiment = dataclasses.replace(experiment, arguments=arguments)
         write_arguments(experiment)
-    if is_main_process() and experiment.checkpoint is None:
-        _write_texts(trainer, experiment, work)
-    return _Training(experiment, work, backbone, trainer)
+    return _Training(experiment, work, backbone, callbacks)
 
 
 class _Training:
@@ -143,17 +142,16 @@ class _Training:
         experiment: Experiment,
         work: Work,
         backbone: Backbone,
-        trainer: pl.Trainer,
+        callbacks: Sequence[pl.Callback],
     ) -> None:
-        arguments = experiment.arguments
         self._experiment = experiment
         self._work = work
         self._backbone = backbone
-        self._trainer = trainer
         self._signals = CatchSignals()
         self._meter = Meter(num_context_tokens=work.num_context_tokens)
-        self._data = work.make_data(arguments)
-        self._export = self._add_callbacks()
+        self._export = _make_export(experiment, work)
+        self._data = work.make_data(experiment.arguments)
+        self._trainer = _make_trainer(experiment, [*callbacks, *self._callbacks()])
 
     def fit(self) -> None:
         """Train to the end.
@@ -172,6 +170,8 @@ class _Training:
                 experiment.directory,
                 f", going on after step {checkpoint.step:,}" if checkpoint else "",
             )
+            if checkpoint is None:
+                _write_texts(self._trainer, experiment, self._work)
         task = self._work.make_module(self._backbone, experiment.arguments)
         if self._should_compile():
             compile_layers(self._backbone)
@@ -199,10 +199,6 @@ class _Training:
             minutes=arguments.max_minutes,
         )
 
-    def add_callbacks(self, callbacks: Sequence[pl.Callback]) -> None:
-        """Before our own, which save what theirs remember."""
-        self._trainer.callbacks[:0] = list(callbacks)  # type: ignore[attr-defined]
-
     def say_how_to_go_on(self, interruption: InterruptedBySignalError) -> int:
         """The exit code of a training that a signal interrupted."""
         logger.warning(
@@ -227,33 +223,21 @@ class _Training:
             logger.info("%s", line)
         return directory
 
-    def _add_callbacks(self) -> ExportModel:
-        experiment, work = self._experiment, self._work
-        arguments, directory = experiment.arguments, experiment.directory
-        export = ExportModel(
-            directory / MODEL_DIRECTORY_NAME,
-            task=work.task_name,
-            tokenizer_directory=work.tokenizer_directory,
-            experiment=experiment.name,
-            dataset_description=work.description,
-            arguments=dataclasses.asdict(arguments),
-            fields=work.export_fields(),
-            finish=work.finish_directory,
-        )
-        # The order matters: the plan decides first, and what the others remember is saved last.
-        self._trainer.callbacks += [  # type: ignore[attr-defined]
+    def _callbacks(self) -> list[pl.Callback]:
+        """In any order: none needs another one to run before it."""
+        arguments, directory = self._experiment.arguments, self._experiment.directory
+        return [
             FollowPlan(),
             self._signals,
             self._meter,
             RecordCurves(
                 self._meter,
-                batches_per_epoch=self._data.count_batches_per_epoch(self._trainer.world_size),
                 log_every_n_steps=arguments.log_every_n_steps,
                 histograms=arguments.histograms,
             ),
             Progress(self._meter, show=arguments.enable_progress_bar),
-            export,
-            *work.callbacks(directory),
+            self._export,
+            *self._work.callbacks(directory),
             *([AveragedWeights(decay=arguments.ema_decay)] if arguments.ema_decay else []),
             StopWithoutImprovement(patience=arguments.early_stopping_patience),
             SaveCheckpoints(
@@ -262,11 +246,23 @@ class _Training:
                 signals=self._signals,
             ),
         ]
-        return export
 
 
-def _make_trainer(experiment: Experiment) -> pl.Trainer:
-    """A trainer without callbacks; it sees one long epoch and no limits, which are those of the plan."""
+def _make_export(experiment: Experiment, work: Work) -> ExportModel:
+    return ExportModel(
+        experiment.directory / MODEL_DIRECTORY_NAME,
+        task=work.task_name,
+        tokenizer_directory=work.tokenizer_directory,
+        experiment=experiment.name,
+        dataset_description=work.description,
+        arguments=dataclasses.asdict(experiment.arguments),
+        fields=work.export_fields(),
+        finish=work.finish_directory,
+    )
+
+
+def _make_trainer(experiment: Experiment, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """A trainer that sees one long epoch and no limits, which are those of the plan."""
     arguments = experiment.arguments
     try:
         trainer = pl.Trainer(
@@ -284,7 +280,9 @@ def _make_trainer(experiment: Experiment) -> pl.Trainer:
             deterministic=arguments.deterministic or None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            enable_checkpointing=False,
+            callbacks=list(callbacks),
+            # Ours are among the callbacks; without callbacks Lightning must not add its own.
+            enable_checkpointing=bool(callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=_make_tensorboard(experiment),

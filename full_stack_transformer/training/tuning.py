@@ -48,7 +48,7 @@ def tune(
     """The options with what was found in the place of what was given.
 
     Args:
-        arguments: with `find_batch_size`, `find_learning_rate` or neither.
+        arguments: with `find_batch_size`, `find_learning_rate` or both.
         work: its training samples are used.
         backbone: stays as it is.
         trainer: names the device and the precision.
@@ -57,8 +57,6 @@ def tune(
         UsageError: there are several processes, which could find different values.
         TrainingError: no learning rate lowers the loss.
     """
-    if not (arguments.find_batch_size or arguments.find_learning_rate):
-        return arguments
     if trainer.world_size > 1:
         raise UsageError(
             "--find_batch_size and --find_learning_rate try on one device: pass --devices 1 "

@@ -183,7 +183,7 @@ def _ours(job: dict[str, Any]) -> None:
 
     import pytorch_lightning as pl
 
-    from full_stack_transformer.training.callbacks.stopping import NEVER
+    from full_stack_transformer.training.callbacks.control import NEVER
     from full_stack_transformer.training.run import _quieten_libraries
 
     _quieten_libraries()

@@ -18,8 +18,8 @@ from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
-from full_stack_transformer.training import throughput
-from full_stack_transformer.training.callbacks.stopping import NEVER, FollowPlan
+from full_stack_transformer.training.callbacks import meter
+from full_stack_transformer.training.callbacks.control import NEVER, FollowPlan
 from full_stack_transformer.training.data.batches import DatasetDataModule
 from full_stack_transformer.training.tasks import CausalLanguageModelling
 
@@ -74,6 +74,7 @@ class SmallTraining:
             batching=self.arguments.batching,
             accumulate_grad_batches=self.arguments.accumulate_grad_batches,
             max_epochs=self.arguments.max_epochs,
+            limit_train_batches=self.arguments.limit_train_batches,
             limit_val_batches=self.arguments.limit_val_batches,
         )
         self.task = CausalLanguageModelling(
@@ -102,7 +103,7 @@ class SmallTraining:
         )
         with (
             warnings.catch_warnings(),
-            mock.patch.object(throughput, "_SECONDS_PER_SIDE", 1e-3),
+            mock.patch.object(meter, "_SECONDS_PER_SIDE", 1e-3),
         ):
             # Lightning's own use of torch, which fst train silences too.
             warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")

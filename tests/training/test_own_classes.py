@@ -16,7 +16,7 @@ from full_stack_transformer.arguments.training import RunExperimentArguments, Tr
 from full_stack_transformer.errors import MissingExtraError, ModelError, UsageError
 from full_stack_transformer.tasks.catalogue import open_task
 from full_stack_transformer.tasks.sequence_classification import SequenceClassification
-from full_stack_transformer.training import throughput
+from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.hugging_face_trainer import to_hf_trainer
 from full_stack_transformer.training.run import run_experiment
 from full_stack_transformer.training.trainer import Trainer
@@ -40,7 +40,7 @@ _QUICK: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _no_measurement() -> Iterator[None]:
-    with mock.patch.object(throughput, "_SECONDS_PER_SIDE", 1e-3):
+    with mock.patch.object(meter, "_SECONDS_PER_SIDE", 1e-3):
         yield
 
 

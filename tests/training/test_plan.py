@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from full_stack_transformer.arguments.training import TrainArguments
-from full_stack_transformer.training.plan import Plan
+from full_stack_transformer.training.optimization import Plan
 
 _PER_EPOCH = 10
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from full_stack_transformer.training import metric_names
+from full_stack_transformer.training import metric_names, run
 from tests.training.training_here import TrainingHere, checkpoint_of, curve_of
 
 _SAVE_EACH_STEP = {"checkpoint_every_n_minutes": 0.0}
@@ -94,3 +95,26 @@ def test_a_training_that_ended_goes_on_under_a_higher_limit(
     assert extended.name == "0"
     _assert_equal(checkpoint_of(whole), checkpoint_of(extended))
     assert curve_of(whole) == curve_of(extended)
+
+
+def test_the_order_of_the_callbacks_does_not_matter(dataset_dir: Path, tmp_path: Path) -> None:
+    training = TrainingHere(dataset_dir, tmp_path)
+    options: dict[str, Any] = {
+        "max_steps": 6,
+        "val_check_interval": 4.0,
+        "accumulate_grad_batches": 2,
+        "ema_decay": 0.5,
+        "num_generated_samples": 1,
+        "histograms": True,
+        "early_stopping_patience": 2,
+        "checkpoint_every_n_minutes": 0.0,
+    }
+    usual = training.to_the_end(**options, experiment_name="usual")
+    callbacks = run._Training._callbacks
+    with mock.patch.object(run._Training, "_callbacks", lambda self: callbacks(self)[::-1]):
+        reverse = training.to_the_end(**options, experiment_name="reverse")
+    _assert_equal(checkpoint_of(usual), checkpoint_of(reverse))
+    for name in ("model/model.safetensors", "generated.jsonl"):
+        assert (usual / name).read_bytes() == (reverse / name).read_bytes()
+    for name in (metric_names.VALID_LOSS, metric_names.TRAIN_LOSS, metric_names.GRADIENT_NORM):
+        assert curve_of(usual, name) == curve_of(reverse, name)

@@ -14,7 +14,7 @@ from full_stack_transformer.__main__ import run
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.modelling.backbones import DECODER_PRESETS
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.summary import SUMMARY_FILE_NAME
+from full_stack_transformer.training.callbacks.progress import SUMMARY_FILE_NAME
 from tests.conftest import RunFst
 from tests.training.training_here import TrainingHere, checkpoint_of
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from full_stack_transformer.modelling.backbones import new_backbone
-from full_stack_transformer.training.throughput import flops_per_token, measure_matmul_peak
+from full_stack_transformer.training.callbacks.meter import flops_per_token, measure_matmul_peak
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2", "untied"])

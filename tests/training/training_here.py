@@ -13,7 +13,8 @@ from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from full_stack_transformer.arguments.training import TrainArguments
-from full_stack_transformer.training import metric_names, throughput
+from full_stack_transformer.training import metric_names
+from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.labelled import LabelledRows
 from full_stack_transformer.training.masked import MaskedLanguageModelling
@@ -69,7 +70,7 @@ class TrainingHere:
 
     def __call__(self, **options: Any) -> Path | int:
         """Train; what the command returns."""
-        with mock.patch.object(throughput, "_SECONDS_PER_SIDE", 1e-3), _sorted_event_files():
+        with mock.patch.object(meter, "_SECONDS_PER_SIDE", 1e-3), _sorted_event_files():
             return train(TrainArguments(**{**self._options, **options}))
 
     def to_the_end(self, **options: Any) -> Path:

@@ -1,8 +1,13 @@
-"""What the steps consume and reach: tokens, seconds, the loss. The one place where rates come from.
+"""Measures the steps: tokens, seconds, loss, and the part of the device's arithmetic that the model uses.
 
-A token counts when it is an input that is not padding; the first of a sample counts, though it is no
-target. Seconds are those of training: validation and what is written then do not count.
-Knows nothing of where the figures are shown.
+A token counts when it is an input that is not padding; the first of a sample counts, though it is not a
+target. Seconds are those of training: validation and what is written then do not count. The model FLOPs
+utilization (MFU) is the part of the device's measured peak that goes into the model (Chowdhery et al. 2022,
+PaLM, appendix B).
+
+Lightning's `ThroughputMonitor` counts padding unless it is told each batch's length, takes the peak from a
+table of GPUs (none for a processor), and its totals are not in the checkpoint. Knows nothing of where the
+values are shown.
 """
 
 import math
@@ -12,16 +17,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.datasets.collators import IGNORED_LABEL
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.throughput import flops_per_token, measure_matmul_peak
 
 # Steps that the smoothed loss remembers.
 _SMOOTHED_STEPS = 50
+# Sides of the square matrices that are tried. On two cores of an EPYC (Zen 4) bf16 is fastest at 512 and
+# 1536 (420 GFLOP/s; 365 at 2048, where the second-level cache no longer helps); a GPU needs large ones.
+_SIDES_ON_CPU = (512, 1024, 1536)
+_SIDES_ON_ACCELERATOR = (4096, 8192)
+_SECONDS_PER_SIDE = 0.12
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Meter(pl.Callback):
     """Counts at each step, without waiting for the device; a reading waits for it.
 
     Of several processes each counts its own tokens: they take equally many batches of similar size.
+    A callback that reads it in `on_train_batch_end` calls `count` first, so that their order is free.
 
     Args:
         num_context_tokens: tokens that attention spans, for the count of the model's FLOPs.
@@ -63,6 +74,7 @@ class Meter(pl.Callback):
         self._world_size = 1
         self._flops_per_token = self._utilization_of_rate = 0.0
         self._step = self._num_steps = 0
+        self._batch_index = -1
         self._started = 0.0
         self._paused_at: float | None = None
 
@@ -80,7 +92,7 @@ class Meter(pl.Callback):
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._loss_of_batches = torch.zeros((), device=device)
         self._world_size = trainer.world_size
-        self._step = trainer.global_step
+        self._step, self._batch_index = trainer.global_step, -1
         peak = measure_matmul_peak(device, _dtype_of(trainer))
         # The processes measure at the same time: of a processor that they share each finds its part.
         self._utilization_of_rate = self._flops_per_token / peak / self._world_size
@@ -101,7 +113,16 @@ class Meter(pl.Callback):
         batch: Batch,
         batch_index: int,
     ) -> None:
-        """Count a batch, and at the end of an accumulation window the step."""
+        """Count a batch."""
+        self.count(trainer, outputs, batch, batch_index)
+
+    def count(
+        self, trainer: pl.Trainer, outputs: dict[str, Tensor], batch: Batch, batch_index: int
+    ) -> None:
+        """Count a batch once, and at the end of an accumulation window the step."""
+        if batch_index == self._batch_index:  # another callback asked before
+            return
+        self._batch_index = batch_index
         self._num_tokens += num_input_tokens(batch)
         self._loss_of_batches = self._loss_of_batches + outputs[metric_names.CROSS_ENTROPY]
         if trainer.global_step == self._step:
@@ -162,6 +183,65 @@ def num_input_tokens(batch: Batch) -> Tensor:
     # A sample has two tokens at least, so a row that ends without a target ends with padding.
     has_padding = labels[:, -1] == IGNORED_LABEL
     return num_targets + (batch["document_ids"][:, -1] + 1 - has_padding.long()).sum()
+
+
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest square matrix product on `device`: under half a second on two cores.
+
+    The best of many repetitions, since anything else that runs can only slow one down.
+    """
+    sides = _SIDES_ON_CPU if device.type == "cpu" else _SIDES_ON_ACCELERATOR
+    return max(_measure_matmul(side, device, dtype) for side in sides)
+
+
+def _measure_matmul(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    generator = torch.Generator(device).manual_seed(0)  # the training's own is left alone
+    left, right = (
+        torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2)
+    )
+    out = left @ right  # chooses the kernel, and allocates
+    _wait_for(device)
+    best, deadline = float("inf"), time.perf_counter() + _SECONDS_PER_SIDE
+    while (started := time.perf_counter()) < deadline:
+        torch.mm(left, right, out=out)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best if best < float("inf") else 0.0
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def flops_per_token(backbone: Backbone, num_context_tokens: int) -> float:
+    """FLOPs of the forward and backward pass for one token, by PaLM's count: 6 N + 12 L H Q T.
+
+    N are the matrices that multiply activations: all but embedding tables, and the output head also where
+    it is tied to one. L layers, H heads, Q width of a head, T tokens of context: attention counts in full,
+    though half of it is masked, and nothing that is computed twice counts twice.
+
+    Args:
+        backbone: a decoder with `num_hidden_layers`, `num_attention_heads` and `hidden_size` in its config.
+        num_context_tokens: T, tokens that a token may attend to; for packed rows the length of a document.
+    """
+    config = backbone.config
+    num_weights = sum(matrix.numel() for matrix in backbone.parameters() if matrix.ndim > 1)
+    tables = {
+        id(module.weight): module.weight.numel()
+        for module in backbone.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    head = backbone.get_output_embeddings()
+    tied = tables.get(id(head.weight), 0) if head is not None else 0
+    head_width = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    attention_width = config.num_attention_heads * head_width
+    attention = 12 * config.num_hidden_layers * attention_width * num_context_tokens
+    return float(6 * (num_weights - sum(tables.values()) + tied) + attention)
 
 
 def perplexity(loss: float) -> float:

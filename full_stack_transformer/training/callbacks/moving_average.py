@@ -1,7 +1,8 @@
 """The exponential moving average of the weights: what is validated, shown and exported.
 
-The weights that are trained stay as they are. Lightning's own callback takes the average out again before
-anything is exported, and gives early weights too long a life; hence this one.
+The weights that are trained stay as they are. Lightning's `EMAWeightAveraging` has a constant decay, so
+that the random weights of the start count for long, and takes the average out again in
+`on_validation_epoch_end`, before `on_validation_end`, where models are exported and texts are sampled.
 """
 
 from typing import Any
@@ -24,8 +25,8 @@ class AveragedWeights(pl.Callback):
     After n steps the average keeps min(decay, (1 + n) / (10 + n)) of itself, as TensorFlow's
     ExponentialMovingAverage does: the random weights of the start are soon forgotten.
 
-    Its place in the list is after the callbacks that use the validated model, and before those that
-    write checkpoints.
+    The average stays in place until the training goes on or ends, so that all callbacks find it in
+    `on_validation_end`, whatever their order.
 
     Args:
         decay: share of the average that a step keeps, later in a training.
@@ -36,6 +37,7 @@ class AveragedWeights(pl.Callback):
         self._step = 0
         self._weights: list[Tensor] = []
         self._averages: list[Tensor] = []
+        self._is_in_place = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what has no whole weights.
@@ -69,11 +71,15 @@ class AveragedWeights(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in the place of the weights; a checkpoint was written before."""
-        self._exchange()
+        self._exchange(to_average=True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go back to the weights."""
-        self._exchange()
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Return to the weights after a validation."""
+        self._exchange(to_average=False)
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Return to the weights after the last validation."""
+        self._exchange(to_average=False)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -101,7 +107,10 @@ class AveragedWeights(pl.Callback):
         pl_module.load_state_dict(checkpoint[TRAINED_WEIGHTS_KEY], strict=False)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _exchange(self, *, to_average: bool) -> None:
+        if self._is_in_place == to_average:
+            return
+        self._is_in_place = to_average
         for weight, average in zip(self._weights, self._averages, strict=True):
             kept = weight.clone()
             weight.copy_(average)

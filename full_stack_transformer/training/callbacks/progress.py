@@ -1,32 +1,48 @@
-"""One calm line: step, loss, tokens per second, utilization, time left."""
+"""What a person sees of a training: one line of progress, the curves of TensorBoard, a summary at the end."""
 
 import logging
+import shlex
 import shutil
 import sys
 import time
 from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
-from full_stack_transformer.training.callbacks.meter import Meter, Reading
+from full_stack_transformer.machine import peak_resident_bytes, resident_bytes
+from full_stack_transformer.training import metric_names
+from full_stack_transformer.training.callbacks.control import validation_is_due
+from full_stack_transformer.training.callbacks.meter import Meter, Reading, perplexity
+from full_stack_transformer.training.callbacks.profiling import HISTOGRAMS
+from full_stack_transformer.training.data.batches import Batch, EpochDataModule
+from full_stack_transformer.training.figures import ValidationFigures, validation_figures
 from full_stack_transformer.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
+SUMMARY_FILE_NAME = "summary.json"
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_REFRESHES = 0.5
 # The rate is that of this much time before now: it follows, and does not flicker.
 _SECONDS_OF_RATE = 10.0
+_MEGABYTE = 1e6
 
 
 class Progress(pl.Callback):
     """Rewrites one line on a terminal; elsewhere adds a line to the log now and then.
 
-    Everything shown counts this run alone, also where it resumes another one.
+    Everything shown counts this run alone, even if it resumes another one. Lightning's `RichProgressBar`
+    counts batches of an epoch, here one long epoch: its time left knows neither --max_steps nor
+    --max_minutes, and it writes nothing to a log.
 
     Args:
-        meter: where the figures come from.
+        meter: where the values come from.
         show: false writes nothing.
     """
 
@@ -48,11 +64,17 @@ class Progress(pl.Callback):
         self._first_at = None
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_index: int,
     ) -> None:
         """Show the line when it is time to."""
         if not self._show:
             return
+        self._meter.count(trainer, outputs, batch, batch_index)
         now = time.monotonic()
         if self._first_at is None:
             assert isinstance(pl_module, TrainingModule)
@@ -118,6 +140,198 @@ class Progress(pl.Callback):
         if self._on_terminal and self._width:
             sys.stderr.write("\n")
             self._width = 0
+
+
+class RecordCurves(pl.Callback):
+    """Writes a point of each curve every `log_every_n_steps` optimizer steps, and at each validation.
+
+    Between two points nothing is computed and nothing waits for the device. A point of a throughput curve
+    is the mean since the point before. Lightning's `DeviceStatsMonitor` writes some eighty curves of memory
+    instead of the two here, and its `LearningRateMonitor` one for each parameter group.
+
+    Args:
+        meter: where tokens, seconds and losses come from.
+        log_every_n_steps: optimizer steps between two points.
+        histograms: write histograms of weights and gradients at each validation.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        log_every_n_steps: int,
+        histograms: bool,
+    ) -> None:
+        self._meter = meter
+        self._batches_per_epoch = 0
+        self._log_every_n_steps = log_every_n_steps
+        self._histograms = histograms
+        self._step = 0
+        self._reading: Reading | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with the step after this one."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, EpochDataModule)
+        self._batches_per_epoch = data.num_batches_per_epoch
+        self._step = trainer.global_step
+        self._reading = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_index: int,
+    ) -> None:
+        """Write the points of this step, if it is one to write."""
+        self._meter.count(trainer, outputs, batch, batch_index)
+        step = trainer.global_step
+        if self._histograms and validation_is_due(trainer):
+            with trainer.profiler.profile(HISTOGRAMS):  # type: ignore[attr-defined]
+                self._record_histograms(trainer, pl_module)
+        if step == self._step:  # in the middle of an accumulation window
+            return
+        self._step = step
+        if step % self._log_every_n_steps == 0:
+            self._record_step(trainer, pl_module, batch_index)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the points of the validation, and hand everything to the disk."""
+        figures = validation_figures(trainer)
+        points = {metric_names.LOSS: figures.loss, **figures.metrics}
+        self._record(
+            trainer, {f"{metric_names.VALID}/{name}": value for name, value in points.items()}
+        )
+        writer = _writer(trainer)
+        if writer is not None:
+            writer.flush()
+
+    def _record_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_index: int
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        # Each process knows the loss of its own targets, as a share of those of all.
+        loss = float(trainer.strategy.reduce(self._meter.loss, reduce_op="mean"))
+        reading = self._meter.read()
+        rate = reading.tokens_per_second_since(self._reading or self._meter.first)
+        self._reading = reading
+        points = {
+            metric_names.TRAIN_LOSS: loss,
+            metric_names.TRAIN_PERPLEXITY: perplexity(loss),
+            metric_names.EPOCH: (batch_index + 1) / self._batches_per_epoch,
+            metric_names.LEARNING_RATE: pl_module.learning_rate,
+            metric_names.GRADIENT_NORM: float(pl_module.gradient_norm),
+            metric_names.RESIDENT_MEGABYTES: (resident_bytes() or peak_resident_bytes())
+            / _MEGABYTE,
+        }
+        if rate > 0:  # not in the first step, with which the meter begins
+            points[metric_names.TOKENS_PER_SECOND] = rate
+            points[metric_names.MODEL_FLOPS_UTILIZATION] = self._meter.utilization(rate)
+        if pl_module.device.type == "cuda":
+            allocated = torch.cuda.memory_allocated(pl_module.device)
+            points[metric_names.CUDA_MEGABYTES] = allocated / _MEGABYTE
+        self._record(trainer, points)
+
+    @staticmethod
+    def _record(trainer: pl.Trainer, points: dict[str, float]) -> None:
+        if trainer.logger is not None and trainer.is_global_zero:
+            trainer.logger.log_metrics(points, step=trainer.global_step)
+
+    @staticmethod
+    def _record_histograms(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the validation, since Lightning clears the gradients for it."""
+        writer = _writer(trainer)
+        if writer is None:
+            return
+        assert isinstance(pl_module, TrainingModule)
+        for name, parameter in pl_module.backbone.named_parameters():
+            for kind, values in (
+                (metric_names.WEIGHT_HISTOGRAM, parameter.detach()),
+                (metric_names.GRADIENT_HISTOGRAM, parameter.grad),
+            ):
+                if values is not None:
+                    writer.add_histogram(f"{kind}/{name}", values, trainer.global_step)
+
+
+def _writer(trainer: pl.Trainer) -> SummaryWriter | None:
+    """TensorBoard's own writer, on the process that writes."""
+    if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+        writer: SummaryWriter = trainer.logger.experiment
+        return writer
+    return None
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """The content of summary.json."""
+
+    num_steps: int
+    """Optimizer steps, of all runs of a training that was resumed."""
+    num_tokens: int
+    """Input tokens that are not padding, of all runs and processes."""
+    tokens_per_second: float
+    """Of this run, from its second step on, without validations."""
+    model_flops_utilization: float
+    """Part of the measured peak that this rate means."""
+    seconds_taken: float
+    """Of this run, all in all."""
+    best_step: int | None
+    """The validation with the best figure, whose model was exported; none without a validation."""
+    best_validation_loss: float | None
+    best_metrics: dict[str, float]
+    """What the task measured then beside the loss."""
+    best_words: str
+    """The same for a person."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For summary.json."""
+        content = asdict(self)
+        del content["best_words"]
+        metrics = content.pop("best_metrics")
+        return content | {f"best_validation_{name}": value for name, value in metrics.items()}
+
+    def lines(self, directory: Path) -> list[str]:
+        """For a person, who wants to talk to the model next."""
+        lines = [
+            f"trained {self.num_steps:,} steps on {self.num_tokens:,} tokens in "
+            f"{duration(self.seconds_taken)}, {self.tokens_per_second:,.0f} tokens/s, "
+            f"MFU {self.model_flops_utilization:.0%}"
+        ]
+        if self.best_step is not None:
+            lines.append(
+                f"best validation loss {self.best_validation_loss:.4f} at step {self.best_step:,}"
+                + (f": {self.best_words}" if self.best_words else "")
+            )
+            lines.append(f"serve it: fst serve {shlex.quote(str(directory))}")
+        return lines
+
+
+def summarize(
+    meter: Meter, best: ValidationFigures | None, *, num_steps: int, seconds_taken: float
+) -> TrainingSummary:
+    """The summary of a training that has ended.
+
+    Args:
+        meter: stopped, by the end of the training.
+        best: the validation whose model was exported.
+        num_steps: optimizer steps.
+        seconds_taken: from the start of the command.
+    """
+    reading = meter.read()
+    rate = reading.tokens_per_second_since(meter.first)
+    return TrainingSummary(
+        num_steps=num_steps,
+        num_tokens=reading.num_tokens,
+        tokens_per_second=round(rate, 1),
+        model_flops_utilization=round(meter.utilization(rate), 4),
+        seconds_taken=round(seconds_taken, 1),
+        best_step=best.step if best else None,
+        best_validation_loss=best.loss if best else None,
+        best_metrics=best.metrics if best else {},
+        best_words=best.words() if best else "",
+    )
 
 
 def duration(seconds: float) -> str:

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.callbacks.curves import RecordCurves
 from full_stack_transformer.training.callbacks.meter import Meter, perplexity
+from full_stack_transformer.training.callbacks.progress import RecordCurves
 from tests.training.small_training import SmallTraining
 
 _BYTES_PER_TARGET = 2.0
@@ -21,7 +21,6 @@ _BYTES_PER_TARGET = 2.0
 def _record(meter: Meter, *, histograms: bool = False) -> RecordCurves:
     return RecordCurves(
         meter,
-        batches_per_epoch=10,
         log_every_n_steps=2,
         histograms=histograms,
     )
@@ -65,6 +64,7 @@ def watched(
         directory,
         bytes_per_target=_BYTES_PER_TARGET,
         max_steps=9,
+        limit_train_batches=10.0,
         val_check_interval=6,
         accumulate_grad_batches=2,
     )

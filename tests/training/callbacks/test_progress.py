@@ -16,9 +16,8 @@ import torch
 
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.training.callbacks.meter import Meter, Reading
-from full_stack_transformer.training.callbacks.progress import Progress, duration
+from full_stack_transformer.training.callbacks.progress import Progress, duration, summarize
 from full_stack_transformer.training.figures import ValidationFigures
-from full_stack_transformer.training.summary import summarize
 from tests.training.small_training import SmallTraining
 
 _LINE = re.compile(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from full_stack_transformer.errors import MachineError, TrainingError
-from full_stack_transformer.training.callbacks.stopping import CatchSignals
+from full_stack_transformer.training.callbacks.control import CatchSignals
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
 from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.tasks import CausalLanguageModelling
@@ -160,7 +160,7 @@ def test_a_training_that_no_longer_improves_ends(
         )
     assert json.loads((experiment / "summary.json").read_text())["num_steps"] == 6
     assert [step for step, _ in curve_of(experiment)] == [2, 4, 6]
-    assert "no better validation than" in caplog.text
+    assert "no improvement on" in caplog.text
 
 
 def test_a_full_disk_ends_the_training_with_the_checkpoint_before(
