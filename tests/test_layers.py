@@ -59,6 +59,14 @@ FORBIDDEN = {
     },
 }
 
+# What a folder of the bot may import of the bot: updates -> conversation -> sending -> state.
+TELEGRAM = {
+    "state": set(),
+    "sending": {"state", "texts"},
+    "conversation": {"state", "sending", "texts", "monitoring"},
+    "updates": {"state", "sending", "conversation", "texts", "monitoring"},
+}
+
 
 def _imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -82,6 +90,11 @@ def test_a_module_imports_only_what_its_room_may(module: str) -> None:
             if room == "telegram":
                 allowed = {f"{NAME}.serving.client", f"{NAME}.serving.schemas"}
                 assert _room(imported) in BASE | {"telegram"} or imported in allowed
+                folder, target = module.split(".")[2:3], imported.split(".")[2:3]
+                if imported.startswith(f"{NAME}.telegram.") and folder[0] in TELEGRAM:
+                    assert target[0] in TELEGRAM[folder[0]] | set(folder), (
+                        f"{module} imports {imported}"
+                    )
             if room in BASE:
                 assert _room(imported) in BASE
         elif package == "prometheus_client":

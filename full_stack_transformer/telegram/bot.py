@@ -1,18 +1,16 @@
-"""The life of the bot's process: open the database, introduce itself, take updates, end well.
+"""The life of the bot's process: open the database, introduce itself, take updates, end.
 
-    Telegram ──poll / webhook──> intake ──> database ──> chats ──> service, Telegram
+    Telegram ──poll / webhook──> intake ──> database ──> lanes ──> service, Telegram
 
-Knows who is wired to whom; not what is answered.
+Knows how the parts are wired together; not what is answered.
 """
 
 import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from urllib.parse import urlsplit
 
 from aiogram import Bot
@@ -30,26 +28,30 @@ from aiogram.types import (
     BotCommandScopeAllPrivateChats,
     BotCommandScopeChat,
     BotCommandScopeDefault,
+    BotCommandScopeUnion,
     User,
 )
 
+from full_stack_transformer.arguments.serving import TelegramBotArguments
 from full_stack_transformer.errors import InputError, MachineError, ServiceError
 from full_stack_transformer.serving.client import ServiceClient
-from full_stack_transformer.telegram.conversation.lanes import Chats
-from full_stack_transformer.telegram.conversation.voice import Voice
-from full_stack_transformer.telegram.conversation.writing import Writer
+from full_stack_transformer.telegram.conversation.answers import Answers, Writer
+from full_stack_transformer.telegram.conversation.commands import Commands, OwnMessages
+from full_stack_transformer.telegram.conversation.lanes import Handler, Lanes
+from full_stack_transformer.telegram.conversation.requests import Policy, Requests
 from full_stack_transformer.telegram.monitoring import Metrics, serve_monitoring
-from full_stack_transformer.telegram.own_service import own_service
-from full_stack_transformer.telegram.sending.delivery import Courier, DiscreetSession
-from full_stack_transformer.telegram.sending.pace import Pace
-from full_stack_transformer.telegram.state.policy import Policy
+from full_stack_transformer.telegram.sending.delivery import Courier, RateLimiter, SafeSession
+from full_stack_transformer.telegram.sending.display import Display
 from full_stack_transformer.telegram.state.settings import Settings
-from full_stack_transformer.telegram.state.store import Store
-from full_stack_transformer.telegram.texts import LANGUAGES, Words
-from full_stack_transformer.telegram.updates.asks import Asks
-from full_stack_transformer.telegram.updates.intake import ALLOWED_UPDATES, Effects, Intake
-from full_stack_transformer.telegram.updates.polling import REFUSED_BY_TELEGRAM, poll
-from full_stack_transformer.telegram.updates.webhook import serve_webhook
+from full_stack_transformer.telegram.state.store import LANES, Lane, Store
+from full_stack_transformer.telegram.texts import LANGUAGES
+from full_stack_transformer.telegram.updates.intake import Intake
+from full_stack_transformer.telegram.updates.receiving import (
+    ALLOWED_UPDATES,
+    UNAUTHORIZED,
+    poll,
+    serve_webhook,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,273 +59,193 @@ _CALL_TIMEOUT_SECONDS = 20.0
 _INTRODUCTION_PAUSES_SECONDS = (0.3, 0.6, 1.2)
 _SERVICE_CHECK_SECONDS = 10.0
 _SERVICE_CHECK_INTERVAL_SECONDS = 30.0
-# Docker grants 10 s after SIGTERM, Kubernetes 30; who grants more has longer answers delivered, and
-# what is cut short goes on at the next start.
+# Docker allows 10 s after SIGTERM, Kubernetes 30; with more, longer texts are finished. The next start
+# continues what was cut short.
 _MAX_FINISH_SECONDS = 60.0
-# Commands that make no sense in a group's menu; they answer there all the same.
+_MAX_BACKGROUND_SECONDS = 2.0
+# Commands that make no sense in a group's menu; they work there all the same.
 _PRIVATE_COMMANDS = ("start", "export")
 
 
-@dataclass(frozen=True)
-class BotOptions:
-    """What the process needs to know, checked; the secrets never leave it."""
+async def run(
+    arguments: TelegramBotArguments,
+    default_settings: Settings,
+    service: AbstractAsyncContextManager[str],
+    *,
+    token: str,
+    webhook_secret: str,
+    service_api_key: str | None,
+) -> None:
+    """Answer until SIGTERM or SIGINT, then finish the texts that are being written.
 
-    token: str = field(repr=False)
-    telegram_api_base: str
-    database: Path
-    default_settings: Settings
-    service_url: str
-    service_api_key: str | None = field(default=None, repr=False)
-    checkpoint: Path | None = None
-    device: str = "auto"
-    allowed_ids: frozenset[int] = frozenset()
-    admin_ids: frozenset[int] = frozenset()
-    max_tokens_per_day: int = 0
-    webhook_url: str | None = None
-    webhook_secret: str = field(default="", repr=False)
-    webhook_host: str = "127.0.0.1"
-    webhook_port: int = 8443
-    monitoring_port: int | None = None
-    log_texts: bool = False
-
-
-async def run(options: BotOptions) -> None:
-    """Answer until SIGTERM or SIGINT, then finish what is being written.
+    Args:
+        arguments: the options, checked.
+        default_settings: of a chat that never changed them.
+        service: gives the URL of the service, for as long as the bot runs.
+        token: of the bot.
+        webhook_secret: empty for polling.
+        service_api_key: of a service that needs one.
 
     Raises:
-        InputError: Telegram does not accept the token.
-        MachineError: Telegram cannot be reached, somebody else polls, or a file or port is taken.
+        InputError: Telegram rejects the token.
+        MachineError: Telegram is unreachable, another process polls, or a file or port is in use.
     """
-    ended = _Signals()
-    async with contextlib.AsyncExitStack() as stack:
-        store = Store(options.database, int(options.token.partition(":")[0]))
+    signals = _Signals()
+    async with AsyncExitStack() as stack:
+        store = Store(arguments.database, int(token.partition(":")[0]))
         stack.callback(store.close)
-        bot = await stack.enter_async_context(_bot(options))
-        service_url = options.service_url
-        if options.checkpoint is not None:
-            service_url = await stack.enter_async_context(
-                own_service(options.checkpoint, options.device)
-            )
-        client = ServiceClient(service_url, api_key=options.service_api_key)
+        api = TelegramAPIServer.from_base(arguments.telegram_api_base)
+        session = SafeSession(api=api, timeout=_CALL_TIMEOUT_SECONDS)
+        bot = await stack.enter_async_context(Bot(token, session=session))
+        service_url = await stack.enter_async_context(service)
+        client = ServiceClient(service_url, api_key=service_api_key)
         await stack.enter_async_context(client)
-        await _Process(options, store, bot, client, service_url, ended, stack).run()
-
-
-@contextlib.asynccontextmanager
-async def _bot(options: BotOptions) -> AsyncIterator[Bot]:
-    session = DiscreetSession(
-        api=TelegramAPIServer.from_base(options.telegram_api_base), timeout=_CALL_TIMEOUT_SECONDS
-    )
-    async with Bot(options.token, session=session) as bot:
-        yield bot
+        me = await _introduce(bot, arguments)
+        process = _Process(arguments, default_settings, store, bot, me, client, service_url)
+        await process.run(signals, webhook_secret, stack)
 
 
 class _Signals:
-    """The first SIGTERM or SIGINT asks to end, the second to leave at once."""
+    """The first SIGTERM or SIGINT asks the process to finish, the second to stop at once."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._received)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, self._received)
 
     def _received(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
 
 
 class _Process:
-    """Everything of one run, wired together."""
+    """The parts of one run, each given what it needs when it is made."""
 
     def __init__(
         self,
-        options: BotOptions,
+        arguments: TelegramBotArguments,
+        default_settings: Settings,
         store: Store,
         bot: Bot,
+        me: User,
         client: ServiceClient,
         service_url: str,
-        ended: _Signals,
-        stack: contextlib.AsyncExitStack,
     ) -> None:
-        self._options = options
+        self._arguments = arguments
         self._store = store
         self._bot = bot
+        self._me = me
         self._service_url = service_url
-        self._ended = ended
-        self._stack = stack
-        self._metrics = Metrics()
-        self._asides: set[asyncio.Task[bool]] = set()
-        path = None if options.checkpoint is None else str(options.checkpoint)
-        self._writer = Writer(client, path)
-        self._courier = Courier(bot, store, Pace())
-        self._policy = Policy(
-            store, options.allowed_ids, options.admin_ids, options.max_tokens_per_day
-        )
-        self._chats = Chats(
-            store, self._courier, self._writer, self._metrics, log_texts=options.log_texts
-        )
-        default = options.default_settings
-        voice = Voice(store, self._courier, self._chats, self._writer, self._policy, default)
-        self._chats.say = voice.say
-        self._asks = Asks(
+        self._metrics = metrics = Metrics()
+        self._courier = courier = Courier(bot, store, RateLimiter())
+        display = Display(store, courier)
+        path = None if arguments.checkpoint is None else str(arguments.checkpoint)
+        self._writer = writer = Writer(client, path)
+        ending = asyncio.Event()
+        log_texts = arguments.log_texts
+        answers = Answers(store, courier, display, writer, metrics, ending, log_texts=log_texts)
+        policy = Policy(
             store,
-            self._chats,
-            self._writer,
-            self._policy,
-            default,
-            service_url=service_url,
-            log_texts=options.log_texts,
+            frozenset(arguments.allowed_ids),
+            frozenset(arguments.admin_ids),
+            arguments.max_tokens_per_day,
         )
-        self._intake: Intake | None = None
+        requests = Requests(store, answers, writer, policy, default_settings)
+        messages = OwnMessages(store, courier, display, answers, writer, policy, requests)
+        handlers: dict[Lane, Handler] = {"answers": answers.answer, "words": messages.send}
+        self._lanes = Lanes(store, handlers, metrics, ending)
+        commands = Commands(
+            store, answers, policy, requests, service_url=service_url, log_texts=log_texts
+        )
+        self._intake = Intake(
+            store, answers, policy, requests, commands, metrics, me, courier.attempt_soon
+        )
 
-    async def run(self) -> None:
-        """From the introduction to the end."""
-        me = await self._introduce()
+    async def run(self, signals: _Signals, webhook_secret: str, stack: AsyncExitStack) -> None:
+        """Take updates until the end."""
         await self._greet_service()
-        self._intake = Intake(self._store, self._chats, self._policy, self._metrics, self._asks, me)
-        updates = await self._listen()
-        watch = asyncio.create_task(self._watch_service())
-        num_owed = self._store.num_jobs() + self._store.num_jobs(lane="words")
-        if num_owed:
-            logger.info("%d jobs were left by an earlier process and go on now", num_owed)
-        self._chats.wake()
-        logger.info("answering as @%s", me.username)
+        if self._arguments.monitoring_port is not None:
+            await self._serve_monitoring(self._arguments.monitoring_port, stack)
+        receiving = await self._receive(webhook_secret, stack)
+        num_pending = self._store.num_jobs() + self._store.num_jobs(lane="words")
+        if num_pending:
+            logger.info("continuing %d jobs of an earlier process", num_pending)
+        lanes = asyncio.create_task(self._lanes.run())
+        background = {
+            asyncio.create_task(self._watch_service()),
+            asyncio.create_task(_set_menus(self._bot, self._arguments.admin_ids)),
+        }
+        logger.info("answering as @%s", self._me.username)
         try:
-            await self._until_the_end(updates)
+            await self._until_the_end(signals, receiving, lanes)
+            receiving.cancel()
+            await self._finish(signals)
         finally:
-            watch.cancel()
-            updates.cancel()
-            await asyncio.wait({watch, updates})
-        await self._finish()
+            for task in (background := background | {receiving, lanes}):
+                task.cancel()
+            await asyncio.wait(background)
 
-    async def _listen(self) -> asyncio.Task[None]:
-        """Start to take updates, and to be asked for health."""
-        options = self._options
-        if options.monitoring_port is not None:
-            runner = await serve_monitoring(
-                self._metrics,
-                lambda: {
-                    "answers": self._store.num_jobs(),
-                    "words": self._store.num_jobs(lane="words"),
-                },
-                options.monitoring_port,
-                always_healthy=options.webhook_url is not None,
-            )
-            self._stack.push_async_callback(runner.cleanup)
-            logger.info("monitoring at http://127.0.0.1:%d", runner.addresses[0][1])
-        if options.webhook_url is None:
-            return asyncio.create_task(poll(self._bot, self._take, self._metrics))
-        runner = await serve_webhook(
-            self._take,
+    async def _serve_monitoring(self, port: int, stack: AsyncExitStack) -> None:
+        runner = await serve_monitoring(
             self._metrics,
-            options.webhook_secret,
-            options.webhook_url,
-            options.webhook_host,
-            options.webhook_port,
+            lambda: {lane: self._store.num_jobs(lane=lane) for lane in LANES},
+            port,
+            always_healthy=self._arguments.webhook_url is not None,
         )
-        self._stack.push_async_callback(runner.cleanup)
-        logger.info("webhook at http://%s:%d", options.webhook_host, runner.addresses[0][1])
+        stack.push_async_callback(runner.cleanup)
+        logger.info("monitoring at http://127.0.0.1:%d", runner.addresses[0][1])
+
+    async def _receive(self, webhook_secret: str, stack: AsyncExitStack) -> asyncio.Task[None]:
+        """Start to take updates; the task ends with an error only."""
+        take, options = self._intake.take, self._arguments
+        if options.webhook_url is None:
+            return asyncio.create_task(poll(self._bot, take, self._metrics))
+        host, port = options.webhook_host, options.webhook_port
+        runner = await serve_webhook(
+            take, self._metrics, webhook_secret, options.webhook_url, host, port
+        )
+        stack.push_async_callback(runner.cleanup)
+        logger.info("webhook at http://%s:%d", host, runner.addresses[0][1])
         try:
             await self._bot.set_webhook(
                 options.webhook_url,
-                secret_token=options.webhook_secret,
+                secret_token=webhook_secret,
                 allowed_updates=list(ALLOWED_UPDATES),
             )
         except TelegramAPIError as error:
             raise MachineError(
-                f"Telegram does not take --webhook_url ({error.message}); check it, and try again"
+                f"Telegram rejects --webhook_url ({error.message}); check it, and try again"
             ) from None
-        return asyncio.create_task(_for_ever())
+        return asyncio.create_task(_wait_for_ever())
 
-    def _take(self, raw_updates: list[Any]) -> None:
-        assert self._intake is not None
-        effects: Effects = self._intake.take(raw_updates)
-        for answer in effects.answers:
-            task = asyncio.create_task(self._courier.attempt_now(answer))
-            # The loop refers to tasks weakly: without the set one could vanish in mid-run.
-            self._asides.add(task)
-            task.add_done_callback(self._asides.discard)
-
-    async def _until_the_end(self, updates: asyncio.Task[None]) -> None:
+    async def _until_the_end(self, signals: _Signals, *tasks: asyncio.Task[None]) -> None:
         """Wait for a signal, or for an error that ends the process."""
-        first = asyncio.create_task(self._ended.first.wait())
-        refused = asyncio.create_task(self._courier.unauthorized.wait())
+        signal_received = asyncio.create_task(signals.first.wait())
+        rejected = asyncio.create_task(self._courier.unauthorized.wait())
         try:
-            await asyncio.wait({first, refused, updates}, return_when=asyncio.FIRST_COMPLETED)
-            if refused.done() or updates.done():
-                await self._chats.abandon()
-            if updates.done():
-                updates.result()
-            if refused.done():
-                raise InputError(REFUSED_BY_TELEGRAM)
+            waiting = {signal_received, rejected, *tasks}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            failed = [task for task in tasks if task.done()]
+            if failed or rejected.done():
+                await self._lanes.abandon()
+            for task in failed:
+                task.result()
+            if rejected.done():
+                raise InputError(UNAUTHORIZED)
         finally:
-            first.cancel()
-            refused.cancel()
+            signal_received.cancel()
+            rejected.cancel()
 
-    async def _finish(self) -> None:
-        finishing = asyncio.create_task(self._chats.finish(_MAX_FINISH_SECONDS))
-        second = asyncio.create_task(self._ended.second.wait())
+    async def _finish(self, signals: _Signals) -> None:
+        finishing = asyncio.create_task(self._lanes.finish(_MAX_FINISH_SECONDS))
+        second = asyncio.create_task(signals.second.wait())
         await asyncio.wait({finishing, second}, return_when=asyncio.FIRST_COMPLETED)
         second.cancel()
         if not finishing.done():
-            await self._chats.abandon()
+            await self._lanes.abandon()
         await finishing
-        if self._asides:
-            await asyncio.wait(self._asides, timeout=2.0)
-
-    async def _introduce(self) -> User:
-        host = urlsplit(self._options.telegram_api_base).netloc.rpartition("@")[2]
-        for pause_seconds in (*_INTRODUCTION_PAUSES_SECONDS, None):
-            try:
-                me = await self._bot.me()
-                if self._options.webhook_url is None:
-                    # A webhook that an earlier program left behind would make every poll end with 409.
-                    await self._bot.delete_webhook()
-                break
-            except (TelegramUnauthorizedError, TelegramNotFound):
-                raise InputError(
-                    f"{host} does not know the bot's token; copy it again from @BotFather, "
-                    "and check --telegram_api_base"
-                ) from None
-            except (TelegramNetworkError, TelegramServerError) as error:
-                if pause_seconds is None:
-                    raise MachineError(
-                        f"Telegram cannot be reached at {host} ({error.message}); "
-                        "check the network and --telegram_api_base"
-                    ) from None
-                await asyncio.sleep(pause_seconds)
-            except TelegramAPIError as error:
-                raise MachineError(
-                    f"{host} does not answer as Telegram does ({error.message}); "
-                    "try again later, and check --telegram_api_base"
-                ) from None
-        menus = asyncio.create_task(self._set_menus())
-        self._asides.add(menus)
-        menus.add_done_callback(self._asides.discard)
-        return me
-
-    async def _set_menus(self) -> bool:
-        """The menu of commands in every scope and language; without it commands work all the same."""
-        for language, words in LANGUAGES.items():
-            # English is also what people of every other language see.
-            code = None if language == "en" else language
-            private = _menu(words)
-            group = [command for command in private if command.command not in _PRIVATE_COMMANDS]
-            scopes: list[tuple[Any, list[BotCommand]]] = [
-                (BotCommandScopeDefault(), private),
-                (BotCommandScopeAllPrivateChats(), private),
-                (BotCommandScopeAllGroupChats(), group),
-            ]
-            scopes += [
-                (BotCommandScopeChat(chat_id=admin_id), private + _menu(words, for_admins=True))
-                for admin_id in sorted(self._options.admin_ids)
-            ]
-            for scope, commands in scopes:
-                try:
-                    await self._bot.set_my_commands(commands, scope=scope, language_code=code)
-                except TelegramAPIError as error:  # such as an admin who never wrote to the bot
-                    logger.warning("a menu of commands was not set: %s", type(error).__name__)
-        return True
+        await self._courier.finish(_MAX_BACKGROUND_SECONDS)
 
     async def _greet_service(self) -> None:
         try:
@@ -331,7 +253,7 @@ class _Process:
                 described = await self._writer.describe()
         except (ServiceError, TimeoutError) as error:
             logger.warning(
-                "the service at %s does not answer (%s); until it does, texts wait",
+                "the service at %s does not answer (%s); texts wait until it does",
                 self._service_url,
                 type(error).__name__,
             )
@@ -339,7 +261,7 @@ class _Process:
             logger.info("the service at %s serves %s", self._service_url, described.model)
 
     async def _watch_service(self) -> None:
-        """Notice another model behind the same address, which may want another mode."""
+        """Notice when another model is served, which may have a chat template or none."""
         while True:
             await asyncio.sleep(_SERVICE_CHECK_INTERVAL_SECONDS)
             with contextlib.suppress(ServiceError, TimeoutError):
@@ -347,10 +269,62 @@ class _Process:
                     await self._writer.describe(anew=True)
 
 
-def _menu(words: Words, *, for_admins: bool = False) -> list[BotCommand]:
-    commands = words.admin_commands if for_admins else words.commands
-    return [BotCommand(command=name, description=text) for name, text in commands.items()]
-
-
-async def _for_ever() -> None:
+async def _wait_for_ever() -> None:
     await asyncio.Event().wait()
+
+
+async def _introduce(bot: Bot, arguments: TelegramBotArguments) -> User:
+    """The bot's own user, as Telegram knows it."""
+    host = urlsplit(arguments.telegram_api_base).netloc.rpartition("@")[2]
+    for pause_seconds in (*_INTRODUCTION_PAUSES_SECONDS, None):
+        try:
+            me = await bot.me()
+            if arguments.webhook_url is None:
+                # With a webhook that an earlier program set, every poll would fail with 409.
+                await bot.delete_webhook()
+            return me
+        except (TelegramUnauthorizedError, TelegramNotFound):
+            raise InputError(
+                f"{host} does not know the bot's token; copy it again from @BotFather, "
+                "and check --telegram_api_base"
+            ) from None
+        except (TelegramNetworkError, TelegramServerError) as error:
+            if pause_seconds is None:
+                raise MachineError(
+                    f"Telegram cannot be reached at {host} ({error.message}); "
+                    "check the network and --telegram_api_base"
+                ) from None
+            await asyncio.sleep(pause_seconds)
+        except TelegramAPIError as error:
+            raise MachineError(
+                f"{host} does not answer as Telegram does ({error.message}); "
+                "try again later, and check --telegram_api_base"
+            ) from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def _set_menus(bot: Bot, admin_ids: Iterable[int]) -> None:
+    """Set the menu of commands in every scope and language; commands work without it, too."""
+    for language, words in LANGUAGES.items():
+        # Users of all other languages see English.
+        code = None if language == "en" else language
+        private = _menu(words.commands)
+        group = [command for command in private if command.command not in _PRIVATE_COMMANDS]
+        scopes: list[tuple[BotCommandScopeUnion, list[BotCommand]]] = [
+            (BotCommandScopeDefault(), private),
+            (BotCommandScopeAllPrivateChats(), private),
+            (BotCommandScopeAllGroupChats(), group),
+        ]
+        scopes += [
+            (BotCommandScopeChat(chat_id=admin_id), private + _menu(words.admin_commands))
+            for admin_id in sorted(admin_ids)
+        ]
+        for scope, commands in scopes:
+            try:
+                await bot.set_my_commands(commands, scope=scope, language_code=code)
+            except TelegramAPIError as error:  # such as an admin who never wrote to the bot
+                logger.warning("a menu of commands was not set: %s", type(error).__name__)
+
+
+def _menu(commands: Mapping[str, str]) -> list[BotCommand]:
+    return [BotCommand(command=name, description=text) for name, text in commands.items()]

@@ -1,6 +1,6 @@
-"""Counters of one bot process, and the local port where they and its health are read.
+"""Prometheus metrics and the health of one bot process, and the local port that serves them.
 
-Knows neither updates nor texts: numbers only, without chats.
+The metrics name no chats and no users.
 """
 
 import time
@@ -11,55 +11,52 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from full_stack_transformer.errors import MachineError
 
-_HEALTHY_POLL_SECONDS = 120.0
+_MAX_SILENCE_SECONDS = 120.0  # a poll takes 30 s
 
 
 class Metrics:
-    """What happened since the start."""
+    """Counted since the start of the process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.updates = Counter(
             "telegram_bot_updates",
-            "Updates by what became of them",
+            "Updates by outcome",
             ["outcome"],
             registry=self.registry,
         )
         self.replies = Counter(
             "telegram_bot_replies",
-            "Finished texts by how they ended",
+            "Finished texts by finish reason",
             ["finish"],
             registry=self.registry,
         )
-        self.tokens = Counter(
-            "telegram_bot_tokens", "New tokens that were made", registry=self.registry
-        )
+        self.tokens = Counter("telegram_bot_tokens", "Generated tokens", registry=self.registry)
         self.first_text_seconds = Histogram(
             "telegram_bot_first_text_seconds",
-            "From the start of a request to its first text",
+            "Seconds from a request to its first text",
             registry=self.registry,
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60),
         )
         self.service_failures = Counter(
             "telegram_bot_service_failures",
-            "Requests that the service failed",
+            "Failed requests to the service",
             registry=self.registry,
         )
         self.failures = Counter(
             "telegram_bot_failures", "Errors of the bot itself", registry=self.registry
         )
-        self.jobs = Gauge("telegram_bot_jobs", "What is owed now", ["lane"], registry=self.registry)
-        self.last_contact = time.monotonic()
-        """When Telegram was last heard."""
+        self.jobs = Gauge("telegram_bot_jobs", "Pending jobs", ["lane"], registry=self.registry)
+        self._last_contact = time.monotonic()
 
     def contact(self) -> None:
-        """Telegram was heard."""
-        self.last_contact = time.monotonic()
+        """Telegram answered, or sent an update."""
+        self._last_contact = time.monotonic()
 
     @property
     def is_healthy(self) -> bool:
-        """Whether Telegram was heard lately."""
-        return time.monotonic() - self.last_contact < _HEALTHY_POLL_SECONDS
+        """Whether there was contact with Telegram lately."""
+        return time.monotonic() - self._last_contact < _MAX_SILENCE_SECONDS
 
 
 async def serve_monitoring(
@@ -68,8 +65,8 @@ async def serve_monitoring(
     """Listen on 127.0.0.1 for `/health` and `/metrics`.
 
     Args:
-        metrics: the counters.
-        count_jobs: what is owed, by lane.
+        metrics: what `/metrics` shows.
+        count_jobs: number of pending jobs by lane.
         port: 0 for any free one.
         always_healthy: for webhooks, where silence only means that nobody writes.
 
@@ -83,8 +80,8 @@ async def serve_monitoring(
         return web.json_response(status, status=200 if healthy else 503)
 
     async def read_metrics(request: web.Request) -> web.Response:
-        for lane, number in count_jobs().items():
-            metrics.jobs.labels(lane).set(number)
+        for lane, count in count_jobs().items():
+            metrics.jobs.labels(lane).set(count)
         return web.Response(
             body=generate_latest(metrics.registry),
             headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"},
@@ -96,7 +93,7 @@ async def serve_monitoring(
 
 
 async def listen(app: web.Application, host: str, port: int, flag: str) -> web.AppRunner:
-    """Serve an application; its address is `runner.addresses[0]`.
+    """Serve an application; it listens at `runner.addresses[0]`.
 
     Raises:
         MachineError: the port is in use.

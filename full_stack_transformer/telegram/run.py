@@ -1,71 +1,82 @@
-"""`fst telegram_bot`: the token and the options, checked before anything slow is imported.
+"""`fst telegram_bot`: options and secrets, checked before anything slow is imported.
 
-Knows nothing of Telegram but the shape of a token, and that the token is a secret.
+With `--checkpoint PATH` it also starts `fst serve` and keeps it running, as a process of its own, so that
+the bot never imports torch. Knows nothing of Telegram but the format of a token.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import os
 import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from full_stack_transformer.arguments.serving import TelegramBotArguments
-from full_stack_transformer.errors import UsageError
+from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.telegram.state.settings import MAX_LENGTH, Settings
 
-TOKEN_VARIABLE = "TELEGRAM_BOT_TOKEN"  # noqa: S105 - the name of the variable, no token
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "TELEGRAM_BOT_TOKEN"  # noqa: S105 - the name of the variable, not a token
 SECRET_VARIABLE = "TELEGRAM_WEBHOOK_SECRET"  # noqa: S105 - as above
 API_KEY_VARIABLE = "SERVICE_API_KEY"
 # https://core.telegram.org/bots/api#setwebhook takes 1 to 256; a short one could be guessed
 _SECRET_PATTERN = re.compile(r"[A-Za-z0-9_-]{16,256}")
-# https://core.telegram.org/bots/api#authorizing-your-bot; nothing that could change an address
+# https://core.telegram.org/bots/api#authorizing-your-bot; nothing that could change a URL
 _TOKEN_PATTERN = re.compile(r"[0-9]{1,20}:[A-Za-z0-9_-]{1,200}")
 _MAX_TOKEN_FILE_CHARACTERS = 4096
+
+_SERVICE_STARTED = re.compile(r"serving .* at http://127\.0\.0\.1:(\d+)")
+_SERVICE_STOP_SECONDS = 35.0
+_FIRST_PAUSE_SECONDS = 1.0
+_MAX_PAUSE_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
 
 
 def run_bot(arguments: TelegramBotArguments) -> int:
     """Answer Telegram messages until SIGTERM or SIGINT, and return the exit code.
 
     Raises:
-        UsageError: the token or the webhook's secret is missing or malformed, or an option is.
-        InputError: Telegram does not accept the token.
-        MachineError: Telegram cannot be reached, or a file or port is taken.
+        UsageError: the token, the webhook's secret or an option is missing or invalid.
+        InputError: Telegram rejects the token.
+        MachineError: Telegram is unreachable, or a file or port is in use.
+        ModelError: the service of --checkpoint does not start.
     """
     token = _read_token(arguments.token_file)
-    _check_address("--telegram_api_base", arguments.telegram_api_base)
-    _check_address("--service_url", arguments.service_url)
+    _check_url("--telegram_api_base", arguments.telegram_api_base)
+    _check_url("--service_url", arguments.service_url)
     secret = ""
     if arguments.webhook_url is not None:
-        _check_address("--webhook_url", arguments.webhook_url)
+        _check_url("--webhook_url", arguments.webhook_url)
         secret = _read_webhook_secret()
     settings = _default_settings(arguments)
-    # Imported here: aiogram takes 3 s, and a missing token should be said at once.
-    from full_stack_transformer.telegram.bot import BotOptions, run
+    # Imported here: aiogram takes 3 s, and a missing token should be reported at once.
+    from full_stack_transformer.telegram.bot import run
 
     api_key = os.environ.get(API_KEY_VARIABLE, "").strip() or None
     for hidden in filter(None, (token, secret, api_key)):
         hide_from_logs(hidden)
-    options = BotOptions(
-        token=token,
-        telegram_api_base=arguments.telegram_api_base,
-        database=arguments.database,
-        default_settings=settings,
-        service_url=arguments.service_url.rstrip("/").removesuffix("/v1"),
-        service_api_key=api_key,
-        checkpoint=arguments.checkpoint,
-        device=arguments.device,
-        allowed_ids=frozenset(arguments.allowed_ids),
-        admin_ids=frozenset(arguments.admin_ids),
-        max_tokens_per_day=arguments.max_tokens_per_day,
-        webhook_url=arguments.webhook_url,
-        webhook_secret=secret,
-        webhook_host=arguments.webhook_host,
-        webhook_port=arguments.webhook_port,
-        monitoring_port=arguments.monitoring_port,
-        log_texts=arguments.log_texts,
+    service: AbstractAsyncContextManager[str]
+    if arguments.checkpoint is None:
+        service = nullcontext(arguments.service_url.rstrip("/").removesuffix("/v1"))
+    else:
+        service = own_service(arguments.checkpoint, arguments.device)
+    asyncio.run(
+        run(
+            arguments,
+            settings,
+            service,
+            token=token,
+            webhook_secret=secret,
+            service_api_key=api_key,
+        )
     )
-    asyncio.run(run(options))
     return 0
 
 
@@ -73,8 +84,8 @@ def _read_webhook_secret() -> str:
     secret = os.environ.get(SECRET_VARIABLE, "").strip()
     if not _SECRET_PATTERN.fullmatch(secret):
         raise UsageError(
-            f"--webhook_url needs a secret that nobody can guess, of 16 to 256 letters, digits, - and _, "
-            f"in the environment variable {SECRET_VARIABLE}; found {'none' if not secret else 'another'}"
+            f"--webhook_url needs a random secret of 16 to 256 letters, digits, - and _ in the environment "
+            f"variable {SECRET_VARIABLE}, which is {'not set' if not secret else 'invalid'}"
         )
     return secret
 
@@ -84,16 +95,16 @@ def _read_token(token_file: Path | None) -> str:
         source, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE, "").strip()
         if not token:
             raise UsageError(
-                f"the bot needs its token, which @BotFather gives: set the environment variable "
-                f"{TOKEN_VARIABLE}, or pass --token_file with a file that holds it"
+                f"missing token: set the environment variable {TOKEN_VARIABLE} to the token that "
+                "@BotFather gave you, or pass --token_file with a file that holds it"
             )
     else:
         source, token = f"--token_file {token_file}", _read_token_file(token_file)
     if not _TOKEN_PATTERN.fullmatch(token):
-        # Without what was found: it may be the token with a slip.
+        # Without the value, which may be the token with a typing error.
         raise UsageError(
-            f"{source} should hold a token such as 123456789:AAE-xyz, digits, a colon and letters, "
-            "and holds something else; copy it again from @BotFather"
+            f"{source} does not hold a valid token, such as 123456789:AAE-xyz; copy it again from "
+            "@BotFather"
         )
     return token
 
@@ -105,27 +116,25 @@ def _read_token_file(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"--token_file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"--token_file {path} should hold a token, but is no text") from None
+        raise UsageError(f"--token_file {path} is not a text file with a token") from None
     if not token:
         raise UsageError(f"--token_file {path} is empty; put the bot's token into it")
     return token
 
 
-def _check_address(flag: str, address: str) -> None:
+def _check_url(flag: str, url: str) -> None:
     try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        parts = urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        usable = False
-    # aiogram takes braces in the address for places to fill in
-    if not usable or re.search(r"[\s{}?#]", address):
-        raise UsageError(
-            f"{flag} must be an address such as http://127.0.0.1:9228, found {address!r}"
-        )
+        is_valid = False
+    # aiogram fills in braces of the URL
+    if not is_valid or re.search(r"[\s{}?#]", url):
+        raise UsageError(f"{flag}: invalid URL {url!r}; expected one such as http://127.0.0.1:9228")
 
 
 def _default_settings(arguments: TelegramBotArguments) -> Settings:
-    """The settings of a chat that never changed them, within the bounds that chats have."""
+    """The settings of a chat that never changed them."""
     if arguments.max_new_tokens > MAX_LENGTH:
         raise UsageError(
             f"--max_new_tokens must be at most {MAX_LENGTH}, found {arguments.max_new_tokens}"
@@ -141,9 +150,9 @@ def _default_settings(arguments: TelegramBotArguments) -> Settings:
 
 
 class _HideSecret(logging.Filter):
-    """Replaces a secret in every record, also in the traceback that comes with it.
+    """Replaces a secret in every log record and its traceback.
 
-    The bot's own errors never hold the token; this is for a library that logs an address.
+    The bot's own errors never hold the token; a library that logs a URL may.
     """
 
     def __init__(self, secret: str) -> None:
@@ -161,6 +170,73 @@ class _HideSecret(logging.Filter):
 
 
 def hide_from_logs(secret: str) -> None:
-    """Keep `secret` out of whatever the root logger's handlers write from now on."""
+    """Replace `secret` in everything that the root logger's handlers write from now on."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(_HideSecret(secret))
+
+
+@asynccontextmanager
+async def own_service(checkpoint: Path, device: str) -> AsyncIterator[str]:
+    """The URL of a service for `checkpoint`, which is restarted when it ends.
+
+    Raises:
+        ModelError: it does not start; the message quotes its own error.
+    """
+    command = [
+        *(sys.executable, "-m", "full_stack_transformer", "serve", str(checkpoint)),
+        *("--device", device, "--port"),
+    ]
+    process, port = await _start_service([*command, "0"])
+    # Restarted with the same port, so that the URL stays.
+    keeper = asyncio.create_task(_keep_running([*command, port], process))
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        keeper.cancel()
+        await asyncio.wait({keeper})
+
+
+async def _start_service(command: list[str]) -> tuple[asyncio.subprocess.Process, str]:
+    """The process of a service, once it listens, and its port."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent
+    )
+    assert process.stderr is not None
+    last = ""
+    async for raw in process.stderr:
+        last = raw.decode("utf-8", "replace").rstrip()
+        logger.info("service: %s", last)
+        if started := _SERVICE_STARTED.search(last):
+            return process, started.group(1)
+    await process.wait()
+    raise ModelError(f"the service of --checkpoint does not start: {last.removeprefix('fst: ')}")
+
+
+def _die_with_parent() -> None:
+    """Let Linux end the service with the bot: a killed bot must not leave a model in memory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+async def _keep_running(command: list[str], process: asyncio.subprocess.Process) -> None:
+    pause_seconds = _FIRST_PAUSE_SECONDS
+    try:
+        while True:
+            assert process.stderr is not None
+            async for raw in process.stderr:
+                logger.info("service: %s", raw.decode("utf-8", "replace").rstrip())
+            code = await process.wait()
+            logger.warning("the service exited with %d; restarting in %.0f s", code, pause_seconds)
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
+            with contextlib.suppress(ModelError):
+                process, _ = await _start_service(command)
+                pause_seconds = _FIRST_PAUSE_SECONDS
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(_SERVICE_STOP_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()

@@ -1,6 +1,6 @@
-"""Every sentence that the bot says of its own accord, in each of its languages; plain text.
+"""The bot's own texts, in each of its languages; plain text.
 
-Knows neither Telegram nor the service. A test checks that both languages hold the same places.
+Knows neither Telegram nor the service. A test checks that all languages have the same fields.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Words:
-    """One language. Words in braces are filled in."""
+    """The texts of one language; names in braces are filled in."""
 
     commands: dict[str, str]
-    """Command -> its line in the menu."""
+    """Command -> its description in the menu."""
     admin_commands: dict[str, str]
     welcome: str
     help: str
     privacy: str
+    privacy_logging: str
+    """Filled into `privacy` if texts are logged."""
 
     repeat_button: str
     continue_button: str
@@ -23,7 +25,10 @@ class Words:
     stop_button: str
     forget_button: str
 
-    settings_title: str
+    continue_prompt: str
+    """What the Continue button says to a model in a conversation."""
+
+    settings_chat: str
     settings_topic: str
     fields: dict[str, str]
     presets: tuple[str, str, str]
@@ -68,6 +73,10 @@ class Words:
     alert_gone: str
     alert_not_ready: str
 
+    def settings_title(self, thread_id: int) -> str:
+        """The text above the settings of a chat or topic."""
+        return self.settings_topic if thread_id else self.settings_chat
+
 
 ENGLISH = Words(
     commands={
@@ -75,47 +84,52 @@ ENGLISH = Words(
         "help": "How to use it",
         "settings": "Temperature, length, variants, seed, mode",
         "stop": "Stop the text that is being written",
-        "reset": "Begin a new conversation",
-        "why": "How a text was made, and how to make it again",
-        "status": "The model, the line, your tokens of today",
-        "privacy": "What is kept about you",
-        "export": "Everything that is kept, as a file",
-        "forget": "Delete everything that is kept",
+        "reset": "Start a new conversation",
+        "why": "How a text was generated, and how to get it again",
+        "status": "The model, the queue, your tokens today",
+        "privacy": "What is stored about you",
+        "export": "Download everything that is stored about you",
+        "forget": "Delete everything that is stored about you",
     },
-    admin_commands={"allow": "Let a user or chat in: /allow ID", "deny": "Shut one out: /deny ID"},
+    admin_commands={
+        "allow": "Allow a user or chat: /allow ID",
+        "deny": "Deny a user or chat: /deny ID",
+    },
     welcome=(
-        "Hello! Send me the beginning of a text and I write how it goes on.\n\n"
-        "Your words come back in bold, mine follow them. Repeat writes another continuation of the "
-        "same words, Continue goes on from the end. Reply to any of my texts to go on from there.\n\n"
-        "/settings changes how I write, /help shows everything."
+        "Hello! Send me the beginning of a text, and I will continue it.\n\n"
+        "Your text comes back in bold, followed by mine. Repeat writes another continuation, "
+        "Continue adds more. Reply to any of my texts to continue from there.\n\n"
+        "/settings changes how I write, /help explains everything."
     ),
     help=(
-        "Send me text. I continue it, or answer it where the model was made for conversation.\n\n"
-        "Repeat: another sample. Continue: more of the same text. ◀ ▶: the other variants. "
-        "Stop ends a text early and keeps what there is. Reply to any of my texts to branch off "
-        "from it.\n\n"
+        "Send me a text. I continue it, or answer it if the model is made for conversation.\n\n"
+        "Repeat: another continuation. Continue: more of the same text. ◀ ▶: the other variants. "
+        "Stop: end a text early and keep what there is. Reply to any of my texts to continue from "
+        "there.\n\n"
         "/settings: temperature, top-k, top-p, repetition penalty, length, variants, seed and mode of "
-        "this chat or topic; also typed: /settings temperature 0.5\n"
-        "/why: reply with it to a text to see how to make the same text again\n"
-        "/stop: end the text that is being written\n"
-        "/reset: begin a new conversation\n"
-        "/status: the model and your tokens of today\n"
-        "/privacy, /export, /forget: what is kept about you, all of it as a file, none of it"
+        "this chat or topic; you can also type /settings temperature 0.5\n"
+        "/why: reply with it to a text to see how to generate the same text again\n"
+        "/stop: stop the text that is being written\n"
+        "/reset: start a new conversation\n"
+        "/status: the model and your tokens today\n"
+        "/privacy, /export, /forget: see, download or delete what is stored about you"
     ),
     privacy=(
-        "To answer, repeat, continue and explain texts I keep, on the machine where I run: your user "
-        "and chat numbers, your prompts and the texts made from them, your settings, and how many "
-        "tokens you used today. Prompts go to the model's service and nowhere else; the log names "
-        "sizes, not words{logging}. /export gives you all of it, /forget deletes it. If you block me, "
-        "it is deleted too."
+        "I store on the machine where I run: your user and chat IDs, your prompts and the texts "
+        "generated from them, your settings, and your number of tokens for each day of the last week. "
+        "I need them to answer, repeat, continue and explain texts. Prompts go only to the model's "
+        "service; the log has the lengths of texts, not the texts{logging}. /export gives you all of "
+        "it, /forget deletes all of it except the token counts. If you block me, it is deleted, too."
     ),
+    privacy_logging=" (for now, the texts as well)",
     repeat_button="Repeat",
     continue_button="Continue",
     settings_button="Settings",
     stop_button="Stop",
     forget_button="Yes, delete everything",
-    settings_title="Settings of this chat. They hold from the next text on.",
-    settings_topic="Settings of this topic. They hold from the next text on.",
+    continue_prompt="Please continue.",
+    settings_chat="Settings of this chat, used from the next text on.",
+    settings_topic="Settings of this topic, used from the next text on.",
     fields={
         "temperature": "Temperature",
         "top_k": "Top-k",
@@ -128,40 +142,40 @@ ENGLISH = Words(
     presets=("Precise", "Balanced", "Creative"),
     modes=("Auto", "Continue", "Chat"),
     random_seed="random",
-    setting_set="Set.",
-    setting_expected="I expected {expected}",
-    queued="You are number {position} in line. Your text comes when it is its turn.",
-    service_away="The model is not available right now. I keep your text and answer as soon as it is.",
-    refused="The model cannot work with this text, it is probably too long. Please try a shorter one.",
-    failed="Something went wrong on my side. Please try again.",
-    empty="The model had nothing to say to that.",
-    too_many="I am still busy with your earlier messages. Please wait for their answers first.",
-    quota="You have used your {quota} tokens of today. There are new ones at midnight UTC.",
-    not_allowed="This bot answers only people whom its owner let in. Your number is {user_id}.",
-    not_a_text="I can only work with texts. Please send me some words.",
-    unknown_command="I do not know this command. /help shows what I can do.",
+    setting_set="Saved.",
+    setting_expected="Possible values: {expected}",
+    queued="You are number {position} in the queue. Your text comes when it is your turn.",
+    service_away="The model is not available right now. I will answer as soon as it is back.",
+    refused="The model cannot process this text; it is probably too long. Please try a shorter one.",
+    failed="Something went wrong. Please try again.",
+    empty="The model returned an empty text.",
+    too_many="I am still working on your earlier messages. Please wait for their answers.",
+    quota="You have used your {quota} tokens for today. You get new ones at midnight UTC.",
+    not_allowed="This bot answers only users whom its owner has allowed. Your ID is {user_id}.",
+    not_a_text="I can only work with text. Please send me some words.",
+    unknown_command="I do not know this command. /help lists what I can do.",
     stopped="Stopped.",
     nothing_to_stop="There is nothing to stop.",
-    reset="A new conversation begins here.",
+    reset="A new conversation starts here.",
     why_nothing="Reply with /why to one of my texts.",
-    why="Model {model}{checkpoint}\nMode {mode}, seed {seed}, ended by {finish}\n{settings}",
-    why_same="The same bytes again:",
-    why_chat="The same text again:",
+    why="Model {model}{checkpoint}\nMode {mode}, seed {seed}, finish reason {finish}\n{settings}",
+    why_same="This generates exactly the same text:",
+    why_chat="This generates the same answer:",
     status="In this chat: {num_waiting} waiting or being written.",
     status_service="The model {model} is ready.",
     status_away="The model is not available right now.",
     status_quota="Your tokens today: {used} of {quota}.",
     status_no_quota="Your tokens today: {used}.",
-    status_admin="All chats: {num_jobs} jobs, {num_running} being written. Let in: {allowed}",
-    forget_question="Delete your texts, settings and conversations in this chat?",
-    forgotten="Deleted. Of this chat I know nothing any more; the count of your tokens stays for a week.",
-    export_caption="Everything that I keep about this chat.",
-    private_only="Please ask me this in a private chat.",
-    admin_usage="Please name a number, such as /{command} 123456789",
+    status_admin="All chats: {num_jobs} pending, {num_running} being written. Allowed: {allowed}",
+    forget_question="Delete all your texts here? In a private chat this deletes its settings, too.",
+    forgotten="Deleted. I keep only the count of your tokens, for a week.",
+    export_caption="Everything that I store about this chat.",
+    private_only="Please use this command in a private chat.",
+    admin_usage="Please add an ID, such as /{command} 123456789",
     admin_done="Done.",
-    alert_foreign="This button belongs to somebody else.",
+    alert_foreign="This button belongs to someone else.",
     alert_outdated="This button no longer works. Please send me your text again.",
-    alert_gone="I no longer have this text. Please send it to me again.",
+    alert_gone="I no longer have this text. Please send it again.",
     alert_not_ready="This text is still being written.",
 )
 
@@ -169,51 +183,53 @@ RUSSIAN = Words(
     commands={
         "start": "Что умеет этот бот",
         "help": "Как им пользоваться",
-        "settings": "Температура, длина, варианты, зерно, режим",
+        "settings": "Температура, длина, варианты, seed, режим",
         "stop": "Остановить текст, который пишется",
         "reset": "Начать новый разговор",
         "why": "Как получен текст и как его повторить",
         "status": "Модель, очередь, ваши токены за сегодня",
         "privacy": "Что о вас хранится",
-        "export": "Всё, что хранится, одним файлом",
-        "forget": "Удалить всё, что хранится",
+        "export": "Скачать всё, что о вас хранится",
+        "forget": "Удалить всё, что о вас хранится",
     },
     admin_commands={
-        "allow": "Впустить пользователя или чат: /allow ID",
-        "deny": "Закрыть доступ: /deny ID",
+        "allow": "Разрешить доступ пользователю или чату: /allow ID",
+        "deny": "Запретить доступ пользователю или чату: /deny ID",
     },
     welcome=(
-        "Здравствуйте! Пришлите начало текста, и я напишу продолжение.\n\n"
-        "Ваши слова вернутся жирным шрифтом, мои — следом. «Ещё раз» пишет другое продолжение тех же "
-        "слов, «Дальше» продолжает с конца. Ответьте на любой мой текст, чтобы продолжить с него.\n\n"
-        "/settings меняет то, как я пишу, /help показывает всё."
+        "Здравствуйте! Пришлите начало текста, и я его продолжу.\n\n"
+        "Ваш текст вернётся жирным шрифтом, за ним будет мой. «Ещё раз» пишет другое продолжение, "
+        "«Дальше» продолжает текст. Ответьте на любой мой текст, чтобы продолжить с этого места.\n\n"
+        "/settings меняет настройки, /help объясняет всё."
     ),
     help=(
         "Пришлите текст. Я продолжу его или отвечу, если модель создана для разговора.\n\n"
-        "«Ещё раз»: другой вариант. «Дальше»: продолжение того же текста. ◀ ▶: другие варианты. "
-        "«Стоп» заканчивает текст раньше и оставляет написанное. Ответьте на любой мой текст, чтобы "
-        "продолжить с него.\n\n"
-        "/settings: температура, top-k, top-p, штраф за повторы, длина, варианты, зерно и режим этого "
-        "чата или темы; можно и словами: /settings temperature 0.5\n"
+        "«Ещё раз»: другое продолжение. «Дальше»: продолжение того же текста. ◀ ▶: другие варианты. "
+        "«Стоп»: закончить раньше и оставить написанное. Ответьте на любой мой текст, чтобы "
+        "продолжить с этого места.\n\n"
+        "/settings: температура, top-k, top-p, штраф за повторы, длина, варианты, seed и режим этого "
+        "чата или темы; можно и написать: /settings temperature 0.5\n"
         "/why: ответьте этой командой на текст, чтобы узнать, как получить его снова\n"
         "/stop: остановить текст, который пишется\n"
         "/reset: начать новый разговор\n"
         "/status: модель и ваши токены за сегодня\n"
-        "/privacy, /export, /forget: что о вас хранится, всё это файлом, удалить всё"
+        "/privacy, /export, /forget: узнать, скачать или удалить то, что о вас хранится"
     ),
     privacy=(
-        "Чтобы отвечать, повторять, продолжать и объяснять тексты, я храню на машине, где работаю: "
-        "номера пользователя и чата, ваши тексты и то, что из них получилось, ваши настройки и число "
-        "токенов за сегодня. Тексты уходят только в службу модели; в журнале размеры, а не "
-        "слова{logging}. /export отдаёт всё это, /forget удаляет. Если вы меня заблокируете, всё тоже "
-        "удаляется."
+        "На машине, где я работаю, хранятся: номера пользователя и чата, ваши тексты и то, что из них "
+        "получилось, ваши настройки и число токенов за каждый день последней недели. Это нужно, чтобы "
+        "отвечать, повторять, продолжать и объяснять тексты. Тексты уходят только в службу модели; в "
+        "журнале есть длина текстов, но не сами тексты{logging}. /export отдаёт всё это, /forget "
+        "удаляет всё, кроме счёта токенов. Если вы меня заблокируете, это тоже удаляется."
     ),
+    privacy_logging=" (пока и сами тексты)",
     repeat_button="Ещё раз",
     continue_button="Дальше",
     settings_button="Настройки",
     stop_button="Стоп",
     forget_button="Да, удалить всё",
-    settings_title="Настройки этого чата. Действуют со следующего текста.",
+    continue_prompt="Продолжай, пожалуйста.",
+    settings_chat="Настройки этого чата. Действуют со следующего текста.",
     settings_topic="Настройки этой темы. Действуют со следующего текста.",
     fields={
         "temperature": "Температура",
@@ -222,40 +238,40 @@ RUSSIAN = Words(
         "repetition_penalty": "Штраф за повторы",
         "length": "Длина",
         "variants": "Варианты",
-        "seed": "Зерно",
+        "seed": "Seed",
     },
     presets=("Точно", "Обычно", "Смело"),
-    modes=("Авто", "Продолжать", "Беседа"),
-    random_seed="случайное",
-    setting_set="Готово.",
-    setting_expected="Я ожидал {expected}",
+    modes=("Авто", "Продолжение", "Беседа"),
+    random_seed="случайный",
+    setting_set="Сохранено.",
+    setting_expected="Возможные значения: {expected}",
     queued="Вы {position}-й в очереди. Текст придёт, когда она подойдёт.",
-    service_away="Модель сейчас недоступна. Я сохранил ваш текст и отвечу, как только она вернётся.",
-    refused="Модель не может работать с этим текстом, вероятно, он слишком длинный. Пришлите покороче.",
-    failed="У меня что-то пошло не так. Попробуйте ещё раз.",
-    empty="Модели нечего на это сказать.",
-    too_many="Я ещё занят вашими прежними сообщениями. Подождите, пожалуйста, ответов на них.",
-    quota="Ваши {quota} токенов на сегодня израсходованы. Новые появятся в полночь по UTC.",
-    not_allowed="Этот бот отвечает только тем, кого впустил владелец. Ваш номер {user_id}.",
-    not_a_text="Я работаю только с текстами. Пришлите, пожалуйста, слова.",
+    service_away="Модель сейчас недоступна. Я отвечу, как только она вернётся.",
+    refused="Модель не может обработать этот текст: наверное, он слишком длинный. Пришлите покороче.",
+    failed="Что-то пошло не так. Попробуйте ещё раз.",
+    empty="Модель вернула пустой текст.",
+    too_many="Я ещё занят вашими прежними сообщениями. Дождитесь, пожалуйста, ответов на них.",
+    quota="Вы израсходовали {quota} токенов на сегодня. Новые появятся в полночь по UTC.",
+    not_allowed="Этот бот отвечает только тем, кому разрешил владелец. Ваш номер {user_id}.",
+    not_a_text="Я работаю только с текстом. Пришлите, пожалуйста, слова.",
     unknown_command="Я не знаю такой команды. /help покажет, что я умею.",
     stopped="Остановлено.",
     nothing_to_stop="Останавливать нечего.",
     reset="Здесь начинается новый разговор.",
     why_nothing="Ответьте командой /why на один из моих текстов.",
-    why="Модель {model}{checkpoint}\nРежим {mode}, зерно {seed}, конец: {finish}\n{settings}",
-    why_same="Те же байты ещё раз:",
-    why_chat="Тот же текст ещё раз:",
+    why="Модель {model}{checkpoint}\nРежим {mode}, seed {seed}, конец: {finish}\n{settings}",
+    why_same="Так получится в точности тот же текст:",
+    why_chat="Так получится тот же ответ:",
     status="В этом чате ждут или пишутся: {num_waiting}.",
     status_service="Модель {model} готова.",
     status_away="Модель сейчас недоступна.",
     status_quota="Ваши токены за сегодня: {used} из {quota}.",
     status_no_quota="Ваши токены за сегодня: {used}.",
-    status_admin="Все чаты: заданий {num_jobs}, пишется {num_running}. Впущены: {allowed}",
-    forget_question="Удалить ваши тексты, настройки и разговоры в этом чате?",
-    forgotten="Удалено. Об этом чате я больше ничего не знаю; счёт ваших токенов хранится неделю.",
+    status_admin="Все чаты: в работе {num_jobs}, пишется {num_running}. Разрешены: {allowed}",
+    forget_question="Удалить все ваши тексты здесь? В личном чате удалятся и его настройки.",
+    forgotten="Удалено. Остаётся только счёт ваших токенов, на неделю.",
     export_caption="Всё, что я храню об этом чате.",
-    private_only="Спросите меня об этом, пожалуйста, в личном чате.",
+    private_only="Пожалуйста, используйте эту команду в личном чате.",
     admin_usage="Укажите номер, например /{command} 123456789",
     admin_done="Готово.",
     alert_foreign="Эта кнопка принадлежит другому человеку.",
@@ -268,6 +284,6 @@ LANGUAGES = {"en": ENGLISH, "ru": RUSSIAN}
 
 
 def language_of(code: str | None) -> str:
-    """The language that a Telegram client names (such as "ru" or "pt-BR"), where there is one."""
+    """The bot's language for the code of a Telegram client, such as "ru" or "pt-BR"; else English."""
     language = (code or "").lower().partition("-")[0]
     return language if language in LANGUAGES else "en"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from full_stack_transformer.telegram.sending.replies import split_text
+from full_stack_transformer.telegram.sending.formatting import split_text
 from full_stack_transformer.telegram.texts import ENGLISH
 from tests.fake_bot_api.process import FakeBotApi
 from tests.telegram.bot_forks import BotForks, ForkedBot

@@ -187,15 +187,14 @@ def _become_bot(request: dict[str, object], run: object) -> None:
     os.environ.clear()
     os.environ.update(environment)
     from full_stack_transformer.telegram import bot
-    from full_stack_transformer.telegram.conversation import screen
-    from full_stack_transformer.telegram.sending import pace
-    from full_stack_transformer.telegram.state import policy
+    from full_stack_transformer.telegram.conversation import requests
+    from full_stack_transformer.telegram.sending import delivery, display
 
     # A busy machine answers late, and what is late here is not lost.
-    bot._CALL_TIMEOUT_SECONDS = bot._SERVICE_CHECK_SECONDS = screen._MAX_CLOSING_SECONDS = 120.0
+    bot._CALL_TIMEOUT_SECONDS = bot._SERVICE_CHECK_SECONDS = display._MAX_CLOSING_SECONDS = 120.0
     if "TESTS_QUICK_PACE" in environment:
-        policy._FLOOD_BURST = 1e6
-        pace._PRIVATE = pace._GROUP = pace._ALL = (1e6, 1e6)
+        requests._FLOOD_BURST = 1e6
+        delivery._PRIVATE = delivery._GROUP = delivery._ALL = (1e6, 1e6)
     code = 70
     try:
         code = run(request["words"])

@@ -191,13 +191,13 @@ def test_a_chat_that_shuts_the_bot_out_is_forgotten(
     finals(telegram, chat_id)
     telegram.block(chat_id, tell=False)
     telegram.write(chat_id, "Blocked")
-    bot.wait_for_log(f"chat {chat_id} is gone or shut the bot out")
+    bot.wait_for_log(f"chat {chat_id} is gone or has blocked the bot")
     telegram.block(chat_id, is_blocked=False)
     telegram.write(chat_id, "/export")
     exported = telegram.bot_messages(chat_id, at_least=2)[-1]["document"]["content"]
     assert json.loads(exported)["replies"] == []
     telegram.block(chat_id)
-    bot.wait_for_log(f"chat {chat_id} shut the bot out")
+    bot.wait_for_log(f"chat {chat_id} blocked or removed the bot")
 
 
 @pytest.mark.parametrize("tell", [True, False], ids=["told", "found-out"])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from full_stack_transformer.telegram.sending.replies import reply_pieces
-from full_stack_transformer.telegram.state.records import Reply
+from full_stack_transformer.telegram.sending.formatting import reply_pieces
 from full_stack_transformer.telegram.state.settings import Settings
+from full_stack_transformer.telegram.state.store import Reply
 from full_stack_transformer.telegram.texts import ENGLISH, RUSSIAN
 from tests.fake_bot_api.process import FakeBotApi
 from tests.telegram.bot_forks import ForkedBot

@@ -65,9 +65,9 @@ def test_a_signal_lets_the_bot_finish_what_runs_and_the_next_start_does_the_rest
             bot.wait_for_log("answering")
             telegram.state(idle=1)
             bot.send_signal(signal.SIGTERM)
-            bot.wait_for_log("answered to the end")
+            bot.wait_for_log("finishing the replies")
         assert bot.wait() == 0
-        assert "1 jobs stay for the next start" in bot.log
+        assert "1 jobs are left for the next start" in bot.log
         (first,) = finals(telegram, chat_id)
         assert first["text"].startswith(prompt)
         bot.start()
@@ -78,7 +78,7 @@ def test_a_signal_lets_the_bot_finish_what_runs_and_the_next_start_does_the_rest
             telegram.write(chat_id, "cut short")
             hold.wait()
             bot.send_signal(signal.SIGTERM)
-            bot.wait_for_log("answered to the end")
+            bot.wait_for_log("finishing the replies")
             bot.send_signal(signal.SIGTERM)
             assert bot.wait() == 0
         bot.start()

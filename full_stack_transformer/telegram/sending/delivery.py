@@ -1,18 +1,19 @@
-"""Calls to Telegram: what is owed arrives once, what adorns is tried once, errors carry no secrets.
+"""Calls to Telegram: messages are retried until they are delivered, previews are tried once.
 
-The one window: Telegram may have taken a message whose answer we did not see (a broken connection, a
-5xx, kill -9 in that moment). It is resolved on the side of "rather twice than never": the message is
-sent again; then the numbers between what was known before and the new message are looked through for
-the lost one, and that is deleted. Where numbers cannot tell (more than 30 strangers between), the
-message stays twice.
+One case stays uncertain: Telegram may have accepted a message whose response we did not see (a broken
+connection, a 5xx, kill -9 in that moment). Then the message is sent again, the ids between the last
+one known before and the new one are searched for the lost message, and that is deleted. At most 30 ids
+are searched; with more between, a duplicate stays.
 
-Knows aiogram's session and errors, the database's intentions and the pace; neither prompts nor the
-service.
+Knows aiogram's session and errors, the record of sends and the rate limits; neither prompts nor the
+service. No error quotes the token or a text.
 """
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from aiogram import Bot
@@ -38,7 +39,6 @@ from aiogram.methods import (
     TelegramMethod,
 )
 
-from full_stack_transformer.telegram.sending.pace import Pace
 from full_stack_transformer.telegram.state.store import Store
 
 logger = logging.getLogger(__name__)
@@ -47,38 +47,51 @@ _Result = TypeVar("_Result")
 
 _FIRST_PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 30.0
-# Answers that say neither yes nor no, such as a 429 without a time: owed, but not for ever.
-_MAX_STRANGE_ANSWERS = 8
+# Responses that are neither a refusal nor a success, such as a 429 without a time, are retried so often.
+_MAX_STRANGE_RESPONSES = 8
 _MAX_PROBES = 30
-# BadRequest comes in variants that differ by text only.
+# Variants of BadRequest differ only in their text.
 _NOT_MODIFIED = "message is not modified"
+_TOPIC_GONE = "thread not found"
 _GONE = ("chat not found", "user is deactivated", "peer_id_invalid", "group is deactivated")
 _MESSAGE_GONE = ("message to edit not found", "message can't be edited", "message_id_invalid")
 
+# (capacity, tokens per second), a little below Telegram's limits: about one message a second in a
+# private chat, 20 a minute in a group, 30 a second in all.
+# https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this
+_PRIVATE = (3.0, 1 / 1.05)
+_GROUP = (16.0, 1 / 3.2)
+_ALL = (28.0, 28.0)
+# At the start it is unknown how much an earlier process has used.
+_FIRST_SHARE = 0.7
+# Previews leave this many tokens for messages, such as the end of a text.
+_PRIVATE_RESERVE = 1.0
+_GROUP_RESERVE = 4.0
+_MAX_IDLE_BUCKETS = 10_000
+
 
 class ChatGoneError(Exception):
-    """The chat exists no more, or shut the bot out."""
+    """The chat does not exist any more, or has blocked or removed the bot."""
 
 
 class ChatMovedError(Exception):
-    """The group has a new number; the database knows it already."""
+    """The group has a new id; the database has been updated."""
 
 
 class MessageGoneError(Exception):
-    """The message that should be edited exists no more."""
+    """The message to edit does not exist any more."""
 
 
-class DiscreetSession(AiohttpSession):
+class SafeSession(AiohttpSession):
     """aiogram's HTTP session, with errors that can be logged.
 
-    The original ones quote the address, which holds the token, or the body, which holds what
-    users wrote; aiogram logs them as they are.
+    aiogram's own errors quote the URL, which holds the token, or the body, which holds users' texts.
     """
 
     async def make_request(
         self, bot: Bot, method: TelegramMethod[_Result], timeout: int | None = None
     ) -> _Result:
-        """Call Telegram; whatever breaks on the way is a TelegramNetworkError."""
+        """Call Telegram; every broken connection is a TelegramNetworkError."""
         try:
             return await super().make_request(bot, method, timeout)
         except TelegramNetworkError as error:
@@ -90,11 +103,11 @@ class DiscreetSession(AiohttpSession):
     def check_response(
         self, bot: Bot, method: TelegramMethod[_Result], status_code: int, content: str
     ) -> Response[_Result]:
-        """Understand the answer; one that is not Telegram's, such as a proxy's page, is a server error."""
+        """Parse the response; one that is not Telegram's, such as a proxy's page, is a server error."""
         try:
             return super().check_response(bot, method, status_code, content)
         except ClientDecodeError:
-            message = f"status {status_code}, {len(content)} characters that are no Bot API answer"
+            message = f"status {status_code}, {len(content)} characters, not a Bot API response"
         raise TelegramServerError(method=method, message=message)
 
 
@@ -103,17 +116,91 @@ def _name(cause: BaseException | None) -> str:
     return f"{type(cause).__name__}: {reason}" if reason else type(cause).__name__
 
 
-class Courier:
-    """Brings things to chats; one for all chats."""
+class _Bucket:
+    def __init__(self, capacity: float, tokens_per_second: float, now: float) -> None:
+        self.capacity = capacity
+        self.tokens_per_second = tokens_per_second
+        self.tokens = max(1.0, capacity * _FIRST_SHARE)
+        self.filled_at = now
 
-    def __init__(self, bot: Bot, store: Store, pace: Pace) -> None:
-        self.bot = bot
+    def seconds_until(self, tokens: float, now: float) -> float:
+        """Seconds until this number of tokens is available."""
+        if now > self.filled_at:
+            gained = (now - self.filled_at) * self.tokens_per_second
+            self.tokens = min(self.capacity, self.tokens + gained)
+            self.filled_at = now
+        pause_seconds = max(0.0, self.filled_at - now)  # in a pause `filled_at` is in the future
+        return pause_seconds + max(0.0, tokens - self.tokens) / self.tokens_per_second
+
+    def pause(self, seconds: float, now: float) -> None:
+        self.tokens = min(self.tokens, 1.0)
+        self.filled_at = max(self.filled_at, now + seconds)
+
+
+class RateLimiter:
+    """Token buckets of all chats, and one over all of them."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._chats: dict[int, _Bucket] = {}
+        self._all = _Bucket(*_ALL, clock())
+
+    async def acquire(self, chat_id: int) -> None:
+        """Wait until a message may be sent."""
+        while (seconds := self._seconds_until(chat_id, 1.0)) > 0:
+            await asyncio.sleep(seconds)
+        self._spend(chat_id)
+
+    def try_acquire(self, chat_id: int) -> bool:
+        """Whether a preview may be sent now, with the reserve left for messages."""
+        reserve = _GROUP_RESERVE if chat_id < 0 else _PRIVATE_RESERVE
+        if self._seconds_until(chat_id, 1.0 + reserve) > 0:
+            return False
+        self._spend(chat_id)
+        return True
+
+    def pause(self, chat_id: int, seconds: float) -> None:
+        """Send nothing to a chat for a while, as Telegram asked."""
+        self._bucket(chat_id).pause(seconds, self._clock())
+
+    def _seconds_until(self, chat_id: int, tokens: float) -> float:
+        bucket = self._bucket(chat_id)
+        now = self._clock()
+        return max(bucket.seconds_until(tokens, now), self._all.seconds_until(1.0, now))
+
+    def _spend(self, chat_id: int) -> None:
+        self._bucket(chat_id).tokens -= 1
+        self._all.tokens -= 1
+
+    def _bucket(self, chat_id: int) -> _Bucket:
+        if chat_id not in self._chats:
+            if len(self._chats) >= _MAX_IDLE_BUCKETS:
+                self._drop_full_ones()
+            self._chats[chat_id] = _Bucket(*(_GROUP if chat_id < 0 else _PRIVATE), self._clock())
+        return self._chats[chat_id]
+
+    def _drop_full_ones(self) -> None:
+        now = self._clock()
+        self._chats = {
+            chat_id: bucket
+            for chat_id, bucket in self._chats.items()
+            if bucket.seconds_until(bucket.capacity, now) > 0
+        }
+
+
+class Courier:
+    """Sends messages and makes calls, for all chats."""
+
+    def __init__(self, bot: Bot, store: Store, limiter: RateLimiter) -> None:
+        self._bot = bot
         self._store = store
-        self._pace = pace
-        # One message at a time in a chat: what lies between two numbers is then easy to tell.
+        self._limiter = limiter
+        # One message at a time in a chat, so that a lost one lies between two known ids.
         self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # The event loop keeps weak references to tasks: without the set one could vanish while it runs.
+        self._background: set[asyncio.Task[bool]] = set()
         self.unauthorized = asyncio.Event()
-        """Set when Telegram does not know the token any more."""
+        """Set when Telegram rejects the token."""
 
     async def send(
         self,
@@ -122,43 +209,56 @@ class Courier:
         reply_id: int | None = None,
         position: int = 0,
     ) -> int:
-        """Send a message and return its number; called again with the same key, sends nothing more.
+        """Send a message and return its id; a second call with the same key sends nothing.
+
+        A message for a topic that was deleted goes to the chat itself.
 
         Args:
             key: JOB:PART, the same after a restart.
             method: the message.
-            reply_id: whose text it shows, and
-            position: which part of it.
+            reply_id: the reply that it shows.
+            position: the part of the reply that it shows.
 
         Raises:
-            ChatGoneError, ChatMovedError: it cannot be sent there.
-            TelegramBadRequest: Telegram refused this very message.
+            ChatGoneError, ChatMovedError: the chat cannot be written to.
+            TelegramBadRequest: Telegram refused the message.
         """
+        try:
+            return await self._send(key, method, reply_id, position)
+        except TelegramBadRequest as error:
+            if _TOPIC_GONE not in error.message:
+                raise
+            method = method.model_copy(update={"message_thread_id": None})
+            return await self._send(key, method, reply_id, position)
+
+    async def _send(
+        self, key: str, method: SendMessage | SendDocument, reply_id: int | None, position: int
+    ) -> int:
         chat_id = int(method.chat_id)
         async with self._locks[chat_id]:
-            is_uncertain, floor, message_id = self._store.intend_send(chat_id, key)
+            is_uncertain, floor, message_id = self._store.begin_send(chat_id, key)
             if message_id is None:
                 try:
-                    message, lost_sight = await self._until_taken(chat_id, method)
+                    message, was_uncertain = await self._until_accepted(chat_id, method)
                 except (ChatGoneError, TelegramBadRequest):
-                    self._store.withdraw_send(chat_id, key)
+                    self._store.cancel_send(chat_id, key)
                     raise
                 message_id = message.message_id
-                self._store.sent(chat_id, key, message_id, reply_id, position)
-                is_uncertain |= lost_sight
+                self._store.end_send(chat_id, key, message_id, reply_id, position)
+                is_uncertain |= was_uncertain
             if is_uncertain:
                 await self._delete_lost(chat_id, floor, message_id)
             return message_id
 
     async def call(self, method: TelegramMethod[Any]) -> None:
-        """Call a method that does no harm when it is called twice, until Telegram took it.
+        """Call an idempotent method until Telegram accepts it.
 
         Raises:
-            MessageGoneError: there is nothing to edit.
+            MessageGoneError: the message to edit does not exist any more.
             ChatGoneError, ChatMovedError, TelegramBadRequest: as `send`.
         """
         try:
-            await self._until_taken(int(getattr(method, "chat_id", 0)), method)
+            await self._until_accepted(int(getattr(method, "chat_id", 0)), method)
         except TelegramBadRequest as error:
             if _NOT_MODIFIED in error.message:
                 return
@@ -167,61 +267,74 @@ class Courier:
             raise
 
     async def attempt(self, method: TelegramMethod[Any]) -> bool:
-        """Try something that nobody would miss, once; whether Telegram took it."""
+        """Try a call once, if the chat's rate limit allows it; whether Telegram accepted it."""
         chat_id = int(getattr(method, "chat_id", 0) or 0)
-        if chat_id and not self._pace.try_take(chat_id):
+        if chat_id and not self._limiter.try_acquire(chat_id):
             return False
         return await self.attempt_now(method)
 
     async def attempt_now(self, method: TelegramMethod[Any]) -> bool:
-        """As `attempt`, for calls that no limit of a chat counts, such as answers to buttons."""
+        """As `attempt`, for calls that do not count against a chat's limit, such as answers to presses."""
         try:
-            await self.bot(method)
+            await self._bot(method)
         except TelegramRetryAfter as error:
-            self._pace.pause(int(getattr(method, "chat_id", 0) or 0), error.retry_after)
+            self._limiter.pause(int(getattr(method, "chat_id", 0) or 0), error.retry_after)
         except TelegramUnauthorizedError:
             self.unauthorized.set()
         except TelegramBadRequest as error:
             return _NOT_MODIFIED in error.message
         except TelegramAPIError as error:
-            logger.debug("%s was not taken: %s", type(method).__name__, type(error).__name__)
+            logger.debug("%s failed: %s", type(method).__name__, type(error).__name__)
         else:
             return True
         return False
 
-    async def _until_taken(
+    def attempt_soon(self, method: TelegramMethod[Any]) -> None:
+        """As `attempt_now`, in the background."""
+        task = asyncio.create_task(self.attempt_now(method))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def finish(self, max_seconds: float) -> None:
+        """Wait for the calls in the background, but not longer."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=max_seconds)
+
+    async def _until_accepted(
         self, chat_id: int, method: TelegramMethod[_Result]
     ) -> tuple[_Result, bool]:
-        """The result, and whether an earlier attempt may have succeeded unseen."""
-        pause_seconds, lost_sight, num_strange = _FIRST_PAUSE_SECONDS, False, 0
+        """The result, and whether an earlier attempt may have succeeded without a response."""
+        pause_seconds, is_uncertain, num_strange = _FIRST_PAUSE_SECONDS, False, 0
         while True:
-            await self._pace.take(chat_id)
+            await self._limiter.acquire(chat_id)
             try:
-                return await self.bot(method), lost_sight
+                return await self._bot(method), is_uncertain
             except TelegramRetryAfter as error:
-                self._pace.pause(chat_id, error.retry_after)
-                reason, wait_seconds = error, float(error.retry_after)
+                self._limiter.pause(chat_id, error.retry_after)
+                cause, wait_seconds = type(error).__name__, float(error.retry_after)
             except TelegramEntityTooLarge:  # aiogram derives it from TelegramNetworkError
                 raise
             except (TelegramNetworkError, TelegramServerError) as error:
-                lost_sight = True
-                reason, wait_seconds = error, pause_seconds  # type: ignore[assignment]
+                is_uncertain = True
+                cause, wait_seconds = type(error).__name__, pause_seconds
             except TelegramAPIError as error:
                 num_strange += 1
-                self._raise_refusal(chat_id, error, is_last=num_strange == _MAX_STRANGE_ANSWERS)
-                reason, wait_seconds = error, pause_seconds  # type: ignore[assignment]
-            name, cause = type(method).__name__, type(reason).__name__
-            logger.warning("%s in chat %d: %s; again in %.1f s", name, chat_id, cause, wait_seconds)
+                self._raise_refusal(chat_id, error, is_last=num_strange == _MAX_STRANGE_RESPONSES)
+                cause, wait_seconds = type(error).__name__, pause_seconds
+            name = type(method).__name__
+            logger.warning(
+                "%s in chat %d failed (%s); retrying in %.1f s", name, chat_id, cause, wait_seconds
+            )
             await asyncio.sleep(wait_seconds)
             pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
 
     def _raise_refusal(self, chat_id: int, error: TelegramAPIError, *, is_last: bool) -> None:
-        """Turn what waiting cannot mend into an exception; return where it may."""
+        """Raise an error that retrying cannot solve; return for others."""
         if isinstance(error, TelegramMigrateToChat):
             self._store.move_chat(chat_id, error.migrate_to_chat_id)
             raise ChatMovedError from None
         if isinstance(error, TelegramUnauthorizedError):
-            self.unauthorized.set()  # the process ends; what is owed stays owed
+            self.unauthorized.set()  # the process ends; jobs stay pending
             return
         if isinstance(error, TelegramForbiddenError) or (
             isinstance(error, TelegramBadRequest)
@@ -232,14 +345,14 @@ class Courier:
             raise error
 
     async def _delete_lost(self, chat_id: int, floor: int, message_id: int) -> None:
-        """Delete the message that Telegram took unseen, if it did."""
+        """Delete the message that Telegram accepted without our seeing it, if there is one."""
         for candidate in range(floor + 1, min(message_id, floor + 1 + _MAX_PROBES)):
             if self._store.is_own_message(chat_id, candidate):
                 continue
             try:
-                # Changes nothing that stays: a message of somebody else cannot be edited.
+                # Succeeds only on the bot's own messages, so it finds the lost one.
                 await self.call(EditMessageReplyMarkup(chat_id=chat_id, message_id=candidate))
                 await self.call(DeleteMessage(chat_id=chat_id, message_id=candidate))
             except (MessageGoneError, TelegramBadRequest):
                 continue
-            logger.info("deleted a message of chat %d that had arrived unseen", chat_id)
+            logger.info("deleted a duplicate message of chat %d", chat_id)

@@ -1,7 +1,7 @@
-"""The bot's SQLite file: opened, locked, checked, with transactions.
+"""The bot's SQLite file: schema, lock, transactions.
 
-Write-ahead log with `synchronous=FULL`: what is committed survives kill -9 and a power cut. One
-process at a time, held by a lock. Knows the tables; not what they are for.
+Write-ahead log with `synchronous=FULL`: what is committed survives kill -9 and a power cut. A lock
+admits one process at a time. Knows the tables, not what their rows mean.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ CREATE TABLE IF NOT EXISTS sends (
 
 
 class Database:
-    """The file of one bot; every method is quick and belongs to the event loop's thread.
+    """The file of one bot; its methods are quick and are called from the event loop's thread.
 
     Raises:
         MachineError: another process uses the file, or it cannot be written.
@@ -67,20 +67,20 @@ class Database:
     """
 
     def __init__(self, path: Path, bot_id: int) -> None:
-        self._has_forgotten = False
+        self._has_deleted = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = path.with_name(path.name + ".lock").open("w")
         except OSError as error:
             raise MachineError(
-                f"--database {path} cannot be written: {error.strerror}; name another file"
+                f"--database {path} cannot be written: {error.strerror}; pass another file"
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise MachineError(
-                f"--database {path} is used by another bot process; stop it, or name another file"
+                f"--database {path} is used by another bot process; stop it, or pass another file"
             ) from None
         try:
             self._connection = self._open(path, bot_id)
@@ -93,20 +93,20 @@ class Database:
             connection = sqlite3.connect(path, isolation_level=None)
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA secure_delete=ON")  # /forget leaves no words in free pages
+            connection.execute("PRAGMA secure_delete=ON")  # /forget leaves no text in free pages
             connection.executescript(_SCHEMA)
             for name, value in (("format", _FORMAT_VERSION), ("bot", bot_id)):
                 connection.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, str(value)))
             facts = dict(connection.execute("SELECT name, value FROM facts").fetchall())
         except sqlite3.Error as error:
             raise MachineError(
-                f"--database {path} cannot be used: {error}; move it away, or name another file"
+                f"--database {path} cannot be used: {error}; move it away, or pass another file"
             ) from None
         if facts["bot"] != str(bot_id) or facts["format"] != str(_FORMAT_VERSION):
             connection.close()
             raise UsageError(
                 f"--database {path} belongs to bot {facts['bot']} (format {facts['format']}), this is "
-                f"bot {bot_id} (format {_FORMAT_VERSION}); name another file"
+                f"bot {bot_id} (format {_FORMAT_VERSION}); pass another file"
             )
         now = time.time()
         connection.execute("DELETE FROM updates WHERE recorded < ?", (now - _KEEP_UPDATES_SECONDS,))
@@ -117,13 +117,13 @@ class Database:
         return connection
 
     def close(self) -> None:
-        """Free the file."""
+        """Close the file and release its lock."""
         self._connection.close()
         self._lock.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing; may stand inside another one."""
+        """Commit all changes of the block or none; may be nested."""
         name = "SAVEPOINT step" if self._connection.in_transaction else "BEGIN IMMEDIATE"
         nested = self._connection.in_transaction
         self._connection.execute(name)
@@ -147,17 +147,17 @@ class Database:
         cursor = self._connection.execute(query, values)
         return cursor.lastrowid or 0
 
-    def _number(self, query: str, *values: Any) -> int:
+    def _integer(self, query: str, *values: Any) -> int:
         row = self._one(query, *values)
         return int(row[0] or 0) if row else 0
 
     def erase(self) -> None:
-        """Take what was forgotten out of the write-ahead log too; call it outside of a transaction."""
-        if self._has_forgotten and not self._connection.in_transaction:
+        """Remove deleted rows from the write-ahead log too; call it outside of a transaction."""
+        if self._has_deleted and not self._connection.in_transaction:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._has_forgotten = False
+            self._has_deleted = False
 
 
 def day_of(seconds: float) -> str:
-    """The day, UTC."""
+    """The day of a timestamp, UTC."""
     return time.strftime("%Y-%m-%d", time.gmtime(seconds))

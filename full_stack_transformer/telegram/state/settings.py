@@ -1,4 +1,4 @@
-"""How a chat wants its texts made: values, bounds, presets. Knows neither Telegram nor the service."""
+"""The sampling settings of a chat: values, bounds, presets. Knows neither Telegram nor the service."""
 
 import json
 import math
@@ -15,34 +15,34 @@ MAX_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one chat, or of one topic of a forum."""
+    """The settings of a chat, or of one topic of a forum."""
 
     mode: Mode = "auto"
-    """auto: chat where the model has a chat template, else continue."""
+    """auto: chat if the model has a chat template, else continue."""
     temperature: float = 0.7
     top_k: int = 0
     top_p: float = 0.95
     repetition_penalty: float = 1.1
     length: int = 80
-    """New tokens in a text, at most."""
+    """Maximum number of new tokens in a text."""
     variants: int = 1
     seed: int | None = None
-    """None takes a new one for every text."""
+    """None: a random one for each text."""
 
     def as_json(self) -> str:
-        """For the database."""
+        """As the database stores them."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, content: str) -> "Settings":
-        """From the database; fields of another version are passed over."""
+        """From the database; unknown fields, of another version, are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in json.loads(content).items() if name in known})
 
 
 NUMERIC_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty", "length", "variants")
 
-# What the buttons of /settings step through; /settings NAME VALUE sets anything in between.
+# Values that the buttons of /settings step through; /settings NAME VALUE sets any value in between.
 _STEPS: dict[str, tuple[float, ...]] = {
     "temperature": (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0),
     "top_k": (0, 5, 10, 20, 40, 80, 160),
@@ -59,9 +59,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "length": (1, MAX_LENGTH),
     "variants": (1, MAX_VARIANTS),
 }
-_WHOLE = ("top_k", "length", "variants")
+_INTEGERS = ("top_k", "length", "variants")
 
-# Only what decides how bold the choice of words is.
+# Presets change only how random the sampling is.
 PRESETS: dict[str, dict[str, Any]] = {
     "precise": {"temperature": 0.2, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.1},
     "balanced": {"temperature": 0.7, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.1},
@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_of(settings: Settings) -> str | None:
-    """Name of the preset that these settings are."""
+    """Name of the preset that the settings match."""
     for name, values in PRESETS.items():
         if all(getattr(settings, field) == value for field, value in values.items()):
             return name
@@ -78,17 +78,17 @@ def preset_of(settings: Settings) -> str | None:
 
 
 def stepped(settings: Settings, name: str, direction: int) -> Settings:
-    """The next value up (1) or down (-1); the same settings at either end."""
+    """The settings with the next value up (1) or down (-1); unchanged at either end."""
     value = getattr(settings, name)
     beyond = [step for step in _STEPS[name] if (step - value) * direction > 0]
     if not beyond:
         return settings
     step = min(beyond) if direction > 0 else max(beyond)
-    return _with(settings, name, step)
+    return _with_number(settings, name, step)
 
 
 def with_value(settings: Settings, name: str, text: str) -> Settings | str:
-    """Settings with the value that a user typed, or a text that says what is possible."""
+    """The settings with a value that a user typed, or a text that names the valid values."""
     if name in PRESETS and not text:
         return replace(settings, **PRESETS[name])
     if name == "mode":
@@ -98,19 +98,21 @@ def with_value(settings: Settings, name: str, text: str) -> Settings | str:
     if name not in NUMERIC_FIELDS:
         return " | ".join((*NUMERIC_FIELDS, "seed", "mode", *PRESETS))
     low, high = _BOUNDS[name]
-    whole = name in _WHOLE
-    expected = f"{name}: {low:g} … {high:g}"
+    needs_integer = name in _INTEGERS
+    expected = f"{name} {low:g} … {high:g}"
     try:
         value = float(text.replace(",", ".")[:20])
     except ValueError:
         return expected
-    if not math.isfinite(value) or not low <= value <= high or (whole and value != int(value)):
+    if not math.isfinite(value) or not low <= value <= high:
         return expected
-    return _with(settings, name, value)
+    if needs_integer and value != int(value):
+        return expected
+    return _with_number(settings, name, value)
 
 
-def _with(settings: Settings, name: str, value: float) -> Settings:
-    changed: dict[str, Any] = {name: int(value) if name in _WHOLE else value}
+def _with_number(settings: Settings, name: str, value: float) -> Settings:
+    changed: dict[str, Any] = {name: int(value) if name in _INTEGERS else value}
     return replace(settings, **changed)
 
 
@@ -119,4 +121,4 @@ def _with_seed(settings: Settings, text: str) -> Settings | str:
         return replace(settings, seed=None)
     if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED:
         return replace(settings, seed=int(text))
-    return "seed: random | 0 … 2^63-1"
+    return "seed random | 0 … 2^63-1"

@@ -1,51 +1,53 @@
-"""Updates in, jobs out: what the bot owes for what people did, recorded before Telegram is told.
+"""From raw updates to recorded jobs: is an update meant for the bot, and may its user use it?
 
-    raw updates ──one transaction──> who and where ──> command · prompt · press · stop ──> jobs
+    raw updates ──one transaction──> who and where ──> prompt · command · press · stop ──> jobs
 
-Handlers are plain functions on the database; nothing is sent from here but, after the commit, what
-nobody would miss: the answers that end a button's progress circle.
+Everything is recorded before Telegram is told that the updates were received. Nothing is sent from here,
+except the answers that end a button's progress circle, which are tried once.
 """
 
 import logging
 import re
 import sqlite3
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from aiogram.methods import AnswerCallbackQuery
-from aiogram.types import CallbackQuery, Chat, InaccessibleMessage, Message, Update, User
+from aiogram.types import CallbackQuery, InaccessibleMessage, Message, Update, User
 from pydantic import ValidationError
 
-from full_stack_transformer.telegram.conversation.lanes import Chats, Running
+from full_stack_transformer.telegram.conversation.answers import Answers
+from full_stack_transformer.telegram.conversation.commands import Commands
+from full_stack_transformer.telegram.conversation.requests import Policy, Requests, UserRequest
 from full_stack_transformer.telegram.monitoring import Metrics
-from full_stack_transformer.telegram.state.policy import Policy
-from full_stack_transformer.telegram.state.store import Store
+from full_stack_transformer.telegram.sending.formatting import (
+    ForgetButton,
+    ReplyButton,
+    SettingButton,
+    VariantButton,
+    parse_button,
+)
+from full_stack_transformer.telegram.state.settings import (
+    MODES,
+    NUMERIC_FIELDS,
+    PRESETS,
+    Settings,
+    stepped,
+)
+from full_stack_transformer.telegram.state.store import Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES, language_of
-from full_stack_transformer.telegram.updates.asks import Ask, Asks
-from full_stack_transformer.telegram.updates.presses import Presses
 
 logger = logging.getLogger(__name__)
-
-# What is asked of Telegram; edited messages and posts of channels are none of the bot's business.
-ALLOWED_UPDATES = ("message", "callback_query", "my_chat_member", "stopped_message_generation")
 
 _COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@([A-Za-z0-9_]{1,64}))?(?:\s+(.*))?", re.DOTALL)
 _CHAT_TYPES = ("private", "group", "supergroup")
 # A group's admin who writes anonymously. https://core.telegram.org/bots/api#message, field `from`
 _GROUP_ANONYMOUS_BOT = 1087968824
-# Telegram's numbers have at most 52 significant bits; SQLite's 63.
+# Telegram's ids have at most 52 significant bits; SQLite's integers 63.
 _MAX_ID = 2**53
 _SECONDS_BETWEEN_COMPLAINTS = 10.0
-
-
-@dataclass
-class Effects:
-    """What follows a commit."""
-
-    answers: list[AnswerCallbackQuery] = field(default_factory=list)
-    stopped: list[Running] = field(default_factory=list)
 
 
 class Intake:
@@ -54,41 +56,40 @@ class Intake:
     def __init__(
         self,
         store: Store,
-        chats: Chats,
+        answers: Answers,
         policy: Policy,
+        requests: Requests,
+        commands: Commands,
         metrics: Metrics,
-        asks: Asks,
         me: User,
+        answer_press: Callable[[AnswerCallbackQuery], None],
     ) -> None:
         self._store = store
-        self._chats = chats
+        self._answers = answers
         self._policy = policy
+        self._requests = requests
+        self._commands = commands
         self._metrics = metrics
-        self._asks = asks
-        self._presses = Presses(store, chats, policy, asks)
+        self._presses = Presses(store, answers, policy, requests)
         self._me = me
+        self._answer_press = answer_press
 
-    def take(self, raw_updates: list[Any]) -> Effects:
-        """Record updates and what is owed for them; after this they may be confirmed.
+    def take(self, raw_updates: list[Any]) -> None:
+        """Record updates and the jobs for them; after this they may be confirmed.
 
         Raises:
             sqlite3.Error: the database cannot be written, such as on a full disk; nothing is recorded.
         """
-        effects = Effects()
         with self._store.transaction():
             for raw in raw_updates:
-                self._metrics.updates.labels(self._take_one(raw, effects)).inc()
+                self._metrics.updates.labels(self._take_one(raw)).inc()
         self._store.erase()
-        for running in effects.stopped:
-            running.stop()
-        self._chats.wake()
-        return effects
 
-    def _take_one(self, raw: Any, effects: Effects) -> str:
+    def _take_one(self, raw: Any) -> str:
         update_id = raw.get("update_id") if isinstance(raw, dict) else None
         if type(update_id) is not int or abs(update_id) >= _MAX_ID:
             return "malformed"
-        if not self._store.take_update(update_id):
+        if not self._store.record_update(update_id):
             return "repeated"
         try:
             update = Update.model_validate(raw)
@@ -97,70 +98,76 @@ class Intake:
             return "malformed"
         try:
             with self._store.transaction():
-                return "handled" if self._handle(update, effects) else "ignored"
+                return "handled" if self._handle(update) else "ignored"
         except sqlite3.OperationalError:
             raise
         except Exception as error:  # one strange update must not stop the others
-            # Type and place only: the message may quote what a user wrote.
+            # Without the message, which may quote a user's text.
             frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
             logger.error("update %d failed: %s\n%s", update_id, type(error).__name__, frames)
             self._metrics.failures.inc()
             return "failed"
 
-    def _handle(self, update: Update, effects: Effects) -> bool:
+    def _handle(self, update: Update) -> bool:
         if update.message is not None:
-            return self._on_message(update.message, effects)
+            return self._on_message(update.message)
         if update.callback_query is not None:
-            return self._on_press(update.callback_query, effects)
+            return self._on_press(update.callback_query)
         if stopped := update.stopped_message_generation:
-            reply = self._store.reply(stopped.draft_id) if _is_sane(stopped.draft_id) else None
+            reply = self._store.reply(stopped.draft_id) if _is_valid(stopped.draft_id) else None
             if reply is None or reply.chat_id != stopped.chat.id:
                 return False
-            self._asks.stop(reply, effects.stopped)
+            self._answers.stop(reply)
             return True
         if member := update.my_chat_member:
             is_out = member.new_chat_member.status in ("kicked", "left")
-            if is_out and _is_sane(member.chat.id):
-                logger.info("chat %d shut the bot out; its data are deleted", member.chat.id)
-                self._asks.forget_chat(member.chat.id, effects.stopped)
+            if is_out and _is_valid(member.chat.id):
+                logger.info(
+                    "chat %d blocked or removed the bot; its data is deleted", member.chat.id
+                )
+                self._requests.forget_chat(member.chat.id)
             return is_out
         return False
 
-    def _on_message(self, message: Message, effects: Effects) -> bool:
+    def _on_message(self, message: Message) -> bool:
         chat = message.chat
         thread_id, replied = message.message_thread_id, message.reply_to_message
-        if chat.type not in _CHAT_TYPES or not _is_sane(chat.id, message.message_id):
+        if chat.type not in _CHAT_TYPES or not _is_valid(chat.id, message.message_id):
             return False
-        if not _is_sane(thread_id or 1, 1 if replied is None else replied.message_id):
+        if not _is_valid(thread_id or 1, 1 if replied is None else replied.message_id):
             return False
-        if message.migrate_to_chat_id is not None and _is_sane(message.migrate_to_chat_id):
-            self._asks.move_chat(chat.id, message.migrate_to_chat_id, effects.stopped)
+        if message.migrate_to_chat_id is not None and _is_valid(message.migrate_to_chat_id):
+            self._requests.move_chat(chat.id, message.migrate_to_chat_id)
             return True
         self._store.saw_message(chat.id, message.message_id)
         user = message.from_user
-        if user is None or not _is_sane(user.id):
+        if user is None or not _is_valid(user.id):
             return False
         if user.is_bot and user.id != _GROUP_ANONYMOUS_BOT:
             return False
-        ask = self._ask_of(message, user)
+        request = self._request_of(message, user)
         if self._policy.is_flooding(user.id):
-            return self._complain(ask, "too_many")
-        command = _COMMAND.fullmatch(ask.text)
+            return self._complain(request, "too_many")
+        command = _COMMAND.fullmatch(request.text)
         if command is not None:
-            return self._on_command(ask, command, effects)
+            return self._on_command(request, command)
         if not self._is_meant_for_me(message):
             return False
         if not self._policy.may_use(user.id, chat.id):
-            return self._complain(ask, "not_allowed")
-        if not ask.text.strip():
-            # In a group photos and notices ("NAME joined") are none of the bot's business.
-            return ask.is_private and self._complain(ask, "not_a_text")
-        return self._on_prompt(ask)
+            return self._complain(request, "not_allowed")
+        if not request.text.strip():
+            # In a group the bot ignores photos and notices ("NAME joined").
+            return request.is_private and self._complain(request, "not_a_text")
+        return self._on_prompt(request)
 
-    def _ask_of(self, message: Message, user: User) -> Ask:
+    def _request_of(self, message: Message, user: User) -> UserRequest:
         replied = message.reply_to_message
-        from_me = replied is not None and replied.from_user is not None
-        return Ask(
+        replies_to_me = (
+            replied is not None
+            and replied.from_user is not None
+            and replied.from_user.id == self._me.id
+        )
+        return UserRequest(
             chat_id=message.chat.id,
             thread_id=(message.message_thread_id or 0) if message.is_topic_message else 0,
             user_id=user.id,
@@ -168,22 +175,18 @@ class Intake:
             message_id=message.message_id,
             text=_without_surrogates(message.text or ""),
             is_private=message.chat.type == "private",
-            replied_id=replied.message_id
-            if replied is not None and from_me and replied.from_user.id == self._me.id  # type: ignore[union-attr]
-            else None,
+            replied_id=replied.message_id if replied is not None and replies_to_me else None,
         )
 
-    def _on_command(self, ask: Ask, command: re.Match[str], effects: Effects) -> bool:
+    def _on_command(self, request: UserRequest, command: re.Match[str]) -> bool:
         name, addressee, argument = command.groups()
         if addressee is not None and addressee.lower() != (self._me.username or "").lower():
             return False
-        if not self._policy.may_use(ask.user_id, ask.chat_id):
-            return self._complain(ask, "not_allowed")
-        handler = self._asks.command(name.lower(), ask.user_id)
-        if handler is None:
-            return ask.is_private and self._complain(ask, "unknown_command")
-        handler(ask, (argument or "").strip(), effects.stopped)
-        return True
+        if not self._policy.may_use(request.user_id, request.chat_id):
+            return self._complain(request, "not_allowed")
+        if self._commands.run(name.lower(), (argument or "").strip(), request):
+            return True
+        return request.is_private and self._complain(request, "unknown_command")
 
     def _is_meant_for_me(self, message: Message) -> bool:
         """In groups: a reply to the bot or its name, unless Telegram filters for us (privacy mode)."""
@@ -194,46 +197,42 @@ class Intake:
             return replied.from_user.id == self._me.id
         return f"@{self._me.username}".lower() in (message.text or "").lower()
 
-    def _on_prompt(self, ask: Ask) -> bool:
+    def _on_prompt(self, request: UserRequest) -> bool:
         mention = f"@{self._me.username}"
-        if not ask.is_private and mention.lower() in ask.text.lower():
-            words = re.sub(re.escape(mention) + r"\s?", "", ask.text, flags=re.IGNORECASE)
-            if words.strip():
-                ask.text = words
-        reason = self._asks.reason_against(ask.chat_id, ask.user_id)
-        if reason is not None:
-            return self._complain(ask, reason)
-        self._asks.continue_or_answer(ask)
+        if not request.is_private and mention.lower() in request.text.lower():
+            text = re.sub(re.escape(mention) + r"\s?", "", request.text, flags=re.IGNORECASE)
+            if text.strip():
+                request.text = text
+        refusal = self._requests.refusal(request)
+        if refusal is not None:
+            return self._complain(request, refusal)
+        self._requests.add_prompt(request)
         return True
 
-    def _complain(self, ask: Ask, reason: str) -> bool:
-        """Say why there is no text; the same person hears the same only once in a while."""
-        what = (ask.chat_id, ask.user_id, reason)
-        if self._policy.may_say_again(what, _SECONDS_BETWEEN_COMPLAINTS):
-            words = getattr(LANGUAGES[ask.language], reason)
+    def _complain(self, request: UserRequest, reason: str) -> bool:
+        """Say why there is no text, but to the same user only once in a while."""
+        what = (request.chat_id, request.user_id, reason)
+        if self._policy.may_repeat(what, _SECONDS_BETWEEN_COMPLAINTS):
+            text: str = getattr(request.words, reason)
             quota = self._policy.max_tokens_per_day
-            self._asks.say(ask, words.format(user_id=ask.user_id, quota=quota))
+            self._requests.say(request, text.format(user_id=request.user_id, quota=quota))
         else:
-            logger.info("left a message of chat %d unanswered: %s", ask.chat_id, reason)
+            logger.info("a message of chat %d is not answered: %s", request.chat_id, reason)
         return True
 
-    def _on_press(self, query: CallbackQuery, effects: Effects) -> bool:
-        chat: Chat | None = query.message.chat if query.message else None
-        alert: str | None = None
-        words = LANGUAGES[language_of(query.from_user.language_code)]
-        if (
-            chat is None
-            or query.message is None
-            or not _is_sane(*_numbers_of(query, query.message))
-        ):
+    def _on_press(self, query: CallbackQuery) -> bool:
+        request = _request_of_press(query)
+        alert = None
+        if request is None:
+            words = LANGUAGES[language_of(query.from_user.language_code)]
             alert = words.alert_outdated
-        elif self._policy.is_flooding(query.from_user.id):
-            alert = words.too_many
-        elif not self._policy.may_use(query.from_user.id, chat.id):
-            alert = words.alert_foreign
+        elif self._policy.is_flooding(request.user_id):
+            alert = request.words.too_many
+        elif not self._policy.may_use(request.user_id, request.chat_id):
+            alert = request.words.alert_foreign
         else:
-            alert = self._presses.press(query, chat, query.message.message_id, effects.stopped)
-        effects.answers.append(
+            alert = self._presses.press(query.data, request)
+        self._answer_press(
             AnswerCallbackQuery(
                 callback_query_id=query.id, text=alert or None, show_alert=bool(alert) or None
             )
@@ -241,17 +240,132 @@ class Intake:
         return True
 
 
-def _is_sane(*numbers: int) -> bool:
-    return all(0 < abs(number) < _MAX_ID for number in numbers)
+class Presses:
+    """Carries out presses of buttons; whose a button is and what it belongs to is always looked up."""
+
+    def __init__(self, store: Store, answers: Answers, policy: Policy, requests: Requests) -> None:
+        self._store = store
+        self._answers = answers
+        self._policy = policy
+        self._requests = requests
+
+    def press(self, data: str | None, request: UserRequest) -> str | None:
+        """Do what a button says; the text of an alert if that is impossible."""
+        button = parse_button(data)
+        if button is None:
+            return request.words.alert_outdated
+        if isinstance(button, ForgetButton | SettingButton):
+            if button.user_id != request.user_id:
+                return request.words.alert_foreign
+            if isinstance(button, SettingButton):
+                return self._set(request, button)
+            self._requests.forget(request)
+            return None
+        reply = self._store.reply(button.reply_id)
+        if reply is None or reply.chat_id != request.chat_id:
+            return request.words.alert_gone
+        if reply.user_id != request.user_id and not self._policy.is_admin(request.user_id):
+            return request.words.alert_foreign
+        request.thread_id = reply.thread_id
+        if isinstance(button, VariantButton):
+            return self._show(request, button.variant, reply)
+        return self._on_reply(request, button, reply)
+
+    def _on_reply(self, request: UserRequest, button: ReplyButton, reply: Reply) -> str | None:
+        if button.action == "stop":
+            return None if self._answers.stop(reply) else request.words.nothing_to_stop
+        if button.action == "panel":
+            self._requests.show_settings(request)
+            return None
+        if not reply.texts:
+            return request.words.alert_not_ready
+        refusal = self._requests.refusal(request)
+        if refusal is not None:
+            text: str = getattr(request.words, refusal)
+            return text.format(quota=self._policy.max_tokens_per_day)[:200]
+        if button.action == "repeat":
+            self._requests.add_repeat(request, reply)
+        else:
+            self._requests.add_continuation(request, reply)
+        return None
+
+    def _show(self, request: UserRequest, variant: int, reply: Reply) -> str | None:
+        if not reply.texts:
+            return request.words.alert_not_ready
+        if variant >= len(reply.texts):
+            return request.words.alert_outdated
+        if variant != reply.shown:
+            reply.shown = variant
+            self._store.save_reply(reply)
+            self._store.add_job(reply.chat_id, "words", "render", reply_id=reply.id)
+        return None
+
+    def _set(self, request: UserRequest, button: SettingButton) -> str | None:
+        chat_id, thread_id = request.chat_id, request.thread_id
+        settings = self._requests.settings(chat_id, thread_id)
+        newest = self._store.newest_reply(chat_id, thread_id, user_id=request.user_id)
+        changed = _changed(settings, button, newest_seed=0 if newest is None else newest.seed)
+        if changed is None:
+            return request.words.alert_outdated
+        if changed != settings:
+            self._store.save_settings(chat_id, thread_id, changed)
+            content = {
+                "message_id": request.message_id,
+                "user_id": request.user_id,
+                "thread_id": thread_id,
+                "language": request.language,
+            }
+            self._store.add_job(chat_id, "words", "panel", content)
+        return None
 
 
-def _numbers_of(query: CallbackQuery, message: Message | InaccessibleMessage) -> Iterator[int]:
-    """What of a press goes into the database."""
+def _request_of_press(query: CallbackQuery) -> UserRequest | None:
+    message = query.message
+    if message is None or not _is_valid(*_ids_of(query, message)):
+        return None
+    thread_id = 0
+    if isinstance(message, Message) and message.is_topic_message:
+        thread_id = message.message_thread_id or 0
+    return UserRequest(
+        chat_id=message.chat.id,
+        thread_id=thread_id,
+        user_id=query.from_user.id,
+        language=language_of(query.from_user.language_code),
+        message_id=message.message_id,
+        text="",
+        is_private=message.chat.type == "private",
+        replied_id=None,
+    )
+
+
+def _changed(settings: Settings, button: SettingButton, *, newest_seed: int) -> Settings | None:
+    """The settings after a press; None for a button of another version.
+
+    Seed switches between a random one and that of the newest text, which can be generated again so.
+    """
+    name, change = button.name, button.change
+    if name == "preset" and change in PRESETS:
+        return replace(settings, **PRESETS[change])
+    if name == "mode" and change in MODES:
+        return replace(settings, mode=change)
+    if name == "seed" and change == "0":
+        return replace(settings, seed=newest_seed if settings.seed is None else None)
+    if name in NUMERIC_FIELDS and change in ("+", "-", "0"):
+        return settings if change == "0" else stepped(settings, name, 1 if change == "+" else -1)
+    return None
+
+
+def _is_valid(*ids: int) -> bool:
+    return all(0 < abs(number) < _MAX_ID for number in ids)
+
+
+def _ids_of(query: CallbackQuery, message: Message | InaccessibleMessage) -> Iterator[int]:
+    """The ids of a press that are stored in the database."""
     yield from (message.chat.id, message.message_id, query.from_user.id)
     if isinstance(message, Message) and message.message_thread_id is not None:
         yield message.message_thread_id
 
 
 def _without_surrogates(text: str) -> str:
-    """Halves of UTF-16 pairs joined where they belong together, replaced where they are alone."""
+    """Text whose surrogate pairs are joined, and single surrogates replaced."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -29,9 +29,9 @@ from full_stack_transformer.telegram.sending.delivery import (
     ChatGoneError,
     ChatMovedError,
     Courier,
-    DiscreetSession,
+    RateLimiter,
+    SafeSession,
 )
-from full_stack_transformer.telegram.sending.pace import Pace
 from full_stack_transformer.telegram.state.store import Store
 
 TOKEN = "42:very-secret"
@@ -98,7 +98,7 @@ def send(store: Store, chat: FakeChat, key: str = "1:0", text: str = "text") -> 
     """Send one message as a new process would."""
 
     async def sending() -> int:
-        quick = Pace(itertools.count(0.0, 100.0).__next__)
+        quick = RateLimiter(itertools.count(0.0, 100.0).__next__)
         courier = Courier(Bot(TOKEN, chat), store, quick)
         return await courier.send(key, SendMessage(chat_id=1, text=text))
 
@@ -129,7 +129,7 @@ def test_killed_between_sending_and_knowing_the_lost_message_is_found_and_delete
 ) -> None:
     chat = FakeChat()
     store.saw_message(1, chat.add("of the user"))
-    store.intend_send(1, "1:0")
+    store.begin_send(1, "1:0")
     chat.add("text")  # taken, and then the process was killed
     number = send(store, chat)
     assert sorted(chat.messages) == [1, number]
@@ -181,13 +181,13 @@ def test_a_chat_that_asked_for_patience_is_left_alone(store: Store) -> None:
     assert len(chat.calls) == 2
 
 
-def test_the_pace_keeps_a_reserve_for_what_is_owed() -> None:
+def test_previews_leave_a_reserve_for_messages() -> None:
     now = 0.0
-    pace = Pace(lambda: now)
+    limiter = RateLimiter(lambda: now)
 
     def burst(chat_id: int) -> int:
         taken = 0
-        while pace.try_take(chat_id):
+        while limiter.try_acquire(chat_id):
             taken += 1
         return taken
 
@@ -199,12 +199,12 @@ def test_the_pace_keeps_a_reserve_for_what_is_owed() -> None:
             now += 0.1
             taken += burst(chat_id)
         assert 0.9 * per_minute < taken / 10 <= per_minute
-    asyncio.run(pace.take(-1))  # at once, from the reserve
+    asyncio.run(limiter.acquire(-1))  # at once, from the reserve
 
 
 def test_errors_quote_neither_address_nor_answer() -> None:
     async def errors() -> list[TelegramAPIError]:
-        session = DiscreetSession()
+        session = SafeSession()
         session.api = session.api.from_base("http://127.0.0.1:9")
         bot, found = Bot(TOKEN, session), []
         try:

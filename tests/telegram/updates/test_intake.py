@@ -1,5 +1,6 @@
 """Updates as they never should be: random, malformed, repeated; and what is recorded of the others."""
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -7,28 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiogram.methods import AnswerCallbackQuery
 from aiogram.types import User
 
 from full_stack_transformer.serving.client import ServiceClient
-from full_stack_transformer.telegram.conversation.lanes import Chats
-from full_stack_transformer.telegram.conversation.writing import Writer
+from full_stack_transformer.telegram.conversation.answers import Answers, Writer
+from full_stack_transformer.telegram.conversation.commands import Commands
+from full_stack_transformer.telegram.conversation.requests import MAX_WAITING, Policy, Requests
 from full_stack_transformer.telegram.monitoring import Metrics
-from full_stack_transformer.telegram.state.policy import Policy
 from full_stack_transformer.telegram.state.settings import Settings
 from full_stack_transformer.telegram.state.store import Store
 from full_stack_transformer.telegram.texts import ENGLISH
-from full_stack_transformer.telegram.updates.asks import MAX_WAITING, Asks
 from full_stack_transformer.telegram.updates.intake import Intake
 from tests.telegram.hostile_updates import NUM_HOSTILE, hostile_updates
 
 Json = dict[str, Any]
-
-
-class SleepingChats(Chats):
-    """Records what is owed, and gives nothing."""
-
-    def wake(self) -> None:
-        pass
 
 
 class Laboratory:
@@ -39,16 +33,26 @@ class Laboratory:
         self.metrics = Metrics()
         writer = Writer(ServiceClient("http://service"))
         self.now = 1000.0
+        self.press_answers: list[AnswerCallbackQuery] = []
         policy = Policy(self.store, max_tokens_per_day=100, clock=lambda: self.now)
-        self.chats = SleepingChats(self.store, None, writer, self.metrics)  # type: ignore[arg-type]
-        asks = Asks(
-            self.store, self.chats, writer, policy, Settings(), service_url="", log_texts=False
-        )
+        nothing: Any = None  # of what sends: no job is ever done here
+        answers = Answers(self.store, nothing, nothing, writer, self.metrics, asyncio.Event())
+        requests = Requests(self.store, answers, writer, policy, Settings())
+        commands = Commands(self.store, answers, policy, requests, service_url="", log_texts=False)
         me = User(id=42, is_bot=True, first_name="Bot", username="fake_bot")
-        self.intake = Intake(self.store, self.chats, policy, self.metrics, asks, me)
+        self.intake = Intake(
+            self.store,
+            answers,
+            policy,
+            requests,
+            commands,
+            self.metrics,
+            me,
+            self.press_answers.append,
+        )
 
     def said(self) -> list[str]:
-        """The bot's own words that are owed."""
+        """The bot's own pending messages."""
         rows = self.store._all("SELECT content FROM jobs WHERE lane = 'words' AND kind = 'say'")
         return [json.loads(row[0])["text"] for row in rows]
 

@@ -1,11 +1,18 @@
-"""Splitting, for texts that no model would write so soon."""
+"""Long texts are split and lose nothing; buttons of old messages still work."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from full_stack_transformer.telegram.sending.replies import (
+from full_stack_transformer.telegram.sending.formatting import (
     MAX_MESSAGE_CHARACTERS,
+    Button,
+    ForgetButton,
+    ReplyButton,
+    SettingButton,
+    VariantButton,
     explained_pieces,
+    parse_button,
     split_text,
     text_pieces,
 )
@@ -56,3 +63,34 @@ def test_a_long_block_to_copy_is_split_and_each_part_is_a_block() -> None:
     assert "".join(block.text for block in blocks) == "again:\n" + "x" * 9000
     assert all(len(block.text) <= MAX_MESSAGE_CHARACTERS for block in blocks)
     assert all(entity.type == "pre" for block in blocks for entity in block.entities)
+
+
+@pytest.mark.parametrize(
+    ("button", "data"),
+    [
+        (ReplyButton(action="repeat", reply_id=12), "2/repeat/12"),
+        (ReplyButton(action="continue", reply_id=12), "2/continue/12"),
+        (ReplyButton(action="panel", reply_id=12), "2/panel/12"),
+        (ReplyButton(action="stop", reply_id=12), "2/stop/12"),
+        (VariantButton(reply_id=12, variant=1), "2/show/12/1"),
+        (SettingButton(user_id=7, name="top_p", change="+"), "2/set/7/top_p/+"),
+        (SettingButton(user_id=7, name="mode", change="chat"), "2/set/7/mode/chat"),
+        (ForgetButton(user_id=7), "2/forget/7"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_callback_data_are_the_bytes_of_earlier_versions(button: Button, data: str) -> None:
+    assert button.pack() == data
+    assert parse_button(data) == button
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(None, "", "2", "1/repeat/12", "2/repeat", "2/repeat/", "2/repeat/12/1", "2/show/12"),
+        *("2/show/12/x", "2/show/12/-1", "2/set/7/top_p", "2/delete/12", "2:stop:1"),
+        f"2/repeat/{10**18}",
+    ],
+)
+def test_invalid_callback_data_are_no_button(data: str | None) -> None:
+    assert parse_button(data) is None
