@@ -1,4 +1,4 @@
-"""Files that a `metadata.toml` names: fetched once, and never taken when their checksum is another.
+"""Files that a `metadata.toml` names: fetched once by pooch, and only taken with the right checksum.
 
 filename = "aclImdb_v1.tar.gz"
 url = "https://…/aclImdb_v1.tar.gz"
@@ -6,14 +6,14 @@ sha256 = "c40f74a1…"
 """
 
 import logging
-import os
 import tomllib
 from pathlib import Path
 
-import httpx
+import pooch
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema, RequestException
 
 from full_stack_transformer.errors import InputError, MachineError
-from full_stack_transformer.storage import file_facts, make_directories
+from full_stack_transformer.storage import file_facts
 
 logger = logging.getLogger(__name__)
 
@@ -22,37 +22,43 @@ _TIMEOUT_SECONDS = 60.0
 
 
 def download(metadata: Path, directory: Path | None = None) -> Path:
-    """The file that `metadata` names, fetched unless it is there with the right checksum.
+    """The file that `metadata` names; it is fetched unless it is there with the right checksum.
 
     Args:
         metadata: the TOML file.
-        directory: where to put it; beside `metadata` if None.
+        directory: where to put the file; beside `metadata` if None.
 
     Raises:
-        InputError: the metadata lack a key or a valid URL, or what was fetched has another checksum.
+        InputError: the metadata lack a key or a valid URL, or the file has another checksum.
         MachineError: there is no network, the server refuses, or the disk is full.
     """
     facts = _read(metadata)
     target = (directory or metadata.parent) / facts["filename"]
-    if target.is_file():
-        _check(target, facts)
+    if target.is_file():  # pooch would replace one with another checksum
+        found = str(file_facts(target)["sha256"])
+        if found != facts["sha256"].lower():
+            raise _wrong_checksum(facts, found)
         return target
-    make_directories(target.parent)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    pooch.get_logger().setLevel(logging.WARNING)
     try:
-        _fetch(facts["url"], partial)
-        _check(partial, facts)
-        partial.replace(target)
-    except httpx.InvalidURL as error:
-        raise InputError(f"{metadata}: the url {facts['url']!r} is none: {error}") from error
-    except httpx.HTTPError as error:
+        pooch.retrieve(
+            facts["url"],
+            known_hash=facts["sha256"],
+            fname=target.name,
+            path=target.parent,
+            downloader=pooch.HTTPDownloader(chunk_size=_BLOCK_BYTES, timeout=_TIMEOUT_SECONDS),
+        )
+        target.chmod(0o644)  # pooch leaves it readable for its owner alone
+    except (InvalidURL, InvalidSchema, MissingSchema) as error:
+        raise InputError(f"{metadata}: invalid URL {facts['url']!r}: {error}") from error
+    except RequestException as error:
         raise MachineError(
             f"{facts['url']} cannot be fetched: {error}; put the file to {target} by hand"
         ) from error
     except OSError as error:
         raise MachineError(f"writing {target} failed: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    except ValueError as error:  # of pooch, for a checksum
+        raise _wrong_checksum(facts, str(error)) from error
     logger.info("fetched %s, %s bytes", target, f"{target.stat().st_size:,}")
     return target
 
@@ -72,22 +78,8 @@ def _read(metadata: Path) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items()}
 
 
-def _fetch(url: str, target: Path) -> None:
-    with (
-        httpx.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_SECONDS) as response,
-        target.open("wb") as file,
-    ):
-        response.raise_for_status()
-        for block in response.iter_bytes(_BLOCK_BYTES):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _check(file: Path, facts: dict[str, str]) -> None:
-    found = str(file_facts(file)["sha256"])
-    if found != facts["sha256"].lower():
-        raise InputError(
-            f"{facts['filename']} should have the SHA-256 {facts['sha256']}, found {found}; it was changed, "
-            "or is damaged: delete it and fetch it again, or correct the metadata"
-        )
+def _wrong_checksum(facts: dict[str, str], found: str) -> InputError:
+    return InputError(
+        f"{facts['filename']} should have the SHA-256 {facts['sha256']}, found {found}; it was changed or is "
+        "damaged: delete it and fetch it again, or correct the metadata"
+    )

@@ -60,7 +60,9 @@ def _metadata(directory: Path, server: str, **facts: str) -> Path:
 def test_a_file_is_fetched_once(url: str, tmp_path: Path) -> None:
     metadata = _metadata(tmp_path, url)
     for _ in range(2):
-        assert download(metadata).read_bytes() == _CONTENT
+        path = download(metadata)
+        assert path.read_bytes() == _CONTENT
+        assert path.stat().st_mode & 0o777 == 0o644
     assert _Handler.requests == ["/x.txt"]
 
 
@@ -71,12 +73,13 @@ def test_another_checksum_is_refused(url: str, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("changed")
     with pytest.raises(InputError, match="delete it and fetch it again"):
         download(_metadata(tmp_path, url))
+    assert (tmp_path / "x.txt").read_text() == "changed"
 
 
 def test_what_cannot_be_fetched_is_said(url: str, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="404"):
         download(_metadata(tmp_path, url, url=f"{url}/none"))
-    with pytest.raises(InputError, match="is none: Invalid"):
+    with pytest.raises(InputError, match="invalid URL"):
         download(_metadata(tmp_path, url, url=r"http://\u0000"))
     with pytest.raises(InputError, match="must be a plain name"):
         download(_metadata(tmp_path, url, filename="../x"))
