@@ -1,6 +1,6 @@
 """Documents to start with: the interpreter's own documentation, and Nietzsche.
 
-Read in this order: `collect` (the command), `documents` (what a document is, how its text is
-tidied), `prose` (what counts as prose), `pages` (small texts to whole pages), `python_docs` with
-`python_sources` and `python_builtins`, and `nietzsche`. Knows nothing of tokens and datasets.
+Read in this order: `collect` (the command), `documents` (what a document is), `python_docs` with
+`python_sources`, and `nietzsche`; for labelled rows `task_files`, `task_rows` and `docstrings`. `demo` runs
+all commands. Knows nothing of tokens and datasets.
 """

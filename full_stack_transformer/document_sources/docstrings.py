@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from importlib.util import decode_source
 from pathlib import Path
 
-from full_stack_transformer.document_sources.documents import tidy
-from full_stack_transformer.document_sources.prose import is_readable, without_legal_paragraphs
+from full_stack_transformer.document_sources.documents import (
+    is_readable,
+    tidy,
+    without_legal_paragraphs,
+)
 from full_stack_transformer.document_sources.python_sources import definitions, source_files
 from full_stack_transformer.errors import MachineError
 

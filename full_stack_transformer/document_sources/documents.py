@@ -1,11 +1,17 @@
-"""What a document is, how its text is tidied, and on which side of the split it falls.
+"""What a document is: tidy text, prose instead of code and licences, small texts put together into pages.
 
-Knows nothing of where the text comes from.
+A page is what a reader would open: a class with its methods, or neighbouring functions. A language model
+learns more from a page than from as many one-line documents. The rules are rules of thumb, with thresholds
+read off the standard library. Knows nothing of where the text comes from.
 """
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["module", "class", "function", "topic"]
 
 # One way to write a quotation mark or a dash: a small vocabulary has no room for three.
 _TYPOGRAPHY = str.maketrans(
@@ -28,6 +34,38 @@ _TABLE_ROW = re.compile(r"\s*(\|.*\||\+[-=+]{3,}.*)")
 _MEMORY_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]{4,}")
 # A word longer than this is encoded data, not language; the longest URLs have about 90 characters.
 _MAX_WORD_LENGTH = 100
+# The commonest function words: a quarter to a half of any English text, next to none of any code.
+_FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a about after all also an and any are as at be because been before but by can cannot do "
+        "does each for from had has have he her his how i if in into is it its may more must no "
+        "not of on one only or other our should so some such than that the their them then there "
+        "these they this to up used was we were what when where which while who will with would "
+        "you your",
+    )
+)
+_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+_LEGAL = re.compile(
+    r"copyright\s*(\(c\)|©|\d|by\b|,|:)|\(c\)\s*copyright|all rights reserved|hereby granted|"
+    r"permission to use|warrant(y|ies)\b|redistribut|licensed (to|under)|contributor agreement|"
+    r"by obtaining, using|terms and conditions|in no event shall|written prior permission",
+    re.IGNORECASE,
+)
+_CODE_LINE = re.compile(
+    r"\s*(>>>|@\w|(def|class|import|from|return|raise|print|assert|del|elif|else|try|except)\b.*[:()=.\w]$"
+    r"|(if|for|while|with)\b.*:$|[\w.\[\]'\", ]+\s?[-+*/|&]?=\s?\S|[\w.]+\(.*\)[;:]?$|[\w.]+\(.*,$"
+    r"|['\"(\[{].*['\")\]},]$)"
+)
+_MIN_WORDS_TO_JUDGE = 25
+_MIN_KNOWN_LINE_LENGTH = 20
+_PLURALS = {"class": "classes", "function": "functions"}
+
+# Pages are filled up to the first figure and cut at the second: about 1,000 and 2,000 tokens.
+_FULL_PAGE_CHARACTERS = 4_000
+_MAX_PAGE_CHARACTERS = 8_000
+# What is shorter says too little to be a document.
+_MIN_PAGE_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -71,3 +109,122 @@ def _is_noise(line: str) -> bool:
         return False
     is_drawing = _RULER.fullmatch(line) or _TABLE_ROW.fullmatch(line)
     return bool(is_drawing) or max(map(len, line.split()), default=0) > _MAX_WORD_LENGTH
+
+
+def share_of_function_words(text: str) -> float:
+    """Which part of the words of `text` are the commonest English ones, 0 to 1."""
+    words = _WORD.findall(text.lower())
+    return sum(word in _FUNCTION_WORDS for word in words) / max(len(words), 1)
+
+
+def without_legal_paragraphs(text: str) -> str:
+    """`text` without the paragraphs that state a licence or a copyright."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(part for part in paragraphs if not _LEGAL.search(part)).strip("\n")
+
+
+def is_readable(text: str) -> bool:
+    """Whether a docstring says something in words; short ones get the benefit of the doubt."""
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    words = _WORD.findall(text)
+    if len(words) < 3 or letters < 0.6 * len(text):
+        return False
+    return len(words) < _MIN_WORDS_TO_JUDGE or share_of_function_words(text) > 0.12
+
+
+def is_prose(text: str) -> bool:
+    """Whether a comment is a few sentences of English; commented-out code and lists are not."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    num_code_lines = sum(bool(_CODE_LINE.fullmatch(line)) for line in lines)
+    num_words = len(_WORD.findall(text))
+    return (
+        len(lines) >= 3
+        and num_words >= 15
+        and num_code_lines <= 0.3 * len(lines)
+        and share_of_function_words(text) > 0.2
+    )
+
+
+class SeenLines:
+    """Remembers the lines that went by, to recognise a text that came before under another name."""
+
+    def __init__(self) -> None:
+        self._lines: set[str] = set()
+
+    def is_new(self, text: str) -> bool:
+        """Whether at least half of `text` was never seen; if so, remember it."""
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        lines = [line for line in lines if len(line) >= _MIN_KNOWN_LINE_LENGTH] or [text.strip()]
+        known = sum(len(line) for line in lines if line in self._lines)
+        if 2 * known > sum(map(len, lines)):
+            return False
+        self._lines.update(lines)
+        return True
+
+
+@dataclass(frozen=True)
+class Section:
+    """All texts about a module itself, or about one of its classes or functions."""
+
+    kind: Kind
+    name: str
+    blocks: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return sum(len(block) + 2 for block in self.blocks)
+
+
+def make_pages(module_name: str, sections: list[Section]) -> Iterator[str]:
+    """Pages about a module, in the order of its sections."""
+    for group in _group(sections):
+        for number, blocks in enumerate(_cut([block for part in group for block in part.blocks])):
+            page = "\n\n".join([*_heading(module_name, group, number), *blocks])
+            if len(page) >= _MIN_PAGE_CHARACTERS:
+                yield page
+
+
+def _group(sections: list[Section]) -> Iterator[list[Section]]:
+    """Neighbouring sections that fill a page together; what fills one alone stays alone."""
+    group: list[Section] = []
+    size = 0
+    for section in sections:
+        if group and size + section.size > _FULL_PAGE_CHARACTERS:
+            yield group
+            group, size = [], 0
+        group.append(section)
+        size += section.size
+    if group:
+        yield group
+
+
+def _cut(blocks: list[str]) -> Iterator[list[str]]:
+    """`blocks` of one group in runs that are about equally long and no longer than a page may be."""
+    total = sum(map(len, blocks))
+    num_pages = -(-total // _MAX_PAGE_CHARACTERS)
+    page: list[str] = []
+    size = 0
+    for block in blocks:
+        page.append(block)
+        size += len(block)
+        if size * num_pages >= total:
+            yield page
+            page, size = [], 0
+    if page:
+        yield page
+
+
+def _heading(module_name: str, group: list[Section], number: int) -> list[str]:
+    """The first line of a page; none for topics, whose parts bring their own."""
+    kinds = {section.kind for section in group}
+    if "topic" in kinds:
+        return []
+    if "module" in kinds:
+        heading = f"The module {module_name}"
+    elif len(group) == 1:
+        heading = f"The {group[0].kind} {module_name}.{group[0].name}"
+    else:
+        contents = " and ".join(_PLURALS[kind] for kind in sorted(kinds))
+        heading = f"{contents.capitalize()} of the module {module_name}"
+    return [f"{heading}, continued" if number else heading]

@@ -15,9 +15,9 @@ import httpx
 from full_stack_transformer.document_sources.documents import (
     Document,
     falls_to_validation,
+    share_of_function_words,
     tidy,
 )
-from full_stack_transformer.document_sources.prose import share_of_function_words
 from full_stack_transformer.errors import MachineError
 
 logger = logging.getLogger(__name__)

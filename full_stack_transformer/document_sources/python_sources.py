@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from importlib.util import decode_source
 from pathlib import Path
 
-from full_stack_transformer.document_sources.documents import tidy
-from full_stack_transformer.document_sources.pages import Kind, Section
-from full_stack_transformer.document_sources.prose import (
+from full_stack_transformer.document_sources.documents import (
+    Kind,
+    Section,
     SeenLines,
     is_prose,
     is_readable,
+    tidy,
     without_legal_paragraphs,
 )
 

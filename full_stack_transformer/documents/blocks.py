@@ -1,15 +1,27 @@
-"""What formats take and hand over: options, blocks of bytes or rows, the documents in a block."""
+"""Files as blocks: what formats take and hand over, opening a file from a position, decoding a block.
 
-from collections.abc import Generator, Sequence
+A file may be compressed (.gz, .zst); positions count its decompressed bytes.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
+
+from full_stack_transformer.errors import DocumentsError, MissingExtraError
 
 EncodingErrors = Literal["error", "replace"]
 
 # Bytes of a block, many times those of the longest delimiter line. Splitting and stripping the lines of
 # 100 MB takes 0.45 s in blocks of 1 MB and 0.91 s in blocks of 4 MB, whose lines do not fit the cache.
 BLOCK_BYTES = 1 << 20
+_COMPRESSIONS = (".gz", ".zst")
+_ZSTD_BLOCK_BYTES = 1 << 14
+_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -86,3 +98,121 @@ class DocumentFormat(Protocol):
     def documents(self, block: Block) -> Documents:
         """The documents of a block. Called by workers, in any order."""
         ...
+
+
+def ending(path: Path) -> str:
+    """What the name says of the content: its ending before .gz and .zst."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
+
+
+@contextmanager
+def open_decompressed(path: Path, start: int) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed, from position `start`.
+
+    Raises:
+        DocumentsError: while opening or in the body, when the file cannot be read or is damaged.
+        MissingExtraError: .zst needs a package that is not installed.
+    """
+    try:
+        with path.open("rb") as raw, _decompressed(path, raw) as file:
+            _skip_to(file, start)
+            yield file
+    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DocumentsError(
+            f"{path} should be a file of documents, but cannot be read: {reason}"
+        ) from error
+
+
+def _skip_to(file: BinaryIO, start: int) -> None:
+    if start and file.seekable():
+        file.seek(start)
+        return
+    while start:
+        skipped = len(file.read(min(start, 1 << 20)))
+        if not skipped:
+            return
+        start -= skipped
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                f"{path} needs the package zstandard, which is not installed; "
+                "install it with: pip install -c constraints.txt -e '.[data]'"
+            ) from error
+        return io.BufferedReader(_ZstdFile(raw, zstandard.ZstdDecompressor()))
+    return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """All frames of a file; zstandard's own reader takes a file that was cut off for its end."""
+
+    def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
+        self._raw = raw
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._compressed = b""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes.
+
+        Raises:
+            EOFError: the file ends within a frame.
+        """
+        while not self._content:
+            if not self._compressed:
+                self._compressed = self._raw.read(_ZSTD_BLOCK_BYTES)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends in the middle")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._content = memoryview(self._frame.decompress(self._compressed))
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        found, self._content = self._content[: len(buffer)], self._content[len(buffer) :]
+        buffer[: len(found)] = found
+        return len(found)
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        return EOFError
+    error: type[Exception] = zstandard.ZstdError
+    return error
+
+
+def decode(block: Block, errors: EncodingErrors, counts: DocumentCounts) -> str:
+    """The text of a block; replaced characters are counted.
+
+    Raises:
+        DocumentsError: the block is not UTF-8 and nothing may be replaced.
+    """
+    assert isinstance(block.content, bytes)
+    try:
+        return block.content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if errors == "error":
+            byte = block.content[error.start]
+            raise DocumentsError(
+                f"{block.path} is not UTF-8: byte {byte:#04x} at offset {block.start + error.start}; convert "
+                "it, for instance with iconv, or pass --encoding_errors replace"
+            ) from error
+    text = block.content.decode("utf-8", "replace")
+    counts.num_replaced_characters += text.count(_REPLACEMENT)
+    counts.num_replaced_characters -= block.content.count(_REPLACEMENT.encode())
+    return text

@@ -14,9 +14,9 @@ from full_stack_transformer.documents.blocks import (
     DocumentCounts,
     Documents,
     ReadingOptions,
+    decode,
+    open_decompressed,
 )
-from full_stack_transformer.documents.decoding import decode
-from full_stack_transformer.documents.files import open_decompressed
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A border between two words: a byte-level BPE with GPT-2's pattern encodes both sides as it encodes the

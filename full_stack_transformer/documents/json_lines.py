@@ -14,9 +14,9 @@ from full_stack_transformer.documents.blocks import (
     DocumentCounts,
     Documents,
     ReadingOptions,
+    decode,
+    open_decompressed,
 )
-from full_stack_transformer.documents.decoding import decode
-from full_stack_transformer.documents.files import open_decompressed
 from full_stack_transformer.errors import DocumentsError
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from full_stack_transformer.documents.blocks import DocumentCounts
-from full_stack_transformer.preparation.samples import OpenDocument, SampleCounts
+from full_stack_transformer.preparation.encoding import OpenDocument, SampleCounts
 
 JOURNAL_FILE_NAME = "journal.jsonl"
 # A flush costs some milliseconds and is what a kill costs at most.

@@ -6,26 +6,35 @@ Everything that depends on the order of the documents happens here, in one threa
 """
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from rich import progress as rich_progress
+from rich.console import Console
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.corpus import CorpusWriter, shorter_than_journal
 from full_stack_transformer.documents.blocks import Block, ReadingOptions
 from full_stack_transformer.documents.formats import format_of
 from full_stack_transformer.errors import DocumentsError
-from full_stack_transformer.preparation.encoding import DIGEST_BYTES, EncodedBlock, Workers
+from full_stack_transformer.preparation.encoding import (
+    DIGEST_BYTES,
+    EncodedBlock,
+    SampleWriter,
+    Workers,
+)
 from full_stack_transformer.preparation.journal import Journal, Progress, SplitState
-from full_stack_transformer.preparation.progress import ProgressLine
-from full_stack_transformer.preparation.samples import SampleWriter
 
 DIGESTS_FILE_NAME = "digests.bin"
+# Positions in these count decompressed bytes or rows: of how many is not known before the end.
+_UNKNOWN_LENGTHS = (".gz", ".zst", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def run_pass(
             duplicates = stack.enter_context(
                 contextlib.closing(_Duplicates(directory / DIGESTS_FILE_NAME, progress.num_digests))
             )
-        line = stack.enter_context(ProgressLine(one.name, one.files))
+        line = stack.enter_context(_ProgressLine(one.name, one.files))
         _write_blocks(one, reading, workers, progress, halves, duplicates, journal, line)
         # A finished pass is recorded after its files are complete, which leaving the stack does.
     progress.is_done = True
@@ -83,7 +92,7 @@ def _write_blocks(
     halves: "_Halves",
     duplicates: "_Duplicates | None",
     journal: Journal,
-    line: ProgressLine,
+    line: "_ProgressLine",
 ) -> None:
     while progress.file_number < len(one.files):
         path = one.files[progress.file_number]
@@ -107,7 +116,7 @@ def _write_blocks(
         progress.num_documents_before = counts.num_documents
 
 
-def _seen(blocks: Iterator[Block], line: ProgressLine) -> Iterator[Block]:
+def _seen(blocks: Iterator[Block], line: "_ProgressLine") -> Iterator[Block]:
     for block in blocks:
         line.advance_to(block.end)
         yield block
@@ -260,9 +269,44 @@ class _Duplicates:
         self._file.close()
 
 
-def counts_of(states: dict[str, SplitState]) -> dict[str, dict[str, int]]:
-    """The counts of each half, for the description."""
-    return {
-        split: {**dataclasses.asdict(state.documents), **dataclasses.asdict(state.samples)}
-        for split, state in states.items()
-    }
+class _ProgressLine:
+    """Shows the bytes that were read of all input files."""
+
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        is_known = not any(path.suffix in _UNKNOWN_LENGTHS for path in files)
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.DownloadColumn(),
+            rich_progress.TransferSpeedColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        total = sum(path.stat().st_size for path in files) if is_known else None
+        self._task = self._progress.add_task(name, total=total)
+        self._position = 0
+
+    def begin_file(self, path: Path, position: int) -> None:
+        """The next positions are of this file; what lies before `position` was read by an earlier run."""
+        self._progress.update(self._task, description=path.name)
+        self._progress.advance(self._task, position)
+        self._position = position
+
+    def advance_to(self, position: int) -> None:
+        """The file has been read up to `position`."""
+        self._progress.advance(self._task, position - self._position)
+        self._position = position
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.documents.blocks import ReadingOptions
-from full_stack_transformer.documents.files import find_document_files
-from full_stack_transformer.documents.formats import format_of
+from full_stack_transformer.documents.formats import find_document_files, format_of
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.machine import num_cores
 from full_stack_transformer.preparation.encoding import BlockEncoderOptions, Workers

@@ -15,7 +15,7 @@ from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.corpus import POSITIONS_FILE_NAME, token_dtype
 from full_stack_transformer.datasets.description import FORMAT_VERSION
 from full_stack_transformer.preparation.journal import SplitState
-from full_stack_transformer.preparation.passes import Pass, counts_of
+from full_stack_transformer.preparation.passes import Pass
 from full_stack_transformer.storage import file_facts, files_below
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, class_name
 from full_stack_transformer.tokenization.encoders import BackendName
@@ -59,7 +59,7 @@ def describe(
             "end": tokenizer.end_id,
             "pad": tokenizer.pad_id,
         },
-        "counts": counts_of(states),
+        "counts": _counts(states),
         "sample_lengths": {
             split: _histogram(directory / split, states[split], arguments) for split in states
         },
@@ -83,6 +83,14 @@ def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
     for of_this_run in ("datasets_root", "resume", "num_workers"):
         del options[of_this_run]
     return options
+
+
+def _counts(states: dict[str, SplitState]) -> dict[str, dict[str, int]]:
+    """The counts of each half, for the description."""
+    return {
+        split: {**dataclasses.asdict(state.documents), **dataclasses.asdict(state.samples)}
+        for split, state in states.items()
+    }
 
 
 def _histogram(

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.documents.files import ending, open_decompressed
+from full_stack_transformer.documents.blocks import ending, open_decompressed
 from full_stack_transformer.errors import DocumentsError, MissingExtraError, RowError
 
 Row = dict[str, Any]

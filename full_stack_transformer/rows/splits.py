@@ -1,4 +1,4 @@
-"""Rows as train, valid and test: out of a directory, out of single files, or split by a hash."""
+"""Rows as train, valid and test: from a directory, from the Hugging Face hub, or split by a hash."""
 
 import hashlib
 import json
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from full_stack_transformer.documents.files import ending
-from full_stack_transformer.errors import RowError
+from full_stack_transformer.documents.blocks import ending
+from full_stack_transformer.errors import MissingExtraError, RowError
 from full_stack_transformer.rows.fields import LABEL_NAMES
 from full_stack_transformer.rows.files import PLACE, ROW_ENDINGS, Row
 from full_stack_transformer.storage import file_facts, files_below
@@ -19,6 +19,11 @@ _NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "valid": ("valid", "validation", "dev", "val"),
     "test": ("test",),
+}
+_HUB_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "valid": ("validation", "valid", "dev", "validation_matched"),
+    "test": ("test", "test_matched"),
 }
 _HASH_RANGE = 1 << 64
 # Rows with the same one of these stay together.
@@ -45,6 +50,45 @@ def find_splits(directory: Path) -> dict[Split, Path]:
             f"train; found {', '.join(sorted(path.name for path in directory.iterdir())[:8]) or 'nothing'}"
         )
     return found
+
+
+def hub_rows(name: str) -> dict[Split, list[Row]]:
+    """The splits of `OWNER/NAME`, or `OWNER/NAME:CONFIGURATION`; classes by their names.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+        RowError: there is no such data set, or it needs a loading script.
+    """
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{name!r} is no directory here; to load it from the Hugging Face hub install the package "
+            "datasets: pip install datasets"
+        ) from error
+    path, _, configuration = name.partition(":")
+    try:
+        found: Any = load_dataset(path, configuration or None)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise RowError(f"the data set {name!r} cannot be loaded: {error}") from error
+        raise RowError(
+            f"the data set {name!r} is a loading script, which the package datasets no longer runs since "
+            "version 4; take its Parquet files (hf download --repo-type dataset "
+            f"--revision refs/convert/parquet {path}) and pass them as --train_file, or instantiate its "
+            "builder class in a BaseDataModule of your own"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise RowError(f"the data set {name!r} cannot be loaded: {error}") from error
+    splits: dict[Split, list[Row]] = {}
+    for split, names in _HUB_NAMES.items():
+        for one in names:
+            if one in found:
+                splits[split] = _hub_rows(found[one], f"{name} {one}")
+                break
+    if "train" not in splits:
+        raise RowError(f"the data set {name!r} has no split train; found {', '.join(found)}")
+    return splits
 
 
 def split_by_hash(rows: Iterable[Row], parts: Sequence[float], *, seed: int = 0) -> list[list[Row]]:
@@ -91,3 +135,30 @@ def _hash(row: Row, seed: int) -> int:
         key = {name: value for name, value in row.items() if name not in _NO_TEXTS}
     text = json.dumps([seed, key], ensure_ascii=False, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _hub_rows(part: Any, place: str) -> list[Row]:
+    names_of_classes = {
+        key: feature.names
+        for key, feature in part.features.items()
+        if getattr(feature, "names", None)
+    }
+    # A list of classes, such as the labels of words.
+    names_of_lists = {
+        key: feature.feature.names
+        for key, feature in part.features.items()
+        if getattr(getattr(feature, "feature", None), "names", None)
+    }
+    rows = []
+    for number, row in enumerate(part):
+        named = dict(row)
+        for key, names in names_of_classes.items():
+            if named[key] is not None and named[key] >= 0:
+                named[key] = names[named[key]]
+        for key, names in names_of_lists.items():
+            ids = named[key]
+            # As of one class, -1 is what rows of a test split say; Python takes it for the last name.
+            is_labelled = ids is not None and all(one >= 0 for one in ids)
+            named[key] = [names[one] for one in ids] if is_labelled else None
+        rows.append({**named, PLACE: f"{place}, row {number}"})
+    return rows

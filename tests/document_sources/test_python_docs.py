@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer.document_sources.documents import falls_to_validation, tidy
-from full_stack_transformer.document_sources.pages import Section, make_pages
-from full_stack_transformer.document_sources.prose import (
+from full_stack_transformer.document_sources.documents import (
+    Section,
     SeenLines,
+    falls_to_validation,
     is_prose,
     is_readable,
+    make_pages,
     share_of_function_words,
+    tidy,
     without_legal_paragraphs,
 )
-from full_stack_transformer.document_sources.python_builtins import (
+from full_stack_transformer.document_sources.python_docs import (
     builtin_module_names,
     builtin_sections,
 )

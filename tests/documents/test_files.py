@@ -11,8 +11,7 @@ import zstandard
 
 from full_stack_transformer.documents import json_lines
 from full_stack_transformer.documents.blocks import ReadingOptions
-from full_stack_transformer.documents.files import find_document_files
-from full_stack_transformer.documents.formats import format_of
+from full_stack_transformer.documents.formats import find_document_files, format_of
 from full_stack_transformer.errors import DocumentsError
 
 DOCUMENTS = ["first\ndocument", "second é 🙂 \u2028", "  third  ", "x" * 300]

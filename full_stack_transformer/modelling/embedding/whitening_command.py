@@ -17,12 +17,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from full_stack_transformer.arguments.models import WhitenArguments
-from full_stack_transformer.documents.files import (
-    JSON_LINES_ENDINGS,
-    ending,
-    find_document_files,
-    open_decompressed,
-)
+from full_stack_transformer.documents.blocks import ending, open_decompressed
+from full_stack_transformer.documents.formats import JSON_LINES_ENDINGS, find_document_files
 from full_stack_transformer.errors import DocumentsError, MachineError, UsageError
 from full_stack_transformer.modelling.embedding.encoder import (
     SentenceEncoder,

@@ -23,12 +23,12 @@ from full_stack_transformer.datasets.order import make_key
 from full_stack_transformer.errors import RowError, UsageError
 from full_stack_transformer.rows.fields import named_rows
 from full_stack_transformer.rows.files import Row, read_rows
-from full_stack_transformer.rows.hub import hub_rows
 from full_stack_transformer.rows.splits import (
     SPLITS,
     Split,
     describe_rows,
     find_splits,
+    hub_rows,
     num_repeated,
     split_by_hash,
 )
