@@ -67,7 +67,7 @@ class TokenizerOptions:
     """Tokenizer."""
 
     tokenizer_cls_name: str | None = None
-    """Class of full_stack_transformer.tokenization, such as GPT2Tokenizer, or your own my_module.MyClass."""
+    """Built-in class, such as GPT2Tokenizer, or your own my_module.MyClass, a subclass of DocumentTokenizer."""
     tokenizer_path: str | None = None
     """Hub name of a tokenizer, or a directory with tokenizer.json or with vocab.json and merges.txt."""
 
