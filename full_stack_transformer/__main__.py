@@ -52,7 +52,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
         models.AverageCheckpointsArguments,
         "modelling.averaging:average_checkpoints",
     ),
-    ("whiten", models.WhitenArguments, "modelling.embedding.whitening_command:whiten"),
+    ("whiten", models.WhitenArguments, "modelling.embedding.whitening:whiten"),
     ("evaluate", models.EvaluateArguments, "evaluation.run:evaluate"),
     ("generate", models.GenerateArguments, "generation.command:generate"),
     ("serve", serving.ServeArguments, "serving.run:serve"),

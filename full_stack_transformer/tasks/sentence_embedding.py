@@ -21,11 +21,13 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerFast
 
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.regression import pearson, spearman
-from full_stack_transformer.modelling.embedding.head import Head, read_head, write_head
-from full_stack_transformer.modelling.embedding.pooling import (
+from full_stack_transformer.modelling.embedding.head import (
+    Head,
     cosine_losses,
     needs_first_layer,
+    read_head,
     simcse_losses,
+    write_head,
 )
 from full_stack_transformer.tasks.task import (
     Batch,

@@ -27,8 +27,7 @@ from full_stack_transformer.document_sources.docstrings import Docstring, librar
 from full_stack_transformer.document_sources.task_rows import TaskRow, sentence_rows, side_of
 from full_stack_transformer.metrics.regression import spearman
 from full_stack_transformer.modelling.embedding.encoder import SentenceEncoder
-from full_stack_transformer.modelling.embedding.head import Head
-from full_stack_transformer.modelling.embedding.pooling import POOLING_MODES, PoolingMode
+from full_stack_transformer.modelling.embedding.head import POOLING_MODES, Head, PoolingMode
 from full_stack_transformer.modelling.embedding.whitening import fit_whitening
 from full_stack_transformer.tokenization.document_tokenizer import TrainedTokenizer
 from tests.benchmarks.machine import commit, processor

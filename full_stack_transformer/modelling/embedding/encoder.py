@@ -16,8 +16,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.backbones import context_length, load_backbone
-from full_stack_transformer.modelling.embedding.head import Head, read_head
-from full_stack_transformer.modelling.embedding.pooling import needs_first_layer
+from full_stack_transformer.modelling.embedding.head import Head, needs_first_layer, read_head
 from full_stack_transformer.modelling.model_directory import find_model_directory, resolve_device
 
 

@@ -1,4 +1,4 @@
-"""What follows on the transformer that embeds texts, and its files in the format of sentence-transformers.
+"""One vector for a text: pooling and what follows on it, its losses, its files for sentence-transformers.
 
     config.json  model.safetensors  tokenizer.json …   the transformer
     modules.json                                       what follows on what:
@@ -8,23 +8,29 @@
 
 `SentenceTransformer(DIRECTORY)` opens such a directory too and gives the same vectors. The files are
 written with the names that every version from 3.0 on reads. Knows nothing of the transformer but its size.
+
+Shapes: B texts, T tokens, H width of the model, D width of an embedding.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from full_stack_transformer.errors import ModelError
-from full_stack_transformer.modelling.embedding.pooling import PoolingMode, needs_first_layer, pool
-from full_stack_transformer.modelling.embedding.whitening import Whitening
 from full_stack_transformer.storage import write_json, write_text
+
+PoolingMode = Literal["cls", "mean", "max", "first_last_avg", "last"]
+"""cls: the first token. last: the last one, which alone has seen the whole text in a causal model.
+first_last_avg: the mean over tokens and over the outputs of the first and the last layer (Su et al. 2021)."""
+
+POOLING_MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
 
 MODULES_FILE_NAME = "modules.json"
 _TRANSFORMER_FILE_NAME = "sentence_bert_config.json"
@@ -47,6 +53,41 @@ _POOLING_NAMES: dict[str, PoolingMode] = {
 }
 _LINEAR = "torch.nn.modules.linear.Identity"
 _ACTIVATIONS = {_LINEAR: torch.nn.Identity(), "torch.nn.modules.activation.Tanh": torch.nn.Tanh()}
+
+
+def needs_first_layer(mode: PoolingMode) -> bool:
+    """Whether `pool` takes the output of the first layer too (`output_hidden_states`, number 1)."""
+    return mode == "first_last_avg"
+
+
+def pool(
+    last: Tensor, attention_mask: Tensor, mode: PoolingMode, *, first: Tensor | None = None
+) -> Tensor:
+    """A vector for each text: (B, H).
+
+    Args:
+        last: (B, T, H) output of the last layer.
+        attention_mask: (B, T) 1 where a token is, 0 where padding is, on whichever side.
+        mode: how.
+        first: (B, T, H) output of the first layer, where `needs_first_layer`.
+
+    Raises:
+        ValueError: `first` is missing.
+    """
+    mask = attention_mask.to(torch.bool)
+    rows = torch.arange(len(last), device=last.device)
+    if mode == "cls":
+        return last[rows, mask.int().argmax(dim=1)]
+    if mode == "last":
+        return last[rows, mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)]
+    if mode == "max":
+        return last.masked_fill(~mask[..., None], float("-inf")).amax(dim=1)
+    if mode == "first_last_avg":
+        if first is None:
+            raise ValueError("first_last_avg needs the output of the first layer too")
+        last = (first + last) / 2
+    weights = mask[..., None].to(last.dtype)
+    return (last * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +119,7 @@ class Head:
     def __call__(
         self, last: Tensor, attention_mask: Tensor, *, first: Tensor | None = None
     ) -> Tensor:
-        """(B, T, H) -> (B, D); the arguments are those of `embeddings.pool`."""
+        """(B, T, H) -> (B, D); the arguments are those of `pool`."""
         vectors = pool(last, attention_mask, self.pooling, first=first)
         for dense in self.denses:
             vectors = dense(vectors)
@@ -161,14 +202,6 @@ def _modules(head: Head, hidden_size: int, num_layers: int) -> Iterator[_Module]
         yield _Module("Dense", _dense_config(dense), _dense_tensors(dense))
     if head.is_normalized:
         yield _Module("Normalize")
-
-
-def whitening_dense(whitening: Whitening) -> Dense:
-    """(x - m) W as an affine map: the weight is W^T and the bias -m W, computed in fp64."""
-    return Dense(
-        weight=torch.from_numpy(whitening.kernel.T.astype(np.float32)).contiguous(),
-        bias=torch.from_numpy((-whitening.mean @ whitening.kernel).astype(np.float32)),
-    )
 
 
 def read_head(directory: Path, *, device: torch.device) -> tuple[Head, int | None]:
@@ -272,3 +305,37 @@ def _open_dense(folder: Path, device: torch.device) -> Dense:
         tensors["linear.bias"].float() if config.get("bias", True) else None,
         config["activation_function"],
     )
+
+
+def simcse_losses(
+    first: Tensor, second: Tensor, *, temperature: float, negatives: Tensor | None = None
+) -> Tensor:
+    """For each text how badly its partner is told from those of the others in the batch: (B,).
+
+    Gao, Yao and Chen 2021, SimCSE (arXiv 2104.08821). Unsupervised, equation 1: `second` are the same
+    texts, encoded again with other dropout. Supervised, equation 5: `second` are texts that mean the
+    same, `negatives` texts that do not. The paper's temperature is 0.05.
+
+    Args:
+        first: (B, D).
+        second: (B, D) row i is the partner of row i.
+        temperature: of the softmax over cosines.
+        negatives: (N, D) more texts that are nobody's partner.
+    """
+    candidates = second if negatives is None else torch.cat([second, negatives])
+    cosines = cosine_similarity(first[:, None].float(), candidates[None].float(), dim=-1)
+    targets = torch.arange(len(first), device=first.device)
+    return cross_entropy(cosines / temperature, targets, reduction="none")
+
+
+def cosine_losses(first: Tensor, second: Tensor, scores: Tensor) -> Tensor:
+    """Squared difference of each pair's cosine and its score: (B,).
+
+    Reimers and Gurevych 2019, Sentence-BERT (arXiv 1908.10084), section 3, "regression objective".
+
+    Args:
+        first: (B, D).
+        second: (B, D).
+        scores: (B,) how alike, -1 to 1.
+    """
+    return (cosine_similarity(first.float(), second.float(), dim=-1) - scores.float()) ** 2

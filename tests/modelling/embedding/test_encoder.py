@@ -18,15 +18,18 @@ from full_stack_transformer.arguments.models import WhitenArguments
 from full_stack_transformer.errors import FullStackTransformerError, ModelError, UsageError
 from full_stack_transformer.modelling.embedding.encoder import open_sentence_encoder
 from full_stack_transformer.modelling.embedding.head import (
+    POOLING_MODES,
     Dense,
     Head,
+    PoolingMode,
     read_head,
-    whitening_dense,
     write_head,
 )
-from full_stack_transformer.modelling.embedding.pooling import POOLING_MODES, PoolingMode
-from full_stack_transformer.modelling.embedding.whitening import fit_whitening
-from full_stack_transformer.modelling.embedding.whitening_command import whiten
+from full_stack_transformer.modelling.embedding.whitening import (
+    fit_whitening,
+    whiten,
+    whitening_dense,
+)
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.catalogue import open_task
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from full_stack_transformer.modelling.embedding.pooling import (
+from full_stack_transformer.modelling.embedding.head import (
     POOLING_MODES,
     PoolingMode,
     cosine_losses,
