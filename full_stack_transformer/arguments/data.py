@@ -67,7 +67,7 @@ class TokenizerOptions:
     """Tokenizer."""
 
     tokenizer_cls_name: str | None = None
-    """Built-in class, such as GPT2Tokenizer, or your own my_module.MyClass, a subclass of DocumentTokenizer."""
+    """Built-in class such as GPT2Tokenizer, or your own subclass of DocumentTokenizer: my_module.MyClass."""
     tokenizer_path: str | None = None
     """Hub name of a tokenizer, or a directory with tokenizer.json or with vocab.json and merges.txt."""
 
