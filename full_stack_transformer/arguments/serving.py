@@ -97,25 +97,25 @@ class ServeArguments(EngineOptions, AccessOptions, LimitOptions, ModelArguments)
 
 @dataclass(frozen=True)
 class TelegramBotArguments:
-    """Answer Telegram messages with texts of a model; what is owed is kept in a database."""
+    """Answer Telegram messages with texts of a model; pending replies are stored in SQLite."""
 
     _: KW_ONLY
     service_url: str = "http://127.0.0.1:9228"
-    """Address of the service that `fst serve` printed, or of any OpenAI-compatible server such as vLLM.
-    The environment variable SERVICE_API_KEY holds its key where it wants one."""
+    """URL that `fst serve` printed, or of any OpenAI-compatible server such as vLLM. The environment
+    variable SERVICE_API_KEY holds its key if it needs one."""
     checkpoint: Path | None = None
-    """Model directory, experiment directory or .ckpt file: the bot starts the service by itself."""
+    """Model directory, experiment directory or .ckpt file; the bot starts a service for it."""
     device: str = "auto"
-    """Where the service of --checkpoint computes: auto, cpu, cuda, mps."""
+    """Device of the service of --checkpoint: auto, cpu, cuda, mps."""
     token_file: Path | None = None
-    """File that holds the bot's token; without it the environment variable TELEGRAM_BOT_TOKEN is read."""
+    """File with the bot's token; without it the environment variable TELEGRAM_BOT_TOKEN is read."""
     telegram_api_base: str = "https://api.telegram.org"
-    """Address of the Bot API server, such as a local one."""
+    """URL of the Bot API server, such as a local one."""
     database: Path = Path("data/telegram_bot.sqlite3")
-    """SQLite file that holds what is owed, settings and conversations; one for each bot."""
+    """SQLite file for pending replies, settings and conversations; each bot needs its own."""
     mode: Literal["auto", "continue", "chat"] = "auto"
-    """What a chat does with a message before it changes its settings. auto: chat where the service says
-    that the model has a chat template, else continue."""
+    """Default mode of a chat: continue a message, or answer it. auto: chat if the service reports a chat
+    template, else continue."""
     max_new_tokens: int = 80
     """Tokens in a text, at most, before a chat changes it."""
     temperature: float = 0.7
@@ -127,22 +127,22 @@ class TelegramBotArguments:
     repetition_penalty: float = 1.1
     """Divides the scores of tokens that already occurred; 1 for none."""
     allowed_ids: tuple[int, ...] = ()
-    """Number of a user or chat that may use the bot; may be repeated. Without any, everybody may."""
+    """ID of a user or chat that may use the bot; may be repeated. Without any, everybody may."""
     admin_ids: tuple[int, ...] = ()
-    """Number of a user who may use the bot without limits, and let others in with /allow and /deny."""
+    """ID of a user without limits, who may use /allow and /deny; may be repeated."""
     max_tokens_per_day: int = 0
-    """New tokens for each user and day (UTC); 0 for no limit."""
+    """Maximum number of new tokens per user and day (UTC); 0 for no limit."""
     webhook_url: str | None = None
-    """Public https address at which Telegram delivers updates; without it the bot polls. The environment
+    """Public https URL at which Telegram delivers updates; without it the bot polls. The environment
     variable TELEGRAM_WEBHOOK_SECRET must hold a secret of at least 16 letters, digits, - or _."""
     webhook_host: str = "127.0.0.1"
-    """Address to listen on for the webhook, behind a proxy that holds the certificate."""
+    """Address on which the webhook listens, behind a proxy with a certificate."""
     webhook_port: int = 8443
-    """Port to listen on for the webhook; 0 for any free one."""
+    """Port on which the webhook listens; 0 for any free one."""
     monitoring_port: int | None = None
-    """Port on 127.0.0.1 for /health and Prometheus /metrics; 0 for any free one, none without it."""
+    """Port on 127.0.0.1 for /health and Prometheus /metrics; 0 for any free one. Off by default."""
     log_texts: bool = False
-    """Write prompts and texts to the log, and say so in /privacy; otherwise only their sizes."""
+    """Log prompts and texts, and say so in /privacy; by default only their lengths are logged."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""

@@ -266,7 +266,7 @@ class _Process:
             await asyncio.sleep(_SERVICE_CHECK_INTERVAL_SECONDS)
             with contextlib.suppress(ServiceError, TimeoutError):
                 async with asyncio.timeout(_SERVICE_CHECK_SECONDS):
-                    await self._writer.describe(anew=True)
+                    await self._writer.describe(refresh=True)
 
 
 async def _wait_for_ever() -> None:

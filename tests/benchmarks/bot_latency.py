@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.bot_latency`: how soon a user sees text, and that no limit is met.
+"""`python -m tests.benchmarks.bot_latency`: time until a user sees text, and whether rate limits are kept.
 
 The real bot, the real service with a tiny model (two layers, width 64), the fake Bot API; one prompt
 after the other, each in its own chat. Measured from the user's message to the first call of the bot
@@ -32,7 +32,7 @@ _GROUP, _PRIVATE = -7, 7
 
 
 def first_text_seconds(telegram: FakeBotApi, chat_id: int) -> float:
-    """Write once and wait for the whole answer; when its first text was shown."""
+    """Write once and wait for the whole answer; returns when its first text was shown."""
     written = time.monotonic()  # the same clock in all processes of a machine
     telegram.write(chat_id, "The reader looks for")
     telegram.requests("sendMessage", chat_id, at_least=1)

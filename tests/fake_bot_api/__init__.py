@@ -1,4 +1,4 @@
-"""Telegram's Bot API in small: a real HTTP server, strict where Telegram is, with users to play.
+"""A small Telegram Bot API: a real HTTP server, as strict as Telegram, whose users are played by tests.
 
 Start it with `python -m tests.fake_bot_api --port 0`; the first line of its output is its address.
 

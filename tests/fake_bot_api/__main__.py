@@ -1,4 +1,4 @@
-"""`python -m tests.fake_bot_api --port 0`: serve until SIGTERM; the first line is the address."""
+"""`python -m tests.fake_bot_api --port 0`: serve until SIGTERM; the first line is the URL."""
 
 import argparse
 import asyncio

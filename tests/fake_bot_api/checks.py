@@ -1,4 +1,4 @@
-"""What Telegram refuses: texts, entities, keyboards, numbers. Descriptions follow Telegram's own."""
+"""Validation as in Telegram: texts, entities, keyboards, numbers, with Telegram's error descriptions."""
 
 import json
 from typing import Any
@@ -37,7 +37,7 @@ _OTHER_BUTTON_ACTIONS = ("url", "web_app", "switch_inline_query", "copy_text", "
 
 
 def refuse(description: str) -> ApiError:
-    """An answer 400."""
+    """A response 400."""
     return ApiError(400, f"Bad Request: {description}")
 
 

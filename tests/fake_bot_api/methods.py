@@ -56,7 +56,7 @@ async def get_me(world: World, parameters: Json) -> Json:
 
 
 async def get_updates(world: World, parameters: Json) -> list[Json]:
-    """Unconfirmed updates, waited for; the newest of two concurrent polls wins."""
+    """Wait for unconfirmed updates; the newest of two concurrent polls wins."""
     if world.webhook_url:
         raise ApiError(
             409,
@@ -272,7 +272,7 @@ def _menu_key(scope: Json, language: str) -> str:
 
 
 async def set_webhook(world: World, parameters: Json) -> bool:
-    """Push updates to an address from now on; polling conflicts with it.
+    """Push updates to a URL from now on; polling conflicts with it.
 
     Less strict than Telegram in one thing: http will do, because it runs on one machine.
     """
@@ -288,7 +288,7 @@ async def set_webhook(world: World, parameters: Json) -> bool:
 
 
 async def delete_webhook(world: World, parameters: Json) -> bool:
-    """Forget the webhook."""
+    """Delete the webhook."""
     world.webhook_url = ""
     if str(parameters.get("drop_pending_updates", "")).lower() == "true":
         world.updates.clear()
@@ -296,7 +296,7 @@ async def delete_webhook(world: World, parameters: Json) -> bool:
 
 
 async def get_webhook_info(world: World, parameters: Json) -> Json:
-    """The webhook, and how many updates wait."""
+    """The webhook, and the number of waiting updates."""
     return {
         "url": world.webhook_url,
         "has_custom_certificate": False,

@@ -47,7 +47,7 @@ class FakeBotApi:
         self._post("/user/stops", {"chat_id": chat_id})
 
     def block(self, chat_id: int, *, is_blocked: bool = True, tell: bool = True) -> None:
-        """A user blocks the bot; `tell` false keeps the update from it."""
+        """A user blocks the bot; without an update if `tell` is false."""
         self._post("/user/blocks", {"chat_id": chat_id, "is_blocked": is_blocked, "tell": tell})
 
     def migrate(self, chat_id: int, new_id: int, *, tell: bool = True) -> None:
@@ -60,7 +60,7 @@ class FakeBotApi:
         return self._post("/user/edits", body)
 
     def send_raw_updates(self, updates: list[Any]) -> None:
-        """Updates that Telegram would never send."""
+        """Send updates that Telegram would never send."""
         # In ASCII: half a surrogate pair, which Telegram may send too, has no UTF-8.
         content = json.dumps({"updates": updates})
         headers = {"content-type": "application/json"}
@@ -72,11 +72,11 @@ class FakeBotApi:
         return self._get(f"/user/chats/{chat_id}/draft", query)[0]
 
     def has_draft(self, chat_id: int) -> bool:
-        """Whether something streams into a chat."""
+        """Whether a chat has a draft."""
         return bool(self._get(f"/user/chats/{chat_id}/draft", {"at_least": 0}))
 
     def state(self, **query: Any) -> Json:
-        """How many updates wait, how many calls went beyond a limit."""
+        """Number of waiting updates, and of calls beyond a rate limit."""
         query = {"timeout": _PATIENCE_SECONDS, **query}
         state: Json = self.http.get("/user/state", params=query).json()
         return state
@@ -92,7 +92,7 @@ class FakeBotApi:
         button: str = "",
         timeout: float = _PATIENCE_SECONDS,
     ) -> list[Json]:
-        """The bot's messages in a chat, once there are `at_least` so many; those with `button` only."""
+        """The bot's messages in a chat, once there are `at_least`; if given, those with `button`."""
         query: Json = {"sender": "bot", "at_least": at_least, "timeout": timeout, "button": button}
         return self._get(f"/user/chats/{chat_id}/messages", query)
 
@@ -109,7 +109,7 @@ class FakeBotApi:
         answered: bool = True,
         timeout: float = _PATIENCE_SECONDS,
     ) -> list[Json]:
-        """Recorded calls of the bot, once there are `at_least` so many that were answered (or begun)."""
+        """Recorded calls of the bot, once there are `at_least` of them that were answered (or begun)."""
         query: Json = {"method": method, "at_least": at_least, "timeout": timeout}
         if answered:
             query["answered"] = 1
@@ -118,11 +118,11 @@ class FakeBotApi:
         return self._get("/user/requests", query)
 
     def fail(self, method: str, kind: str, times: int = 1, **more: Any) -> None:
-        """The next calls of `method` (or "*") go wrong: retry_after, bad_gateway, reset, error, hang."""
+        """Let the next calls of `method` (or "*") fail: retry_after, bad_gateway, reset, error, hang."""
         self._post("/user/faults", {"method": method, "kind": kind, "times": times, **more})
 
     def clear_faults(self) -> None:
-        """Nothing goes wrong any more; calls that hang end with 504."""
+        """End all faults; calls that hang end with 504."""
         self.http.delete("/user/faults")
 
     def _post(self, path: str, body: Json) -> Json:

@@ -1,4 +1,4 @@
-"""The web application: reads a call in any of Telegram's forms, records it, lets faults strike."""
+"""The web application: reads a call in any of Telegram's encodings, records it, applies faults."""
 
 import asyncio
 import json

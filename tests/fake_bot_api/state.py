@@ -1,4 +1,4 @@
-"""Chats, messages, updates and what was called; time passes only when somebody acts."""
+"""Chats, messages, updates and recorded calls; time passes only when somebody acts."""
 
 import asyncio
 import math
@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 class Bell:
-    """Wakes everybody who waits for a condition; nobody polls or sleeps."""
+    """Wakes all who wait for a condition, so that nobody polls or sleeps."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -46,7 +46,7 @@ class Bell:
         event.set()
 
     async def wait_until(self, condition: Callable[[], bool], timeout_seconds: float) -> bool:
-        """Whether `condition` came true in time."""
+        """Wait for `condition`; whether it became true in time."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 while not condition():
@@ -57,7 +57,7 @@ class Bell:
 
 
 class Bucket:
-    """How many messages a chat still takes."""
+    """The rate limit of a chat."""
 
     def __init__(self, capacity: float, per_second: float) -> None:
         self._capacity = self._tokens = capacity
@@ -65,7 +65,7 @@ class Bucket:
         self._filled_at = time.monotonic()
 
     def seconds_to_wait(self) -> float:
-        """Take a token, or tell when there is one."""
+        """Take a token; else the seconds until there is one."""
         now = time.monotonic()
         gained = (now - self._filled_at) * self._per_second
         self._tokens, self._filled_at = min(self._capacity, self._tokens + gained), now
@@ -84,7 +84,7 @@ class Chat:
     messages: dict[int, Json] = field(default_factory=dict)
     num_messages: int = 0
     threads: set[int] = field(default_factory=set)
-    """Topics that somebody wrote in."""
+    """Topics with messages."""
     draft: Json | None = None
     """What streams into the chat now; read it with `living_draft`."""
     is_blocked: bool = False
@@ -107,7 +107,7 @@ class Chat:
         return {"id": self.id, "type": self.type, name: f"Chat {self.id}"}
 
     def add(self, message: Json) -> Json:
-        """Number and keep a message."""
+        """Store a message, with a new id."""
         self.num_messages += 1
         message = {
             "message_id": self.num_messages,
@@ -129,7 +129,7 @@ class Chat:
 
 @dataclass
 class Fault:
-    """The next `times` calls of `method` go wrong."""
+    """Lets the next `times` calls of `method` fail."""
 
     method: str
     kind: str
@@ -140,11 +140,11 @@ class Fault:
     retry_after: int
     seconds: float
     after: bool
-    """Carry the call out, and lose only its answer."""
+    """Carry the call out, and lose only its response."""
 
 
 class World:
-    """Everything that one fake server knows."""
+    """The state of one fake server."""
 
     def __init__(self, token: str, *, with_limits: bool = True) -> None:
         self.token = token
@@ -168,7 +168,7 @@ class World:
         self.commands: dict[str, list[Json]] = {}
         """Scope and language, as JSON -> menu."""
         self.num_limited = 0
-        """Calls that went beyond a chat's limit."""
+        """Number of calls beyond a chat's limit."""
         self.open_queries: dict[str, int] = {}
         """Button presses that wait for their answer: query id -> chat id."""
         self.query_answers: dict[str, Json] = {}
@@ -212,7 +212,7 @@ class World:
         self.bell.ring()
 
     def take_fault(self, method: str, parameters: Json) -> Fault | None:
-        """The fault that strikes this call."""
+        """The fault for this call, if there is one."""
         for fault in self.faults:
             chats_match = fault.chat_id is None or str(fault.chat_id) == str(
                 parameters.get("chat_id")

@@ -1,4 +1,4 @@
-"""The fake refuses what Telegram refuses: otherwise a bot's tests prove nothing."""
+"""The fake rejects what Telegram rejects: otherwise a bot's tests prove nothing."""
 
 import json
 import threading

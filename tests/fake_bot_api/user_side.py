@@ -1,4 +1,4 @@
-"""What a test does as a user (`/user/...`): write, press, delete, read, and make things go wrong.
+"""What a test does as a user (`/user/...`): write, press, delete, read, and script faults.
 
 Bodies and answers are JSON. Reading waits for what is expected: 408 when it did not come in time.
 """
@@ -141,7 +141,7 @@ class _User:
         return web.json_response(chat.view(message))
 
     async def add_raw_updates(self, request: web.Request) -> web.Response:
-        """{updates: [...]}: what Telegram would never send; an update without number is given one."""
+        """{updates: [...]}: updates that Telegram would never send; one without an id gets one."""
         for update in (await request.json())["updates"]:
             self._world.num_updates += 1
             if isinstance(update, dict):
@@ -156,7 +156,7 @@ class _User:
         return web.json_response(self._world.bot)
 
     async def read_state(self, request: web.Request) -> web.Response:
-        """How many updates wait, how many calls went beyond a limit; waits for `idle`."""
+        """Number of waiting updates, and of calls beyond a rate limit; waits for `idle`."""
         if "idle" in request.query:
             timeout_seconds = float(request.query.get("timeout", 10))
             await self._world.bell.wait_until(lambda: not self._world.updates, timeout_seconds)
@@ -169,7 +169,7 @@ class _User:
         )
 
     async def read_draft(self, request: web.Request) -> web.Response:
-        """What streams into a chat now; waits for a draft whose text holds `words`."""
+        """The draft of a chat; waits for one whose text contains `words`."""
         chat = self._world.open_chat(int(request.match_info["chat_id"]))
         words = request.query.get("words", "")
 
@@ -255,12 +255,12 @@ class _User:
         return web.json_response({})
 
     async def read_faults(self, request: web.Request) -> web.Response:
-        """Faults that have not struck yet."""
+        """Faults that have not happened yet."""
         left = [vars(fault) for fault in self._world.faults if fault.times > 0]
         return web.json_response(left)
 
     async def clear_faults(self, request: web.Request) -> web.Response:
-        """Nothing goes wrong any more; what hangs ends."""
+        """End all faults, and the calls that hang."""
         self._world.faults.clear()
         self._world.bell.ring()
         return web.json_response({})

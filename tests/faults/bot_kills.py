@@ -1,7 +1,7 @@
-"""`python -m tests.faults.bot_kills --schedules 200`: random lives of the bot, each checked.
+"""`python -m tests.faults.bot_kills --schedules 200`: random users, faults and kills, all guarantees checked.
 
 The real bot process, the fake Bot API, and in turns the real service with a tiny model and a slow
-stand-in that can be stopped in mid-text; users who write, repeat,
+stand-in that can be stopped in the middle of a text; users who write, repeat,
 stop and change settings; 429, 5xx, resets before and after Telegram took a message; SIGTERM and
 kill -9. Afterwards every prompt has exactly one final answer, equal to the service's byte for byte.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.fake_bot_api.process import running_fake_bot_api
 from tests.faults.bot_schedules import (
-    BrokenPromiseError,
+    BrokenGuaranteeError,
     LongTexts,
     RealService,
     Schedule,
@@ -30,10 +30,10 @@ from tests.tiny_model import make_tiny_model
 
 
 def run_schedules(num_schedules: int, first_seed: int) -> Counter[str]:
-    """Run them one after the other; what happened in all.
+    """Run schedules one after the other; counts of what happened.
 
     Raises:
-        BrokenPromiseError: the first broken promise, with its schedule's number and log.
+        BrokenGuaranteeError: the first broken guarantee, with its schedule's seed and log.
     """
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
@@ -47,25 +47,25 @@ def run_schedules(num_schedules: int, first_seed: int) -> Counter[str]:
         for seed in range(first_seed, first_seed + num_schedules):
             service: Service = RealService(url) if seed % 2 else slow
             counts += Schedule(seed, telegram, forks, service, directory).run()
-            print(f"schedule {seed}: no promise broken", file=sys.stderr)
+            print(f"schedule {seed}: all guarantees kept", file=sys.stderr)
         counts["429 of a chat's limit"] = telegram.state()["num_limited"]
     return counts
 
 
 def main() -> int:
     """Run, and print what happened."""
-    parser = argparse.ArgumentParser(description="Random lives of the bot")
+    parser = argparse.ArgumentParser(description="Random schedules for the bot")
     parser.add_argument("--schedules", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
     options = parser.parse_args()
     started = time.monotonic()
     try:
         counts = run_schedules(options.schedules, options.seed)
-    except BrokenPromiseError as error:
+    except BrokenGuaranteeError as error:
         print(error)
         return 1
     print(
-        f"{options.schedules} schedules in {time.monotonic() - started:.0f} s, none broke a promise"
+        f"{options.schedules} schedules in {time.monotonic() - started:.0f} s, all guarantees kept"
     )
     for name, count in sorted(counts.items()):
         print(f"  {name:<28}{count:>7,}")

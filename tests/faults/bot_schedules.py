@@ -1,4 +1,4 @@
-"""One random life of the bot: users, faults, kills; and what must be true afterwards.
+"""One random schedule for the bot: users, faults, kills; and the guarantees that must hold afterwards.
 
 Knows the fake server's user side, the bot's process and its database; not how the bot works.
 """
@@ -40,7 +40,7 @@ _NOTICES = (ENGLISH.service_away, ENGLISH.queued.partition("{")[0])
 
 
 class Service(Protocol):
-    """What writes the texts, and says afterwards what it would write."""
+    """The service that writes the texts, and says afterwards what it would write."""
 
     @property
     def url(self) -> str:
@@ -49,8 +49,8 @@ class Service(Protocol):
     def text_for(self, request: Json) -> str:
         """The text of a request's body."""
 
-    def trouble(self, chance: random.Random) -> None:
-        """Something goes wrong with it, if that can be arranged."""
+    def fail_next(self, chance: random.Random) -> None:
+        """Let it fail, if that is possible."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class RealService:
         answer = httpx.post(f"{self.url}/v1/completions", json=request, timeout=60)
         return str(answer.json()["choices"][0]["text"])
 
-    def trouble(self, chance: random.Random) -> None:
-        """It is left alone."""
+    def fail_next(self, chance: random.Random) -> None:
+        """It never fails."""
 
 
 @dataclass
 class SlowService:
-    """The stand-in: slow enough to be stopped and killed in mid-text, and failing now and then."""
+    """The stand-in: slow enough for stops and kills in the middle of a text; fails now and then."""
 
     stand_in: StandInService
 
@@ -83,7 +83,7 @@ class SlowService:
         """A function of prompt and seed."""
         return self.stand_in.text_for(request_of(request))
 
-    def trouble(self, chance: random.Random) -> None:
+    def fail_next(self, chance: random.Random) -> None:
         """The next requests fail."""
         kinds = ("unavailable", "broken", "error", "foreign")
         self.stand_in.failures += [chance.choice(kinds) for _ in range(chance.randint(1, 2))]
@@ -98,12 +98,12 @@ class LongTexts(StandInService):
         return words * 12
 
 
-class BrokenPromiseError(AssertionError):
-    """Something that must never be was."""
+class BrokenGuaranteeError(AssertionError):
+    """A guarantee was broken."""
 
 
 class Schedule:
-    """One life, decided by its seed."""
+    """One schedule, determined by its seed."""
 
     def __init__(
         self,
@@ -123,15 +123,15 @@ class Schedule:
         command = bot_command(service.url, telegram.url, "--database", str(self.database))
         self.bot: ForkedBot = forks.bot([*command, "--max_new_tokens", "40"], telegram.token)
         self.prompts: list[tuple[int, int, str]] = []
-        """(chat, message, text) of everything that is owed a text."""
+        """(chat, message, text) of every prompt."""
         self.num_repeats: Counter[tuple[int, int]] = Counter()
         self.counts: Counter[str] = Counter()
 
     def run(self) -> Counter[str]:
-        """Live it, then check every promise.
+        """Run it, then check every guarantee.
 
         Raises:
-            BrokenPromiseError: one is broken.
+            BrokenGuaranteeError: one is broken.
         """
         try:
             self._start()
@@ -172,7 +172,7 @@ class Schedule:
             self._stop: 8,
             self._change_settings: 6,
             self._fault: 20,
-            self._trouble: 6,
+            self._fail_service: 6,
             self._kill: 14,
             self._terminate: 6,
         }
@@ -225,8 +225,8 @@ class Schedule:
             **({"status": 500, "description": "Internal Server Error"} if kind == "error" else {}),
         )
 
-    def _trouble(self) -> None:
-        self.service.trouble(self.random)
+    def _fail_service(self) -> None:
+        self.service.fail_next(self.random)
 
     def _kill(self) -> None:
         self.bot.kill()
@@ -254,7 +254,7 @@ class Schedule:
         self.telegram.state(idle=1)
         while self._rows("SELECT count(*) FROM jobs")[0][0]:
             if time.monotonic() > until:
-                self._fail(f"still owed: {self._rows('SELECT kind, content FROM jobs')}")
+                self._fail(f"still pending: {self._rows('SELECT kind, content FROM jobs')}")
             time.sleep(0.05)
 
     def _check(self) -> None:
@@ -262,11 +262,11 @@ class Schedule:
             (reply_id, chat_id, json.loads(content))
             for reply_id, chat_id, content in self._rows("SELECT id, chat_id, content FROM replies")
         ]
-        owed = Counter({(chat_id, message_id): 1 for chat_id, message_id, _ in self.prompts})
-        owed.update(self.num_repeats)
+        expected = Counter({(chat_id, message_id): 1 for chat_id, message_id, _ in self.prompts})
+        expected.update(self.num_repeats)
         given = Counter((chat_id, content["prompt_message_id"]) for _, chat_id, content in replies)
-        if owed != given:
-            self._fail(f"owed {owed - given}, given too much {given - owed}")
+        if expected != given:
+            self._fail(f"missing {expected - given}, too many {given - expected}")
         shown = {
             chat_id: {
                 message["message_id"]: message for message in self.telegram.bot_messages(chat_id)
@@ -307,10 +307,12 @@ class Schedule:
             for message in messages.values()
             if _is_final(message) or message["text"] == ENGLISH.stopped
         )
-        owed = Counter({message_id: 1 for chat, message_id, _ in self.prompts if chat == chat_id})
-        owed.update({key[1]: n for key, n in self.num_repeats.items() if key[0] == chat_id})
-        if finals != owed:
-            self._fail(f"chat {chat_id}: owed {owed}, final answers {finals}")
+        expected = Counter(
+            {message_id: 1 for chat, message_id, _ in self.prompts if chat == chat_id}
+        )
+        expected.update({key[1]: n for key, n in self.num_repeats.items() if key[0] == chat_id})
+        if finals != expected:
+            self._fail(f"chat {chat_id}: expected {expected}, final answers {finals}")
         foreign = [f"c{abs(other)}p" for other in self.chats if other != chat_id]
         for message in messages.values():
             if any(tag in message["text"] for tag in foreign):
@@ -330,7 +332,7 @@ class Schedule:
                 self._fail(f"the log holds {words!r}:\n{self.bot.log}")
 
     def _fail(self, words: str) -> None:
-        raise BrokenPromiseError(f"schedule {self.seed}: {words}\nlog:\n{self.bot.log[-6000:]}")
+        raise BrokenGuaranteeError(f"schedule {self.seed}: {words}\nlog:\n{self.bot.log[-6000:]}")
 
 
 def _is_final(message: Json) -> bool:

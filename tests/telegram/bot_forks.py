@@ -22,7 +22,7 @@ from tests.telegram.bot_process import bot_environment, quick_directory
 _REPOSITORY = Path(__file__).parents[2]
 _TIMEOUT_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
-# For tests that are not about limits: the bot writes, and lets people write, as often as they like.
+# For tests that are not about limits: the bot and its users may write without limits.
 QUICK = {"TESTS_QUICK_PACE": "1"}
 
 
@@ -35,7 +35,7 @@ class BotForks:
         self._num_bots = 0
 
     def ask(self, **request: object) -> int | None:
-        """What the server says to a request."""
+        """The server's answer to a request."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -76,7 +76,7 @@ class ForkedBot:
 
     @property
     def log(self) -> str:
-        """Everything that all its processes have written."""
+        """The log of all its processes."""
         return self._log.read_text("utf-8", "replace")
 
     def begin(self) -> None:
@@ -107,13 +107,13 @@ class ForkedBot:
 
     @property
     def is_running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether its process runs."""
         return (
             self.process_id is not None and self._forks.ask(do="poll", pid=self.process_id) is None
         )
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal, without waiting for what it does."""
+        """Send a signal, without waiting for its effect."""
         assert self.process_id is not None
         os.kill(self.process_id, number)
 
@@ -127,12 +127,12 @@ class ForkedBot:
         return code
 
     def stop(self) -> int:
-        """Ask it to leave and return its exit code."""
+        """Send SIGTERM and return the exit code."""
         self.send_signal(signal.SIGTERM)
         return self.wait()
 
     def kill(self) -> None:
-        """End it however it is."""
+        """Kill it, if it runs."""
         if self.process_id is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process_id, signal.SIGKILL)

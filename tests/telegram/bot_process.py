@@ -31,7 +31,7 @@ def bot_command(service_url: str, telegram_api_base: str, *more: str) -> list[st
 
 
 def bot_environment(token: str | None) -> dict[str, str]:
-    """This environment with that token, or with none."""
+    """This environment with a token, or without."""
     kept = {name: value for name, value in os.environ.items() if name != "TELEGRAM_BOT_TOKEN"}
     return kept if token is None else {**kept, "TELEGRAM_BOT_TOKEN": token}
 
@@ -39,7 +39,7 @@ def bot_environment(token: str | None) -> dict[str, str]:
 def run_to_the_end(
     command: list[str], token: str | None, more: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a bot that is expected to leave by itself."""
+    """Run a bot that is expected to exit by itself."""
     return subprocess.run(
         command,
         env={**bot_environment(token), **(more or {})},
@@ -52,7 +52,7 @@ def run_to_the_end(
 
 
 class BotProcess(LoggedProcess):
-    """One run of the bot, with a new database; started when it takes updates, and ended by `kill`."""
+    """One run of the bot, with a new database; `start` waits until it takes updates."""
 
     def __init__(self, command: list[str], token: str) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="fst-bot-", dir=quick_directory())
@@ -61,6 +61,6 @@ class BotProcess(LoggedProcess):
         super().__init__(command, "answering as @", bot_environment(token))
 
     def kill(self) -> None:
-        """End it however it is, and delete its database."""
+        """Kill it, and delete its database."""
         super().kill()
         self._directory.cleanup()

@@ -17,7 +17,7 @@ _chat_ids = itertools.count(1000)
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[BotForks]:
-    """What starts bots."""
+    """The server that starts bots."""
     with bot_forks() as server:
         yield server
 
@@ -31,7 +31,7 @@ def quick_path() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def telegram(request: pytest.FixtureRequest) -> Iterator[FakeBotApi]:
-    """The fake Bot API; a module with WITH_LIMITS = False spares itself the waiting."""
+    """The fake Bot API; without rate limits for a module with WITH_LIMITS = False."""
     with_limits = getattr(request.module, "WITH_LIMITS", True)
     with running_fake_bot_api(with_limits=with_limits) as fake:
         yield fake

@@ -1,4 +1,4 @@
-"""Updates as they never should be; 10,000 of them with FST_HOSTILE_UPDATES=10000."""
+"""Invalid and hostile updates; 10,000 of them with FST_HOSTILE_UPDATES=10000."""
 
 import json
 import os
@@ -37,7 +37,7 @@ _TEMPLATES: list[Json] = [
 
 
 def hostile_updates(number: int, seed: int) -> Iterator[Any]:
-    """Valid updates with random parts replaced by anything, and things that are no updates."""
+    """Valid updates with random parts replaced by anything, and values that are not updates."""
     chance = random.Random(seed)
     for _ in range(number):
         if chance.random() < 0.05:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in small: streamed completions and chat, with texts that a test decides.
+"""A small OpenAI-compatible server: streamed completions and chat, with texts that a test decides.
 
 No model, no FastAPI, no schema of ours: the bot sees HTTP and must not need more. Strict as our own
 service is: unknown fields are refused, prompts beyond the context too.
@@ -29,7 +29,7 @@ _MAX_PIECES = 2000
 
 
 class Hold:
-    """Requests that wait at given pieces of their text until the test, or the client's leaving, ends it."""
+    """Requests that wait at a given piece of their text until the test releases them or the client leaves."""
 
     def __init__(self, after_pieces: int) -> None:
         self.after_pieces = after_pieces
@@ -37,11 +37,11 @@ class Hold:
         self._released = threading.Event()
 
     def wait(self) -> None:
-        """Wait until a request has come so far."""
+        """Wait until a request has reached that piece."""
         assert self._arrived.wait(_PATIENCE_SECONDS), "no request came so far"
 
     def release(self) -> None:
-        """Let it go on."""
+        """Release the requests."""
         self._released.set()
 
     def keep(self, handler: BaseHTTPRequestHandler) -> None:
@@ -54,22 +54,22 @@ class Hold:
 
 
 class StandInService:
-    """What the service answers, and what it was asked."""
+    """The service's answers, and the requests that it received."""
 
     def __init__(self, *, context: int = 1_000_000, chat_template: bool = False) -> None:
         self.url = ""
         self.context = context
-        """Characters, which are this server's tokens."""
+        """In characters, which are this server's tokens."""
         self.chat_template = chat_template
         self.speaks_native = True
-        """Whether it is ours: `/version` exists."""
+        """Whether it has `/version`, like `fst serve`."""
         self.requests: list[Request] = []
         self.continuations: dict[str, Callable[[], str]] = {}
-        """Prompt -> what continues it; other texts are a function of prompt and seed."""
+        """Prompt -> its continuation; other texts are a function of prompt and seed."""
         self.refusals: dict[str, int] = {}
         """Prompt -> status."""
         self.failures: list[str] = []
-        """What goes wrong with the next requests: unavailable, broken, error, foreign."""
+        """How the next requests fail: unavailable, broken, error, foreign."""
         self.seconds_between_pieces = 0.0
         self.left: dict[str, int] = {}
         """Prompt of a stream that the client left -> pieces that could still be written after that."""
@@ -78,7 +78,7 @@ class StandInService:
 
     @contextmanager
     def holding(self, prompt: str, after_pieces: int = 0) -> Iterator[Hold]:
-        """Inside, the text for `prompt` comes to a halt after so many pieces; 0: before the answer."""
+        """Inside, the text for `prompt` stops after this number of pieces; 0: before the response."""
         hold = self._holds[prompt] = Hold(after_pieces)
         try:
             yield hold
@@ -87,7 +87,7 @@ class StandInService:
             hold.release()
 
     def hold_of(self, prompt: str) -> Hold | None:
-        """The hold that a request meets, if the test wants one."""
+        """The hold for a request, if the test set one."""
         return self._holds.get(prompt)
 
     def wait_until_left(self, prompt: str) -> int:
@@ -97,7 +97,7 @@ class StandInService:
             return self.left[prompt]
 
     def record(self, request: Request) -> str | None:
-        """Remember a request; the failure that it meets."""
+        """Record a request; the failure scripted for it."""
         with self.changed:
             self.requests.append(request)
             return self.failures.pop(0) if self.failures else None
@@ -247,11 +247,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is what many tests are about."""
+        """Do not log clients that go away: many tests do that."""
 
 
 def bound_socket() -> socket.socket:
-    """A port that is ours and refuses connections until `serving` is given it."""
+    """A reserved port that refuses connections until `serving` uses it."""
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     return bound

@@ -168,23 +168,23 @@ def test_a_long_answer_is_split_and_nothing_is_lost(
         ("reset", 1, {"after": True}),
         ("error", 1, {"status": 500, "description": "Internal Server Error"}),
     ],
-    ids=["429", "502-html", "502-and-taken", "reset", "reset-and-taken", "500"],
+    ids=["429", "502-html", "502-but-accepted", "reset", "reset-but-accepted", "500"],
 )
-def test_an_answer_is_delivered_once_through_trouble(
+def test_an_answer_is_delivered_once_through_failures(
     telegram: FakeBotApi, chat_id: int, kind: str, times: int, more: Json
 ) -> None:
     telegram.fail("sendMessage", kind, times, chat_id=chat_id, **more)
     telegram.fail("sendChatAction", kind, times, chat_id=chat_id, **more)
-    telegram.write(chat_id, "Through trouble")
+    telegram.write(chat_id, "Through failures")
     telegram.requests("sendMessage", chat_id, at_least=times + 1)
     if more.get("after"):
         telegram.requests("deleteMessage", chat_id, at_least=1)
     assert words_of(telegram, chat_id, "/reset")["text"] == ENGLISH.reset
     (answer,) = finals(telegram, chat_id)
-    assert answer["text"].startswith("Through trouble goes on")
+    assert answer["text"].startswith("Through failures goes on")
 
 
-def test_a_chat_that_shuts_the_bot_out_is_forgotten(
+def test_blocking_the_bot_deletes_the_data_of_the_chat(
     telegram: FakeBotApi, bot: ForkedBot, chat_id: int
 ) -> None:
     telegram.write(chat_id, "Before")
@@ -215,7 +215,7 @@ def test_settings_and_answers_follow_a_group_that_moves(
     assert {r.max_tokens for r in service.requests if getattr(r, "prompt", "") == prompt} == {33}
 
 
-def test_a_text_that_the_service_refuses_is_excused_in_one_sentence(
+def test_a_user_is_told_when_the_service_refuses_a_text(
     telegram: FakeBotApi, service: StandInService, chat_id: int
 ) -> None:
     prompt = f"refused {chat_id}"
@@ -226,10 +226,10 @@ def test_a_text_that_the_service_refuses_is_excused_in_one_sentence(
 
 
 @pytest.mark.parametrize("failure", ["unavailable", "broken", "error", "foreign"])
-def test_a_service_in_trouble_is_excused_once_and_the_text_comes(
+def test_a_user_is_told_once_that_the_service_fails_and_the_text_comes(
     telegram: FakeBotApi, service: StandInService, chat_id: int, failure: str
 ) -> None:
-    prompt = f"In trouble {chat_id}"
+    prompt = f"The service fails {chat_id}"
     service.failures += [failure, failure]
     with service.holding(prompt):
         telegram.write(chat_id, prompt)

@@ -59,7 +59,7 @@ def test_settings_are_of_one_chat_and_topic_and_change_in_place(
 @pytest.mark.parametrize(
     "typed", ["temperature 9", "temperature nan", "length 1.5", "seed -1", "nothing 1", "mode x"]
 )
-def test_impossible_settings_are_answered_with_what_is_possible(
+def test_invalid_settings_are_answered_with_the_possible_values(
     telegram: FakeBotApi, chat_id: int, typed: str
 ) -> None:
     answer = words_of(telegram, chat_id, f"/settings {typed}")
@@ -83,7 +83,7 @@ def test_chat_mode_remembers_the_conversation_until_reset(
     assert "turn 3" in finals(telegram, chat_id, at_least=4)[-1]["text"]
 
 
-def test_why_gives_seed_settings_and_the_lines_that_do_it_again(
+def test_why_gives_seed_settings_and_the_commands_that_generate_the_text_again(
     telegram: FakeBotApi, chat_id: int
 ) -> None:
     assert words_of(telegram, chat_id, "/why")["text"] == ENGLISH.why_nothing
@@ -121,7 +121,7 @@ def test_commands_are_answered_in_the_users_language(
     assert answer["text"] == getattr(RUSSIAN if language == "ru" else ENGLISH, words)
 
 
-def test_status_and_privacy_tell_what_is_so(telegram: FakeBotApi, chat_id: int) -> None:
+def test_status_and_privacy(telegram: FakeBotApi, chat_id: int) -> None:
     assert f"The model {MODEL} is ready." in words_of(telegram, chat_id, "/status")["text"]
     assert "/forget" in words_of(telegram, chat_id, "/privacy")["text"]
 
@@ -157,7 +157,7 @@ def test_export_has_everything_and_forget_deletes_it(
     ],
     ids=["photo", "sticker", "location"],
 )
-def test_what_is_no_text_is_answered_in_private_and_left_alone_in_groups(
+def test_other_content_than_text_is_answered_in_private_and_ignored_in_groups(
     telegram: FakeBotApi, chat_id: int, content: Json
 ) -> None:
     telegram.write(-chat_id, content=content)
@@ -170,7 +170,9 @@ def test_what_is_no_text_is_answered_in_private_and_left_alone_in_groups(
 @pytest.mark.parametrize(
     "data", ["repeat", "2/repeat/", "2/repeat/999999", "2/show/1/99", "2/set/1/x", "répéter", "::"]
 )
-def test_button_data_are_not_believed(telegram: FakeBotApi, chat_id: int, data: str) -> None:
+def test_invalid_button_data_are_answered_with_an_alert(
+    telegram: FakeBotApi, chat_id: int, data: str
+) -> None:
     telegram.write(chat_id, "A button")
     (answer,) = finals(telegram, chat_id)
     alert = telegram.query_answer(telegram.press(chat_id, answer["message_id"], data=data))
@@ -192,12 +194,12 @@ def test_the_log_names_the_model_and_no_secrets(
     telegram.write(chat_id, "More words")  # and polling goes on
     finals(telegram, chat_id, at_least=2)
     assert f"serves {MODEL}" in bot.log
-    for secret in (telegram.token, "Confidential", "goes on", "Through trouble", "refused "):
+    for secret in (telegram.token, "Confidential", "goes on", "Through failures", "refused "):
         assert secret not in bot.log
     assert "Traceback" not in bot.log
 
 
-def test_hostile_updates_leave_the_bot_at_work_and_the_log_clean(
+def test_the_bot_survives_hostile_updates_with_a_clean_log(
     telegram: FakeBotApi, bot: ForkedBot, chat_id: int
 ) -> None:
     for place in (5, -5):  # they speak of these, so that answers go somewhere
@@ -226,7 +228,7 @@ def test_the_menu_is_set_for_every_scope_and_language(telegram: FakeBotApi) -> N
         assert menu(language, type="chat", chat_id=99)[-2:] == ["allow", "deny"]
 
 
-def test_both_languages_fill_in_the_same_places() -> None:
+def test_both_languages_have_the_same_fields() -> None:
     def places(value: object) -> list[str]:
         return sorted(re.findall(r"\{\w+\}", str(value)))
 
@@ -241,6 +243,6 @@ def test_both_languages_fill_in_the_same_places() -> None:
             assert max(len(english), len(russian)) <= 200
 
 
-def test_an_empty_text_is_a_sentence(chat_id: int) -> None:
+def test_a_user_is_told_about_an_empty_text(chat_id: int) -> None:
     reply = Reply(1, chat_id, 0, 1, "en", "chat", "hello", 1, Settings(), 1, texts=["  "])
     assert reply_pieces(reply)[0].text == ENGLISH.empty

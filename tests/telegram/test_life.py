@@ -1,4 +1,4 @@
-"""How the real bot process starts, ends, is killed, and goes on."""
+"""How the real bot process starts, stops, is killed, and continues."""
 
 import contextlib
 import itertools
@@ -32,7 +32,7 @@ SECRET = "a-secret-of-the-webhook"
 def stopped_bot(
     forks: BotForks, service_url: str, telegram: FakeBotApi, *more: str, **environment: str
 ) -> Iterator[ForkedBot]:
-    """A bot to start; it is gone afterwards."""
+    """A bot that the test starts; killed at the end."""
     command = bot_command(service_url, telegram.url, *more)
     bot = forks.bot(command, telegram.token, environment)
     try:
@@ -52,7 +52,7 @@ def assert_one_sentence(finished: subprocess.CompletedProcess[str], exit_code: i
 def test_a_signal_lets_the_bot_finish_what_runs_and_the_next_start_does_the_rest(
     telegram: FakeBotApi, forks: BotForks, chat_id: int
 ) -> None:
-    prompt = f"owed {chat_id}"
+    prompt = f"pending {chat_id}"
     with (
         serving(StandInService()) as service,
         stopped_bot(forks, service.url, telegram) as bot,
@@ -154,7 +154,7 @@ def test_a_lost_token_and_a_second_poller_end_the_bot_with_a_sentence(
     telegram.http.post(f"/bot{telegram.token}/deleteWebhook", json={"drop_pending_updates": True})
 
 
-def test_people_beyond_the_list_and_the_quota_hear_one_sentence(
+def test_users_who_are_not_allowed_or_have_no_tokens_left_are_told_so(
     telegram: FakeBotApi, forks: BotForks, chat_id: int
 ) -> None:
     admin, stranger = chat_id, chat_id + 500_000
@@ -186,7 +186,7 @@ def test_people_beyond_the_list_and_the_quota_hear_one_sentence(
 def test_updates_come_by_webhook_with_the_secret_only(
     telegram: FakeBotApi, forks: BotForks, chat_id: int
 ) -> None:
-    port = _port_that_nobody_is_given()
+    port = _unused_port()
     address = f"http://127.0.0.1:{port}/updates"
     options = ("--webhook_url", address, "--webhook_port", str(port), "--monitoring_port", "0")
     with (
@@ -218,8 +218,8 @@ def test_updates_come_by_webhook_with_the_secret_only(
     telegram.http.post(f"/bot{telegram.token}/deleteWebhook")
 
 
-def _port_that_nobody_is_given() -> int:
-    """Below those that the system gives to who asks for any: no other test can take it meanwhile."""
+def _unused_port() -> int:
+    """A port below the system's range for port 0, so that no other test gets it meanwhile."""
     for port in itertools.count(20_000 + os.getpid() % 10_000):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
@@ -311,9 +311,7 @@ def test_a_wrong_token_is_one_sentence_without_the_token(
         assert wrong not in line
 
 
-def test_an_unreachable_telegram_is_a_matter_of_the_machine(
-    telegram: FakeBotApi, forks: BotForks
-) -> None:
+def test_an_unreachable_telegram_is_one_sentence(telegram: FakeBotApi, forks: BotForks) -> None:
     bot = forks.bot(bot_command(NOWHERE, NOWHERE), "42:secret-token")
     bot.begin()
     assert bot.wait() == 1
@@ -322,7 +320,9 @@ def test_an_unreachable_telegram_is_a_matter_of_the_machine(
     assert "secret-token" not in line
 
 
-def test_telegram_may_stumble_at_the_start(telegram: FakeBotApi, forks: BotForks) -> None:
+def test_failures_of_telegram_at_the_start_are_retried(
+    telegram: FakeBotApi, forks: BotForks
+) -> None:
     telegram.fail("getMe", "bad_gateway", times=2)
     with stopped_bot(forks, NOWHERE, telegram) as bot:
         bot.start()

@@ -1,4 +1,4 @@
-"""What is refused before Telegram is asked."""
+"""What is rejected before Telegram is called."""
 
 import logging
 from pathlib import Path
@@ -23,7 +23,7 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "  \n", "secret", "42:very secret", "42:a/../b", "42:{x}"])
-def test_a_token_that_is_none_is_refused_without_being_quoted(
+def test_an_invalid_token_is_rejected_without_being_quoted(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, value)
@@ -36,7 +36,7 @@ def test_a_token_that_is_none_is_refused_without_being_quoted(
 @pytest.mark.parametrize(
     "content", [None, b"", b" \n", b"secret", b"\xff\xfe"], ids=["none", "0", "blank", "odd", "utf"]
 )
-def test_a_token_file_that_holds_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_a_token_file_without_a_token_is_rejected(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "token"
     if content is not None:
         path.write_bytes(content)
@@ -45,7 +45,7 @@ def test_a_token_file_that_holds_none_is_refused(tmp_path: Path, content: bytes 
     assert "secret" not in str(refused.value)
 
 
-def test_a_directory_is_no_token_file(tmp_path: Path) -> None:
+def test_a_directory_is_rejected_as_token_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         run_bot(TelegramBotArguments(token_file=tmp_path))
 
@@ -54,12 +54,12 @@ def test_a_directory_is_no_token_file(tmp_path: Path) -> None:
     "address", ["", "localhost:9228", "ftp://host", "http://", "http://[", "http://h/{token}"]
 )
 @pytest.mark.parametrize("option", ["service_url", "telegram_api_base", "webhook_url"])
-def test_an_address_that_is_none_is_refused(option: str, address: str) -> None:
+def test_an_invalid_url_is_rejected(option: str, address: str) -> None:
     with pytest.raises(UsageError, match=f"--{option}"):
         run_bot(TelegramBotArguments(**{option: address}))  # type: ignore[arg-type]
 
 
-def test_settings_beyond_the_service_are_refused() -> None:
+def test_a_default_length_beyond_the_bound_is_rejected() -> None:
     with pytest.raises(UsageError, match="--max_new_tokens"):
         run_bot(TelegramBotArguments(max_new_tokens=10_000_000))
 

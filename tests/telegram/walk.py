@@ -37,10 +37,10 @@ _CONTINUATIONS = (
 
 
 class StoryTeller(StandInService):
-    """Tells the sentences one after the other; a long one where it is asked for a long story."""
+    """Tells one sentence after the other, and a long text if it is asked for a long story."""
 
     def text_for(self, request: Request) -> str:
-        """The next sentence; for a seed that was typed always the same one."""
+        """The next sentence; always the same one for a seed that was typed."""
         seed, number = request.seed or 0, len(self.requests) - 1
         chosen = seed + len(prompt_of(request)) if seed < 100 else number
         sentence = _CONTINUATIONS[chosen % len(_CONTINUATIONS)]
@@ -50,7 +50,7 @@ class StoryTeller(StandInService):
 
 
 class Walk:
-    """What is done and seen, line by line."""
+    """The transcript, line by line."""
 
     def __init__(self, telegram: FakeBotApi, service: StandInService) -> None:
         self.telegram = telegram
@@ -130,7 +130,7 @@ class Walk:
             self._line("", row)
 
     def draft(self, words: str) -> None:
-        """What streams now."""
+        """Show the draft that streams now."""
         draft = self.telegram.draft(_USER, words)
         assert draft["can_stop"]
         self._line("bot", "(streams, with a Stop of Telegram's own) long story …")
@@ -178,7 +178,7 @@ def _document(message: Json) -> str:
 
 
 def walk(telegram: FakeBotApi, service: StandInService) -> str:
-    """Do everything once; the transcript as Markdown."""
+    """Do everything once; returns the transcript as Markdown."""
     tour = Walk(telegram, service)
     first = _walk_through_texts(tour)
     _walk_through_streams(tour)
@@ -209,11 +209,11 @@ def _walk_through_texts(tour: Walk) -> Json:
     tour.says("/settings seed 11")
     tour.says("/settings variants 3")
     tour.presses(first, "Settings", num_new=1)
-    tour.title("Variants are turned in place")
+    tour.title("Variants are shown in place")
     answer = tour.says("In the morning")
     answer = tour.presses(answer, "▶")
     tour.presses(answer, "◀")
-    tour.title("How it was made")
+    tour.title("How a text was generated")
     tour.says("/why", num_new=3, reply_to_message_id=answer["message_id"])
     return first
 
@@ -227,7 +227,7 @@ def _walk_through_streams(tour: Walk) -> None:
         tour.draft("A long story")
         tour.stop()
     tour.says("/stop")
-    tour.title("Conversation, where the model was made for it")
+    tour.title("Conversation, with a model that is made for it")
     tour.says("/settings mode chat")
     tour.says("Who are you?")
     tour.says("And yesterday?")
@@ -235,7 +235,7 @@ def _walk_through_streams(tour: Walk) -> None:
 
 
 def _walk_through_words(tour: Walk, first: Json) -> None:
-    tour.title("What is known, and what is kept")
+    tour.title("Status, privacy, export, forget")
     tour.says("/status")
     tour.says("/privacy")
     tour.says("/export")
@@ -245,7 +245,7 @@ def _walk_through_words(tour: Walk, first: Json) -> None:
 
 
 def _walk_through_a_group(tour: Walk) -> None:
-    tour.title("In a group: edits in the place of drafts, and buttons for who asked")
+    tour.title("In a group: edits instead of drafts, and buttons for the user who asked")
     with tour.service.holding("A long evening", after_pieces=20):
         tour._line("you", "A long evening")
         tour.telegram.write(_GROUP, "A long evening", user_id=7)
@@ -263,12 +263,12 @@ def _walk_through_a_group(tour: Walk) -> None:
 
 
 def _walk_through_the_rest(tour: Walk) -> None:
-    tour.title("Slips")
+    tour.title("Unknown commands and other content")
     tour.says("/sttaus")
     tour._line("you", "(a sticker)")
     tour.telegram.write(_USER, content={"dice": {"emoji": "🎲", "value": 3}})
     tour.sees(1)
-    tour.title("In Russian, for who has Telegram in Russian")
+    tour.title("In Russian, for users with Telegram in Russian")
     tour.says("/start", language_code="ru")
     tour.says("/settings", language_code="ru")
     tour.title("For admins")

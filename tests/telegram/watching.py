@@ -9,7 +9,7 @@ Json = dict[str, Any]
 
 
 def finals(telegram: FakeBotApi, chat_id: int, at_least: int = 1) -> list[Json]:
-    """Finished texts of a chat, once there are so many."""
+    """Finished texts of a chat, once there are `at_least` of them."""
     return telegram.bot_messages(chat_id, at_least, button=ENGLISH.repeat_button)
 
 

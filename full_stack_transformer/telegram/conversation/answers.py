@@ -54,22 +54,27 @@ Wanted = WantedContinuation | WantedAnswer
 
 @dataclass
 class Draft:
-    """One variant while it is made."""
+    """The text of one variant, as far as it is written."""
 
     text: str = ""
     finish: str = ""
     num_tokens: int = 0
-    """Pieces of the stream, of which each holds a token or a few that belong together."""
+    """Number of pieces of the stream; a piece is a token, or a few that form one character."""
     request: Wanted | None = None
 
 
 class Writer:
-    """Asks one service for texts."""
+    """Requests texts from one service.
 
-    def __init__(self, client: ServiceClient, model_for_commands: str | None = None) -> None:
+    Args:
+        client: of the service.
+        model_path: what `/why` names as the model of `fst generate`, if the bot started the service.
+    """
+
+    def __init__(self, client: ServiceClient, model_path: str | None = None) -> None:
         self._client = client
         self._described: ModelDescription | None = None
-        self._model_for_commands = model_for_commands
+        self._model_path = model_path
 
     @property
     def prefers_chat(self) -> bool:
@@ -78,32 +83,30 @@ class Writer:
 
     @property
     def known_model(self) -> str | None:
-        """The model's name, once the service has told it."""
+        """The model's name, if the service has answered."""
         return self._described.model if self._described else None
 
-    async def describe(self, *, anew: bool = False) -> ModelDescription:
+    async def describe(self, *, refresh: bool = False) -> ModelDescription:
         """The model that is served.
 
         Raises:
-            ServiceUnavailableError: the service is away.
+            ServiceUnavailableError: the service is not available.
         """
-        if self._described is None or anew:
+        if self._described is None or refresh:
             try:
                 self._described = await self._client.describe_model()
-            except (
-                ServiceRefusedError
-            ) as error:  # without /v1/models it is none of the servers we know
+            except ServiceRefusedError as error:  # no /v1/models: not an OpenAI-compatible server
                 raise ServiceUnavailableError(str(error)) from error
         return self._described
 
     async def write(
         self, reply: Reply, conversation: list[Reply], drafts: list[Draft], show: Callable[[], None]
     ) -> None:
-        """Fill `drafts`, one for each variant, and `reply.model`; `show` is called when the first grew.
+        """Fill `drafts`, one for each variant, and `reply.model`; call `show` when the first one grew.
 
         Raises:
-            ServiceUnavailableError: the service is away, overloaded or failing; all texts are void.
-            ServiceRefusedError: the service will never make them.
+            ServiceUnavailableError: the service is away, overloaded or failing; all drafts are invalid.
+            ServiceRefusedError: the service rejects the request, so retrying does not help.
         """
         described = await self.describe()
         reply.model = described.model
@@ -112,13 +115,13 @@ class Writer:
             for name in ("experiment", "step", "validation_loss")
             if name in described.checkpoint
         }
-        if self._model_for_commands is not None:
-            reply.checkpoint["path"] = self._model_for_commands
+        if self._model_path is not None:
+            reply.checkpoint["path"] = self._model_path
         try:
             async with asyncio.TaskGroup() as group:
                 for index, draft in enumerate(drafts):
                     request = _request(reply, conversation, described.model, index)
-                    grown = show if index == 0 else _nothing
+                    grown = show if index == 0 else _do_nothing
                     group.create_task(self._fill(draft, request, grown))
         except ExceptionGroup as group_error:
             self._described = None
@@ -140,7 +143,7 @@ class Writer:
                 if shorter is None or not any(word in str(error).lower() for word in _TOO_LONG):
                     raise
                 request = shorter
-        raise ServiceRefusedError("the service refuses the text however short it is")
+        raise ServiceRefusedError("the service rejects the text even when it is short")
 
     async def _stream(self, draft: Draft, request: Wanted, grown: Callable[[], None]) -> None:
         draft.text, draft.num_tokens = "", 0
@@ -367,7 +370,7 @@ class Answers:
                 task.cancel()
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -394,16 +397,16 @@ def _request(reply: Reply, conversation: list[Reply], model: str, index: int) ->
 
 
 def _shortened(request: Wanted) -> Wanted | None:
-    """The next shorter request; None where nothing is left to cut.
+    """The next shorter request; None if it cannot be shortened.
 
-    The server's own count of tokens decides, by refusing: no tokenizer is needed here, and no server
-    tells its context length in a common way. Whole turns go first, the oldest before the others; then
-    the larger part of what is left, the beginning of the text or the room for new tokens.
+    The server's own count of tokens decides, as it rejects what is too long: the bot needs no tokenizer,
+    and servers do not report their context length in a common way. The oldest turns are removed first;
+    then the larger of two parts is cut, the beginning of the text or the number of new tokens.
     """
     length = request.max_tokens
     if isinstance(request, WantedAnswer):
         if len(request.messages) > 1:
-            # A conversation begins with the user, so turns go in pairs.
+            # A conversation begins with the user, so turns are removed in pairs.
             return replace(request, messages=request.messages[2:])
         if length <= _MIN_LENGTH:
             return None

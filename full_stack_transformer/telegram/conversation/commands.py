@@ -293,7 +293,7 @@ class OwnMessages:
         words = LANGUAGES[job.content["language"]]
         user_id = job.content["user_id"]
         try:
-            model = (await self._writer.describe(anew=True)).model
+            model = (await self._writer.describe(refresh=True)).model
             lines = [words.status_service.format(model=model)]
         except ServiceError:
             lines = [words.status_away]

@@ -1,4 +1,4 @@
-"""Deliveries through a session that fails as told; no network."""
+"""Deliveries through a session with scripted failures; no network."""
 
 import asyncio
 import itertools
@@ -58,12 +58,12 @@ class FakeChat(BaseSession):
     ) -> Any:
         self.calls.append(method)
         if isinstance(method, SendMessage):
-            trouble = self.script.pop(0) if self.script else None
-            if trouble == "taken, but unseen":
+            failure = self.script.pop(0) if self.script else None
+            if failure == "accepted, no response":
                 self.add(method.text)
                 raise TelegramNetworkError(method, "reset")
-            if isinstance(trouble, TelegramAPIError):
-                raise trouble
+            if isinstance(failure, TelegramAPIError):
+                raise failure
             message_id = self.add(method.text)
             chat = Chat(id=int(method.chat_id), type="private")
             return Message(message_id=message_id, date=datetime.now(UTC), chat=chat)
@@ -106,38 +106,38 @@ def send(store: Store, chat: FakeChat, key: str = "1:0", text: str = "text") -> 
 
 
 @pytest.mark.parametrize(
-    "trouble",
+    "failure",
     [
         TelegramServerError(METHOD, "502"),
         TelegramNetworkError(METHOD, "reset"),
-        "taken, but unseen",
+        "accepted, no response",
     ],
-    ids=["502", "reset", "taken"],
+    ids=["502", "reset", "accepted"],
 )
 def test_a_message_arrives_once_whatever_was_seen_of_it(
-    store: Store, trouble: TelegramAPIError | str
+    store: Store, failure: TelegramAPIError | str
 ) -> None:
-    chat = FakeChat(trouble)
+    chat = FakeChat(failure)
     number = send(store, chat)
     assert chat.messages == {number: "text"}
     assert send(store, chat) == number  # the same key again: nothing is sent
     assert chat.messages == {number: "text"}
 
 
-def test_killed_between_sending_and_knowing_the_lost_message_is_found_and_deleted(
+def test_after_a_kill_during_a_send_the_lost_message_is_found_and_deleted(
     store: Store,
 ) -> None:
     chat = FakeChat()
     store.saw_message(1, chat.add("of the user"))
     store.begin_send(1, "1:0")
-    chat.add("text")  # taken, and then the process was killed
+    chat.add("text")  # accepted, and then the process was killed
     number = send(store, chat)
     assert sorted(chat.messages) == [1, number]
     assert chat.messages[1] == "of the user"
 
 
 def test_messages_of_others_between_are_left_alone(store: Store) -> None:
-    chat = FakeChat("taken, but unseen")
+    chat = FakeChat("accepted, no response")
     store.saw_message(1, 1)
     chat.foreign = {2, 3}
     number = send(store, chat)
@@ -157,7 +157,7 @@ def test_messages_of_others_between_are_left_alone(store: Store) -> None:
     ],
     ids=["403", "unknown", "moved", "400", "413"],
 )
-def test_what_waiting_cannot_mend_is_raised_at_once(
+def test_errors_that_retrying_cannot_solve_are_raised_at_once(
     store: Store, error: TelegramAPIError, raised: type[Exception]
 ) -> None:
     chat = FakeChat(error)
@@ -166,14 +166,14 @@ def test_what_waiting_cannot_mend_is_raised_at_once(
     assert len(chat.calls) == 1
 
 
-def test_strange_answers_are_not_asked_for_ever(store: Store) -> None:
+def test_unknown_errors_are_not_retried_for_ever(store: Store) -> None:
     chat = FakeChat(*[TelegramAPIError(METHOD, "429 without a time")] * 100)
     with pytest.raises(TelegramAPIError):
         send(store, chat)
     assert len(chat.calls) == 8
 
 
-def test_a_chat_that_asked_for_patience_is_left_alone(store: Store) -> None:
+def test_a_429_is_waited_for(store: Store) -> None:
     chat = FakeChat(TelegramRetryAfter(METHOD, "flood", 1))
     started = time.monotonic()
     send(store, chat)
@@ -186,19 +186,19 @@ def test_previews_leave_a_reserve_for_messages() -> None:
     limiter = RateLimiter(lambda: now)
 
     def burst(chat_id: int) -> int:
-        taken = 0
+        count = 0
         while limiter.try_acquire(chat_id):
-            taken += 1
-        return taken
+            count += 1
+        return count
 
     for chat_id, per_minute in ((-1, 20), (1, 60)):
         burst(chat_id)
         before = now
-        taken = 0
+        count = 0
         while now - before < 600:
             now += 0.1
-            taken += burst(chat_id)
-        assert 0.9 * per_minute < taken / 10 <= per_minute
+            count += burst(chat_id)
+        assert 0.9 * per_minute < count / 10 <= per_minute
     asyncio.run(limiter.acquire(-1))  # at once, from the reserve
 
 

@@ -1,4 +1,4 @@
-"""Updates as they never should be: random, malformed, repeated; and what is recorded of the others."""
+"""Malformed, repeated and random updates; and what is recorded for valid ones."""
 
 import asyncio
 import json
@@ -25,8 +25,8 @@ from tests.telegram.hostile_updates import NUM_HOSTILE, hostile_updates
 Json = dict[str, Any]
 
 
-class Laboratory:
-    """An intake on a database, without Telegram and service."""
+class IntakeLab:
+    """An intake with a database, without Telegram and service."""
 
     def __init__(self, path: Path) -> None:
         self.store = Store(path, 42)
@@ -57,14 +57,14 @@ class Laboratory:
         return [json.loads(row[0])["text"] for row in rows]
 
     def outcomes(self) -> dict[str, float]:
-        """How many updates ended how."""
+        """Number of updates by outcome."""
         samples = next(iter(self.metrics.updates.collect())).samples
         return {s.labels["outcome"]: s.value for s in samples if s.name.endswith("_total")}
 
 
 @pytest.fixture
-def laboratory(quick_path: Path) -> Iterator[Laboratory]:
-    opened = Laboratory(quick_path / "bot.sqlite3")
+def lab(quick_path: Path) -> Iterator[IntakeLab]:
+    opened = IntakeLab(quick_path / "bot.sqlite3")
     yield opened
     opened.store.close()
 
@@ -77,28 +77,28 @@ def message(update_id: int, text: str, **more: Any) -> Json:
     return {"update_id": update_id, "message": content | more}
 
 
-def test_a_repeated_update_is_dropped(laboratory: Laboratory) -> None:
-    laboratory.intake.take([message(1, "Hello"), message(1, "Hello")])
-    laboratory.intake.take([message(1, "Hello")])
-    assert laboratory.store.num_jobs() == 1
-    assert laboratory.outcomes() == {"handled": 1, "repeated": 2}
+def test_a_repeated_update_is_dropped(lab: IntakeLab) -> None:
+    lab.intake.take([message(1, "Hello"), message(1, "Hello")])
+    lab.intake.take([message(1, "Hello")])
+    assert lab.store.num_jobs() == 1
+    assert lab.outcomes() == {"handled": 1, "repeated": 2}
 
 
-def test_who_has_too_much_waiting_is_told_once_in_a_while(laboratory: Laboratory) -> None:
-    laboratory.intake.take([message(number, "More") for number in range(1, 15)])
-    assert laboratory.store.num_jobs() == MAX_WAITING + 1
-    assert laboratory.said() == [ENGLISH.too_many]
-    laboratory.now += 11
-    laboratory.intake.take([message(number, "More") for number in range(15, 18)])
-    assert laboratory.said() == [ENGLISH.too_many] * 2
+def test_a_user_with_too_many_waiting_texts_is_told_once_in_a_while(lab: IntakeLab) -> None:
+    lab.intake.take([message(number, "More") for number in range(1, 15)])
+    assert lab.store.num_jobs() == MAX_WAITING + 1
+    assert lab.said() == [ENGLISH.too_many]
+    lab.now += 11
+    lab.intake.take([message(number, "More") for number in range(15, 18)])
+    assert lab.said() == [ENGLISH.too_many] * 2
 
 
-def test_who_floods_with_commands_is_left_alone_for_a_while(laboratory: Laboratory) -> None:
-    laboratory.intake.take([message(number, "/help") for number in range(1, 100)])
-    assert laboratory.said() == [ENGLISH.help] * 30 + [ENGLISH.too_many]
-    laboratory.now += 5
-    laboratory.intake.take([message(number, "/help") for number in range(100, 105)])
-    assert laboratory.said().count(ENGLISH.help) == 35
+def test_a_user_who_floods_with_commands_is_ignored_for_a_while(lab: IntakeLab) -> None:
+    lab.intake.take([message(number, "/help") for number in range(1, 100)])
+    assert lab.said() == [ENGLISH.help] * 30 + [ENGLISH.too_many]
+    lab.now += 5
+    lab.intake.take([message(number, "/help") for number in range(100, 105)])
+    assert lab.said().count(ENGLISH.help) == 35
 
 
 @pytest.mark.parametrize(
@@ -116,49 +116,49 @@ def test_who_floods_with_commands_is_left_alone_for_a_while(laboratory: Laborato
     ],
     ids=["thread", "replied", "message"],
 )
-def test_numbers_that_no_database_holds_are_passed_over(laboratory: Laboratory, more: Json) -> None:
-    laboratory.intake.take([message(1, "/why", **more), message(2, "Hello")])
-    assert laboratory.outcomes() == {"ignored": 1, "handled": 1}
+def test_ids_that_no_database_holds_are_ignored(lab: IntakeLab, more: Json) -> None:
+    lab.intake.take([message(1, "/why", **more), message(2, "Hello")])
+    assert lab.outcomes() == {"ignored": 1, "handled": 1}
 
 
-def test_lone_surrogates_and_zeros_are_kept_as_text(laboratory: Laboratory) -> None:
-    laboratory.intake.take([message(1, "a\ud83d\udc4bb\ud800c\x00d")])
-    job = laboratory.store.next_job(5, "answers")
+def test_lone_surrogates_and_zeros_are_kept_as_text(lab: IntakeLab) -> None:
+    lab.intake.take([message(1, "a\ud83d\udc4bb\ud800c\x00d")])
+    job = lab.store.next_job(5, "answers")
     assert job is not None
     assert job.reply_id is not None
-    reply = laboratory.store.reply(job.reply_id)
+    reply = lab.store.reply(job.reply_id)
     assert reply is not None
     assert reply.prompt == "a👋b\ufffdc\x00d"
 
 
-def test_a_full_disk_records_nothing_and_confirms_nothing(laboratory: Laboratory) -> None:
+def test_a_full_disk_records_nothing_and_confirms_nothing(lab: IntakeLab) -> None:
     import sqlite3
 
-    laboratory.store._connection.execute("PRAGMA max_page_count=1")
+    lab.store._connection.execute("PRAGMA max_page_count=1")
     with pytest.raises(sqlite3.OperationalError):
-        laboratory.intake.take([message(1, "x" * 4000) for _ in range(1)])
-    laboratory.store._connection.execute("PRAGMA max_page_count=100000")
-    laboratory.intake.take([message(1, "x" * 4000)])
-    assert laboratory.outcomes()["handled"] >= 1
-    assert laboratory.store.num_jobs() == 1
+        lab.intake.take([message(1, "x" * 4000) for _ in range(1)])
+    lab.store._connection.execute("PRAGMA max_page_count=100000")
+    lab.intake.take([message(1, "x" * 4000)])
+    assert lab.outcomes()["handled"] >= 1
+    assert lab.store.num_jobs() == 1
 
 
-def test_hostile_updates_are_all_taken_and_none_is_quoted(
-    laboratory: Laboratory, caplog: pytest.LogCaptureFixture
+def test_hostile_updates_are_all_recorded_and_none_is_quoted(
+    lab: IntakeLab, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
         for number, update in enumerate(hostile_updates(NUM_HOSTILE, seed=1), start=1):
-            laboratory.now += 5  # nobody floods
+            lab.now += 5  # nobody floods
             numbered = {"update_id": number, **update} if isinstance(update, dict) else update
-            laboratory.intake.take([numbered])
-    outcomes = laboratory.outcomes()
+            lab.intake.take([numbered])
+    outcomes = lab.outcomes()
     assert "failed" not in outcomes
     assert sum(outcomes.values()) == NUM_HOSTILE
     assert outcomes["handled"] > NUM_HOSTILE / 20
     assert outcomes["malformed"] > NUM_HOSTILE / 20
     assert "Hostile" not in caplog.text
     # What the bot would say: its own sentences only, with nothing of an update in them.
-    for content in laboratory.store._all("SELECT content FROM jobs WHERE lane = 'words'"):
+    for content in lab.store._all("SELECT content FROM jobs WHERE lane = 'words'"):
         said = json.loads(content[0]).get("text", "")
         assert "Hostile" not in said
         assert "<b>" not in said
