@@ -1,11 +1,11 @@
-"""The files that a training is resumed from, written so that a reader never finds half of one.
+"""Checkpoint files, written so that a reader never finds half of one.
 
     checkpoints/last.ckpt       the newest
-    checkpoints/previous.ckpt   the one before, for the case that the disk damages the newest
-    checkpoints/best.ckpt       that of the best validation loss so far
+    checkpoints/previous.ckpt   the one before, in case the disk damages the newest
+    checkpoints/best.ckpt       the one with the best validation result so far
 
 Lightning 2.6 stages a checkpoint in the system's temporary directory, without flushing it to the disk:
-with that directory on another file system, a kill left an unloadable `last.ckpt` in 3 of 15 trials
+with that directory on another file system, kill -9 left an unloadable `last.ckpt` in 3 of 15 trials
 (Lightning issue #21253). Here: a temporary file beside the target, fsync, rename.
 """
 
@@ -27,12 +27,12 @@ from full_stack_transformer.storage import make_directories, sync_directory
 LAST_FILE_NAME = "last.ckpt"
 PREVIOUS_FILE_NAME = "previous.ckpt"
 BEST_FILE_NAME = "best.ckpt"
-# Under this key of a checkpoint: whether it was written before a validation that was due.
+# Key in a checkpoint: whether it was written before a validation that was due.
 VALIDATION_IS_DUE_KEY = "validation_is_due"
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Checkpoint files that are complete or absent; what was `last.ckpt` becomes `previous.ckpt`."""
+    """Checkpoint files that are complete or absent; the old `last.ckpt` becomes `previous.ckpt`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -69,7 +69,7 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name, in the place of what had it; a copy where links are unknown.
+    """Give a checkpoint a second name, replacing the file that has it; copies where links do not work.
 
     Raises:
         MachineError: the disk is full or cannot be written.
@@ -82,14 +82,14 @@ def link_checkpoint(source: Path, target: Path) -> None:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         partial.replace(target)
-        # Two names of one file: rename(2) leaves both where they are.
+        # If both are links to the same file, rename(2) leaves both in place.
         partial.unlink(missing_ok=True)
         sync_directory(target.parent)
 
 
 @contextlib.contextmanager
 def _partial(target: Path) -> Iterator[Path]:
-    """A name beside the target; what has it is removed when the body fails."""
+    """A temporary path beside the target; the file is removed if the body fails."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         make_directories(target.parent)
@@ -98,18 +98,18 @@ def _partial(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise MachineError(
-            f"writing {target} failed: {error}; the checkpoints from before are intact, free space or "
-            "fix the rights and go on with --resume last"
+            f"writing {target} failed: {error}; earlier checkpoints are intact: free disk space or fix "
+            "the permissions, and continue with --resume last"
         ) from error
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint that can be read in full."""
+    """A checkpoint that is intact."""
 
     path: Path
     step: int
-    """Optimizer steps that it holds."""
+    """Optimizer steps before it."""
     validation_is_due: bool
     """Whether the validation of this step is still to be done."""
     world_size: int
@@ -117,13 +117,13 @@ class FoundCheckpoint:
 
 
 def find_checkpoint(directory: Path) -> tuple[FoundCheckpoint | None, dict[Path, str]]:
-    """The newest checkpoint that can be read in full, and those that were skipped with the reason.
+    """The newest intact checkpoint, and why newer ones were skipped.
 
     Args:
-        directory: that of the checkpoints.
+        directory: of the checkpoints.
 
     Raises:
-        TrainingError: there are checkpoints, and none can be read.
+        TrainingError: there are checkpoints, but none can be read.
     """
     skipped: dict[Path, str] = {}
     for name in (LAST_FILE_NAME, PREVIOUS_FILE_NAME, BEST_FILE_NAME):
@@ -137,7 +137,7 @@ def find_checkpoint(directory: Path) -> tuple[FoundCheckpoint | None, dict[Path,
     if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped.items())
         raise TrainingError(
-            f"no checkpoint in {directory} can be read ({reasons}); train anew without --resume"
+            f"no checkpoint in {directory} can be read ({reasons}); start a new training without --resume"
         )
     return None, skipped
 
@@ -146,7 +146,7 @@ def _verified(path: Path) -> FoundCheckpoint:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"its part {damaged} does not have the checksum that was written with it")
+        raise ValueError(f"the checksum of its part {damaged} is wrong")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return FoundCheckpoint(
         path=path,

@@ -1,16 +1,16 @@
-"""The directory of one training: a new version of its name, or one that is gone on with.
+"""The experiment directory of a training: a new version, or an existing one to resume.
 
 EXPERIMENTS_ROOT/NAME/VERSION/
     arguments.json               every option, readable again by --config
-    dataset.json                 description of the dataset that it was started with
+    dataset.json                 description of the dataset that training started with
     checkpoints/                 last.ckpt, previous.ckpt and best.ckpt, resumable
     model/                       the best model so far, always complete
-    tokenizer/                   of labelled rows and of masked language models
+    tokenizer/                   for labelled rows and masked language models
     generated.jsonl              text samples of each validation
-    text_generator_params.json   how they are drawn, to be edited while it trains
+    text_generator_params.json   how they are sampled; may be edited during training
     events.out.…                 curves, for TensorBoard
     profile.json                 with --profile: where the time of a step goes
-    summary.json                 what it came to; only when the training ended by itself
+    summary.json                 the results; only if the training finished
 """
 
 import contextlib
@@ -63,18 +63,18 @@ TOKENIZER_DIRECTORY_NAME = "tokenizer"
 RESUME_LAST = "last"
 
 _LIMITS = {"max_epochs", "max_steps", "max_minutes", "early_stopping_patience"}
-# What a resumed training may do in another way; the rest decides what its weights become.
+# Options that a resumed training may change; the others decide what its weights become.
 _CHANGEABLE = _LIMITS | {
     *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
 }
 _PATHS = {"dataset_dir", "experiments_root", "train_file", "validation_file", "test_file"}
-# Each run has its own; what they hold is compared by the description of the data.
+# Each run has its own; their content is compared by the description of the data.
 _INPUTS = {
     *("dataset_dir", "train_file", "validation_file", "test_file"),
     *("do_train", "do_eval", "do_predict"),
 }
-# They say where it is, not what it does, or have done their work.
+# They say where the training is, not what it does, or were only needed at its start.
 _NOT_COMPARED = {
     *("resume", "experiments_root", "experiment_name"),
     *("find_learning_rate", "find_batch_size"),
@@ -83,27 +83,27 @@ _NOT_COMPARED = {
 
 
 class ExperimentData(Protocol):
-    """What is learned from, as an experiment sees it."""
+    """The training data, as an experiment sees it."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """A training that is resumed must find the same."""
+        """A resumed training must find the same."""
         ...
 
     @property
     def data_place(self) -> str:
-        """Where it is, for messages."""
+        """Where it is, for error messages."""
         ...
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Where a training writes, with which options, and from where it goes on."""
+    """Where a training writes, its options, and the checkpoint that it resumes from."""
 
     directory: Path
     arguments: TrainArguments
     checkpoint: FoundCheckpoint | None = None
-    """None for a training that begins."""
+    """None for a new training."""
     is_resumed: bool = False
     """Whether an earlier run wrote into the directory."""
     is_finished: bool = False
@@ -116,13 +116,13 @@ class Experiment:
 
     @property
     def first_repeated_step(self) -> int:
-        """Optimizer steps after which everything is done again, beginning with the validation."""
+        """The first optimizer step whose validation or update is done again."""
         if self.checkpoint is None:
             return 0
         return self.checkpoint.step + (not self.checkpoint.validation_is_due)
 
     def resume_command(self) -> str:
-        """The line that goes on with this training, to be pasted."""
+        """The command that resumes this training, to be pasted."""
         arguments = self.arguments
         words = ["fst", "train"]
         for name in ("data_class", "model_class"):
@@ -145,12 +145,12 @@ class Experiment:
 def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator[Experiment]:
     """A new experiment directory, or with --resume that of an interrupted training.
 
-    Nobody else can go on with it inside the `with`. Processes beside the main one write nothing, and of a
-    new directory learn the name later.
+    The directory is locked inside the `with`. Only the main process writes; the others learn the name of a
+    new directory later.
 
     Raises:
-        UsageError: there is nothing to resume, or the options are not those that it was started with.
-        DatasetError: the dataset is not the one that it was started with.
+        UsageError: there is nothing to resume, or the options differ from those at the start.
+        DatasetError: the dataset differs from the one at the start.
         TrainingError: none of its checkpoints can be read.
     """
     resume = arguments.resume
@@ -167,17 +167,17 @@ def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator
     with _locked(directory):
         experiment = _found(directory, arguments, work)
         if not experiment.is_finished:
-            _begin(experiment, work)
+            _write_start(experiment, work)
         try:
             yield experiment
         except FullStackTransformerError:
-            _remove_if_nothing_happened(directory)
+            _remove_if_not_started(directory)
             raise
 
 
-def _begin(experiment: Experiment, work: ExperimentData) -> None:
+def _write_start(experiment: Experiment, work: ExperimentData) -> None:
     if experiment.is_resumed:
-        _forget_what_is_repeated(experiment)
+        _remove_repeated(experiment)
     write_arguments(experiment)
     write_json(experiment.directory / DATASET_FILE_NAME, work.description)
     for path in (experiment.directory.parent, experiment.directory.parent.parent):
@@ -202,8 +202,8 @@ def _directory_to_resume(resume: str, arguments: TrainArguments) -> Path:
             directory = directory.resolve()
         if not (directory / ARGUMENTS_FILE_NAME).is_file():
             raise UsageError(
-                f"--resume must be {RESUME_LAST} or an experiment directory; found {directory}, which "
-                f"holds no {ARGUMENTS_FILE_NAME}"
+                f"--resume must be {RESUME_LAST} or an experiment directory; {directory} has no "
+                f"{ARGUMENTS_FILE_NAME}"
             )
         return directory
     found = versions(arguments.experiments_root, arguments.experiment_name)
@@ -216,9 +216,9 @@ def _directory_to_resume(resume: str, arguments: TrainArguments) -> Path:
 
 
 def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Experiment:
-    """What is in the directory; changes nothing."""
+    """The experiment in the directory; changes nothing."""
     if not (directory / ARGUMENTS_FILE_NAME).is_file():
-        return Experiment(directory, given)  # new, or killed before it began
+        return Experiment(directory, given)  # new, or killed before it started
     saved = _read_arguments(directory / ARGUMENTS_FILE_NAME, type(given))
     _check_dataset(directory, work)
     arguments = _merged(given, saved, directory)
@@ -227,7 +227,7 @@ def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Expe
         return Experiment(directory, arguments, is_resumed=True, is_finished=True)
     checkpoint, skipped = find_checkpoint(directory / CHECKPOINTS_DIRECTORY_NAME)
     for path, reason in skipped.items():
-        logger.warning("%s cannot be read (%s): going on from one before it", path, reason)
+        logger.warning("%s cannot be read (%s): resuming from an earlier one", path, reason)
     return Experiment(directory, arguments, checkpoint, is_resumed=True)
 
 
@@ -247,13 +247,13 @@ def _check_dataset(directory: Path, work: ExperimentData) -> None:
     file = directory / DATASET_FILE_NAME
     if file.is_file() and read_json(file) != work.description:
         raise DatasetError(
-            f"{work.data_place} is not the dataset that {directory} was started with, "
-            f"which {file} describes; pass that one, or train anew without --resume"
+            f"{work.data_place} is not the dataset that {directory} was trained on, which {file} "
+            "describes; pass that one, or start a new training without --resume"
         )
 
 
 def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> TrainArguments:
-    """The saved options with the given ones that may differ. One with its default counts as not given."""
+    """The saved options with the changes that are allowed. A given default counts as not given."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(given):
         value = getattr(given, field.name)
@@ -264,16 +264,16 @@ def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> Tr
         (given.find_learning_rate, "learning_rate"),
         (given.find_batch_size, "batch_size"),
     ):
-        if flag:  # the same command again: what it found then is saved
+        if flag:  # the same command again: the value that it found is saved
             changed.pop(name, None)
     refused = sorted(changed.keys() - _CHANGEABLE)
     if refused:
         differences = "; ".join(
-            f"--{name} {changed[name]}, which was {getattr(saved, name)}" for name in refused
+            f"--{name} {changed[name]} (was {getattr(saved, name)})" for name in refused
         )
         raise UsageError(
-            f"--resume goes on with the options in {directory / ARGUMENTS_FILE_NAME}; found {differences}; "
-            "leave them out, or train anew without --resume"
+            f"--resume uses the options in {directory / ARGUMENTS_FILE_NAME}; these cannot change: "
+            f"{differences}; leave them out, or start a new training without --resume"
         )
     for name, value in changed.items():
         if is_main_process():
@@ -289,15 +289,15 @@ def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> Tr
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory until the end of this process at the latest."""
+    """Lock the directory; the lock ends with this process at the latest."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"another process is training in {directory}; wait for its end, or train anew without "
-                "--resume"
+                f"another process is training in {directory}; wait until it ends, or start a new "
+                "training without --resume"
             ) from error
         except OSError:  # a file system without locks
             logger.debug("%s cannot be locked", directory)
@@ -306,15 +306,15 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_if_nothing_happened(directory: Path) -> None:
-    """Leave no version of a training that was refused, such as for a model that does not exist."""
+def _remove_if_not_started(directory: Path) -> None:
+    """Remove the version of a training that failed at its start, such as for a missing model."""
     names = {ARGUMENTS_FILE_NAME, DATASET_FILE_NAME, TOKENIZER_DIRECTORY_NAME}
     if {path.name for path in directory.iterdir()} <= names:
         shutil.rmtree(directory)
 
 
-def _forget_what_is_repeated(experiment: Experiment) -> None:
-    """Take away what dead runs left unfinished, and what was written after the checkpoint."""
+def _remove_repeated(experiment: Experiment) -> None:
+    """Remove unfinished files of killed runs, and what was written after the checkpoint."""
     directory = experiment.directory
     checkpoints = directory / CHECKPOINTS_DIRECTORY_NAME
     for parent in (directory, checkpoints):
@@ -324,7 +324,7 @@ def _forget_what_is_repeated(experiment: Experiment) -> None:
     drop_lines_after(directory / GENERATED_FILE_NAME, experiment.first_repeated_step - 1)
     checkpoint = experiment.checkpoint
     if checkpoint is not None and checkpoint.path.name != LAST_FILE_NAME:
-        # A damaged last.ckpt must not become the previous one in the place of a whole one.
+        # A damaged last.ckpt must not replace an intact previous.ckpt.
         damaged = checkpoints / LAST_FILE_NAME
         if damaged.exists():
             damaged.rename(damaged.with_name(f"{LAST_FILE_NAME}.damaged"))

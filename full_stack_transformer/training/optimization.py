@@ -30,7 +30,7 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
 ) -> Optimizer:
-    """An optimizer that decays matrices alone: not norms, biases and embeddings."""
+    """An optimizer with weight decay for matrices only: not for norms, biases and embeddings."""
     groups = _split_parameters(module)
     # Fused: 39 against 170 ms a step for 124 M parameters on two cores.
     fused = next(module.parameters()).device.type in ("cpu", "cuda")
@@ -53,15 +53,15 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class _Parameters:
-    """The parameters that are trained, by what is done to them."""
+    """The trained parameters, by how they are optimized."""
 
     matrices: list[nn.Parameter]
     """Hidden matrices."""
     heads: list[nn.Parameter]
-    """Matrices to the vocabulary that are not the embeddings: nothing for Muon, whose steps make all
-    directions alike (Keller Jordan 2024), as rare words are not."""
+    """Output matrices that are not tied to the embeddings. Not for Muon, whose updates treat all directions
+    alike (Keller Jordan 2024), while rare words need smaller ones."""
     others: list[nn.Parameter]
-    """Norms, biases and embeddings, also where these are the head too."""
+    """Norms, biases and embeddings, tied ones included."""
 
 
 def _split_parameters(module: nn.Module) -> _Parameters:
@@ -86,8 +86,8 @@ def _split_parameters(module: nn.Module) -> _Parameters:
 class MuonWithAdamW(Optimizer):
     """Muon for the matrices and AdamW for the rest, as one optimizer.
 
-    One, because Lightning's automatic optimization and a schedule take one. The groups and the state are
-    shared with the two inside, so saving and restoring is the base class's.
+    One, because Lightning's automatic optimization and a schedule take one. Groups and state are shared
+    with the two inside, so the base class saves and restores them.
     """
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
@@ -108,7 +108,7 @@ class MuonWithAdamW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of both; `closure` computes the loss and its gradients first."""
+        """A step of both; `closure` computes the loss and its gradients first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,17 +131,17 @@ class Plan:
     """
 
     num_steps: int | None
-    """Optimizer steps until the end; none without a limit."""
+    """Optimizer steps until the end; None without a limit."""
     max_seconds: float | None
-    """Time until the end; none without a limit."""
+    """Time until the end; None without a limit."""
     num_batches_between_validations: int
-    """Batches of one process; a validation waits for the end of the optimizer step."""
+    """Batches of a process; a validation waits for the end of the optimizer step."""
     accumulate_grad_batches: int
     """Batches of an optimizer step."""
 
     @classmethod
     def of(cls, arguments: TrainArguments, *, num_batches_per_epoch: int) -> Self:
-        """What the options mean for epochs of so many batches."""
+        """The plan that the options mean for epochs of `num_batches_per_epoch` batches."""
         limits = []
         if arguments.max_epochs != -1:
             num_batches = arguments.max_epochs * num_batches_per_epoch
@@ -158,13 +158,13 @@ class Plan:
         )
 
     def progress(self, step: int, seconds: float) -> float:
-        """Part of the training that is over after `step` optimizer steps and `seconds`, 0 to 1."""
+        """Fraction of the training that is done after `step` optimizer steps and `seconds`, 0 to 1."""
         by_steps = step / self.num_steps if self.num_steps else float(self.num_steps == 0)
         by_time = seconds / self.max_seconds if self.max_seconds is not None else 0.0
         return min(1.0, max(by_steps, by_time))
 
     def validates_after(self, num_batches: int) -> bool:
-        """Whether the optimizer step that ends with batch `num_batches`, counted from 1, is validated."""
+        """Whether a validation follows the optimizer step that ends with batch `num_batches`, from 1."""
         every = self.num_batches_between_validations
         return num_batches // every > (num_batches - self.accumulate_grad_batches) // every
 
@@ -179,27 +179,27 @@ def learning_rate_factor(
     decay_fraction: float,
     min_ratio: float,
 ) -> float:
-    """Share of the highest learning rate that the next step takes.
+    """Fraction of the peak learning rate for the next step.
 
-    A linear rise, and then, down to a floor:
+    A linear warmup, then, down to a minimum:
 
     - cosine: cycles of equal length with hard restarts (Loshchilov and Hutter 2017, SGDR).
-    - linear: straight to the end.
-    - wsd: constant, and straight to the end over the last part (Hu et al. 2024, arXiv 2404.06395).
-    - constant: no decay, no floor.
+    - linear: linear decay to the end.
+    - wsd: constant, then linear decay over the last part (Hu et al. 2024, arXiv 2404.06395).
+    - constant: no decay, no minimum.
 
     Args:
         step: optimizer steps taken.
-        progress: part of the training that is over, 0 to 1; counts steps or minutes.
-        name: what follows the rise.
-        num_warmup_steps: steps of the rise.
+        progress: fraction of the training that is done, 0 to 1, by steps or minutes.
+        name: what follows the warmup.
+        num_warmup_steps: steps of the warmup.
         num_cycles: cosine cycles.
-        decay_fraction: part of the training over which `wsd` decays.
-        min_ratio: share that is left at the end of a decay.
+        decay_fraction: fraction of the training over which `wsd` decays.
+        min_ratio: fraction of the peak that is left at the end of a decay.
     """
     if step < num_warmup_steps:
         return (step + 1) / num_warmup_steps
-    # Where the rise ended, if steps take equal time.
+    # Progress at the end of the warmup, if all steps take equal time.
     start = progress * num_warmup_steps / step if step else 0.0
     position = (progress - start) / (1.0 - start) if progress < 1.0 else 1.0
     if name == "constant":
@@ -224,7 +224,7 @@ def make_schedule(
     decay_fraction: float,
     min_ratio: float,
 ) -> LambdaLR:
-    """The schedule of all groups; `progress` tells how much of the training is over after some steps."""
+    """The schedule of all parameter groups; `progress` maps steps to the fraction that is done."""
 
     def factor(step: int) -> float:
         return learning_rate_factor(

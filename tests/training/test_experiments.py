@@ -105,7 +105,7 @@ def test_other_options_are_refused_by_name(opening: _Opening) -> None:
     opening(learning_rate=0.5, batch_size=4)
     with pytest.raises(
         UsageError,
-        match=r"found --batch_size 8, which was 4; --learning_rate 0.25, which was 0.5; leave",
+        match=r"change: --batch_size 8 \(was 4\); --learning_rate 0.25 \(was 0.5\); leave",
     ):
         opening(resume="last", learning_rate=0.25, batch_size=8, max_epochs=3)
 

@@ -1,1 +1,1 @@
-"""What happens beside a training step: measuring, showing, exporting, saving, stopping."""
+"""Callbacks around the training step: measuring, showing, exporting, saving, stopping."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from full_stack_transformer.errors import UsageError
 
-# Under this key of a checkpoint: the weights that are trained on, by their names. Its `state_dict`
-# holds the average, so that what opens a checkpoint finds what was validated.
+# Key in a checkpoint: the trained weights by name. `state_dict` holds the average, so that a reader of the
+# checkpoint finds the weights that were validated.
 TRAINED_WEIGHTS_KEY = "trained_weights"
 
 
@@ -29,7 +29,7 @@ class AveragedWeights(pl.Callback):
     `on_validation_end`, whatever their order.
 
     Args:
-        decay: share of the average that a step keeps, later in a training.
+        decay: fraction of the average that a step keeps, after the start.
     """
 
     def __init__(self, *, decay: float) -> None:
@@ -40,7 +40,7 @@ class AveragedWeights(pl.Callback):
         self._is_in_place = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what has no whole weights.
+        """Check that each device has whole weights.
 
         Raises:
             UsageError: each process holds a part of each weight.
@@ -52,7 +52,7 @@ class AveragedWeights(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin with the weights as they are, or go on with the average of a checkpoint."""
+        """Start with the current weights, or with the average in a checkpoint."""
         self._step = trainer.global_step
         self._weights = _trained(pl_module)
         averages = self._averages or [weight.detach().clone() for weight in self._weights]
@@ -62,7 +62,7 @@ class AveragedWeights(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Move the average towards the weights, where an optimizer step was just taken."""
+        """Move the average towards the weights after an optimizer step."""
         if trainer.global_step == self._step:  # in the middle of an accumulation window
             return
         self._step = trainer.global_step
@@ -84,7 +84,7 @@ class AveragedWeights(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save both: the average where a reader looks for the model, and the weights."""
+        """Save the average in `state_dict`, and the trained weights beside it."""
         average_of = {
             id(weight): average
             for weight, average in zip(self._weights, self._averages, strict=True)
@@ -102,7 +102,7 @@ class AveragedWeights(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning has loaded the average: keep it, and load the weights."""
+        """Lightning has loaded the average: keep a copy, and load the trained weights."""
         self._averages = [weight.detach().clone() for weight in _trained(pl_module)]
         pl_module.load_state_dict(checkpoint[TRAINED_WEIGHTS_KEY], strict=False)
 

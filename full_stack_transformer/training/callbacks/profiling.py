@@ -1,9 +1,13 @@
-"""`--profile`: where the time of a step goes.
+"""`--profile`: how long each phase of a step takes.
 
-Lightning says to a profiler when each of its actions starts and ends; here every action belongs to a
-phase, and time counts for the innermost action that has one. A clock is read twice an action, which is
-microseconds a step. A GPU works on after an action has ended: there one step in ten is waited for at each
-action and measured, the others run as they do without.
+Lightning tells a profiler when each of its actions starts and ends. Here each action belongs to a phase, and
+time counts for the innermost action that has one. The clock is read twice per action, which is microseconds
+a step. A GPU keeps computing after an action has ended: there one step in ten is measured with a wait at each
+action, the others run as usual.
+
+Lightning's `SimpleProfiler` sums overlapping actions without wait, so that on a GPU the time of a forward
+pass shows up wherever the program waits next; `PyTorchProfiler` records operators, which are listed here too,
+but no share of a step for loading, validation or checkpoints.
 """
 
 import contextlib
@@ -26,12 +30,12 @@ from full_stack_transformer.training.processes import is_main_process
 logger = logging.getLogger(__name__)
 
 PROFILE_FILE_NAME = "profile.json"
-# Names by which parts of an action are marked: `with trainer.profiler.profile(LOSS):`.
+# Names that mark parts of an action: `with trainer.profiler.profile(LOSS):`.
 FORWARD, LOSS, HISTOGRAMS = "forward", "loss", "histograms"
 
 _STEP_PHASES = ("loading", FORWARD, LOSS, "backward", "optimizer", "logging", "other")
 _PHASES_BESIDE = ("validation", "text samples", "model directory", "checkpoints", HISTOGRAMS)
-# Last part of an action's name -> phase. What is not named belongs to the action around it.
+# Last part of an action's name -> phase. Other actions count for the action around them.
 _PHASE_OF_ACTION = {
     "train_dataloader_next": "loading",
     "on_before_batch_transfer": "loading",
@@ -53,7 +57,7 @@ _PHASE_OF_CALLBACK_AT_VALIDATION = {
     "SampleTexts": "text samples",
     "ExportModel": "model directory",
 }
-# Compilation and allocation, then a step that recovers from the profiler of the operators.
+# Steps for compilation and allocation; watched by the profiler of operators; to recover from it.
 _NUM_WARMUP_STEPS, _NUM_OPERATOR_STEPS, _NUM_SETTLING_STEPS = 3, 3, 1
 _FIRST_MEASURED_STEP = _NUM_WARMUP_STEPS + _NUM_OPERATOR_STEPS + _NUM_SETTLING_STEPS
 _STEPS_PER_WAIT_ON_CUDA = 10
@@ -61,7 +65,7 @@ _NUM_OPERATORS = 15
 
 
 class StepProfiler(Profiler):
-    """Adds up the time of each phase; at the end a table in the log, and profile.json.
+    """Adds up the time of each phase; at the end logs a table and writes profile.json.
 
     Args:
         directory: the experiment directory.
@@ -110,21 +114,21 @@ class StepProfiler(Profiler):
             self._wall_seconds += self._marked - self._began
 
     def describe(self) -> None:
-        """Say where the time went, and write it; Lightning calls this at the end."""
+        """Log and write the result; Lightning calls this at the end."""
         if not is_main_process():
             return
         if not self._num_measured:
             logger.info(
-                "the training was too short to profile: %d steps, the first %d do not count",
+                "the training was too short to profile: %d steps, of which the first %d are not counted",
                 self._num_steps,
                 _FIRST_MEASURED_STEP,
             )
             return
-        figures = self.figures()
-        write_json(self._directory / PROFILE_FILE_NAME, figures)
-        logger.info("%s", as_table(figures))
+        content = self.content()
+        write_json(self._directory / PROFILE_FILE_NAME, content)
+        logger.info("%s", as_table(content))
 
-    def figures(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """The content of profile.json."""
         per_step = {
             phase: 1e3 * self._seconds[phase] / self._num_measured for phase in _STEP_PHASES
@@ -139,7 +143,7 @@ class StepProfiler(Profiler):
         }
 
     def _mark(self) -> None:
-        """Count the time since the last mark for the action that was open."""
+        """Count the time since the last mark for the innermost open action."""
         if self._waits:
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -188,7 +192,7 @@ class StepProfiler(Profiler):
 
 @contextlib.contextmanager
 def _silent_standard_error() -> Iterator[None]:
-    """Torch's profiler writes lines there that only KINETO_LOG_LEVEL=6, set before torch, would prevent."""
+    """Torch's profiler prints lines that only KINETO_LOG_LEVEL=6, set before torch, would prevent."""
     sys.stderr.flush()
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -205,7 +209,7 @@ def _is_on_cuda() -> bool:
 
 
 def _phase_of(action: str) -> str | None:
-    """The phase of an action such as `[Strategy]DDPStrategy.backward`; none where that around it counts."""
+    """The phase of an action such as `[Strategy]DDPStrategy.backward`; None for that of the outer action."""
     owner, _, name = action.rpartition(".")
     if name.startswith("on_validation"):
         for callback, phase in _PHASE_OF_CALLBACK_AT_VALIDATION.items():
@@ -218,7 +222,7 @@ def _phase_of(action: str) -> str | None:
 
 
 def _heaviest_operators(profiler: profile) -> list[dict[str, Any]]:
-    """The operators that took most time by themselves, in milliseconds a step."""
+    """The operators with the most own time, in milliseconds a step."""
     totals: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for event in profiler.key_averages():  # type: ignore[no-untyped-call]
@@ -235,19 +239,19 @@ def _heaviest_operators(profiler: profile) -> list[dict[str, Any]]:
     ]
 
 
-def as_table(figures: dict[str, Any]) -> str:
-    """The content of profile.json as people read it."""
-    per_step: dict[str, float] = figures["milliseconds_per_step"]
+def as_table(content: dict[str, Any]) -> str:
+    """The content of profile.json as a table."""
+    per_step: dict[str, float] = content["milliseconds_per_step"]
     step = max(sum(per_step.values()), 1e-9)
-    wall = max(figures["seconds_taken"], 1e-9)
-    lines = [f"where a step's time goes, mean of {figures['num_measured_steps']:,} steps"]
+    wall = max(content["seconds_taken"], 1e-9)
+    lines = [f"time of a step, mean of {content['num_measured_steps']:,} steps"]
     for phase, milliseconds in [*per_step.items(), ("a step", step)]:
         lines.append(f"  {phase:<16}{milliseconds:>10.2f} ms{milliseconds / step:>8.1%}")
-    lines.append(f"beside the steps, of {wall:,.1f} s")
-    for phase, seconds in figures["seconds_beside_steps"].items():
+    lines.append(f"outside the steps, of {wall:,.1f} s")
+    for phase, seconds in content["seconds_beside_steps"].items():
         lines.append(f"  {phase:<16}{seconds:>10.2f} s {seconds / wall:>8.1%}")
-    lines.append("operators that take most, by themselves, while they are watched")
-    for operator in figures["operators"]:
+    lines.append("slowest operators, own time, while profiled")
+    for operator in content["operators"]:
         lines.append(
             f"  {operator['milliseconds_per_step']:>10.2f} ms a step"
             f"{operator['calls_per_step']:>7,.0f} calls  {operator['name']}"

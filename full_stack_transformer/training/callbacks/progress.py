@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 SUMMARY_FILE_NAME = "summary.json"
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_REFRESHES = 0.5
-# The rate is that of this much time before now: it follows, and does not flicker.
+# The rate is the mean over the last seconds, so that it follows without flickering.
 _SECONDS_OF_RATE = 10.0
 _MEGABYTE = 1e6
 
 
 class Progress(pl.Callback):
-    """Rewrites one line on a terminal; elsewhere adds a line to the log now and then.
+    """Rewrites one line on a terminal; without a terminal logs a line now and then.
 
     Everything shown counts this run alone, even if it resumes another one. Lightning's `RichProgressBar`
     counts batches of an epoch, here one long epoch: its time left knows neither --max_steps nor
@@ -43,7 +43,7 @@ class Progress(pl.Callback):
 
     Args:
         meter: where the values come from.
-        show: false writes nothing.
+        show: False writes nothing.
     """
 
     def __init__(self, meter: Meter, *, show: bool) -> None:
@@ -58,7 +58,7 @@ class Progress(pl.Callback):
         self._width = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing is shown before there is something to say."""
+        """Show nothing before there is a rate."""
         self._show = self._show and trainer.is_global_zero
         self._shown = time.monotonic()
         self._first_at = None
@@ -71,7 +71,7 @@ class Progress(pl.Callback):
         batch: Batch,
         batch_index: int,
     ) -> None:
-        """Show the line when it is time to."""
+        """Show the line if it is time."""
         if not self._show:
             return
         self._meter.count(trainer, outputs, batch, batch_index)
@@ -85,19 +85,19 @@ class Progress(pl.Callback):
             self._write(self._line(trainer, pl_module, now))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the line as it is now: the log of the validation comes below it."""
+        """Finish the line: the log of the validation follows below."""
         if self._on_terminal and self._width:
             self._write(self._line(trainer, pl_module, time.monotonic()))
         self._end_line()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the line to the summary."""
+        """Finish the line before the summary."""
         self._end_line()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave the line to what is said about the exception."""
+        """Finish the line before the error message."""
         self._end_line()
 
     def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule, now: float) -> str:
@@ -105,10 +105,10 @@ class Progress(pl.Callback):
         assert self._first_at is not None
         rate = self._rate()
         done = pl_module.progress(trainer.global_step)
-        # By the clock on the wall: validations to come take their part as those before did.
+        # By wall-clock time: later validations are assumed to take as long as earlier ones.
         left = (now - self._first_at) * (1 - done) / max(done - self._first_done, 1e-9)
         total = pl_module.plan.num_steps
-        # Where minutes end the training before its steps do, their number says nothing.
+        # If --max_minutes ends the training first, the number of steps says nothing.
         ends_by_steps = total is not None and trainer.global_step >= done * total - 0.5
         of_total = f" of {total:,}" if ends_by_steps else ""
         return (
@@ -129,7 +129,7 @@ class Progress(pl.Callback):
         if not self._on_terminal:
             logger.info(line)
             return
-        # A line that is broken in two cannot be rewritten.
+        # A line that wraps cannot be rewritten.
         line = line[: shutil.get_terminal_size().columns - 1]
         padded = line.ljust(self._width)
         self._width = len(line)
@@ -170,7 +170,7 @@ class RecordCurves(pl.Callback):
         self._reading: Reading | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin with the step after this one."""
+        """Start with the next step."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, EpochDataModule)
         self._batches_per_epoch = data.num_batches_per_epoch
@@ -185,7 +185,7 @@ class RecordCurves(pl.Callback):
         batch: Batch,
         batch_index: int,
     ) -> None:
-        """Write the points of this step, if it is one to write."""
+        """Write the points of every `log_every_n_steps`th step."""
         self._meter.count(trainer, outputs, batch, batch_index)
         step = trainer.global_step
         if self._histograms and validation_is_due(trainer):
@@ -198,7 +198,7 @@ class RecordCurves(pl.Callback):
             self._record_step(trainer, pl_module, batch_index)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the points of the validation, and hand everything to the disk."""
+        """Write the points of the validation, and flush."""
         figures = validation_figures(trainer)
         points = {metric_names.LOSS: figures.loss, **figures.metrics}
         self._record(
@@ -212,7 +212,7 @@ class RecordCurves(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_index: int
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        # Each process knows the loss of its own targets, as a share of those of all.
+        # Each process knows the loss of its own targets, weighted by their share of all targets.
         loss = float(trainer.strategy.reduce(self._meter.loss, reduce_op="mean"))
         reading = self._meter.read()
         rate = reading.tokens_per_second_since(self._reading or self._meter.first)
@@ -226,7 +226,7 @@ class RecordCurves(pl.Callback):
             metric_names.RESIDENT_MEGABYTES: (resident_bytes() or peak_resident_bytes())
             / _MEGABYTE,
         }
-        if rate > 0:  # not in the first step, with which the meter begins
+        if rate > 0:  # not in the first step, which starts the clock
             points[metric_names.TOKENS_PER_SECOND] = rate
             points[metric_names.MODEL_FLOPS_UTILIZATION] = self._meter.utilization(rate)
         if pl_module.device.type == "cuda":
@@ -256,7 +256,7 @@ class RecordCurves(pl.Callback):
 
 
 def _writer(trainer: pl.Trainer) -> SummaryWriter | None:
-    """TensorBoard's own writer, on the process that writes."""
+    """TensorBoard's own writer, in the process that writes."""
     if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
         writer: SummaryWriter = trainer.logger.experiment
         return writer
@@ -272,16 +272,16 @@ class TrainingSummary:
     num_tokens: int
     """Input tokens that are not padding, of all runs and processes."""
     tokens_per_second: float
-    """Of this run, from its second step on, without validations."""
+    """Of this run from its second step, without validations."""
     model_flops_utilization: float
-    """Part of the measured peak that this rate means."""
+    """Fraction of the measured peak that this rate is."""
     seconds_taken: float
-    """Of this run, all in all."""
+    """Of this run, in total."""
     best_step: int | None
-    """The validation with the best figure, whose model was exported; none without a validation."""
+    """Step of the best validation, whose model was exported; None without a validation."""
     best_validation_loss: float | None
     best_metrics: dict[str, float]
-    """What the task measured then beside the loss."""
+    """The other metrics of that validation."""
     best_words: str
     """The same for a person."""
 
@@ -293,7 +293,7 @@ class TrainingSummary:
         return content | {f"best_validation_{name}": value for name, value in metrics.items()}
 
     def lines(self, directory: Path) -> list[str]:
-        """For a person, who wants to talk to the model next."""
+        """For a person: the result, and how to serve the model."""
         lines = [
             f"trained {self.num_steps:,} steps on {self.num_tokens:,} tokens in "
             f"{duration(self.seconds_taken)}, {self.tokens_per_second:,.0f} tokens/s, "
@@ -335,7 +335,7 @@ def summarize(
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it, in its two largest units: `2 h 05 min`, `4 min 10 s`, `8 s`."""
+    """A time in its two largest units: `2 h 05 min`, `4 min 10 s`, `8 s`."""
     whole = round(seconds)
     if whole >= 86_400:
         return f"{whole // 86_400} d {whole % 86_400 // 3600:02} h"

@@ -86,10 +86,10 @@ def test_time_counts_for_the_innermost_phase(
     clock.spend("[_TrainingEpochLoop].train_dataloader_next", 0)
     per_batch = {"loading": 2, FORWARD: 4, LOSS: 3, "backward": 5, "logging": 1, "other": 1}
     expected = {phase: num_batches * milliseconds for phase, milliseconds in per_batch.items()}
-    figures = profiler.figures()
-    assert figures["milliseconds_per_step"] == pytest.approx({**expected, "optimizer": 6})
-    assert figures["num_measured_steps"] == 4
-    assert figures["num_steps"] == _STEPS_BEFORE + 4
+    content = profiler.content()
+    assert content["milliseconds_per_step"] == pytest.approx({**expected, "optimizer": 6})
+    assert content["num_measured_steps"] == 4
+    assert content["num_steps"] == _STEPS_BEFORE + 4
 
 
 def test_a_validation_is_no_part_of_a_step(profiler: StepProfiler, clock: _Clock) -> None:
@@ -106,8 +106,8 @@ def test_a_validation_is_no_part_of_a_step(profiler: StepProfiler, clock: _Clock
         clock.spend("save_checkpoint", 50)
     clock.step()
     clock.spend("[_TrainingEpochLoop].train_dataloader_next", 0)
-    figures = profiler.figures()
-    assert figures["seconds_beside_steps"] == pytest.approx(
+    content = profiler.content()
+    assert content["seconds_beside_steps"] == pytest.approx(
         {
             "validation": 0.032,
             "text samples": 0.03,
@@ -116,7 +116,7 @@ def test_a_validation_is_no_part_of_a_step(profiler: StepProfiler, clock: _Clock
             "histograms": 0.0,
         }
     )
-    assert sum(figures["milliseconds_per_step"].values()) == pytest.approx(22)
+    assert sum(content["milliseconds_per_step"].values()) == pytest.approx(22)
 
 
 def test_the_parts_add_up_to_the_clock(
@@ -138,15 +138,15 @@ def test_the_parts_add_up_to_the_clock(
     )
     with caplog.at_level(logging.INFO):
         training.fit()
-    figures = json.loads((tmp_path / PROFILE_FILE_NAME).read_text())
-    assert figures["num_measured_steps"] == 20 - _STEPS_BEFORE
+    content = json.loads((tmp_path / PROFILE_FILE_NAME).read_text())
+    assert content["num_measured_steps"] == 20 - _STEPS_BEFORE
     by_clock = 1e3 * (clock[20] - clock[_STEPS_BEFORE]) / (20 - _STEPS_BEFORE)
-    assert sum(figures["milliseconds_per_step"].values()) == pytest.approx(by_clock, rel=0.1)
-    assert figures["milliseconds_per_step"]["backward"] > 0.05 * by_clock
-    assert len(figures["operators"]) == 15
-    assert any(operator["name"] == "aten::mm" for operator in figures["operators"])
-    assert as_table(figures) in caplog.text
-    assert "where a step's time goes, mean of 13 steps" in caplog.text
+    assert sum(content["milliseconds_per_step"].values()) == pytest.approx(by_clock, rel=0.1)
+    assert content["milliseconds_per_step"]["backward"] > 0.05 * by_clock
+    assert len(content["operators"]) == 15
+    assert any(operator["name"] == "aten::mm" for operator in content["operators"])
+    assert as_table(content) in caplog.text
+    assert "time of a step, mean of 13 steps" in caplog.text
 
 
 def test_a_short_training_has_no_profile(
@@ -154,5 +154,5 @@ def test_a_short_training_has_no_profile(
 ) -> None:
     with caplog.at_level(logging.INFO):
         SmallTraining(dataset, tmp_path, profiler=StepProfiler(tmp_path), max_steps=5).fit()
-    assert "too short to profile: 5 steps, the first 7 do not count" in caplog.text
+    assert "too short to profile: 5 steps, of which the first 7 are not counted" in caplog.text
     assert not (tmp_path / PROFILE_FILE_NAME).exists()
