@@ -1,12 +1,15 @@
 """The import rules of the package: who may know whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from full_stack_transformer.tasks.catalogue import TASKS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "full_stack_transformer"
 NAME = PACKAGE.name
@@ -23,6 +26,8 @@ def _room(module: str) -> str:
 
 ALL = {_room(module) for module in MODULES} - {"", "__main__", "scripts"}
 BASE = {"arguments", "errors", "storage", "machine"}
+# Names without code behind them: the command line and the documents' side may know which tasks there are.
+CATALOGUE = f"{NAME}.tasks.catalogue"
 # Third-party packages that belong to one room.
 ROOM_OF_PACKAGE = {
     "pytorch_lightning": "training",
@@ -36,7 +41,7 @@ ROOM_OF_PACKAGE = {
     "cyclopts": "__main__",
     "lm_eval": "evaluation",
 }
-# And those with figures of their own.
+# And those with metrics of their own.
 ROOMS_WITH_METRICS = {"serving", "telegram"}
 # What a room must never import of ours.
 FORBIDDEN = {
@@ -85,6 +90,8 @@ def test_a_module_imports_only_what_its_room_may(module: str) -> None:
     room = _room(module)
     for imported in _imports(MODULES[module]):
         package = imported.split(".")[0]
+        if imported == CATALOGUE:
+            continue
         if package == NAME:
             assert _room(imported) not in FORBIDDEN.get(room, set()), f"{module} imports {imported}"
             if room == "telegram":
@@ -137,6 +144,8 @@ def test_every_package_has_a_docstring() -> None:
         "document_sources.demo",
         "metrics.classification",
         "metrics.texts",
+        "tasks.catalogue",
+        "tasks.routes",
         "__main__",
     ],
 )
@@ -159,6 +168,23 @@ def test_the_libraries_of_metrics_are_imported_when_one_is_computed(module: str)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{module} imports {done.stderr}"
+
+
+def test_the_name_of_a_task_stands_in_its_file_and_in_the_catalogue() -> None:
+    """Whatever else differs between tasks, the other modules ask the task."""
+    folder = PACKAGE / "tasks"
+    for name, where in TASKS.items():
+        allowed = {folder / "catalogue.py", folder / f"{where.partition(':')[0]}.py"}
+        files = [path for ending in ("py", "js", "html") for path in PACKAGE.rglob(f"*.{ending}")]
+        for path in files:
+            if path not in allowed:
+                assert not re.search(rf"\b{name}\b", _code(path)), f"{path} names {name}"
+
+
+def _code(path: Path) -> str:
+    """A file without the lines that import a task's module."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("from ", "import ")))
 
 
 def test_the_service_never_imports_lightning() -> None:

@@ -7,15 +7,7 @@ from typing import Literal
 from full_stack_transformer.arguments.checks import at_least, between
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
-
-# The tasks with labelled rows of python_docs.
-RowTaskName = Literal[
-    "sequence_classification",
-    "token_labelling",
-    "multiple_choice",
-    "span_selection",
-    "sentence_embedding",
-]
+from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
 
 
 @dataclass(frozen=True)
@@ -31,16 +23,20 @@ class CollectDocumentsArguments:
     """Directory in which the folder of this source is written."""
     end_of_document: str = "[END_OF_DOCUMENT]"
     """Line that ends each document."""
-    task: RowTaskName | None = None
-    """Write labelled rows of python_docs instead of documents. sequence_classification: the package of a
-    docstring. token_labelling: words that are names of code. multiple_choice: the first line of a docstring.
-    span_selection: the sentence that answers a question. sentence_embedding: whether two sentences are
-    from the same docstring."""
+    task: ExampleName | None = None
+    """Write labelled rows of python_docs instead of documents. Classification: the package of a docstring.
+    Token labelling: words that are names of code. Multiple choice: the first line of a docstring. Span
+    selection: the sentence that answers a question. Sentence embedding: whether two sentences are from the
+    same docstring."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         if self.task is not None and self.source != "python_docs":
             raise UsageError(f"--task works with python_docs only, found {self.source}")
+        if self.task is not None and self.task not in EXAMPLE_ROWS:
+            raise UsageError(
+                f"--task must be one of {', '.join(EXAMPLE_ROWS)}; found {self.task!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ only, like all of arguments/.
 from collections.abc import Callable, Sequence
 
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.tasks.catalogue import FILL_MASK_TASK
 
 # Our options that had another name before, in files for --config and in arguments.json.
 RENAMED = {"temperature": "simcse_temperature"}
@@ -62,7 +63,7 @@ INSTEAD: dict[str, str] = {
     "group_by_length": "--batching length, which is the default",
     "line_by_line": "fst prepare_dataset, which splits documents into samples",
     "block_size": "--max_sample_length of fst prepare_dataset",
-    "mlm": "--task masked_lm",
+    "mlm": f"--task {FILL_MASK_TASK}",
     "model_type": '--model_config FILE.json with {"model_type": …}, or a preset such as encoder-mini',
     "model_revision": "--model_path with a directory downloaded by hf download --revision",
     "use_auth_token": "the environment variable HF_TOKEN, or hf auth login",

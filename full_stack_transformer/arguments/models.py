@@ -10,8 +10,8 @@ from full_stack_transformer.arguments.checks import (
     check_sampling,
     parsed_logit_bias,
 )
-from full_stack_transformer.arguments.data import RowTaskName
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.tasks.catalogue import TaskName
 
 
 # The command line takes fields by position only before the first keyword-only one, in the order of
@@ -99,7 +99,7 @@ class LabelledRowsOptions:
 
     split: Literal["auto", "train", "valid", "test"] = "auto"
     """Rows of a directory to evaluate on. auto: test if there are test rows, else valid."""
-    task: RowTaskName | None = None
+    task: TaskName | None = None
     """Task of the labelled rows. Default: the task the model was trained for. A causal model can do multiple
     choice by likelihood, and any model can embed sentences, with the mean of its last layer."""
     train_file: Path | None = None

@@ -7,18 +7,7 @@ from typing import Literal
 from full_stack_transformer.arguments.checks import at_least, between
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
-
-TaskName = Literal[
-    "causal_lm",
-    "masked_lm",
-    "sequence_classification",
-    "multiple_choice",
-    "span_selection",
-    "token_labelling",
-    "sentence_embedding",
-]
-# These learn from a dataset directory of prepare_dataset, the others from labelled rows.
-CORPUS_TASKS = ("causal_lm", "masked_lm")
+from full_stack_transformer.tasks.catalogue import DEFAULT_TASK, TaskName, check_task_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +217,9 @@ class TrainArguments(
     """Train a model on a dataset directory or on labelled rows: EXPERIMENTS_ROOT/EXPERIMENT_NAME/VERSION/."""
 
     _: KW_ONLY
-    task: TaskName = "causal_lm"
-    """What is learned. causal_lm and masked_lm take a --dataset_dir, the others labelled rows."""
+    task: TaskName = DEFAULT_TASK
+    """What is learned, or your own my_module.MyTask. Language models are trained on a --dataset_dir, other
+    tasks on labelled rows."""
     dataset_dir: Path | None = None
     """Dataset directory written by prepare_dataset: DATASETS_ROOT/NAME/VERSION, or DATASETS_ROOT/NAME
     for its newest version. Labelled rows: a directory with train, valid and test files or folders, or
@@ -267,7 +257,7 @@ class TrainArguments(
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         check_name(self.experiment_name, "--experiment_name")
-        self._check_data()
+        check_task_name(self.task)
         at_least(self, 4, "max_length")
         at_least(self, 0, "doc_stride")
         between(self, 1e-6, 100, "simcse_temperature")
@@ -299,24 +289,6 @@ class TrainArguments(
         if self.max_epochs == -1 and self.max_steps == -1 and self.max_minutes is None:
             raise UsageError("--max_epochs -1 never ends; add --max_steps or --max_minutes")
 
-    def _check_data(self) -> None:
-        if self.task in CORPUS_TASKS:
-            if self.dataset_dir is None or self.train_file is not None:
-                raise UsageError(
-                    f"--task {self.task} needs --dataset_dir, a dataset written by prepare_dataset"
-                    + ("; --train_file is for labelled rows" if self.train_file else "")
-                )
-            if self.do_eval or self.do_predict:
-                raise UsageError(
-                    f"--do_eval and --do_predict are for labelled rows; for --task {self.task} use "
-                    "fst evaluate"
-                )
-        elif (self.dataset_dir is None) == (self.train_file is None):
-            found = "neither" if self.dataset_dir is None else "both"
-            raise UsageError(
-                f"--task {self.task} needs --dataset_dir or --train_file with labelled rows; found {found}"
-            )
-
 
 @dataclass(frozen=True)
 class RunExperimentArguments(TrainArguments):
@@ -327,13 +299,13 @@ class RunExperimentArguments(TrainArguments):
     """my_module.MyData, a subclass of full_stack_transformer.training.data.rows.BaseDataModule."""
     model_class: str = ""
     """my_module.MyModel, a transformers model class or a subclass of
-    full_stack_transformer.tasks.task.Task. Default: the model class of --task."""
+    full_stack_transformer.tasks.task.RowTask. Default: the model class of --task."""
 
-    def _check_data(self) -> None:
+    def __post_init__(self) -> None:
+        """Raise UsageError for values that can never work."""
+        super().__post_init__()
         if not (self.data_class or self.model_class):
             raise UsageError("pass --data_class or --model_class, or use fst train")
-        if not self.data_class:
-            super()._check_data()
 
 
 @dataclass(frozen=True)

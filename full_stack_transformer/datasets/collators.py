@@ -7,6 +7,8 @@ position_ids  (batch, tokens)  packed only: from 0 in each sample
 document_ids  (batch, tokens)  packed only: number of the sample in its row; padding counts as one more
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from full_stack_transformer.datasets.batches import BatchSpans
 from full_stack_transformer.datasets.corpus import Corpus
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
-# Positions with this label do not count: PyTorch's default `ignore_index`.
-IGNORED_LABEL = -100
+Batch = dict[str, Tensor]
+Collator = Callable[[BatchSpans], Batch]
 
 
 class PaddedCollator:

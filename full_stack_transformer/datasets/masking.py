@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from full_stack_transformer.datasets.batches import BatchSpans
-from full_stack_transformer.datasets.collators import IGNORED_LABEL
 from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL, DocumentTokenizer
 
 _PART_MASKED, _PART_REPLACED = 0.8, 0.1
 # How byte-level BPE spells a space, an end of line, a tab and a carriage return: as letters.

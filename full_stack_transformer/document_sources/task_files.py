@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from full_stack_transformer.arguments.data import CollectDocumentsArguments
-from full_stack_transformer.document_sources.task_rows import Side, TaskName, TaskRow, task_rows
+from full_stack_transformer.document_sources.task_rows import Side, TaskRow, task_rows
 from full_stack_transformer.errors import MachineError
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _SIDES: tuple[Side, ...] = ("train", "valid", "test")
 
 
-def collect_task_rows(arguments: CollectDocumentsArguments, task: TaskName) -> Path:
+def collect_task_rows(arguments: CollectDocumentsArguments, task: str) -> Path:
     """Write the rows of a task and return the directory that holds them.
 
     Raises:
@@ -57,7 +57,7 @@ def collect_task_rows(arguments: CollectDocumentsArguments, task: TaskName) -> P
     return directory
 
 
-def _write(directory: Path, task: TaskName, rows: Sequence[TaskRow]) -> None:
+def _write(directory: Path, task: str, rows: Sequence[TaskRow]) -> None:
     """Replace the files once all of them are on the disk."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as name:
@@ -75,7 +75,7 @@ def _write(directory: Path, task: TaskName, rows: Sequence[TaskRow]) -> None:
     sync_directory(directory)
 
 
-def _description(partial: Path, task: TaskName, rows: Sequence[TaskRow]) -> dict[str, Any]:
+def _description(partial: Path, task: str, rows: Sequence[TaskRow]) -> dict[str, Any]:
     counts = Counter(row.side for row in rows)
     description: dict[str, Any] = {
         "task": task,
@@ -84,7 +84,7 @@ def _description(partial: Path, task: TaskName, rows: Sequence[TaskRow]) -> dict
         "number_of_rows": {side: counts[side] for side in _SIDES},
         "files": {f"{side}.jsonl": file_facts(partial / f"{side}.jsonl") for side in _SIDES},
     }
-    if task == "sequence_classification":
+    if isinstance(rows[0].fields.get("label"), str):
         labels = Counter(str(row.fields["label"]) for row in rows)
         description["number_of_rows_by_label"] = dict(sorted(labels.items()))
     return description

@@ -1,11 +1,11 @@
 """Small labelled data sets out of the interpreter's own documentation, a row for each example.
 
-    sequence_classification   the text of a docstring           -> its package, one of ten; names masked
-    token_labelling           signature and docstring, in words -> the names of code among them
-    multiple_choice           signature and rest of a docstring -> its first line, among four
-    span_selection            a docstring or paragraph of pydoc
-                              and a question                    -> the sentence that answers it, or none
-    sentence_embedding        two sentences                     -> 1 from one docstring, 0 from two packages
+    package_rows    the text of a docstring            -> its package, one of ten; names masked
+    name_rows       signature and docstring, in words  -> the names of code among them
+    choice_rows     signature and rest of a docstring  -> its first line, among four
+    span_rows       a docstring or paragraph of pydoc
+                    and a question                     -> the sentence that answers it, or none
+    sentence_rows   two sentences                      -> 1 from one docstring, 0 from two packages
 
 Rows that could help each other (of one class or function, or of one file) fall on the same side of the
 split, and no two docstrings are near-duplicates. Every choice is drawn from a generator that is seeded with
@@ -28,15 +28,9 @@ from full_stack_transformer.document_sources.docstrings import (
     sentences,
 )
 from full_stack_transformer.document_sources.documents import tidy
+from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS
 
 Side = Literal["train", "valid", "test"]
-TaskName = Literal[
-    "sequence_classification",
-    "token_labelling",
-    "multiple_choice",
-    "span_selection",
-    "sentence_embedding",
-]
 
 _NUM_CLASSES = 10
 _MASK = "MODULE"
@@ -78,13 +72,13 @@ class TaskRow:
     fields: dict[str, Any]
 
 
-def task_rows(task: TaskName) -> list[TaskRow]:
-    """The rows of a task, from the interpreter that runs this.
+def task_rows(task: str) -> list[TaskRow]:
+    """The rows for a task of `EXAMPLE_ROWS`, from the interpreter that runs this.
 
     Raises:
         MachineError: this interpreter was installed without its sources.
     """
-    return list(_ROWS[task](library_docstrings()))
+    return list(_MAKERS[EXAMPLE_ROWS[task]](library_docstrings()))
 
 
 def side_of(group: str) -> Side:
@@ -202,12 +196,9 @@ def sentence_rows(docstrings: Sequence[Docstring]) -> Iterator[TaskRow]:
                 yield TaskRow(side, {"sentence1": first, "sentence2": other, "score": 0.0})
 
 
-_ROWS: dict[TaskName, Callable[[Sequence[Docstring]], Iterator[TaskRow]]] = {
-    "sequence_classification": package_rows,
-    "token_labelling": name_rows,
-    "multiple_choice": choice_rows,
-    "span_selection": span_rows,
-    "sentence_embedding": sentence_rows,
+_MAKERS: dict[str, Callable[[Sequence[Docstring]], Iterator[TaskRow]]] = {
+    maker.__name__: maker
+    for maker in (package_rows, name_rows, choice_rows, span_rows, sentence_rows)
 }
 
 

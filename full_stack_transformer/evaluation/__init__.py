@@ -1,1 +1,1 @@
-"""Model directory + dataset directory -> figures. Knows nothing of training."""
+"""Model directory + dataset directory -> metrics. Knows nothing of training."""

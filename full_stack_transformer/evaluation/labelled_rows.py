@@ -1,4 +1,4 @@
-"""`fst evaluate` on labelled rows: figures with intervals, baselines, predictions and the worst errors."""
+"""`fst evaluate` on labelled rows: metrics with intervals, baselines, predictions and the worst errors."""
 
 import json
 import logging
@@ -12,24 +12,16 @@ from transformers import AutoConfig
 
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.evaluation.baselines import baseline_predictions
 from full_stack_transformer.evaluation.bootstrap import bootstrap_intervals
 from full_stack_transformer.evaluation.pictures import confusion_picture
 from full_stack_transformer.modelling.backbones import backbone_of_config
 from full_stack_transformer.modelling.model_directory import find_model_directory
-from full_stack_transformer.rows.fields import named_rows
-from full_stack_transformer.rows.files import PLACE, read_rows
+from full_stack_transformer.rows.fields import named_rows, without_place
+from full_stack_transformer.rows.files import PLACE, Row, read_rows
 from full_stack_transformer.rows.splits import find_splits
 from full_stack_transformer.storage import make_directories, write_json, write_text
-from full_stack_transformer.tasks.catalogue import (
-    CAUSAL_LM,
-    SENTENCE_EMBEDDING,
-    OpenedTask,
-    open_task,
-    task_name_of,
-)
-from full_stack_transformer.tasks.multiple_choice import MultipleChoice
-from full_stack_transformer.tasks.task import Figures, Prediction, Row, Task
+from full_stack_transformer.tasks.opening import OpenedTask, open_task
+from full_stack_transformer.tasks.task import Metrics, Prediction, RowTask
 
 logger = logging.getLogger(__name__)
 
@@ -37,57 +29,70 @@ _NUM_WORST = 50
 _RIGHT = 0.5
 
 
-def evaluate_rows(arguments: EvaluateArguments) -> dict[str, Any]:
-    """The content that `fst evaluate` prints, of a model of a task with labelled rows.
+def evaluate_rows(arguments: EvaluateArguments, cls: type[RowTask]) -> dict[str, Any]:
+    """What `fst evaluate` prints of a model on labelled rows.
 
-    A causal language model chooses by likelihood, unless it is told otherwise.
+    Args:
+        arguments: the options.
+        cls: what the model is to do with the rows.
 
     Raises:
         RowError: there are no rows, or they do not fit the task.
         ModelError: the model has no head for the task.
     """
-    own = task_name_of(find_model_directory(arguments.model))
-    name = arguments.task or (MultipleChoice.name if own == CAUSAL_LM else own)
-    opened = open_task(arguments.model, name=name, device=arguments.device)
-    task = opened.task
+    opened = open_task(arguments.model, cls=cls, device=arguments.device)
+    task = opened.row_task
     path, train_path = _paths(arguments)
-    rows = named_rows(read_rows(path), task.name)
+    rows = named_rows(read_rows(path), cls.named)
     if not rows:
         raise RowError(f"{path} has no rows")
     features = task.labelled_features(rows)
     predictions = task.predict_features(
         rows, features, opened.backbone, batch_size=arguments.batch_size
     )
-    figures = task.figures(rows, predictions)
-    if not figures.scalars:
-        wanted = "a pair of texts and a label" if task.name == SENTENCE_EMBEDDING else "any words"
-        raise RowError(f"{path} has no row with {wanted}, to measure by")
+    metrics = task.metrics(rows, predictions)
+    if not metrics.scalars:
+        raise RowError(f"{path} has no row with {cls.measured_by}, to measure by")
     content: dict[str, Any] = {
         "task": opened.name,
         "rows": str(path),
         "number_of_rows": len(rows),
-        "figures": figures.scalars,
+        "figures": metrics.scalars,
         "intervals": _intervals(task, rows, predictions, arguments),
     }
     if train_path is not None and arguments.baselines:
-        train_rows = named_rows(read_rows(train_path), task.name)
-        if not train_rows:
-            raise RowError(
-                f"{train_path} has no rows for the baselines to learn from; pass --no-baselines"
-            )
-        found = baseline_predictions(task, train_rows, rows)
+        found = _baselines(task, train_path, rows)
         found["untrained"] = task.predict_features(
             rows, features, _untrained(opened, arguments), batch_size=arguments.batch_size
         )
         content["baselines"] = {
-            name: task.figures(rows, one).scalars for name, one in found.items()
+            name: task.metrics(rows, one).scalars for name, one in found.items()
         }
-    if figures.per_class:
-        content["classes"] = [asdict(row) for row in figures.per_class]
+    if metrics.per_class:
+        content["classes"] = [asdict(row) for row in metrics.per_class]
     if arguments.output_dir is not None:
-        _write(arguments.output_dir, task, rows, predictions, figures, content)
+        _write(arguments.output_dir, task, rows, predictions, metrics, content)
     _log(content)
     return content
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether it is a file, or a directory with training rows, and no dataset directory."""
+    return path.is_file() or (
+        path.is_dir()
+        and any(one.name.split(".")[0] == "train" and one.suffix for one in path.iterdir())
+    )
+
+
+def _baselines(task: RowTask, train_path: Path, rows: Sequence[Row]) -> dict[str, list[Prediction]]:
+    """Predictions that need no model, by the name of the baseline."""
+    train_rows = named_rows(read_rows(train_path), task.named)
+    if not train_rows:
+        raise RowError(
+            f"{train_path} has no rows for the baselines to learn from; pass --no-baselines"
+        )
+    task.labelled_features(train_rows)  # each has a label that the model knows
+    return task.baselines(train_rows, rows)
 
 
 def _paths(arguments: EvaluateArguments) -> tuple[Path, Path | None]:
@@ -108,13 +113,16 @@ def _paths(arguments: EvaluateArguments) -> tuple[Path, Path | None]:
 
 
 def _intervals(
-    task: Task, rows: Sequence[Row], predictions: Sequence[Prediction], arguments: EvaluateArguments
+    task: RowTask,
+    rows: Sequence[Row],
+    predictions: Sequence[Prediction],
+    arguments: EvaluateArguments,
 ) -> dict[str, list[float]]:
     if not arguments.num_resamples:
         return {}
     found = bootstrap_intervals(
         lambda places: (
-            task.figures(
+            task.metrics(
                 [rows[place] for place in places], [predictions[place] for place in places]
             ).scalars
         ),
@@ -136,15 +144,15 @@ def _untrained(opened: OpenedTask, arguments: EvaluateArguments) -> Any:
 
 def _write(
     directory: Path,
-    task: Task,
+    task: RowTask,
     rows: Sequence[Row],
     predictions: Sequence[Prediction],
-    figures: Figures,
+    metrics: Metrics,
     content: Mapping[str, Any],
 ) -> None:
     make_directories(directory)
     lines = [
-        {**{key: value for key, value in row.items() if key != PLACE}, "prediction": prediction}
+        {**without_place(row), "prediction": prediction}
         for row, prediction in zip(rows, predictions, strict=True)
     ]
     write_text(directory / "predictions.jsonl", _as_lines(lines))
@@ -155,11 +163,11 @@ def _write(
     )[:_NUM_WORST]
     errors = [{"place": rows[n].get(PLACE), "rightness": rightness[n], **lines[n]} for n in worst]
     write_text(directory / "worst_errors.jsonl", _as_lines(errors))
-    if figures.confusion:
-        picture = confusion_picture(figures.labels, figures.confusion)
+    if metrics.confusion:
+        picture = confusion_picture(metrics.labels, metrics.confusion)
         write_text(directory / "confusion_matrix.svg", picture)
     write_json(directory / "results.json", content)
-    logger.info("wrote predictions, the worst errors and figures into %s", directory)
+    logger.info("wrote predictions, the worst errors and metrics into %s", directory)
 
 
 def _as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -171,9 +179,9 @@ def _log(content: Mapping[str, Any]) -> None:
     for name, value in content["figures"].items():
         low, high = content["intervals"].get(name, (value, value))
         beside = ", ".join(
-            f"{kind} {figures[name]:.3f}"
-            for kind, figures in content.get("baselines", {}).items()
-            if name in figures
+            f"{kind} {metrics[name]:.3f}"
+            for kind, metrics in content.get("baselines", {}).items()
+            if name in metrics
         )
         lines.append(
             f"{name:<20} {value:.4f}  ({low:.3f} to {high:.3f})" + (f"  {beside}" if beside else "")

@@ -1,42 +1,49 @@
 """`fst evaluate`: measure a model on the validation samples of a dataset directory, or on labelled rows."""
 
-import dataclasses
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel as Backbone
+
 from full_stack_transformer.arguments.models import EvaluateArguments
+from full_stack_transformer.datasets.batches import SortedBatches
+from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.datasets.description import open_dataset
-from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
 from full_stack_transformer.evaluation.harness import run_harness
-from full_stack_transformer.evaluation.labelled_rows import evaluate_rows
-from full_stack_transformer.evaluation.masked import evaluate_masked
-from full_stack_transformer.evaluation.perplexity import measure_perplexity
-from full_stack_transformer.evaluation.rounded_weights import measure_rounded_weights
-from full_stack_transformer.modelling.model_directory import find_model_directory, open_model
-from full_stack_transformer.tasks.catalogue import task_name_of
-from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
+from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows
+from full_stack_transformer.evaluation.log_likelihoods import measure_rounded_weights
+from full_stack_transformer.modelling.model_directory import OpenedModel, find_model_directory
+from full_stack_transformer.tasks.opening import (
+    open_task,
+    row_task_class,
+    row_task_class_of,
+    task_class_of,
+)
+from full_stack_transformer.tasks.task import CorpusTask
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
-    """Print the figures as JSON.
+    """Print the metrics as JSON.
 
     Raises:
-        ModelError: there is no model, or it has a head of no task that is known.
+        ModelError: there is no model, or no task can use its head.
         DatasetError: the dataset was made with another tokenizer than the model's.
         RowError: the rows cannot be read, or do not fit the model's task.
     """
-    sys.stdout.write(json.dumps(_measured(arguments), indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(measured(arguments), indent=2, ensure_ascii=False) + "\n")
 
 
-def _measured(arguments: EvaluateArguments) -> dict[str, Any]:
+def measured(arguments: EvaluateArguments) -> dict[str, Any]:
+    """What `evaluate` prints."""
     if arguments.harness is not None:
         return run_harness(
             arguments.model,
@@ -45,68 +52,75 @@ def _measured(arguments: EvaluateArguments) -> dict[str, Any]:
             weights_dtype=arguments.weights_dtype,
             num_slots=arguments.batch_size,
         )
-    if _holds_rows(arguments.data):
-        return evaluate_rows(arguments)
-    task = task_name_of(find_model_directory(arguments.model))
-    return _MEASURES.get(task, evaluate_rows)(arguments)
+    directory = find_model_directory(arguments.model)
+    own = task_class_of(directory)
+    if issubclass(own, CorpusTask) and not holds_rows(arguments.data):
+        return _evaluate_corpus(arguments, own)
+    cls = row_task_class(arguments.task) if arguments.task else row_task_class_of(directory)
+    return evaluate_rows(arguments, cls)
 
 
-def _holds_rows(path: Path) -> bool:
-    """Whether it is a file, or a directory with training rows, and no dataset directory."""
-    is_split = path.is_dir() and any(
-        one.name.split(".")[0] == "train" and one.suffix for one in path.iterdir()
-    )
-    return path.is_file() or is_split
-
-
-def _evaluate_language_model(arguments: EvaluateArguments) -> dict[str, Any]:
-    model = open_model(arguments.model, device=arguments.device)
+def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dict[str, Any]:
+    """The metrics of a model on the validation samples of a dataset directory."""
+    opened = open_task(arguments.model, cls=cls, device=arguments.device)
+    task, backbone = opened.task, opened.backbone
+    assert isinstance(task, CorpusTask)
     dataset = open_dataset(arguments.data)
-    theirs = open_saved_tokenizer(dataset.tokenizer_directory)
-    if theirs.backend.get_vocab() != model.tokenizer.backend.get_vocab():
-        raise DatasetError(
-            f"{dataset.directory} was prepared with another tokenizer ({theirs.vocab_size:,} tokens) than "
-            f"that of {arguments.model} ({model.tokenizer.vocab_size:,}); prepare the documents with "
-            f"--tokenizer_path {arguments.model}"
-        )
+    task.read_dataset(dataset)
     started = time.perf_counter()
-    figures = measure_perplexity(
-        model.backbone, model.tokenizer, dataset.valid, batch_size=arguments.batch_size
-    )
-    seconds = time.perf_counter() - started
-    logger.info(
-        "measured %s tokens in %.1f s: loss %.4f, perplexity %.2f, %.3f bits per byte",
-        f"{figures.num_target_tokens:,}",
-        seconds,
-        figures.loss,
-        figures.perplexity,
-        figures.bits_per_byte,
-    )
-    content = dataclasses.asdict(figures)
+    loss, sums = measure_corpus(task, backbone, dataset.valid, batch_size=arguments.batch_size)
+    content = task.evaluation(loss, sums)
+    _log(content, sums, time.perf_counter() - started)
+    if not task.generates:
+        return content
     if arguments.weights_dtype != "float32":
-        rounded = measure_rounded_weights(
-            model.backbone, dataset.valid, figures, arguments.weights_dtype
-        )
+        rounded = measure_rounded_weights(backbone, dataset.valid, loss, arguments.weights_dtype)
         logger.info(
             "with %s weights: perplexity %.2f, %+.3f %%",
             rounded.weights_dtype,
             rounded.perplexity,
             100 * rounded.relative_perplexity_change,
         )
-        content["rounded_weights"] = dataclasses.asdict(rounded)
+        content["rounded_weights"] = asdict(rounded)
     if arguments.generation:
-        generated = evaluate_generation(
-            model,
+        content["generation"] = evaluate_generation(
+            OpenedModel("evaluated", backbone, task.tokenizer, opened.description),
             dataset.valid,
             num_texts=arguments.generation,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
-        )
-        content["generation"] = generated.as_json()
+        ).as_json()
     return content
 
 
-_MEASURES: dict[str, Callable[[EvaluateArguments], dict[str, Any]]] = {
-    "causal_lm": _evaluate_language_model,
-    "masked_lm": evaluate_masked,
-}
+@torch.inference_mode()
+def measure_corpus(
+    task: CorpusTask, backbone: Backbone, corpus: Corpus, *, batch_size: int
+) -> tuple[float, dict[str, float]]:
+    """The mean loss of all targets, and what the task adds up; neither depends on the batch size.
+
+    Args:
+        task: has read the dataset of the corpus.
+        backbone: in evaluation mode.
+        corpus: samples of token ids.
+        batch_size: samples in a batch.
+    """
+    device = next(backbone.parameters()).device
+    plan = SortedBatches(task.samples(corpus), batch_size=batch_size)
+    collate = task.collator(corpus, seed=0)
+    sums: dict[str, float] = {}
+    for position in range(plan.num_batches_per_epoch):
+        batch = {key: value.to(device) for key, value in collate(plan.batch(0, position)).items()}
+        scores = task.forward(backbone, batch)
+        for name, value in task.validation_sums(scores, batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums["loss"] / max(1, sums["targets"]), sums
+
+
+def _log(content: Mapping[str, Any], sums: Mapping[str, float], seconds: float) -> None:
+    metrics = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4f}"
+        for name, value in content.items()
+        if isinstance(value, float)
+    )
+    logger.info("measured %s tokens in %.1f s: %s", f"{int(sums['targets']):,}", seconds, metrics)

@@ -28,6 +28,7 @@ from full_stack_transformer.modelling.model_directory import (
     save_model_directory,
 )
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, make_directories
+from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _save(
 ) -> None:
     backbone = model.backbone
     description = {
-        "task": "causal_lm",
+        "task": DEFAULT_TASK,
         "model_type": backbone.config.model_type,
         "num_parameters": num_parameters(backbone),
         "context_length": context_length(backbone.config),

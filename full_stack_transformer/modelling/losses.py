@@ -8,6 +8,7 @@ chunk is done while they are in the processor's cache. Knows nothing of models, 
 Legend of the formulas: x logits of a row, p = softmax(x), Z = sum(exp(x)), y the target.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-# Positions with this label do not count: PyTorch's default `ignore_index`.
-IGNORED_LABEL = -100
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
 # Probabilities of a chunk. On a processor 8 MB of fp32, for its caches: 2^18 to 2^21 took the same time
 # and 2^22 a third more, and the more, the less the small operations beside count. On a GPU 512 MB, so that
@@ -42,6 +42,11 @@ class LossOptions:
     """Part of the target's probability that is spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of (log Z)^2, which keeps logits small (Chowdhery et al. 2022, PaLM, section 5)."""
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats, limited to what a 32-bit float can hold."""
+    return math.exp(min(loss, 80.0))
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

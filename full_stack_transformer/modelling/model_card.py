@@ -6,6 +6,7 @@ no claim of what the model is good for. Reads and writes no files.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,6 @@ _PLACES = frozenset(
         "profile",
     }
 )
-# What the hub and transformers' `pipeline` call a task, and what a model of it does.
-_KINDS = {
-    "causal_lm": ("text-generation", "predicts the next token"),
-    "masked_lm": ("fill-mask", "guesses hidden tokens"),
-    "sequence_classification": ("text-classification", "classifies texts"),
-    "token_labelling": ("token-classification", "labels words"),
-    "span_selection": ("question-answering", "finds the answer in a text"),
-    "multiple_choice": ("multiple-choice", "chooses among texts"),
-    "sentence_embedding": ("sentence-similarity", "embeds texts"),
-}
 _FRONT_MATTER = """\
 ---
 library_name: transformers
@@ -72,7 +63,7 @@ From Python, as it was trained:
 ```python
 from pathlib import Path
 
-from full_stack_transformer.tasks.catalogue import open_task
+from full_stack_transformer.tasks.opening import open_task
 
 opened = open_task(Path("."))
 print(opened.task.predict([{{"text": "A text"}}], opened.backbone))  # fields: {fields}
@@ -84,20 +75,28 @@ On the command line:
 fst evaluate . rows.jsonl
 ```
 """
-_FIELDS = {
-    "masked_lm": "text, with [MASK] in it",
-    "sequence_classification": "text, text_pair",
-    "token_labelling": "text or words",
-    "span_selection": "question, context",
-    "multiple_choice": "text, choices",
-    "sentence_embedding": "text, text_pair",
-}
+
+
+@dataclass(frozen=True)
+class TaskWords:
+    """What a card says of a task; by default of generating."""
+
+    pipeline_tag: str = "text-generation"
+    """What the hub and transformers' `pipeline` call it."""
+    does: str = "predicts the next token"
+    """What a model of it does."""
+    fields: str = ""
+    """The fields of a row to predict; empty for a model that generates."""
+
+
+_LANGUAGE_MODEL = TaskWords()
 
 
 def model_card(
     description: Mapping[str, Any],
     arguments: Mapping[str, Any],
     curve: Sequence[tuple[int, float]],
+    words: TaskWords = _LANGUAGE_MODEL,
 ) -> str:
     """The text of README.md.
 
@@ -108,28 +107,20 @@ def model_card(
             (`model`, `step`, `validation_loss` of each source).
         arguments: the options of the training under their names.
         curve: (optimizer step, validation loss in nats a token) of each validation, in their order.
+        words: of the model's task.
     """
     sections = [
-        _FRONT_MATTER.format(tag=_kind(description)[0]),
+        _FRONT_MATTER.format(tag=words.pipeline_tag),
         f"# {_name(description)}\n",
-        _summary(description),
+        _summary(description, words),
         _figures(description),
         _sources(description.get("averaged_from", ())),
         _data(description.get("dataset", {})),
         _options(arguments),
         _curve(curve, description.get("step")),
-        _use(description),
+        _USE_OF_OTHER_TASKS.format(fields=words.fields) if words.fields else _USE,
     ]
     return "\n".join(section for section in sections if section)
-
-
-def _kind(description: Mapping[str, Any]) -> tuple[str, str]:
-    return _KINDS.get(description.get("task", "causal_lm"), _KINDS["causal_lm"])
-
-
-def _use(description: Mapping[str, Any]) -> str:
-    task = description.get("task", "causal_lm")
-    return _USE_OF_OTHER_TASKS.format(fields=_FIELDS[task]) if task in _FIELDS else _USE
 
 
 def _name(description: Mapping[str, Any]) -> str:
@@ -138,9 +129,9 @@ def _name(description: Mapping[str, Any]) -> str:
     return str(description.get("experiment", "Language model"))
 
 
-def _summary(description: Mapping[str, Any]) -> str:
+def _summary(description: Mapping[str, Any], words: TaskWords) -> str:
     kind = f"a {description['model_type']} model" if "model_type" in description else "a model"
-    facts = [f"{kind} that {_kind(description)[1]}"]
+    facts = [f"{kind} that {words.does}"]
     if "num_parameters" in description:
         facts.append(f"{description['num_parameters']:,} parameters")
     if "context_length" in description:

@@ -5,14 +5,14 @@
     .conll .bio      a word and its label a line, a blank line after each sentence
     a folder         a folder of .txt files for each label, as IMDB has it
 
-All of them plain, .gz or .zst. Knows file formats, and not what a task makes of a row: see row_names.py.
+All of them plain, .gz or .zst. Knows file formats, and not what a task makes of a row: see fields.py.
 """
 
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from full_stack_transformer.documents.blocks import ending, open_decompressed
 from full_stack_transformer.errors import DocumentsError, MissingExtraError, RowError
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 # Under this key a row says where it stood, for errors; written nowhere.
 PLACE = "_place"

@@ -149,7 +149,7 @@ def _hub_rows(part: Any, place: str) -> list[Row]:
         for key, feature in part.features.items()
         if getattr(getattr(feature, "feature", None), "names", None)
     }
-    rows = []
+    rows: list[Row] = []
     for number, row in enumerate(part):
         named = dict(row)
         for key, names in names_of_classes.items():

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
+from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
+
 MAX_TEXT_CHARACTERS = 200_000
 MAX_PROMPT_TOKENS = 131_072
 MAX_NEW_TOKENS = 131_072
@@ -340,7 +342,7 @@ class ServedModelFacts(BaseModel):
     """What is known of one model that is served."""
 
     model: str
-    task: str = Field(default="causal_lm", description="What the model was trained for.")
+    task: str = Field(default=DEFAULT_TASK, description="What the model was trained for.")
     checkpoint: str = Field(description="Name of the file or directory that was opened.")
     step: int | None
     validation_loss: float | None
@@ -352,6 +354,10 @@ class ServedModelFacts(BaseModel):
     control_tokens: list[str] = Field(
         default_factory=list,
         description="Names of tokens that are no text, as log-probabilities say.",
+    )
+    form: dict[str, Any] | None = Field(
+        default=None,
+        description="Route, fields and words of a form for this model; null for one that continues texts.",
     )
     num_swaps: int = Field(description="How often --watch has replaced it.")
     loaded_at: int = Field(description="Seconds since 1970.")

@@ -1,4 +1,4 @@
-"""One small class per task: rows -> features -> batches -> scores -> predictions, to train and to serve.
+"""One file per task: what it reads, its batches, loss, metrics, baselines, model card and HTTP route.
 
-Knows nothing of files, of datasets and of Lightning. The rows' fields stand at the top of each task's file.
+Read `task.py` first. `catalogue.py` lists the tasks; nothing outside this folder names one.
 """

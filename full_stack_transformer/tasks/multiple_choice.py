@@ -7,10 +7,14 @@ An encoder has a head that scores a pair of texts. A causal model has none, and 
 the mean log-likelihood of its tokens after the text, which training raises for the right choice.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -22,31 +26,86 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import RowError
+from full_stack_transformer.metrics.bag_of_words import cosines, words
 from full_stack_transformer.metrics.classification import classification_metrics
 from full_stack_transformer.modelling.backbones import DECODER_PREFIX, GPT2_PRESET
-from full_stack_transformer.tasks.task import (
-    IGNORED_LABEL,
-    Batch,
-    Feature,
-    Figures,
-    Prediction,
-    Row,
-    Task,
-    TaskOptions,
+from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.rows.fields import (
     field,
-    pad,
+    is_unknown,
+    missing_field,
     place,
     texts_of,
+    with_origin,
 )
+from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.routes import (
+    MODEL_FIELD,
+    Body,
+    FilledText,
+    Form,
+    FormField,
+    Route,
+    ShortText,
+    Text,
+)
+from full_stack_transformer.tasks.task import (
+    Feature,
+    Metrics,
+    Prediction,
+    RowTask,
+    TaskOptions,
+    pad,
+)
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
+
+_MAX_CHOICES = 32
 
 
-class MultipleChoice(Task):
+class ChooseRequest(Body):
+    """Body of `POST /choose`."""
+
+    text: Text = Field(description="What one of the choices goes on with, or answers.")
+    choices: Annotated[
+        list[FilledText], Field(min_length=2, max_length=_MAX_CHOICES, fail_fast=True)
+    ]
+    model: ShortText | None = MODEL_FIELD
+
+
+class Choice(BaseModel):
+    """Answer of `POST /choose`."""
+
+    model: str
+    choice: int = Field(description="Number of the likeliest, from 0.")
+    scores: list[float] = Field(description="The probability of each.")
+
+
+class MultipleChoice(RowTask):
     """See the module."""
 
     name = "multiple_choice"
     model_class = AutoModelForMultipleChoice
-    baseline = "words"
+    heads = ("ForMultipleChoice", "ForCausalLM", "LMHeadModel")
+    card = TaskWords("multiple-choice", "chooses among texts", fields="text, choices")
+    routes = (
+        Route(
+            "/choose",
+            "Which of several texts goes on with a text, or answers it.",
+            body=ChooseRequest,
+            answer=Choice,
+            rows=lambda body: [{"text": body.text, "choices": body.choices}],
+            reply=lambda predictions: predictions[0],
+        ),
+    )
+    form = Form(
+        "/choose",
+        "Choose",
+        "A text, then a choice on each line …",
+        show="choice",
+        fields=(FormField("text", "line"), FormField("choices", "lines")),
+    )
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: TaskOptions) -> None:
         super().__init__(tokenizer, options)
@@ -78,6 +137,25 @@ class MultipleChoice(Task):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
         self.by_likelihood = type(config) not in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
         return AutoModelForCausalLM if self.by_likelihood else AutoModelForMultipleChoice
+
+    @classmethod
+    def named(cls, row: Row) -> Row:
+        """Rows of SWAG and CommonsenseQA."""
+        if isinstance(row.get("choices"), list) and "text" in row:
+            return row
+        endings = [name for name in row if name.startswith("ending") and name[6:].isdecimal()]
+        # A table has a column for the greatest number of choices: the last ones may hold nothing.
+        endings.sort(key=lambda name: int(name[6:]))
+        while endings and row[endings[-1]] in (None, ""):
+            endings.pop()
+        if endings:  # SWAG: the context, then the beginning of the sentence that each choice ends
+            beginning = row.get("sent2") or ""
+            texts = [f"{beginning} {row[name] or ''}".strip() for name in endings]
+            text = row.get("sent1", row.get("startphrase", ""))
+            return _chosen(row, text, texts, row.get("label", row.get("gold")))
+        if "question" in row:
+            return _commonsense(row)
+        raise missing_field(row, ["choices", "ending0", "question"], "choices")
 
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each row: lists of its choices' tokens."""
@@ -148,7 +226,7 @@ class MultipleChoice(Task):
             for row, logits in zip(rows, scores, strict=True)
         ]
 
-    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+    def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
         """Accuracy."""
         most = max(len(row["choices"]) for row in rows)
         found = classification_metrics(
@@ -156,13 +234,30 @@ class MultipleChoice(Task):
             [one["choice"] for one in predictions],
             [str(number) for number in range(most)],
         )
-        return Figures({"accuracy": found.accuracy})
+        return Metrics({"accuracy": found.accuracy})
 
     def is_right(self, row: Row, prediction: Prediction) -> float:
         """How likely the right choice is, below the likeliest one."""
         scores = prediction["scores"]
         right = float(scores[int(row["label"])])
         return 1.0 if prediction["choice"] == int(row["label"]) else (right - max(scores)) / 2
+
+    def baselines(
+        self, train_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> dict[str, list[Prediction]]:
+        """The most frequent position, and the choice whose words are most like the text's."""
+        position = Counter(int(row["label"]) for row in train_rows).most_common(1)[0][0]
+        known = [
+            words(row["text"]) + words(choice) for row in train_rows for choice in row["choices"]
+        ]
+        texts = [words(row["text"]) for row in rows for _ in row["choices"]]
+        choices = [words(choice) for row in rows for choice in row["choices"]]
+        counts = [len(row["choices"]) for row in rows]
+        scores = np.split(cosines(known, texts, choices), np.cumsum(counts)[:-1])
+        return {
+            "majority": [_choice(np.eye(count)[min(position, count - 1)]) for count in counts],
+            "words": [_choice(one) for one in scores],
+        }
 
     def _continued(self, text: str, choice: str) -> Feature:
         """Text and choice as a causal model reads them; of a long text the end."""
@@ -199,6 +294,31 @@ class MultipleChoice(Task):
         numbers = (labels != IGNORED_LABEL).sum(-1).clamp(min=1)
         scores: Tensor = -losses.sum(-1) / numbers
         return scores.view(batch["input_ids"].shape[:2])
+
+
+def _choice(scores: NDArray[np.float64]) -> Prediction:
+    return {"choice": int(scores.argmax()), "scores": scores.tolist()}
+
+
+def _commonsense(row: Row) -> Row:
+    question = row["question"]
+    if isinstance(question, dict):  # CommonsenseQA as it was published
+        text, choices = question.get("stem"), question.get("choices")
+    else:  # as the hub has it: columns instead of rows
+        text, choices = question, row.get("choices")
+    if isinstance(choices, dict):
+        names, texts = list(choices["label"]), list(choices["text"])
+    elif isinstance(choices, list) and all(isinstance(one, dict) for one in choices):
+        names, texts = [one["label"] for one in choices], [one["text"] for one in choices]
+    else:
+        raise missing_field(row, ["choices"], "a list of choices")
+    key = row.get("answerKey", row.get("answer"))
+    return _chosen(row, text, texts, names.index(key) if key in names else None)
+
+
+def _chosen(row: Row, text: Any, choices: Sequence[str], label: Any) -> Row:
+    found = {"text": text, "choices": list(choices)}
+    return with_origin(found if is_unknown(label) else {**found, "label": int(label)}, row)
 
 
 def _label(row: Row, num_choices: int) -> int:

@@ -10,18 +10,23 @@ below half of the greatest one teaches nothing there). A saved model is one of s
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerFast
 
+from full_stack_transformer.arguments.training import SentenceEmbeddingOptions
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import RowError
+from full_stack_transformer.metrics.bag_of_words import similarities
 from full_stack_transformer.metrics.regression import pearson, spearman
 from full_stack_transformer.modelling.embedding.head import (
+    MODULES_FILE_NAME,
     Head,
     cosine_losses,
     needs_first_layer,
@@ -29,35 +34,83 @@ from full_stack_transformer.modelling.embedding.head import (
     simcse_losses,
     write_head,
 )
+from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.rows.fields import field, names_of, place, texts_and_label
+from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.routes import Form, Route
 from full_stack_transformer.tasks.task import (
-    Batch,
     Feature,
-    Figures,
+    Metrics,
     Prediction,
-    Row,
-    Task,
+    RowTask,
     TaskOptions,
-    field,
-    names_of,
     pad,
-    place,
 )
 
 _ALIKE = 0.5
 
 
-class SentenceEmbedding(Task):
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions(SentenceEmbeddingOptions, TaskOptions):
+    """How vectors are made and learned."""
+
+
+class Embeddings(BaseModel):
+    """Answer of `POST /embed`."""
+
+    model: str
+    embeddings: list[list[float]]
+
+
+class Similarities(BaseModel):
+    """Answer of `POST /similarity`: cosines (texts, texts)."""
+
+    model: str
+    similarity: list[list[float]]
+
+
+def _reply_embeddings(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    return {"embeddings": [one["embedding"] for one in predictions]}
+
+
+def _reply_similarities(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    directions = normalize(torch.tensor([one["embedding"] for one in predictions]), dim=-1)
+    return {"similarity": (directions @ directions.T).tolist()}
+
+
+class SentenceEmbedding(RowTask):
     """See the module."""
 
     name = "sentence_embedding"
     model_class = AutoModel
+    heads = ("Model",)
+    marker_file = MODULES_FILE_NAME
+    options_class = EmbeddingOptions
     needs_labels = False
-    baseline = "words"
+    measured_by = "a pair of texts and a label"
+    card = TaskWords("sentence-similarity", "embeds texts", fields="text, text_pair")
+    routes = (
+        Route(
+            "/embed",
+            "A vector for each text, as the model gives it.",
+            answer=Embeddings,
+            reply=_reply_embeddings,
+            needs_vectors=True,
+        ),
+        Route(
+            "/similarity",
+            "The cosine between any two of the texts.",
+            answer=Similarities,
+            reply=_reply_similarities,
+            needs_vectors=True,
+        ),
+    )
+    form = Form("/similarity", "Compare", "Two or more texts, one a line …", show="matrix")
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        options: TaskOptions,
+        options: EmbeddingOptions,
         *,
         loss: str = "simcse",
         greatest_label: float = 1.0,
@@ -68,8 +121,13 @@ class SentenceEmbedding(Task):
         self._greatest_label = greatest_label
 
     @classmethod
+    def named(cls, row: Row) -> Row:
+        """Texts and labels of STS-B, ATEC and others."""
+        return texts_and_label(row)
+
+    @classmethod
     def learn(
-        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: EmbeddingOptions
     ) -> Self:
         """Which loss, and how great labels are.
 
@@ -181,7 +239,7 @@ class SentenceEmbedding(Task):
         first, second = scores[:, 0], scores[:, -1]
         if self.loss == "cosine":
             return cosine_losses(first, second, batch["labels"]).sum()
-        losses = simcse_losses(first, second, temperature=self.options.temperature)
+        losses = simcse_losses(first, second, temperature=self.options.simcse_temperature)
         return (losses * (batch["labels"] >= _ALIKE)).sum()
 
     def predictions(
@@ -195,7 +253,7 @@ class SentenceEmbedding(Task):
             for feature, vectors in zip(features, scores, strict=True)
         ]
 
-    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+    def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
         """Correlation of cosines and labels, over the rows that have both."""
         pairs = [
             (_number(row), one["score"])
@@ -203,15 +261,21 @@ class SentenceEmbedding(Task):
             if row.get("label") is not None and "score" in one
         ]
         if not pairs:
-            return Figures({})
+            return Metrics({})
         expected, found = zip(*pairs, strict=True)
-        return Figures({"spearman": spearman(expected, found), "pearson": pearson(expected, found)})
+        return Metrics({"spearman": spearman(expected, found), "pearson": pearson(expected, found)})
 
     def is_right(self, row: Row, prediction: Prediction) -> float:
         """How near the cosine is to the label, below 0."""
         if row.get("label") is None or "score" not in prediction:
             return 1.0
         return -abs(_number(row) / self._greatest_label - float(prediction["score"]))
+
+    def baselines(
+        self, train_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> dict[str, list[Prediction]]:
+        """How many words both texts share."""
+        return {"words": [{"score": score} for score in similarities(train_rows, rows)]}
 
 
 def _number(row: Row) -> float:

@@ -6,10 +6,13 @@ classes at once, {"score": number} for regression.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import (
@@ -18,23 +21,26 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from full_stack_transformer.arguments.training import SequenceClassificationOptions
 from full_stack_transformer.errors import RowError
+from full_stack_transformer.metrics.bag_of_words import class_probabilities, similarities, words
 from full_stack_transformer.metrics.classification import (
     classification_metrics,
     multi_label_metrics,
 )
 from full_stack_transformer.metrics.regression import regression_metrics
-from full_stack_transformer.tasks.task import (
-    Feature,
-    Figures,
-    Prediction,
-    Row,
-    Task,
-    TaskOptions,
-    field,
-    names_of,
-    place,
+from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.rows.fields import field, names_of, place, texts_and_label
+from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.routes import (
+    MODEL_FIELD,
+    Body,
+    Form,
+    Route,
+    ShortText,
+    Texts,
 )
+from full_stack_transformer.tasks.task import Feature, Metrics, Prediction, RowTask, TaskOptions
 
 ProblemType = Literal["single_label", "multi_label", "regression"]
 
@@ -47,17 +53,54 @@ _PROBLEM_TYPES: dict[ProblemType, str] = {
 _LEAST_PROBABILITY = 0.5
 
 
-class SequenceClassification(Task):
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(SequenceClassificationOptions, TaskOptions):
+    """What labels are."""
+
+
+class ClassifyRequest(Body):
+    """Body of `POST /classify`."""
+
+    texts: Texts = Field(description="Each gets a class.")
+    text_pairs: Texts | None = Field(
+        default=None,
+        description="The second text of each, for models that compare two.",
+    )
+    model: ShortText | None = MODEL_FIELD
+
+
+def _rows(body: ClassifyRequest) -> list[dict[str, Any]]:
+    pairs: Sequence[str | None] = body.text_pairs or [None] * len(body.texts)
+    if len(pairs) != len(body.texts):
+        raise ValueError("text_pairs: should be one for each text")
+    return [
+        {"text": text} if pair is None else {"text": text, "text_pair": pair}
+        for text, pair in zip(body.texts, pairs, strict=True)
+    ]
+
+
+class SequenceClassification(RowTask):
     """See the module."""
 
     name = "sequence_classification"
     model_class = AutoModelForSequenceClassification
-    baseline = "words"
+    heads = ("ForSequenceClassification",)
+    options_class = ClassificationOptions
+    card = TaskWords("text-classification", "classifies texts", fields="text, text_pair")
+    routes = (
+        Route(
+            "/classify",
+            "The class of each text, or of each pair, with the probability of every class.",
+            body=ClassifyRequest,
+            rows=_rows,
+        ),
+    )
+    form = Form("/classify", "Classify", "One text a line …", show="scores")
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        options: TaskOptions,
+        options: ClassificationOptions,
         *,
         labels: Sequence[str],
         problem_type: ProblemType,
@@ -68,8 +111,16 @@ class SequenceClassification(Task):
         self._id_of_label = {label: number for number, label in enumerate(labels)}
 
     @classmethod
+    def named(cls, row: Row) -> Row:
+        """Texts and labels of GLUE, IMDB, ATEC and others."""
+        return texts_and_label(row)
+
+    @classmethod
     def learn(
-        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+        cls,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerFast,
+        options: ClassificationOptions,
     ) -> Self:
         """The kind of labels, and their names in order."""
         found = [_label_of(row) for row in rows]
@@ -97,7 +148,10 @@ class SequenceClassification(Task):
 
     @classmethod
     def open(
-        cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+        cls,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        options: ClassificationOptions,
     ) -> Self:
         """Labels and their kind out of the config; one label without a kind is a number."""
         kinds = {value: key for key, value in _PROBLEM_TYPES.items()}
@@ -155,18 +209,18 @@ class SequenceClassification(Task):
         """As the module says."""
         return [self._prediction(logits) for logits in scores]
 
-    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+    def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
         """Accuracy, F1 and Matthews; for several classes F1; for numbers the correlations."""
         expected = [self._target(row) for row in rows]
         if self.problem_type == "regression":
-            return Figures(regression_metrics(expected, [one["score"] for one in predictions]))
+            return Metrics(regression_metrics(expected, [one["score"] for one in predictions]))
         if self.problem_type == "multi_label":
             predicted = [self._target({"label": one["labels"]}) for one in predictions]
             found = multi_label_metrics(expected, predicted, self.labels)
         else:
             ids = [self._id_of_label[one["label"]] for one in predictions]
             found = classification_metrics(expected, ids, self.labels)
-        return Figures.of_classes(found, self.labels)
+        return Metrics.of_classes(found, self.labels)
 
     def is_right(self, row: Row, prediction: Prediction) -> float:
         """Of a number how near it is, below 0."""
@@ -176,6 +230,42 @@ class SequenceClassification(Task):
             return float(self._target(row) == self._target({"label": prediction["labels"]}))
         name = label_name(row["label"])
         return float(prediction["label"] == name) + float(prediction["scores"][name]) - 1.0
+
+    def baselines(
+        self, train_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> dict[str, list[Prediction]]:
+        """The most frequent answer; a logistic regression on words, or for a number their overlap."""
+        if self.problem_type == "regression":
+            return {"words": [{"score": score} for score in similarities(train_rows, rows)]}
+        if self.problem_type == "multi_label":
+            sets = Counter(tuple(sorted(map(label_name, row["label"]))) for row in train_rows)
+            labels = list(sets.most_common(1)[0][0])
+            majority = {"labels": labels, "scores": dict.fromkeys(labels, 1.0)}
+            return {"majority": [majority] * len(rows)}
+        counts = Counter(label_name(row["label"]) for row in train_rows)
+        shares = {name: counts[name] / len(train_rows) for name in self.labels}
+        majority = {"label": counts.most_common(1)[0][0], "scores": shares}
+        return {
+            "majority": [majority] * len(rows),
+            "words": self._classified_by_words(train_rows, rows),
+        }
+
+    def _classified_by_words(
+        self, train_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> list[Prediction]:
+        probabilities = class_probabilities(
+            [_marked_words(row) for row in train_rows],
+            [self.labels.index(label_name(row["label"])) for row in train_rows],
+            [_marked_words(row) for row in rows],
+            num_classes=len(self.labels),
+        )
+        return [
+            {
+                "label": self.labels[int(row.argmax())],
+                "scores": dict(zip(self.labels, row.tolist(), strict=True)),
+            }
+            for row in probabilities
+        ]
 
     def _prediction(self, logits: Tensor) -> Prediction:
         if self.problem_type == "regression":
@@ -213,6 +303,17 @@ def label_name(label: Any) -> str:
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     return str(label)
+
+
+def _marked_words(row: Row) -> list[str]:
+    """Words; of a pair also which text each is from, and which are in both."""
+    first = words(row["text"])
+    if row.get("text_pair") is None:
+        return first
+    second = words(row["text_pair"])
+    both = set(first) & set(second)
+    marked = [f"1:{word}" for word in first] + [f"2:{word}" for word in second]
+    return marked + [f"both:{word}" for word in sorted(both)] + ["both"] * len(both)
 
 
 def _label_of(row: Row) -> Any:

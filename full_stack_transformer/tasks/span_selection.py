@@ -8,31 +8,63 @@ A context longer than the model is read in overlapping windows. The mark before 
 "no answer here" (Devlin et al. 2018, section 4.3).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering
 
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import RowError
+from full_stack_transformer.metrics.bag_of_words import words
 from full_stack_transformer.metrics.texts import answer_f1, exact_match, span_metrics
+from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.rows.fields import field, place
+from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.routes import (
+    MODEL_FIELD,
+    Body,
+    FilledText,
+    Form,
+    FormField,
+    Route,
+    ShortText,
+)
 from full_stack_transformer.tasks.task import (
-    Batch,
     Feature,
-    Figures,
+    Metrics,
     Prediction,
-    Row,
-    Task,
-    field,
+    RowTask,
+    WindowTaskOptions,
     pad,
-    place,
 )
 
 _NUM_ENDS = 20
 _MAX_ANSWER_TOKENS = 64
+_SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
+
+
+class AnswerRequest(Body):
+    """Body of `POST /answer`."""
+
+    question: FilledText
+    context: FilledText = Field(description="The text that holds the answer, or does not.")
+    model: ShortText | None = MODEL_FIELD
+
+
+class Answer(BaseModel):
+    """Answer of `POST /answer`."""
+
+    model: str
+    answer: str = Field(description="A part of the context; empty where it holds none.")
+    start: int
+    end: int
+    score: float
 
 
 @dataclass(frozen=True)
@@ -42,12 +74,48 @@ class _Candidate:
     end: int
 
 
-class SpanSelection(Task):
+class SpanSelection(RowTask):
     """See the module."""
 
     name = "span_selection"
     model_class = AutoModelForQuestionAnswering
-    baseline = "words"
+    heads = ("ForQuestionAnswering",)
+    options_class = WindowTaskOptions
+    card = TaskWords("question-answering", "finds the answer in a text", fields="question, context")
+    routes = (
+        Route(
+            "/answer",
+            "The part of a text that answers a question.",
+            body=AnswerRequest,
+            answer=Answer,
+            rows=lambda body: [{"question": body.question, "context": body.context}],
+            reply=lambda predictions: predictions[0],
+        ),
+    )
+    form = Form(
+        "/answer",
+        "Answer",
+        "A question, then the text below it …",
+        show="span",
+        fields=(FormField("question", "line"), FormField("context", "rest")),
+    )
+
+    @classmethod
+    def named(cls, row: Row) -> Row:
+        """Rows of SQuAD."""
+        answers = row.get("answers")
+        if isinstance(answers, dict):  # as the hub has it: columns instead of rows
+            starts = answers.get("answer_start") or answers.get("start") or []
+            answers = [
+                {"text": text, "start": start}
+                for text, start in zip(answers["text"], starts, strict=True)
+            ]
+        elif isinstance(answers, list):
+            answers = [
+                {"text": one["text"], "start": one.get("start", one.get("answer_start"))}
+                for one in answers
+            ]
+        return row if answers is None else {**row, "answers": answers}
 
     def saved_options(self) -> dict[str, Any]:
         """How windows overlap."""
@@ -125,10 +193,10 @@ class SpanSelection(Task):
             for row, found, none in zip(rows, candidates, no_answer, strict=True)
         ]
 
-    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+    def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
         """Exact match and F1 on text."""
         expected = [[answer["text"] for answer in row["answers"]] for row in rows]
-        return Figures(span_metrics(expected, [one["answer"] for one in predictions]).scalars())
+        return Metrics(span_metrics(expected, [one["answer"] for one in predictions]).scalars())
 
     def is_right(self, row: Row, prediction: Prediction) -> float:
         """1 where the answer is exact, else less than half of its F1."""
@@ -136,6 +204,17 @@ class SpanSelection(Task):
         if exact_match(expected, prediction["answer"]) == 1.0:
             return 1.0
         return answer_f1(expected, prediction["answer"]) * 0.499
+
+    def baselines(
+        self, train_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> dict[str, list[Prediction]]:
+        """The first sentence, and the one that has most words in common with the question."""
+        first, by_words = [], []
+        for row in rows:
+            text = (_SENTENCE.match(row["context"]) or [""])[0].strip()
+            first.append({"answer": text, "start": 0, "end": len(text), "score": 1.0})
+            by_words.append(_sentence_like(row["question"], row["context"]))
+        return {"majority": first, "words": by_words}
 
     def _stride(self, question: str, row: Row) -> int:
         """As told, but always less than the room that the question leaves."""
@@ -148,7 +227,19 @@ class SpanSelection(Task):
                 f"{place(row)}the question has {num_question} tokens, which leaves no room for a context "
                 f"in {self.options.max_length}"
             )
-        return min(self.stride, room - 1)
+        stride: int = self.options.stride
+        return min(stride, room - 1)
+
+
+def _sentence_like(question: str, context: str) -> Prediction:
+    wanted = set(words(question))
+    best = max(
+        _SENTENCE.finditer(context),
+        key=lambda match: len(wanted & set(words(match.group()))),
+        default=None,
+    )
+    text, start = ("", 0) if best is None else (best.group().strip(), best.start())
+    return {"answer": text, "start": start, "end": start + len(text), "score": 1.0}
 
 
 def _answer(row: Row) -> tuple[int, int] | None:

@@ -1,60 +1,85 @@
-"""What a task is: the few things in which one differs from another.
+"""What a task is: everything in which one objective differs from another.
 
-    rows ──features──> features ──collate──> batch ──forward──> scores ──predictions──> JSON
-                                                        └──loss_sum──> loss
+    CorpusTask   a dataset directory ──samples, collator──┐
+    RowTask      labelled rows ──features──collate────────┴─> batch ──forward──> scores ──loss_sum──> loss
+                                                                                 └─predictions──> JSON
 
 A row is a dict as it stands in a JSON Lines file. A feature is one input of the model: most rows have one,
-a long text that is searched in windows has several. Everything else (loaders, optimizer, checkpoints, command
-line, service) is written once, for all tasks.
+a long text that is searched in windows has several. Loaders, optimizer, checkpoints, command line and
+service are written once and ask the task.
 
 Legend: B batch, T tokens, L labels, C choices.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer.arguments.training import WindowOptions
+from full_stack_transformer.datasets.batches import Samples
+from full_stack_transformer.datasets.collators import Batch, Collator, PaddedCollator
+from full_stack_transformer.datasets.corpus import Corpus
+from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.classification import ClassificationMetrics, ClassRow
+from full_stack_transformer.modelling.losses import perplexity
+from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.rows.fields import names_of, place
+from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.routes import Form, Route
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
+from full_stack_transformer.tokenization.transformers_tokenizer import (
+    open_tokenizer,
+    special_token_ids,
+)
 
-Row = Mapping[str, Any]
 Feature = dict[str, Any]
-"""`input_ids` and the like as lists, `labels` where the row has any, `row`: the number of its row."""
-Batch = dict[str, Tensor]
+"""`input_ids` and the like as lists, `labels` where the row has any, `row`: the index of its row."""
 Prediction = Any
 """What becomes JSON."""
 
-IGNORED_LABEL = -100
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Names of a feature that are padded with this; `input_ids` is padded with the tokenizer's own token.
 _PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED_LABEL}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What a task is told when it is new; one that is opened again reads its model's config."""
+    """Options of a task; each has the name of its option of `fst train`. A task with more derives from it."""
 
     max_length: int = 128
     """Tokens of a feature, at most."""
-    doc_stride: int = 32
-    """Tokens that two windows of one text share."""
-    problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
-    pooling: Literal["cls", "mean", "max", "first_last_avg", "last"] = "mean"
-    embedding_loss: Literal["auto", "simcse", "cosine"] = "auto"
-    temperature: float = 0.05
+
+    @classmethod
+    def of(cls, arguments: object) -> Self:
+        """Those of a command's options that this task has."""
+        names = [field.name for field in fields(cls) if hasattr(arguments, field.name)]
+        return cls(**{name: getattr(arguments, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowTaskOptions(WindowOptions, TaskOptions):
+    """Options of tasks that read long texts in windows."""
+
+    @property
+    def stride(self) -> int:
+        """Tokens that two windows of a text share: `doc_stride`, but half of a window at most."""
+        return min(self.doc_stride, self.max_length // 2)
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What predictions are worth."""
+class Metrics:
+    """How good predictions are."""
 
     scalars: dict[str, float]
+    """The first one says most."""
     per_class: tuple[ClassRow, ...] = ()
     """The table of classes, where there are classes."""
     labels: tuple[str, ...] = ()
@@ -62,48 +87,69 @@ class Figures:
     """Row: the expected one of `labels`, column: the predicted one."""
 
     @classmethod
-    def of_classes(cls, figures: ClassificationMetrics, labels: Sequence[str]) -> Self:
+    def of_classes(cls, found: ClassificationMetrics, labels: Sequence[str]) -> Self:
         """Those of decisions between classes."""
-        scalars = figures.scalars()
-        if figures.confusion:  # of one class each, where it is the accuracy
+        scalars = found.scalars()
+        if found.confusion:  # of one class each, where it is the accuracy
             del scalars["f1_micro"]
-        return cls(scalars, figures.per_class, tuple(labels), figures.confusion)
+        return cls(scalars, found.per_class, tuple(labels), found.confusion)
 
 
 class Task(ABC):
-    """Rows to features, features to a batch, the model's class, its scores, its metrics.
+    """An objective, with the tokenizer and the options of one model.
 
     Args:
-        tokenizer: the one of the model.
-        options: lengths, and what else the task was told.
+        tokenizer: what `open_tokenizer` returns.
+        options: of the class `options_class`.
     """
 
     name: ClassVar[str]
     model_class: ClassVar[Any]
     """The transformers class that opens a saved model with all of its weights."""
-    needs_labels: ClassVar[bool] = True
-    """Whether rows to learn from must have a label."""
-    baseline: ClassVar[Literal["words", "none"]] = "none"
-    """Whether counting words can do the task too."""
+    heads: ClassVar[tuple[str, ...]] = ()
+    """How the names of model classes end that this task can use."""
+    marker_file: ClassVar[str] = ""
+    """A file of a model directory that tells of this task, whatever head the weights still hold."""
+    options_class: ClassVar[type[TaskOptions]] = TaskOptions
+    generates: ClassVar[bool] = False
+    """Whether models continue texts: they are served by the engine, and show samples while they train."""
+    card: ClassVar[TaskWords]
+    """Words of the model card."""
+    routes: ClassVar[tuple[Route, ...]] = ()
+    """HTTP routes beside those of all models."""
+    form: ClassVar[Form | None] = None
+    """What the playground shows."""
+    new_head: ClassVar[bool] = False
+    """Whether a model to start from may lack the head, which then gets random weights."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, options: TaskOptions) -> None:
+    def __init__(self, tokenizer: Any, options: Any) -> None:
         self.tokenizer = tokenizer
         self.options = options
-        self.stride = min(options.doc_stride, options.max_length // 2)
 
     @classmethod
-    def learn(
-        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: TaskOptions
-    ) -> Self:
-        """The task that training rows describe, such as their labels."""
-        return cls(tokenizer, options)
+    def open_tokenizer(cls, directory: Path) -> Any:
+        """The tokenizer of a model directory: by default the one of transformers."""
+        return open_tokenizer(directory)
 
     @classmethod
-    def open(
-        cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, options: TaskOptions
-    ) -> Self:
+    def open(cls, config: PretrainedConfig, tokenizer: Any, options: Any) -> Self:
         """The task of a saved model."""
         return cls(tokenizer, options)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return len(self.tokenizer)
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids under `begin`, `end` and `pad`."""
+        return special_token_ids(self.tokenizer)
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """Tokens that a text for this task may name."""
+        return []
 
     @classmethod
     def backbone_class(cls, config: PretrainedConfig) -> Any:
@@ -118,19 +164,143 @@ class Task(ABC):
         """The transformers class of a model to start from."""
         return self.model_class
 
-    def saved_options(self) -> dict[str, Any]:
-        """Options that the model's config does not hold, for description.json."""
+    def prepare_backbone(self, backbone: Backbone) -> None:  # noqa: B027
+        """Exchange parts of a model before it is trained; nothing by default."""
+
+    def pretrained_fields(self) -> dict[str, Any]:
+        """What the config of a model to start from is to say instead of what it says."""
         return {}
 
     def config_fields(self) -> dict[str, Any]:
         """What a model's config says of the task."""
         return {}
 
+    def saved_options(self) -> dict[str, Any]:
+        """Options that the model's config does not hold and opening needs."""
+        return {}
+
+    def description_fields(self) -> dict[str, Any]:
+        """What description.json says beside the rest."""
+        return {"task_options": self.saved_options()}
+
+    @classmethod
+    def options_of(cls, description: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that `description_fields` saved."""
+        options: dict[str, Any] = description.get("task_options", {})
+        return options
+
     def finish_directory(self, directory: Path, config: PretrainedConfig) -> None:  # noqa: B027
         """Write what a model directory holds beside the plain files; nothing by default."""
 
     def read_directory(self, directory: Path, device: torch.device) -> None:  # noqa: B027
         """Read what `finish_directory` wrote."""
+
+    def forward(self, backbone: Backbone, batch: Batch) -> Tensor:
+        """The model's scores, B first."""
+        inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
+        scores: Tensor = backbone(**inputs).logits
+        return scores
+
+    @abstractmethod
+    def loss_sum(self, scores: Tensor, batch: Batch) -> Tensor:
+        """The loss, summed over the targets of a batch."""
+
+    def training_losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums over the targets of a batch: what is minimized, and what curves show of it."""
+        loss_sum = self.loss_sum(scores, batch)
+        return loss_sum, loss_sum
+
+    @abstractmethod
+    def validation_sums(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What a validation adds up: `loss`, `targets` (their number), and what the metrics need."""
+
+
+class CorpusTask(Task):
+    """A task that learns from the samples of a dataset directory; `read_dataset` comes first."""
+
+    new_head = False
+    batchings: ClassVar[tuple[str, ...]] = ("length",)
+    """Values of --batching that it knows."""
+    dataset: DatasetDirectory
+
+    @classmethod
+    def tokenizer_files(cls, dataset: DatasetDirectory, place: Callable[[], Path]) -> Path:
+        """Where the files of the model's tokenizer are: those of the dataset, or others in `place()`."""
+        return dataset.tokenizer_directory
+
+    def read_dataset(self, dataset: DatasetDirectory) -> None:
+        """Take the dataset to learn from, or to be measured on.
+
+        Raises:
+            DatasetError: it was prepared with another tokenizer.
+        """
+        self.dataset = dataset
+
+    def samples(self, corpus: Corpus) -> Samples:
+        """What batches are made of."""
+        return corpus
+
+    def collator(self, corpus: Corpus, *, seed: int) -> Collator:
+        """What makes tensors of samples, one in a row; the seed of a validation is 0."""
+        return PaddedCollator(corpus, pad_id=self.dataset.description["special_token_ids"]["pad"])
+
+    def pretrained_fields(self) -> dict[str, Any]:
+        """Nothing: the model stays what it is."""
+        return {}
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Those of the dataset."""
+        ids: dict[str, int] = self.dataset.description["special_token_ids"]
+        return ids
+
+    def description_fields(self) -> dict[str, Any]:
+        """Nothing where there are no options to save."""
+        options = self.saved_options()
+        return {"task_options": options} if options else {}
+
+    def validation_sums(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss, and how many labels there are."""
+        num_targets = (batch["labels"] != IGNORED_LABEL).sum()
+        return {"loss": self.loss_sum(scores, batch), "targets": num_targets}
+
+    def validation_metrics(self, loss: float, sums: Mapping[str, float]) -> dict[str, float]:
+        """The metrics beside the mean loss, from what `validation_sums` added up."""
+        return {"perplexity": perplexity(loss)}
+
+    def evaluation(self, loss: float, sums: Mapping[str, float]) -> dict[str, Any]:
+        """What `fst evaluate` prints of all validation samples."""
+        return {
+            "task": self.name,
+            "loss": loss,
+            **self.validation_metrics(loss, sums),
+            "num_samples": len(self.dataset.valid),
+            "num_targets": int(sums["targets"]),
+        }
+
+
+class RowTask(Task):
+    """A task on labelled rows: rows to features, features to a batch, scores to predictions."""
+
+    new_head = True
+    needs_labels: ClassVar[bool] = True
+    """Whether rows to learn from must have a label."""
+    measured_by: ClassVar[str] = "a label"
+    """What a row must have to be measured by, for an error."""
+
+    @classmethod
+    def learn(cls, rows: Sequence[Row], tokenizer: Any, options: Any) -> Self:
+        """The task that training rows describe, such as their labels."""
+        return cls(tokenizer, options)
+
+    @classmethod
+    def named(cls, row: Row) -> Row:
+        """A row of a published data set under the names that this task reads; others stay as they are."""
+        return row
+
+    def pretrained_fields(self) -> dict[str, Any]:
+        """Labels, and the token that fills up rows."""
+        return {**self.config_fields(), "pad_token_id": self.tokenizer.pad_token_id}
 
     @abstractmethod
     def features(self, rows: Sequence[Row]) -> list[Feature]:
@@ -181,15 +351,10 @@ class Task(ABC):
             batch["labels"] = torch.tensor([feature["labels"] for feature in features])
         return batch
 
-    def forward(self, backbone: Backbone, batch: Batch) -> Tensor:
-        """The model's scores, B first."""
-        inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
-        scores: Tensor = backbone(**inputs).logits
-        return scores
-
-    @abstractmethod
-    def loss_sum(self, scores: Tensor, batch: Batch) -> Tensor:
-        """The loss, summed over the targets of a batch."""
+    def validation_sums(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss; `weights` (B,) are the targets of the features, none in a batch that fills up."""
+        loss = self.loss_sum(scores, batch) if len(batch["weights"]) else scores.new_zeros(())
+        return {"loss": loss, "targets": batch["weights"].sum()}
 
     @abstractmethod
     def predictions(
@@ -204,12 +369,23 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
-        """What the predictions are worth; the first figure says most."""
+    def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
+        """How good the predictions are; the first metric says most."""
 
     @abstractmethod
     def is_right(self, row: Row, prediction: Prediction) -> float:
         """How right a prediction is, to put the worst errors first: higher is better, below 0.5 is wrong."""
+
+    def baselines(
+        self, train_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> dict[str, list[Prediction]]:
+        """Predictions without a model, by the name of the baseline; none by default.
+
+        Args:
+            train_rows: labelled, what the baselines learn from.
+            rows: what they predict.
+        """
+        return {}
 
     def predict(
         self, rows: Sequence[Row], backbone: Backbone, *, batch_size: int = 32
@@ -234,16 +410,15 @@ class Task(ABC):
     ) -> list[Prediction]:
         """As `predict`, with the features of all rows at hand."""
         device = next(backbone.parameters()).device
-        order = sorted(range(len(features)), key=lambda number: self.length(features[number]))
+        order = sorted(range(len(features)), key=lambda index: self.length(features[index]))
         scores: list[Tensor] = [torch.empty(0)] * len(features)
         for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            batch = self.collate([features[number] for number in numbers])
+            indices = order[start : start + batch_size]
+            batch = self.collate([features[index] for index in indices])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            for number, found in zip(
-                numbers, self.forward(backbone, batch).float().cpu(), strict=True
-            ):
-                scores[number] = found
+            found = self.forward(backbone, batch).float().cpu()
+            for index, score in zip(indices, found, strict=True):
+                scores[index] = score
         return self.predictions(rows, features, scores)
 
     def encode_pair(self, text: str, text_pair: str | None) -> Feature:
@@ -259,49 +434,7 @@ class Task(ABC):
         return [name for name in self.tokenizer.model_input_names if name in MODEL_INPUTS]
 
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
 def pad(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
     """(B, T) int64, filled up on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
-
-
-def field(row: Row, name: str, kind: type | tuple[type, ...], task: str) -> Any:
-    """A field of a row, of the type that its task needs.
-
-    Raises:
-        RowError: it is missing, or something else.
-    """
-    value = row.get(name)
-    if isinstance(value, kind):
-        return value
-    expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
-    found = f"{type(value).__name__} there" if name in row else f"the fields {names_of(row)}"
-    raise RowError(f"{place(row)}a row of {task} should have {name!r}, a {expected}; found {found}")
-
-
-def texts_of(row: Row, name: str, task: str) -> list[str]:
-    """A field of a row that is a list of texts.
-
-    Raises:
-        RowError: it is missing, or something else.
-    """
-    values: list[Any] = field(row, name, list, task)
-    wrong = next((value for value in values if not isinstance(value, str)), "")
-    if not isinstance(wrong, str):
-        raise RowError(
-            f"{place(row)}a row of {task} should have {name!r}, a list of str; found {wrong!r} in it"
-        )
-    return values
-
-
-def names_of(row: Row) -> str:
-    """The fields of a row, for an error."""
-    return ", ".join(name for name in row if name != "_place") or "of an empty object"
-
-
-def place(row: Row) -> str:
-    """Where a row stands, for an error: what its reader noted under `_place`."""
-    return f"{row['_place']}: " if "_place" in row else ""

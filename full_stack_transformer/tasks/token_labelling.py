@@ -10,6 +10,7 @@ word is labelled by the window that shows most around it.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -23,33 +24,46 @@ from transformers import (
 
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.classification import OUTSIDE, label_metrics
-from full_stack_transformer.tasks.task import (
-    IGNORED_LABEL,
-    Feature,
-    Figures,
-    Prediction,
-    Row,
-    Task,
-    TaskOptions,
+from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.rows.fields import (
+    WORD_LABELS,
+    WORDS,
     field,
+    missing_field,
     place,
     texts_of,
+    with_origin,
 )
+from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.routes import Form, Route
+from full_stack_transformer.tasks.task import (
+    Feature,
+    Metrics,
+    Prediction,
+    RowTask,
+    WindowTaskOptions,
+)
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-class TokenLabelling(Task):
+class TokenLabelling(RowTask):
     """See the module."""
 
     name = "token_labelling"
     model_class = AutoModelForTokenClassification
-    baseline = "words"
+    heads = ("ForTokenClassification",)
+    options_class = WindowTaskOptions
+    measured_by = "any words"
+    card = TaskWords("token-classification", "labels words", fields="text or words")
+    routes = (Route("/label", "A label for each word of each text."),)
+    form = Form("/label", "Label", "One text a line …", show="labels")
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        options: TaskOptions,
+        options: WindowTaskOptions,
         *,
         labels: Sequence[str],
     ) -> None:
@@ -58,8 +72,22 @@ class TokenLabelling(Task):
         self._id_of_label = {label: number for number, label in enumerate(labels)}
 
     @classmethod
+    def named(cls, row: Row) -> Row:
+        """Words and labels of CoNLL-2003 as the hub has it, and others."""
+        words = next((row[name] for name in WORDS if name in row), None)
+        if words is None:
+            raise missing_field(row, WORDS, "words")
+        labels = next((row[name] for name in WORD_LABELS if name in row), None)
+        found: dict[str, Any] = {"words": _list(words)}
+        if labels is not None:
+            if None in _list(labels):
+                raise TypeError("a label is null")
+            found["labels"] = [str(label) for label in labels]
+        return with_origin(found, row)
+
+    @classmethod
     def learn(
-        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: WindowTaskOptions
     ) -> Self:
         """The labels' names; `O`, which marks nothing, comes first."""
         names = {label for row in rows for label in field(row, "labels", list, cls.name)}
@@ -72,7 +100,10 @@ class TokenLabelling(Task):
 
     @classmethod
     def open(
-        cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, options: TaskOptions
+        cls,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        options: WindowTaskOptions,
     ) -> Self:
         """Labels out of the config."""
         labels = [config.id2label[number] for number in range(config.num_labels)]
@@ -101,7 +132,7 @@ class TokenLabelling(Task):
                 text,
                 truncation=True,
                 max_length=self.options.max_length,
-                stride=min(self.stride, room - 1),
+                stride=min(self.options.stride, room - 1),
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
             )
@@ -143,16 +174,16 @@ class TokenLabelling(Task):
                     best_of_row[word] = (around, found[token])
         return [self._prediction(row, words) for row, words in zip(rows, best, strict=True)]
 
-    def figures(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Figures:
+    def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
         """F1 of spans where the labels mark spans, and accuracy of words; none where there are no words."""
         if not any(predictions):
-            return Figures({})
+            return Metrics({})
         found = label_metrics(
             [list(map(str, row["labels"])) for row in rows],
             [[word["label"] for word in one] for one in predictions],
         )
         labels = tuple(row.label for row in found.tokens.per_class)
-        return Figures(
+        return Metrics(
             found.scalars(),
             found.per_type or found.tokens.per_class,
             labels,
@@ -164,6 +195,24 @@ class TokenLabelling(Task):
         pairs = list(zip(row["labels"], prediction, strict=True))
         share = sum(str(label) == word["label"] for label, word in pairs) / max(1, len(pairs))
         return 1.0 if share == 1.0 else share * 0.499
+
+    def baselines(
+        self, train_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> dict[str, list[Prediction]]:
+        """The most frequent label of all, and the one of each word; of an unknown word that of all."""
+        overall = Counter(label for row in train_rows for label in row["labels"])
+        by_word: dict[str, Counter[str]] = {}
+        for row in train_rows:
+            for word, label in zip(row["words"], row["labels"], strict=True):
+                by_word.setdefault(word, Counter())[label] += 1
+        majority = overall.most_common(1)[0][0]
+        best = {word: counts.most_common(1)[0][0] for word, counts in by_word.items()}
+        return {
+            "majority": [[{"word": w, "label": majority} for w in row["words"]] for row in rows],
+            "words": [
+                [{"word": w, "label": best.get(w, majority)} for w in row["words"]] for row in rows
+            ],
+        }
 
     def _prediction(self, row: Row, words: dict[int, tuple[int, int]]) -> Prediction:
         text, spans = _text_and_words(row)
@@ -191,6 +240,12 @@ class TokenLabelling(Task):
                 f"({', '.join(self.labels)})"
             )
         return [self._id_of_label[name] for name in names]
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{value!r} should be a list")
+    return list(value)
 
 
 def _text_and_words(row: Row) -> tuple[str, list[tuple[int, int]]]:

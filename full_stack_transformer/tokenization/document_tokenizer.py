@@ -26,6 +26,8 @@ from full_stack_transformer.tokenization.encoders import is_plain_byte_level
 BEGIN_OF_DOCUMENT = "[DOC_START]"
 END_OF_DOCUMENT = "[DOC_END]"
 PADDING = "[PAD]"
+# In the place of a token id (or another label): nothing to predict here. PyTorch's default `ignore_index`.
+IGNORED_LABEL = -100
 
 _CONFIG_FILE_NAME = "tokenizer_config.json"
 _TOKENIZER_FILE_NAME = "tokenizer.json"

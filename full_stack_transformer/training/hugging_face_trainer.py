@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 from transformers import Trainer, TrainingArguments
 
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import MissingExtraError
-from full_stack_transformer.tasks.task import Feature, Task
-from full_stack_transformer.training.data.batches import Batch
+from full_stack_transformer.tasks.task import Feature, RowTask
 
 
 def to_hf_trainer(
-    task: Task, backbone: Backbone, features: Sequence[Feature], arguments: TrainingArguments
+    task: RowTask, backbone: Backbone, features: Sequence[Feature], arguments: TrainingArguments
 ) -> "TaskTrainer":
     """The same task under the Hugging Face Trainer.
 
@@ -48,7 +48,7 @@ class TaskTrainer(Trainer):
 
     def __init__(
         self,
-        task: Task,
+        task: RowTask,
         backbone: Backbone,
         features: Sequence[Feature],
         arguments: TrainingArguments,
@@ -103,4 +103,4 @@ class TaskTrainer(Trainer):
         return batch
 
     def _mean_loss(self, scores: Tensor, batch: Batch, num_targets: Tensor) -> Tensor:
-        return self.task.loss_sum(scores, batch) / num_targets.clamp(min=1)
+        return self.task.training_losses(scores, batch)[0] / num_targets.clamp(min=1)

@@ -1,12 +1,13 @@
-"""What every task's LightningModule shares: seeds, weights of targets, optimizer, clipping, the clock.
+"""One training step, for every task: forward, loss, gradient clipping, optimizer, schedule, logging.
 
-A task says how a batch becomes losses (`loss_sums`) and what a validation adds up. Knows no task.
+    batch ──task.forward──> scores ──task.training_losses──> mean over the targets of the optimizer step
+
+Knows no task by name: what differs is asked of the task.
 """
 
 import contextlib
 import math
 import time
-from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,24 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import TrainingError, UsageError
+from full_stack_transformer.tasks.task import CorpusTask, RowTask, Task
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.data.batches import Batch, EpochDataModule
+from full_stack_transformer.training.callbacks.profiling import FORWARD, LOSS
+from full_stack_transformer.training.data.batches import EpochDataModule
+from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.optimization import Plan, make_optimizer, make_schedule
 from full_stack_transformer.training.processes import greatest
 
 
-class TrainingModule(pl.LightningModule, ABC):
-    """A backbone and how it is trained.
+class TrainingModule(pl.LightningModule):
+    """A backbone that learns a task.
+
+    Args:
+        backbone: with the task's head.
+        arguments: the options of the training.
+        task: what is learned.
 
     Attributes:
         plan: the lengths of the training; known once Lightning has set it up.
@@ -37,37 +47,23 @@ class TrainingModule(pl.LightningModule, ABC):
 
     plan: Plan
 
-    def __init__(self, backbone: Backbone, arguments: TrainArguments) -> None:
+    def __init__(self, backbone: Backbone, arguments: TrainArguments, task: Task) -> None:
         super().__init__()
         self.backbone = backbone
         # from_pretrained hands out evaluation mode, and Lightning keeps it.
         self.backbone.train()
         if arguments.activation_checkpointing:
             _checkpoint_activations(backbone)
+        task.prepare_backbone(backbone)
+        self.task = task
         self.learning_rate = 0.0
         self.gradient_norm = torch.zeros(())
         self._arguments = arguments
         self._started = time.monotonic()
         self._seconds = 0.0
         self._loss_of_step = torch.zeros(())
-        self._valid_sum = torch.zeros((), dtype=torch.float64)
-        self._valid_count = 0
-
-    @abstractmethod
-    def mean_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """This batch's parts of the means over all targets of its optimizer step.
-
-        Returns:
-            The loss, and what is shown of it (such as its cross entropy alone), which has no gradient.
-        """
-
-    @abstractmethod
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Call `add_validation_loss`, and keep what the metrics need."""
-
-    def validation_metrics(self, loss: float) -> dict[str, float]:
-        """Figures of the validation that ends now beside its loss; each process computes the same."""
-        return {}
+        self._validation_sums: dict[str, Tensor] = {}
+        self._scores: dict[int, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         """Make the plan, now that the number of processes is known."""
@@ -84,23 +80,43 @@ class TrainingModule(pl.LightningModule, ABC):
         """
         # Dropout is a function of the position: nothing to restore in a training that is resumed.
         _seed(self.device, _seed_of_batch(self._arguments.seed, self.global_rank, batch_index))
-        loss, cross_entropy = self.mean_losses(batch)
+        loss, shown = self.mean_losses(batch)
         self._loss_of_step = self._loss_of_step.to(loss.device) + loss.detach()
         num_processes = self.trainer.world_size
         return {
             "loss": loss * (num_processes * self.trainer.accumulate_grad_batches),
-            metric_names.CROSS_ENTROPY: cross_entropy * num_processes,
+            metric_names.CROSS_ENTROPY: shown * num_processes,
         }
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the validation before."""
-        self._valid_sum.zero_()
-        self._valid_count = 0
+    def mean_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """This batch's parts of the means over all targets of its optimizer step.
 
-    def add_validation_loss(self, loss_sum: Tensor, num_targets: int) -> None:
-        """Add up over all targets: independent of the batch size."""
-        self._valid_sum += loss_sum.double().cpu()
-        self._valid_count += num_targets
+        Returns:
+            The loss, and what curves show of it (such as its cross entropy alone), without a gradient.
+        """
+        with self.profiled(FORWARD):
+            scores = self.task.forward(self.backbone, batch)
+        with self.profiled(LOSS):
+            loss_sum, shown_sum = self.task.training_losses(scores, batch)
+        num_targets = batch["num_targets"]
+        return loss_sum / num_targets, shown_sum.detach() / num_targets
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the validation before."""
+        self._validation_sums = {}
+        self._scores = {}
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Add up losses and counts, and keep the scores of rows, which metrics need as a whole."""
+        with self.profiled(FORWARD):
+            scores = self.task.forward(self.backbone, batch)
+        with self.profiled(LOSS):
+            sums = self.task.validation_sums(scores, batch)
+        for name, value in sums.items():
+            total = self._validation_sums.get(name, torch.zeros((), dtype=torch.float64))
+            self._validation_sums[name] = total + value.double().cpu()
+        if "numbers" in batch:  # without one where other processes have a feature more
+            self._scores.update(zip(batch["numbers"].tolist(), scores.float().cpu(), strict=False))
 
     def on_validation_epoch_end(self) -> None:
         """Make the mean over all targets of all processes, and the metrics, known to the callbacks.
@@ -108,20 +124,31 @@ class TrainingModule(pl.LightningModule, ABC):
         Raises:
             UsageError: --metric_for_best_model is none of them.
         """
-        totals = torch.tensor([self._valid_sum.item(), self._valid_count], dtype=torch.float64)
-        totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum").cpu()
-        loss = float(totals[0] / totals[1].clamp(min=1))
-        figures = {metric_names.LOSS: loss, **self.validation_metrics(loss)}
+        totals = torch.stack(list(self._validation_sums.values())).to(self.device)
+        totals = self.trainer.strategy.reduce(totals, reduce_op="sum").cpu()
+        sums = dict(zip(self._validation_sums, totals.tolist(), strict=True))
+        loss = sums["loss"] / max(1, sums["targets"])
+        metrics = {metric_names.LOSS: loss, **self._validation_metrics(loss, sums)}
         chosen = self._arguments.metric_for_best_model
-        if chosen not in figures:
+        if chosen not in metrics:
             raise UsageError(
-                f"--metric_for_best_model must be one of {', '.join(figures)}; found {chosen!r}"
+                f"--metric_for_best_model must be one of {', '.join(metrics)}; found {chosen!r}"
             )
         sign = 1.0 if metric_names.is_better_when_lower(chosen) else -1.0
         # Each process knows the same already, but Lightning warns unless it may average.
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._tell(f"{metric_names.VALID}/{name}", value)
-        self._tell(metric_names.SELECTION, sign * figures[chosen])
+        self._tell(metric_names.SELECTION, sign * metrics[chosen])
+
+    def _validation_metrics(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        """The metrics beside the loss; each process computes the same."""
+        if isinstance(self.task, CorpusTask):
+            return self.task.validation_metrics(loss, sums)
+        assert isinstance(self.task, RowTask)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, BaseDataModule)
+        rows, predictions = data.predictions_of(_gathered(self._scores, self.trainer.world_size))
+        return self.task.metrics(rows, predictions).scalars if rows else {}
 
     def _tell(self, name: str, value: float) -> None:
         self.log(name, torch.tensor(value, dtype=torch.float32), logger=False, sync_dist=True)
@@ -219,6 +246,15 @@ class TrainingModule(pl.LightningModule, ABC):
         if self._trainer is None:
             return contextlib.nullcontext()
         return self.trainer.profiler.profile(name)  # type: ignore[attr-defined,no-any-return]
+
+
+def _gathered(scores: dict[int, Tensor], world_size: int) -> dict[int, Tensor]:
+    """Those of all processes."""
+    if world_size == 1:
+        return scores
+    parts: list[dict[int, Tensor] | None] = [None] * world_size
+    torch.distributed.all_gather_object(parts, scores)
+    return {number: score for part in parts if part for number, score in part.items()}
 
 
 def _checkpoint_activations(backbone: Backbone) -> None:

@@ -43,6 +43,7 @@ from full_stack_transformer.training.callbacks.progress import (
     summarize,
 )
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
+from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.experiments import (
     ARGUMENTS_FILE_NAME,
     CHECKPOINTS_DIRECTORY_NAME,
@@ -50,11 +51,11 @@ from full_stack_transformer.training.experiments import (
     open_experiment,
     write_arguments,
 )
-from full_stack_transformer.training.open_work import open_own_work, open_work
 from full_stack_transformer.training.optimization import Plan
 from full_stack_transformer.training.processes import is_main_process
+from full_stack_transformer.training.results import write_results
+from full_stack_transformer.training.setup import TrainingSetup, open_setup
 from full_stack_transformer.training.tuning import tune
-from full_stack_transformer.training.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def train(arguments: TrainArguments) -> Path | int:
         TrainingError: the loss is no longer a number.
         MachineError: a checkpoint cannot be written.
     """
-    return train_work(open_work(arguments))
+    return train_setup(open_setup(arguments))
 
 
 def run_experiment(arguments: RunExperimentArguments) -> Path | int:
@@ -82,25 +83,25 @@ def run_experiment(arguments: RunExperimentArguments) -> Path | int:
     Raises:
         UsageError: a class cannot be imported, or is none of what is expected.
     """
-    return train_work(open_own_work(arguments))
+    return train_setup(open_setup(arguments))
 
 
-def train_work(work: Work, callbacks: Sequence[pl.Callback] = ()) -> Path | int:
-    """The same for a work that is put together already.
+def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> Path | int:
+    """The same for a setup that is put together already.
 
     Args:
-        work: what is learned from what.
+        setup: what is learned from what.
         callbacks: of Lightning, beside our own.
     """
     started = time.perf_counter()
     _quieten_libraries()
-    with open_experiment(work.arguments, work) as experiment:
+    with open_experiment(setup.arguments, setup.data) as experiment:
         if experiment.is_finished:
             logger.info("%s is finished already", experiment.directory)
-            return _after(work, experiment) if is_main_process() else 0
-        if not work.arguments.trains:
-            return _after(work, experiment)
-        training = _set_up(experiment, work, callbacks)
+            return _after(setup, experiment) if is_main_process() else 0
+        if not setup.arguments.trains:
+            return _after(setup, experiment)
+        training = _set_up(experiment, setup, callbacks)
         try:
             training.fit()
         except InterruptedBySignalError as interruption:
@@ -109,29 +110,32 @@ def train_work(work: Work, callbacks: Sequence[pl.Callback] = ()) -> Path | int:
         if not is_main_process():
             return 0
         training.finish(time.perf_counter() - started)
-        return _after(work, experiment)
+        return _after(setup, experiment)
 
 
-def _after(work: Work, experiment: Experiment) -> Path:
+def _after(setup: TrainingSetup, experiment: Experiment) -> Path:
     """--do_eval and --do_predict, with the best model."""
-    arguments = work.arguments
-    if arguments.do_eval:
-        work.apply(experiment.directory, "valid")
-    if arguments.do_predict:
-        work.apply(experiment.directory, "test")
+    arguments, data = setup.arguments, setup.data
+    if isinstance(data, BaseDataModule):
+        if arguments.do_eval:
+            write_results(experiment.directory, data, "valid")
+        if arguments.do_predict:
+            write_results(experiment.directory, data, "test")
     return experiment.directory
 
 
-def _set_up(experiment: Experiment, work: Work, callbacks: Sequence[pl.Callback]) -> "_Training":
+def _set_up(
+    experiment: Experiment, setup: TrainingSetup, callbacks: Sequence[pl.Callback]
+) -> "_Training":
     arguments = experiment.arguments
     torch.manual_seed(arguments.seed)
-    work.begin(experiment.directory if is_main_process() else None)
-    backbone = work.make_backbone()
+    setup.begin(experiment.directory if is_main_process() else None)
+    backbone = setup.make_backbone()
     if arguments.find_batch_size or arguments.find_learning_rate:
-        arguments = tune(arguments, work, backbone, _make_trainer(experiment))
+        arguments = tune(arguments, setup, backbone, _make_trainer(experiment))
         experiment = dataclasses.replace(experiment, arguments=arguments)
         write_arguments(experiment)
-    return _Training(experiment, work, backbone, callbacks)
+    return _Training(experiment, setup, backbone, callbacks)
 
 
 class _Training:
@@ -140,17 +144,17 @@ class _Training:
     def __init__(
         self,
         experiment: Experiment,
-        work: Work,
+        setup: TrainingSetup,
         backbone: Backbone,
         callbacks: Sequence[pl.Callback],
     ) -> None:
         self._experiment = experiment
-        self._work = work
+        self._setup = setup
         self._backbone = backbone
         self._signals = CatchSignals()
-        self._meter = Meter(num_context_tokens=work.num_context_tokens)
-        self._export = _make_export(experiment, work)
-        self._data = work.make_data(experiment.arguments)
+        self._meter = Meter(num_context_tokens=setup.data.num_context_tokens)
+        self._export = _make_export(experiment, setup)
+        self._data = setup.make_data(experiment.arguments)
         self._trainer = _make_trainer(experiment, [*callbacks, *self._callbacks()])
 
     def fit(self) -> None:
@@ -164,20 +168,20 @@ class _Training:
             logger.info(
                 "training %s parameters on %s in %s, %s precision, into %s%s",
                 f"{num_parameters(self._backbone):,}",
-                self._work.amount,
+                self._data.amount,
                 self._trainer.strategy.root_device,
                 self._trainer.precision,
                 experiment.directory,
                 f", going on after step {checkpoint.step:,}" if checkpoint else "",
             )
             if checkpoint is None:
-                _write_texts(self._trainer, experiment, self._work)
-        task = self._work.make_module(self._backbone, experiment.arguments)
+                _write_texts(self._trainer, experiment, self._setup)
+        module = self._setup.make_module(self._backbone, experiment.arguments)
         if self._should_compile():
             compile_layers(self._backbone)
         with self._signals:
             self._trainer.fit(
-                task,
+                module,
                 datamodule=self._data,
                 ckpt_path=checkpoint.path if checkpoint else None,
                 weights_only=True,
@@ -193,8 +197,8 @@ class _Training:
         num_rows_in_all = math.inf if num_steps is None else num_rows * num_steps
         return pays_to_compile(
             trainer.strategy.root_device,
-            flops=flops_per_token(self._backbone, self._work.num_context_tokens)
-            * self._work.num_row_tokens
+            flops=flops_per_token(self._backbone, self._data.num_context_tokens)
+            * self._data.num_row_tokens
             * num_rows_in_all,
             minutes=arguments.max_minutes,
         )
@@ -237,7 +241,7 @@ class _Training:
             ),
             Progress(self._meter, show=arguments.enable_progress_bar),
             self._export,
-            *self._work.callbacks(directory),
+            *self._setup.callbacks(directory),
             *([AveragedWeights(decay=arguments.ema_decay)] if arguments.ema_decay else []),
             StopWithoutImprovement(patience=arguments.early_stopping_patience),
             SaveCheckpoints(
@@ -248,16 +252,15 @@ class _Training:
         ]
 
 
-def _make_export(experiment: Experiment, work: Work) -> ExportModel:
+def _make_export(experiment: Experiment, setup: TrainingSetup) -> ExportModel:
     return ExportModel(
         experiment.directory / MODEL_DIRECTORY_NAME,
-        task=work.task_name,
-        tokenizer_directory=work.tokenizer_directory,
+        task=setup.task,
+        tokenizer_directory=setup.data.tokenizer_directory,
         experiment=experiment.name,
-        dataset_description=work.description,
+        dataset_description=setup.data.description,
         arguments=dataclasses.asdict(experiment.arguments),
-        fields=work.export_fields(),
-        finish=work.finish_directory,
+        fields=setup.description_fields(),
     )
 
 
@@ -315,13 +318,13 @@ def _make_tensorboard(experiment: Experiment) -> TensorBoardLogger:
     )
 
 
-def _write_texts(trainer: pl.Trainer, experiment: Experiment, work: Work) -> None:
+def _write_texts(trainer: pl.Trainer, experiment: Experiment, setup: TrainingSetup) -> None:
     """The options and the description of the dataset, for TensorBoard."""
     assert isinstance(trainer.logger, TensorBoardLogger)
     writer = trainer.logger.experiment
     arguments = read_json(experiment.directory / ARGUMENTS_FILE_NAME)
     writer.add_text(metric_names.ARGUMENTS_TEXT, _as_markdown(arguments))
-    writer.add_text(metric_names.DATASET_TEXT, _as_markdown(work.description))
+    writer.add_text(metric_names.DATASET_TEXT, _as_markdown(setup.data.description))
 
 
 def _resolve_precision(arguments: TrainArguments) -> str:

@@ -1,6 +1,6 @@
 """A training from a notebook, with the verbs of the Hugging Face Trainer; each is a few words of Lightning's.
 
-trainer = Trainer(TrainArguments(task="sequence_classification", dataset_dir=Path("rows")))
+trainer = Trainer(TrainArguments(task="my_module.MyTask", dataset_dir=Path("rows")))
 trainer.add_callback(MyLightningCallback())
 trainer.train()
 trainer.evaluate()
@@ -15,21 +15,21 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torch import Tensor
 
-from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.rows.files import Row
 from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.storage import make_directories, replace_directory, write_json
-from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
-from full_stack_transformer.tasks.task import Prediction, Row, Task
-from full_stack_transformer.training.data.batches import Batch, BatchLoader, ValidationLoader
+from full_stack_transformer.tasks.opening import OpenedTask, open_task
+from full_stack_transformer.tasks.task import Prediction, RowTask
+from full_stack_transformer.training.data.batches import BatchLoader, ValidationLoader
 from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.open_work import open_own_work, open_work
 from full_stack_transformer.training.processes import is_main_process
-from full_stack_transformer.training.rows_work import RowsWork
-from full_stack_transformer.training.run import train_work
-from full_stack_transformer.training.work import Work
+from full_stack_transformer.training.run import train_setup
+from full_stack_transformer.training.setup import TrainingSetup, open_setup, rows_setup
 
 
 class Trainer:
@@ -47,20 +47,18 @@ class Trainer:
         arguments: TrainArguments,
         *,
         data: BaseDataModule | None = None,
-        task_class: type[Task] | None = None,
+        task_class: type[RowTask] | None = None,
         callbacks: Sequence[pl.Callback] = (),
     ) -> None:
         self.arguments = arguments
         self.callbacks = list(callbacks)
-        self.work: Work
-        if data is None and isinstance(arguments, RunExperimentArguments):
-            self.work = open_own_work(arguments)
-        elif data is None:
-            self.work = open_work(arguments)
+        self.setup: TrainingSetup
+        if data is None:
+            self.setup = open_setup(arguments)
         elif task_class is None:
             raise UsageError("pass task_class beside data, such as SequenceClassification")
         else:
-            self.work = RowsWork(arguments, data, task_class)
+            self.setup = rows_setup(arguments, data, task_class)
         self._experiment: Path | None = None
 
     def add_callback(self, callback: pl.Callback) -> None:
@@ -80,23 +78,22 @@ class Trainer:
 
     def train(self) -> Path:
         """`pl.Trainer.fit`; returns the experiment directory."""
-        found = train_work(self.work, self.callbacks)
+        found = train_setup(self.setup, self.callbacks)
         if not isinstance(found, Path):
             raise KeyboardInterrupt  # a signal ended it, which was said
         self._experiment = found
         return found
 
     def evaluate(self, rows: Sequence[Row] | None = None) -> dict[str, float]:
-        """Figures of the best model on the validation rows, or on others; `pl.Trainer.validate`."""
+        """Metrics of the best model on the validation rows, or on others; `pl.Trainer.validate`."""
         rows = self._data.named_rows("valid") if rows is None else rows
-        task = self._opened.task
+        task = self._opened.row_task
         task.labelled_features(rows)
-        return task.figures(rows, self.predict(rows)).scalars
+        return task.metrics(rows, self.predict(rows)).scalars
 
     def predict(self, rows: Sequence[Row]) -> list[Prediction]:
         """JSON for each row, by the best model; `pl.Trainer.predict`."""
-        opened = self._opened
-        return opened.task.predict(rows, opened.backbone, batch_size=self.arguments.batch_size)
+        return self._opened.predict(rows, batch_size=self.arguments.batch_size)
 
     def save_model(self, directory: Path) -> None:
         """Copy the best model, a plain Hugging Face directory; one that is there already is replaced.
@@ -156,13 +153,14 @@ class Trainer:
 
     @property
     def _data(self) -> BaseDataModule:
-        if not isinstance(self.work, RowsWork):
+        data = self.setup.data
+        if not isinstance(data, BaseDataModule):
             raise UsageError(f"--task {self.arguments.task} has no labelled rows; use fst evaluate")
-        return self.work.data
+        return data
 
     @property
     def _begun_data(self) -> BaseDataModule:
         data = self._data
         if not hasattr(data, "task"):
-            self.work.begin(None)
+            self.setup.begin(None)
         return data

@@ -17,11 +17,12 @@ import torch
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import TrainingError, UsageError
 from full_stack_transformer.machine import free_memory_bytes, resident_bytes
-from full_stack_transformer.training.data.batches import Batch, EpochDataModule
+from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.optimization import make_optimizer
-from full_stack_transformer.training.work import Work
+from full_stack_transformer.training.setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,13 @@ _PART_OF_MEMORY = 0.8
 
 
 def tune(
-    arguments: TrainArguments, work: Work, backbone: Backbone, trainer: pl.Trainer
+    arguments: TrainArguments, setup: TrainingSetup, backbone: Backbone, trainer: pl.Trainer
 ) -> TrainArguments:
     """The options with what was found in the place of what was given.
 
     Args:
         arguments: with `find_batch_size`, `find_learning_rate` or both.
-        work: its training samples are used.
+        setup: its training samples are used.
         backbone: stays as it is.
         trainer: names the device and the precision.
 
@@ -63,10 +64,10 @@ def tune(
             "--max_steps 1, then train with what they found"
         )
     if arguments.find_batch_size:
-        size = find_batch_size(_Trial(arguments, work, backbone, trainer))
+        size = find_batch_size(_Trial(arguments, setup, backbone, trainer))
         arguments = dataclasses.replace(arguments, batch_size=size, find_batch_size=False)
     if arguments.find_learning_rate:
-        rate = find_learning_rate(_Trial(arguments, work, backbone, trainer))
+        rate = find_learning_rate(_Trial(arguments, setup, backbone, trainer))
         arguments = dataclasses.replace(arguments, learning_rate=rate, find_learning_rate=False)
     return arguments
 
@@ -77,18 +78,18 @@ class _Trial:
     def __init__(
         self,
         arguments: TrainArguments,
-        work: Work,
+        setup: TrainingSetup,
         backbone: Backbone,
         trainer: pl.Trainer,
     ) -> None:
         self.arguments = arguments
         self.device = trainer.strategy.root_device
-        self._work = work
+        self._setup = setup
         self._precision = trainer.precision_plugin
-        self._task = work.make_module(copy.deepcopy(backbone), arguments).to(self.device)
-        self._task.trainer = trainer
+        self._module = setup.make_module(copy.deepcopy(backbone), arguments).to(self.device)
+        self._module.trainer = trainer
         self._optimizer = make_optimizer(
-            self._task,
+            self._module,
             name=arguments.optimizer,
             learning_rate=1.0,
             weight_decay=arguments.weight_decay,
@@ -114,11 +115,11 @@ class _Trial:
         for batch in batches:
             moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
             with self._precision.forward_context():
-                loss, _ = self._task.mean_losses(moved)
+                loss, _ = self._module.mean_losses(moved)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         limit = self.arguments.gradient_clip_val or math.inf
-        torch.nn.utils.clip_grad_norm_(self._task.parameters(), limit)
+        torch.nn.utils.clip_grad_norm_(self._module.parameters(), limit)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(total)
@@ -131,7 +132,7 @@ class _Trial:
             max_steps=1,
             limit_train_batches=1.0,
         )
-        return self._work.make_data(arguments)
+        return self._setup.make_data(arguments)
 
 
 def find_learning_rate(trial: _Trial) -> float:

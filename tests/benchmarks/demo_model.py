@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from full_stack_transformer.datasets.batches import LengthBatches
 from full_stack_transformer.datasets.collators import PaddedCollator
 from full_stack_transformer.datasets.description import open_dataset
-from full_stack_transformer.evaluation.perplexity import measure_perplexity
+from full_stack_transformer.evaluation.run import measure_corpus
 from full_stack_transformer.modelling.losses import next_token_loss
+from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 from full_stack_transformer.training.optimization import learning_rate_factor, make_optimizer
 
@@ -94,14 +95,16 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         epoch += 1
     seconds = time.perf_counter() - started
     backbone.eval()
-    figures = measure_perplexity(backbone, tokenizer, dataset.valid, batch_size=16)
+    task = CausalLm(tokenizer, CausalLmOptions())
+    task.read_dataset(dataset)
+    metrics = task.evaluation(*measure_corpus(task, backbone, dataset.valid, batch_size=16))
     return {
         **{key: str(value) for key, value in vars(options).items()},
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "steps": step,
         "tokens_per_second": round(num_tokens / seconds),
-        "loss": round(figures.loss, 4),
-        "bits_per_byte": round(figures.bits_per_byte, 4),
+        "loss": round(metrics["loss"], 4),
+        "bits_per_byte": round(metrics["bits_per_byte"], 4),
     }
 
 

@@ -43,9 +43,9 @@ Array = NDArray[np.integer[Any]]
 def ours(directory: Path, batching: str) -> Epochs:
     """What training uses."""
     from full_stack_transformer.datasets.batches import BatchPlan, LengthBatches, PackedBatches
-    from full_stack_transformer.datasets.collators import PackedCollator, PaddedCollator
+    from full_stack_transformer.datasets.collators import Collator, PackedCollator, PaddedCollator
     from full_stack_transformer.datasets.corpus import Corpus
-    from full_stack_transformer.training.data.batches import BatchLoader, Collator
+    from full_stack_transformer.training.data.batches import BatchLoader
 
     sizes = json.loads((directory / "sizes.json").read_text())
     corpus = Corpus(directory, **sizes)

@@ -141,8 +141,8 @@ def _data_and_task(job: dict[str, Any], directory: str) -> Any:
     from full_stack_transformer.datasets.description import DatasetDirectory
     from full_stack_transformer.modelling.acceleration import compile_layers
     from full_stack_transformer.modelling.backbones import new_backbone
-    from full_stack_transformer.training.data.batches import DatasetDataModule
-    from full_stack_transformer.training.tasks import CausalLanguageModelling
+    from full_stack_transformer.training.module import TrainingModule
+    from tests.training.small_training import causal_data
 
     arguments, counts, vocabulary, tokens = _trainer_of(job, directory)
     corpora = [
@@ -161,17 +161,11 @@ def _data_and_task(job: dict[str, Any], directory: str) -> Any:
         "special_token_ids": ids,
     }
     dataset = DatasetDirectory(arguments.dataset_dir, description, *corpora)
-    data = DatasetDataModule(
-        dataset,
-        batch_size=arguments.batch_size,
-        seed=0,
-        batching=arguments.batching,
-        max_epochs=-1,
-    )
+    data = causal_data(dataset, arguments)
     backbone = new_backbone(
         arguments.model_config, vocab_size=vocabulary, max_length=tokens, special_token_ids=ids
     )
-    task = CausalLanguageModelling(backbone, arguments)
+    task = TrainingModule(backbone, arguments, data.task)
     if arguments.compile == "always":
         compile_layers(backbone)
     return data, task

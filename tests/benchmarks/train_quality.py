@@ -29,11 +29,11 @@ from full_stack_transformer.datasets.description import (  # noqa: E402
     open_dataset,
 )
 from full_stack_transformer.modelling.backbones import new_backbone  # noqa: E402
-from full_stack_transformer.training.data.batches import DatasetDataModule  # noqa: E402
 from full_stack_transformer.training.optimization import (  # noqa: E402
     learning_rate_factor,
     make_optimizer,
 )
+from tests.training.small_training import causal_data  # noqa: E402
 
 
 def by_fst_train(arguments: TrainArguments, root: Path) -> float:
@@ -62,9 +62,7 @@ def by_plain_loop(arguments: TrainArguments, dataset: DatasetDirectory) -> float
         max_length=dataset.description["max_sample_length"],
         special_token_ids=dataset.description["special_token_ids"],
     )
-    data = DatasetDataModule(
-        dataset, batch_size=arguments.batch_size, seed=arguments.seed, max_epochs=-1
-    )
+    data = causal_data(dataset, arguments)
     data.trainer = SimpleNamespace(global_rank=0, world_size=1)  # type: ignore[assignment]
     optimizer = make_optimizer(
         backbone,

@@ -11,8 +11,9 @@ from full_stack_transformer.datasets.batches import (
     PackedBatches,
     SortedBatches,
 )
-from full_stack_transformer.datasets.collators import IGNORED_LABEL, PackedCollator, PaddedCollator
+from full_stack_transformer.datasets.collators import PackedCollator, PaddedCollator
 from full_stack_transformer.datasets.corpus import Corpus
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from tests.datasets.corpora import PAD_ID, write_corpus
 
 ROW_LENGTH = 24

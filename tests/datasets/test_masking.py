@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from full_stack_transformer.datasets.batches import LengthBatches, SortedBatches
-from full_stack_transformer.datasets.collators import IGNORED_LABEL
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.datasets.masking import (
     MaskedCollator,
@@ -18,6 +17,7 @@ from full_stack_transformer.datasets.masking import (
     word_continuations,
 )
 from full_stack_transformer.tokenization.document_tokenizer import (
+    IGNORED_LABEL,
     TrainedTokenizer,
     open_saved_tokenizer,
 )

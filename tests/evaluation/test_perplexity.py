@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from full_stack_transformer.datasets.description import DatasetDirectory
-from full_stack_transformer.evaluation.perplexity import measure_perplexity
+from full_stack_transformer.evaluation.run import measure_corpus
 from full_stack_transformer.modelling.model_directory import open_model
+from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions
 from tests.conftest import RunFst
 
 
 def test_the_figures_equal_one_sample_at_a_time(model_dir: Path, dataset: DatasetDirectory) -> None:
     model = open_model(model_dir, device="cpu")
+    task = CausalLm(model.tokenizer, CausalLmOptions())
+    task.read_dataset(dataset)
     total, count, num_bytes = 0.0, 0, 0
     for index in range(len(dataset.valid)):
         ids = torch.from_numpy(dataset.valid[index])
@@ -24,13 +27,13 @@ def test_the_figures_equal_one_sample_at_a_time(model_dir: Path, dataset: Datase
         count += len(ids) - 1
         num_bytes += len(model.tokenizer.decode(ids[1:].tolist()).encode())
     for batch_size in (1, 7, 64):
-        figures = measure_perplexity(
-            model.backbone, model.tokenizer, dataset.valid, batch_size=batch_size
+        found = task.evaluation(
+            *measure_corpus(task, model.backbone, dataset.valid, batch_size=batch_size)
         )
-        assert figures.loss == pytest.approx(total / count, rel=1e-6)
-        assert figures.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
-        assert figures.bits_per_byte == pytest.approx(total / math.log(2) / num_bytes, rel=1e-6)
-        assert figures.num_target_tokens == count
+        assert found["loss"] == pytest.approx(total / count, rel=1e-6)
+        assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / num_bytes, rel=1e-6)
+        assert found["num_target_tokens"] == count
 
 
 def test_the_command_prints_json(run_fst: RunFst, model_dir: Path, dataset_dir: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from full_stack_transformer.datasets.description import DatasetDirectory
-from full_stack_transformer.evaluation.perplexity import measure_perplexity
-from full_stack_transformer.evaluation.rounded_weights import measure_rounded_weights
+from full_stack_transformer.evaluation.log_likelihoods import measure_rounded_weights
+from full_stack_transformer.evaluation.run import measure_corpus
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype, why_not_native
 from full_stack_transformer.modelling.model_directory import open_model
+from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions
 from tests.conftest import RunFst
 
 
@@ -21,11 +22,13 @@ def test_the_change_is_that_of_the_perplexity(
     model = open_model(model_dir, device="cpu")
     if dtype == "int8" and (problem := why_not_native(model.backbone)):
         pytest.skip(f"no C++ decoder here: {problem}")
-    exact = measure_perplexity(model.backbone, model.tokenizer, dataset.valid, batch_size=8)
+    task = CausalLm(model.tokenizer, CausalLmOptions())
+    task.read_dataset(dataset)
+    exact, _ = measure_corpus(task, model.backbone, dataset.valid, batch_size=8)
     rounded = measure_rounded_weights(model.backbone, dataset.valid, exact, dtype)
     assert rounded.perplexity == pytest.approx(math.exp(rounded.loss))
     change = rounded.relative_perplexity_change
-    assert change == pytest.approx(rounded.perplexity / exact.perplexity - 1, abs=1e-6)
+    assert change == pytest.approx(rounded.perplexity / math.exp(exact) - 1, abs=1e-6)
     assert abs(change) < (1e-4 if dtype == "float32" else 0.02)
 
 

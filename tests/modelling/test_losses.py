@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from full_stack_transformer.modelling import losses
 from full_stack_transformer.modelling.losses import (
-    IGNORED_LABEL,
     LossOptions,
     language_model_loss,
     next_token_loss,
 )
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
 VOCAB_SIZE = 23
 OPTIONS = {

@@ -10,6 +10,7 @@ import yaml
 
 from full_stack_transformer.__main__ import _make_app
 from full_stack_transformer.modelling.model_card import model_card
+from full_stack_transformer.tasks.multiple_choice import MultipleChoice
 
 DESCRIPTION: dict[str, Any] = {
     "task": "causal_lm",
@@ -145,7 +146,7 @@ def test_the_lines_of_the_card_work(
 
 def test_the_card_of_another_task_shows_how_to_use_it() -> None:
     description = {**DESCRIPTION, "task": "multiple_choice", "validation_accuracy": 0.75}
-    card = model_card(description, ARGUMENTS, CURVE)
+    card = model_card(description, ARGUMENTS, CURVE, MultipleChoice.card)
     assert "pipeline_tag: multiple-choice" in card
     assert "A llama model that chooses among texts" in card
     assert "| validation accuracy | 0.7500 |" in card

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ from pyarrow import parquet
 
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.rows.fields import named_rows
-from full_stack_transformer.rows.files import PLACE, read_rows
+from full_stack_transformer.rows.files import PLACE, Row, read_rows
 from full_stack_transformer.rows.splits import describe_rows, find_splits, split_by_hash
+from full_stack_transformer.tasks.opening import row_task_class
 
 _ROWS = [{"text": 'a, "b"\nc', "label": "x"}, {"text": "日本", "label": "y"}]
 
 
 def _bare(rows: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != PLACE} for row in rows]
+
+
+def _named(rows: Iterable[Row], task: str) -> list[Row]:
+    return named_rows(rows, row_task_class(task).named)
 
 
 def _write(path: Path) -> Path:
@@ -63,8 +69,8 @@ def test_published_tables_without_names_of_columns_are_known(
 ) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
-    [first, *_] = named_rows(read_rows(path), "sequence_classification")
-    del first[PLACE]
+    [first, *_] = _named(read_rows(path), "sequence_classification")
+    assert PLACE in first
     assert {key: first[key] for key in row} == row
 
 
@@ -113,7 +119,7 @@ def test_squad_is_read_nested_and_flat(tmp_path: Path) -> None:
     flat = {"question": "q", "context": "a b", "answers": {"text": ["b"], "answer_start": [2]}}
     expected = [{"text": "b", "start": 2}]
     for rows in (read_rows(tmp_path / "x.json"), [flat]):
-        [row] = named_rows(rows, "span_selection")
+        [row] = _named(rows, "span_selection")
         assert (row["question"], row["context"], row["answers"]) == ("q", "a b", expected)
 
 
@@ -180,7 +186,7 @@ _COLUMNS = {"label": ["A", "B"], "text": ["x", "y"]}
 def test_the_names_of_known_data_sets(
     task: str, row: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    assert named_rows([row], task) == [expected]
+    assert _named([row], task) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +207,7 @@ def test_the_names_of_known_data_sets(
 )
 def test_fields_of_another_form_are_refused(task: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=f"line 3 has fields of another form.*{message}"):
-        named_rows([{**row, PLACE: "x.jsonl, line 3"}], task)
+        _named([{**row, PLACE: "x.jsonl, line 3"}], task)
 
 
 def test_a_lone_surrogate_is_no_text(tmp_path: Path) -> None:
@@ -259,9 +265,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="found nothing"):
         find_splits(tmp_path)
     with pytest.raises(RowError, match="should have a text under one of"):
-        named_rows([{"x": 1}], "sequence_classification")
+        _named([{"x": 1}], "sequence_classification")
     with pytest.raises(RowError, match="should have choices under"):
-        named_rows([{"x": 1}], "multiple_choice")
+        _named([{"x": 1}], "multiple_choice")
 
 
 def test_a_split_by_hash_keeps_equal_rows_and_groups_together() -> None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
-from full_stack_transformer.tasks.catalogue import task_class
-from full_stack_transformer.tasks.task import Row, Task, TaskOptions
+from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.opening import row_task_class
+from full_stack_transformer.tasks.task import RowTask, Task
 from full_stack_transformer.tokenization.transformers_tokenizer import (
     open_tokenizer,
     special_token_ids,
@@ -136,12 +137,12 @@ def are_close(left: Any, right: Any) -> bool:
 
 def small_task(
     name: str, rows: Sequence[Row], directory: Path, *, shape: str = "tiny", **options: Any
-) -> tuple[Task, Backbone]:
+) -> tuple[RowTask, Backbone]:
     """A task that has seen the rows' labels, and a model for it with random weights."""
     tokenizer = open_tokenizer(directory)
-    task = task_class(name).learn(
-        rows, tokenizer, TaskOptions(max_length=tokenizer.model_max_length, **options)
-    )
+    cls = row_task_class(name)
+    options = {"max_length": tokenizer.model_max_length, **options}
+    task = cls.learn(rows, tokenizer, cls.options_class(**options))
     torch.manual_seed(0)
     backbone = new_backbone(
         shape,

@@ -1,6 +1,7 @@
 """What holds for every task: saved and opened again it predicts the same, whatever the batch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ from transformers import DataCollatorWithPadding
 
 from full_stack_transformer.errors import ModelError, RowError, UsageError
 from full_stack_transformer.modelling.model_directory import save_model_directory
+from full_stack_transformer.rows.files import Row
 from full_stack_transformer.tasks import token_labelling
-from full_stack_transformer.tasks.catalogue import open_task, task_class, task_name_of
-from full_stack_transformer.tasks.task import Row, Task, TaskOptions
+from full_stack_transformer.tasks.opening import (
+    open_task,
+    row_task_class,
+    task_class,
+    task_class_of,
+)
+from full_stack_transformer.tasks.task import RowTask, Task
 from full_stack_transformer.tokenization.transformers_tokenizer import open_tokenizer
 from tests.tasks.small_tasks import TINY_ENCODER, are_close, save_task, small_rows, small_task
 
@@ -31,6 +38,11 @@ def _without_labels(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in ("label", "labels", "answers")}
 
 
+def _learn(name: str, rows: Sequence[Row], tokenizer_dir: Path, **options: Any) -> RowTask:
+    cls = row_task_class(name)
+    return cls.learn(rows, open_tokenizer(tokenizer_dir), cls.options_class(**options))
+
+
 @pytest.mark.parametrize("kind", _KINDS)
 def test_a_saved_model_predicts_the_same_in_any_batch(
     kind: str, tokenizer_dir: Path, tmp_path: Path
@@ -43,9 +55,9 @@ def test_a_saved_model_predicts_the_same_in_any_batch(
     assert opened.name == _KINDS[kind]
     assert type(opened.task) is type(task)
     bare = [_without_labels(row) for row in rows]
-    assert are_close(opened.task.predict(bare, opened.backbone, batch_size=1), expected)
-    # The figures need the labels, the predictions alone do not.
-    assert task.figures(rows, expected).scalars
+    assert are_close(opened.predict(bare, batch_size=1), expected)
+    # The metrics need the labels, the predictions alone do not.
+    assert task.metrics(rows, expected).scalars
     for row, prediction in zip(rows, expected, strict=True):
         assert task.is_right(row, prediction) <= 1.0
 
@@ -69,7 +81,7 @@ def test_the_plain_class_of_transformers_computes_the_same(
     if kind == "span_selection":
         output.logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
     torch.testing.assert_close(ours, output.logits, rtol=0, atol=1e-6)
-    assert task_name_of(tmp_path / "model") == _KINDS[kind]
+    assert task_class_of(tmp_path / "model").name == _KINDS[kind]
 
 
 def test_a_text_without_a_pair_is_read_once_and_twice_to_learn(
@@ -101,7 +113,7 @@ def test_a_causal_model_that_learned_to_choose_is_opened_as_one(
     )
     opened = open_task(tmp_path / "model")
     assert opened.name == "multiple_choice"
-    assert are_close(opened.task.predict(rows, opened.backbone, batch_size=1), expected)
+    assert are_close(opened.predict(rows, batch_size=1), expected)
     # By hand: the mean log-likelihood of a choice's tokens after the text.
     tokenizer, row = task.tokenizer, rows[0]
     scores = []
@@ -227,7 +239,7 @@ def test_a_row_that_does_not_fit_is_refused(
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(UsageError, match="expected one of masked_lm"):
+    with pytest.raises(UsageError, match="expected one of causal_lm"):
         task_class("tests.tasks.small_tasks.small_rows")
     with pytest.raises(UsageError, match="should name a task"):
         task_class("no_such_module.Task")
@@ -243,15 +255,13 @@ def test_an_unknown_task_is_refused() -> None:
 )
 def test_rows_without_any_label_are_refused(task: str, row: Row, tokenizer_dir: Path) -> None:
     with pytest.raises(RowError, match="each row's list of them is empty"):
-        task_class(task).learn([row], open_tokenizer(tokenizer_dir), TaskOptions())
+        _learn(task, [row], tokenizer_dir)
 
 
 def test_words_that_python_takes_for_numbers_are_names(tokenizer_dir: Path) -> None:
     """Not a regression whose loss is NaN, nor an order that changes from run to run."""
     rows = [{"text": "a", "label": label} for label in ("nan", "1", "inf", "b", "0")]
-    task = task_class("sequence_classification").learn(
-        rows, open_tokenizer(tokenizer_dir), TaskOptions()
-    )
+    task = _learn("sequence_classification", rows, tokenizer_dir)
     assert task.config_fields()["id2label"] == dict(enumerate(["0", "1", "b", "inf", "nan"]))
 
 
@@ -271,17 +281,15 @@ def test_an_answer_with_spaces_around_it_is_learned_as_an_answer(
 @pytest.mark.parametrize("max_length", [4, 5])
 def test_words_are_read_in_the_shortest_windows(max_length: int, tokenizer_dir: Path) -> None:
     row = {"words": ["cat", "sees", "the", "dog", "again"], "labels": ["O"] * 5}
-    options = TaskOptions(max_length=max_length)
-    task = task_class("token_labelling").learn([row], open_tokenizer(tokenizer_dir), options)
+    task = _learn("token_labelling", [row], tokenizer_dir, max_length=max_length)
     seen = {word for feature in task.features([row]) for word in feature["word_tokens"]}
     assert seen == set(range(5))
 
 
 def test_pairs_that_are_all_unlike_are_refused_by_simcse(tokenizer_dir: Path) -> None:
     row = {"text": "a", "text_pair": "b", "label": 0}
-    options = TaskOptions(embedding_loss="simcse")
     with pytest.raises(RowError, match="no label is above 0; pass --embedding_loss cosine"):
-        task_class("sentence_embedding").learn([row], open_tokenizer(tokenizer_dir), options)
+        _learn("sentence_embedding", [row], tokenizer_dir, embedding_loss="simcse")
 
 
 @pytest.mark.parametrize(

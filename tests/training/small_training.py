@@ -17,14 +17,23 @@ from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import OpenedModel
+from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.callbacks.control import NEVER, FollowPlan
-from full_stack_transformer.training.data.batches import DatasetDataModule
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.data.corpus import CorpusDataModule
+from full_stack_transformer.training.module import TrainingModule
 
 _FEW = {"limit_val_batches": 2.0, "batch_size": 4, "num_warmup_steps": 0}
 _TINY_GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2}
+
+
+def causal_data(dataset: DatasetDirectory, arguments: TrainArguments) -> CorpusDataModule:
+    """Batches of the next tokens; the dataset may have no tokenizer."""
+    data = CorpusDataModule(arguments, dataset, CausalLm)
+    data.task = CausalLm(None, CausalLmOptions.of(arguments))
+    data.task.dataset = dataset
+    return data
 
 
 class SmallTraining:
@@ -67,19 +76,11 @@ class SmallTraining:
             max_length=dataset.description["max_sample_length"],
             special_token_ids=dataset.description["special_token_ids"],
         )
-        self.data = DatasetDataModule(
-            dataset,
-            batch_size=self.arguments.batch_size,
-            seed=self.arguments.seed,
-            batching=self.arguments.batching,
-            accumulate_grad_batches=self.arguments.accumulate_grad_batches,
-            max_epochs=self.arguments.max_epochs,
-            limit_train_batches=self.arguments.limit_train_batches,
-            limit_val_batches=self.arguments.limit_val_batches,
-        )
-        self.task = CausalLanguageModelling(
-            self.backbone, self.arguments, bytes_per_target=bytes_per_target
-        )
+        self.data = CorpusDataModule(self.arguments, dataset, CausalLm)
+        self.data.begin(lambda: directory)
+        assert isinstance(self.data.task, CausalLm)
+        self.data.task.bytes_per_target = bytes_per_target
+        self.task = TrainingModule(self.backbone, self.arguments, self.data.task)
         self.trainer: pl.Trainer
 
     def fit(self, *callbacks: pl.Callback, checkpoint: Path | None = None) -> None:

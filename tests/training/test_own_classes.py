@@ -14,7 +14,7 @@ import transformers
 
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import MissingExtraError, ModelError, UsageError
-from full_stack_transformer.tasks.catalogue import open_task
+from full_stack_transformer.tasks.opening import open_task
 from full_stack_transformer.tasks.sequence_classification import SequenceClassification
 from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.hugging_face_trainer import to_hf_trainer
@@ -65,7 +65,7 @@ def test_a_data_set_and_a_task_of_ones_own(tmp_path: Path) -> None:
     lines = (experiment / "test_predictions.jsonl").read_text().splitlines()
     rows = OwnRows(arguments).named_rows("test")
     assert [json.loads(line)["text"] for line in lines] == [row["text"] for row in rows]
-    first = opened.task.predict(rows[:1], opened.backbone)[0]
+    first = opened.predict(rows[:1])[0]
     assert json.loads(lines[0])["prediction"]["label"] == first["label"]
     # The same later, with the model alone.
     again = dataclasses.replace(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from full_stack_transformer.training.data.batches import Batch
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.datasets.collators import Batch
+from full_stack_transformer.training.module import TrainingModule
 from tests.training.training_here import GPT2_WITH_DROPOUT, TrainingHere
 
 
@@ -24,19 +24,17 @@ class _FirstStep:
         self.backbone: Any = None
         self.batches: list[Batch] = []
         self.gradient: dict[str, Tensor] = {}
-        self._training_step = CausalLanguageModelling.training_step
-        self._clip = CausalLanguageModelling.configure_gradient_clipping
+        self._training_step = TrainingModule.training_step
+        self._clip = TrainingModule.configure_gradient_clipping
 
-    def training_step(
-        self, task: CausalLanguageModelling, batch: Batch, index: int
-    ) -> dict[str, Tensor]:
+    def training_step(self, task: TrainingModule, batch: Batch, index: int) -> dict[str, Tensor]:
         if self.backbone is None:
             self.backbone = copy.deepcopy(task.backbone)
         if not self.gradient:
             self.batches.append(batch)
         return self._training_step(task, batch, index)
 
-    def clip(self, task: CausalLanguageModelling, *arguments: Any, **options: Any) -> None:
+    def clip(self, task: TrainingModule, *arguments: Any, **options: Any) -> None:
         if not self.gradient:
             for name, parameter in task.backbone.named_parameters():
                 assert parameter.grad is not None
@@ -45,7 +43,7 @@ class _FirstStep:
 
     def __call__(self, train: Callable[[], object]) -> None:
         with mock.patch.multiple(
-            CausalLanguageModelling,
+            TrainingModule,
             training_step=lambda *given: self.training_step(*given),
             configure_gradient_clipping=lambda *given, **options: self.clip(*given, **options),
         ):

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,14 +13,11 @@ from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks import meter
-from full_stack_transformer.training.data.batches import Batch
-from full_stack_transformer.training.labelled import LabelledRows
-from full_stack_transformer.training.masked import MaskedLanguageModelling
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.run import train
-from full_stack_transformer.training.tasks import CausalLanguageModelling
 
 # Dropout everywhere: what a step draws must not depend on the steps before.
 GPT2_WITH_DROPOUT = {
@@ -102,33 +99,22 @@ def _sorted_event_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _crashing(in_batch: int, in_validation: int) -> Iterator[None]:
-    training_step = TrainingModule.training_step
+    training_step, validation_step = TrainingModule.training_step, TrainingModule.validation_step
 
     def train_or_crash(task: TrainingModule, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         if batch_index == in_batch:
             raise CrashError
         return training_step(task, batch, batch_index)
 
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(TrainingModule, "training_step", train_or_crash))
-        for kind in (CausalLanguageModelling, MaskedLanguageModelling, LabelledRows):
-            patches.enter_context(
-                mock.patch.object(kind, "validation_step", _validate_or_crash(kind, in_validation))
-            )
-        yield
-
-
-def _validate_or_crash(
-    kind: type[TrainingModule], in_validation: int
-) -> Callable[[TrainingModule, Batch, int], None]:
-    validation_step = kind.validation_step
-
-    def validate(task: TrainingModule, batch: Batch, batch_index: int) -> None:
+    def validate_or_crash(task: TrainingModule, batch: Batch, batch_index: int) -> None:
         if task.global_step == in_validation:
             raise CrashError
         validation_step(task, batch, batch_index)
 
-    return validate
+    with mock.patch.multiple(
+        TrainingModule, training_step=train_or_crash, validation_step=validate_or_crash
+    ):
+        yield
 
 
 def checkpoint_of(experiment: Path, name: str = "last.ckpt") -> dict[str, Any]:

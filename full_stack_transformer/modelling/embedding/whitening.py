@@ -49,6 +49,7 @@ from full_stack_transformer.storage import (
     replace_directory,
     write_json,
 )
+from full_stack_transformer.tasks.catalogue import EMBEDDING_TASK
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ def _write(
         )
         description_file = partial / DESCRIPTION_FILE_NAME
         description = read_json(description_file) if description_file.is_file() else {}
-        description["task"] = "sentence_embedding"
+        description["task"] = EMBEDDING_TASK
         description["whitening"] = {
             "num_texts": whitening.num_texts,
             "num_dimensions": whitening.kernel.shape[1],

@@ -159,7 +159,7 @@ function again() {
   generate(desk.resume(), { keepSeed: false });
 }
 
-const canStart = () => !running && parameters && !isOther(model().task);
+const canStart = () => !running && parameters && !isOther(model());
 
 function keepVariant(candidate) {
   stop();
@@ -263,7 +263,7 @@ function drawColour() {
 const isNearEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - 160;
 
 function drawButtons() {
-  const isOtherTask = parameters ? isOther(model().task) : false;
+  const isOtherTask = parameters ? isOther(model()) : false;
   byId("bar").hidden = isOtherTask;
   byId("settings").hidden = isOtherTask;
   byId("go").hidden = Boolean(running);
@@ -302,7 +302,7 @@ function chooseModel() {
   byId("tab-chat").title = canChat ? "" : "This model came without a chat template";
   if (!canChat && desk === chat) openMode("notebook");
   openTask(chosen);
-  byId("notebook").hidden = isOther(chosen.task) || desk !== notebook;
+  byId("notebook").hidden = isOther(chosen) || desk !== notebook;
   drawButtons();
 }
 

@@ -60,18 +60,24 @@ function drawSimilarity(answer, texts) {
   return [make("table", { className: "matrix" }, make("caption", {}, "Cosine of the angle between two texts"), head, ...rows)];
 }
 
-const TASKS = {
-  sequence_classification: { path: "/classify", verb: "Classify", hint: "One text a line …", draw: drawClasses },
-  masked_lm: { path: "/fill_mask", verb: "Fill in", hint: "One text a line, with MASK in it …", draw: drawFillings },
-  token_labelling: { path: "/label", verb: "Label", hint: "One text a line …", draw: drawLabels },
-  multiple_choice: { path: "/choose", verb: "Choose", hint: "A text, then a choice on each line …", draw: drawChoice,
-    body: ([text, ...choices]) => ({ text, choices }) },
-  span_selection: { path: "/answer", verb: "Answer", hint: "A question, then the text below it …", draw: drawAnswer,
-    body: ([question, ...context]) => ({ question, context: context.join("\n") }) },
-  sentence_embedding: { path: "/similarity", verb: "Compare", hint: "Two or more texts, one a line …", draw: drawSimilarity },
+function drawAnything(answer) {
+  return [article("Answer", make("pre", {}, JSON.stringify(answer, null, 2)))];
+}
+
+// How the service calls a way to draw.
+const DRAWINGS = {
+  scores: drawClasses, guesses: drawFillings, labels: drawLabels, choice: drawChoice, span: drawAnswer, matrix: drawSimilarity,
 };
 
-export const isOther = (task) => task !== "causal_lm";
+// The fields of a request out of the lines that were typed, as the form of the model says.
+function fieldsOf(form, texts) {
+  const rest = [...texts];
+  const take = { line: () => rest.shift() ?? "", lines: () => rest.splice(0), rest: () => rest.splice(0).join("\n") };
+  return Object.fromEntries(form.fields.map(({ name, takes }) => [name, take[takes]()]));
+}
+
+// Whether a model does something else than continuing texts.
+export const isOther = (model) => Boolean(model?.form);
 
 let close = null;
 
@@ -80,18 +86,18 @@ export function openTask(model) {
   const place = byId("task");
   close?.();
   close = null;
-  if (!isOther(model.task)) {
+  if (!isOther(model)) {
     place.hidden = true;
     return;
   }
-  const task = TASKS[model.task];
+  const form = model.form;
   place.hidden = false;
-  if (!task) {
+  if (!form.path) {
     place.replaceChildren(make("p", {}, `This page has no form for the task ${model.task}; `,
       make("a", { href: "/docs" }, "the API"), " names its routes."));
     return;
   }
-  const hint = task.hint.replace("MASK", model.control_tokens[0] ?? "a mask");
+  const hint = form.hint;
   const area = make("textarea", { className: "task-text", rows: 6, placeholder: hint, attributes: { "aria-label": hint } });
   const problem = make("p", { className: "problem", hidden: true, attributes: { role: "alert" } });
   const results = make("div", { className: "results", attributes: { "aria-live": "polite" } });
@@ -100,14 +106,14 @@ export function openTask(model) {
     if (!texts.length) return;
     problem.hidden = true;
     try {
-      const answer = await askJson(task.path, { body: { model: model.model, ...(task.body?.(texts) ?? { texts }) } });
-      results.replaceChildren(...task.draw(answer, texts));
+      const answer = await askJson(form.path, { body: { model: model.model, ...fieldsOf(form, texts) } });
+      results.replaceChildren(...(DRAWINGS[form.show] ?? drawAnything)(answer, texts));
     } catch (error) {
       problem.textContent = error.message;
       problem.hidden = false;
     }
   };
-  const button = make("button", { className: "primary", on: { click: run } }, task.verb, " ", make("kbd", {}, "Ctrl ⏎"));
+  const button = make("button", { className: "primary", on: { click: run } }, form.verb, " ", make("kbd", {}, "Ctrl ⏎"));
   const onKey = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
   };

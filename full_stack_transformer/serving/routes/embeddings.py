@@ -18,10 +18,9 @@ from full_stack_transformer.errors import RequestError
 from full_stack_transformer.serving.http.bodies import InvalidBodyError
 from full_stack_transformer.serving.routes.generation import encode, unless_gone
 from full_stack_transformer.serving.schemas import EmbeddingRequest
-from full_stack_transformer.serving.workers.models import AnyServed, ServedModel, ServedModels
+from full_stack_transformer.serving.workers.models import AnyServed, ServedModels
 from full_stack_transformer.serving.workers.task_models import ServedTask
-
-EMBEDDING = "sentence_embedding"
+from full_stack_transformer.tasks.catalogue import EMBEDDING_TASK
 
 
 def find_embedding(models: ServedModels, name: str | None) -> AnyServed:
@@ -33,11 +32,13 @@ def find_embedding(models: ServedModels, name: str | None) -> AnyServed:
     """
     found = models.find_any(name)
     if name is None:
-        those: list[AnyServed] = [
-            model for model in models.of_tasks if model.opened.name == EMBEDDING
-        ]
+        those: list[AnyServed] = [model for model in models.of_tasks if model.makes_vectors]
         found = next(iter([*those, *models.generating]), found)
-    return found if isinstance(found, ServedModel) else models.find_task(found.name, EMBEDDING)
+    if isinstance(found, ServedTask) and not found.makes_vectors:
+        raise RequestError(
+            f"{found.name} is a model for {found.task.name}; this route needs one for {EMBEDDING_TASK}"
+        )
+    return found
 
 
 async def answer_embeddings(request: Request, body: EmbeddingRequest, model: AnyServed) -> Response:

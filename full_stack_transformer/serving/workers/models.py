@@ -35,7 +35,8 @@ from full_stack_transformer.serving.schemas import ServedModelFacts
 from full_stack_transformer.serving.workers.facts import facts_of
 from full_stack_transformer.serving.workers.task_models import ServedTask, open_served_task
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
-from full_stack_transformer.tasks.catalogue import CAUSAL_LM, task_name_of
+from full_stack_transformer.tasks.opening import task_class_of
+from full_stack_transformer.tasks.routes import Route
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 logger = logging.getLogger(__name__)
@@ -133,24 +134,28 @@ class ServedModels:
         found = next(iter(self.generating), self.first) if name is None else self.find_any(name)
         if isinstance(found, ServedTask):
             raise RequestError(
-                f"{found.name} is a model for {found.opened.name}, it does not continue texts; /docs "
+                f"{found.name} is a model for {found.task.name}, it does not continue texts; /docs "
                 "names the routes"
             )
         return found
 
-    def find_task(self, name: str | None, task: str) -> ServedTask:
-        """The model of that name for a task; the first one of the task without a name.
+    def find_task(self, name: str | None, route: Route, task: str) -> ServedTask:
+        """The model of that name whose task has a route; the first one of them without a name.
+
+        Args:
+            name: of the model.
+            route: what is asked.
+            task: the task that the route belongs to, for the error.
 
         Raises:
             UnknownModelError: there is none.
             RequestError: it is for another task.
         """
-        those = [model for model in self.of_tasks if model.opened.name == task]
+        those = [model for model in self.of_tasks if route in model.task.routes]
         found = next(iter(those), self.first) if name is None else self.find_any(name)
-        if isinstance(found, ServedModel) or found.opened.name != task:
-            other = CAUSAL_LM if isinstance(found, ServedModel) else found.opened.name
+        if isinstance(found, ServedModel) or route not in found.task.routes:
             raise RequestError(
-                f"{found.name} is a model for {other}; this route needs one for {task}"
+                f"{found.name} is a model for {found.facts.task}; this route needs one for {task}"
             )
         return found
 
@@ -214,7 +219,7 @@ def open_served(name: str | None, path: Path, options: OpeningOptions) -> AnySer
 def _open_any(
     name: str | None, path: Path, options: OpeningOptions, signature: object
 ) -> AnyServed:
-    if task_name_of(find_model_directory(path)) == CAUSAL_LM:
+    if task_class_of(find_model_directory(path)).generates:
         return _open_once(name, path, options, signature)
     return open_served_task(
         *(name, path, signature), device=options.device, weights_dtype=options.weights_dtype

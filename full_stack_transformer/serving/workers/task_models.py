@@ -1,7 +1,7 @@
 """A model of another task than generating, as it is served."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.model_directory import find_model_directory, name_of_model
 from full_stack_transformer.serving.schemas import ServedModelFacts
 from full_stack_transformer.serving.workers.facts import facts_of
-from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
+from full_stack_transformer.tasks.opening import OpenedTask, open_task
+from full_stack_transformer.tasks.task import RowTask
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +33,38 @@ class ServedTask:
         return self.opened.description
 
     @property
+    def task(self) -> RowTask:
+        """What it does."""
+        return self.opened.row_task
+
+    @property
+    def makes_vectors(self) -> bool:
+        """Whether its predictions are vectors of texts."""
+        return any(route.needs_vectors for route in self.task.routes)
+
+    @property
     def facts(self) -> ServedModelFacts:
         """What people may know of it."""
-        backbone, task = self.opened.backbone, self.opened.task
-        weights = next(backbone.parameters())
-        mask = task.tokenizer.mask_token if self.opened.name == "masked_lm" else None
+        task = self.task
+        weights = next(self.opened.backbone.parameters())
         return facts_of(
             self,
-            task=self.opened.name,
+            task=task.name,
             context_tokens=task.options.max_length,
             computed_by=f"PyTorch, {str(weights.dtype).removeprefix('torch.')} on {weights.device}",
-            control_tokens=[str(mask)] if mask else [],
+            control_tokens=task.control_tokens,
+            form=_shown(task),
         )
+
+
+def _shown(task: RowTask) -> dict[str, Any]:
+    """The form of the task, whose hint names the mask of this model."""
+    if task.form is None:
+        return {}
+    form = asdict(task.form)
+    if task.control_tokens:
+        form["hint"] = form["hint"].replace("MASK", task.control_tokens[0])
+    return form
 
 
 def open_served_task(
@@ -58,6 +79,7 @@ def open_served_task(
         raise ModelError(f"{path}: int8 is for models that generate; pass --weights_dtype auto")
     dtype = torch.bfloat16 if weights_dtype == "bfloat16" else torch.float32
     opened = open_task(path, device=device, dtype=dtype)
+    _ = opened.row_task  # a model without rows is refused now, not by its first request
     return ServedTask(
         name=name or name_of_model(find_model_directory(path)),
         path=path,

@@ -9,8 +9,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from full_stack_transformer.errors import (
     RequestError,
@@ -18,8 +19,8 @@ from full_stack_transformer.errors import (
     ServiceUnavailableError,
 )
 from full_stack_transformer.serving.workers.thread import WorkerThread, busy, settle
-from full_stack_transformer.tasks.catalogue import OpenedTask
-from full_stack_transformer.tasks.task import Prediction, Row
+from full_stack_transformer.tasks.opening import OpenedTask
+from full_stack_transformer.tasks.task import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class _Job:
 
     model_name: str
     opened: OpenedTask
-    rows: Sequence[Row]
+    rows: Sequence[Mapping[str, Any]]
     answer: "asyncio.Future[Predicted]"
     deadline: float
 
@@ -95,7 +96,11 @@ class TaskWorker(WorkerThread):
             )
 
     async def predict(
-        self, model_name: str, opened: OpenedTask, rows: Sequence[Row], deadline: float
+        self,
+        model_name: str,
+        opened: OpenedTask,
+        rows: Sequence[Mapping[str, Any]],
+        deadline: float,
     ) -> Predicted:
         """The predictions for some rows; a caller that is cancelled takes them out of the queue.
 
@@ -172,7 +177,7 @@ class TaskWorker(WorkerThread):
         self._waiting = kept
 
     def _compute(self, batch: list[_Job]) -> None:
-        task, backbone = batch[0].opened.task, batch[0].opened.backbone
+        task, backbone = batch[0].opened.row_task, batch[0].opened.backbone
         rows = [row for job in batch for row in job.rows]
         try:
             features = task.features(rows)

@@ -2,13 +2,12 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from transformers import PretrainedConfig
 
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
@@ -17,6 +16,7 @@ from full_stack_transformer.modelling.model_directory import (
     CHECKPOINT_BACKBONE_PREFIX,
     save_model_directory,
 )
+from full_stack_transformer.tasks.task import Task
 from full_stack_transformer.training.figures import ValidationFigures, validation_figures
 from full_stack_transformer.training.module import TrainingModule
 
@@ -29,26 +29,24 @@ class ExportModel(pl.Callback):
 
     Args:
         target: the model directory.
-        task: its name, for the description.
+        task: what the model learned.
         tokenizer_directory: files that are copied into it.
         experiment: NAME/VERSION, for the description.
         dataset_description: the same.
         arguments: options of the training, for the model card.
         fields: what else the description says.
-        finish: writes what else belongs into the directory of a model with this config.
     """
 
     def __init__(
         self,
         target: Path,
         *,
-        task: str,
+        task: Task,
         tokenizer_directory: Path,
         experiment: str,
         dataset_description: Mapping[str, Any],
         arguments: Mapping[str, Any],
         fields: Mapping[str, Any] | None = None,
-        finish: Callable[[Path, PretrainedConfig], None] | None = None,
     ) -> None:
         self._target = target
         self._task = task
@@ -57,7 +55,6 @@ class ExportModel(pl.Callback):
         self._dataset_description = dataset_description
         self._arguments = arguments
         self._fields = dict(fields or {})
-        self._finish = finish
         self._model_facts: dict[str, Any] = {}
         self.best: ValidationFigures | None = None
         """The validation whose model was exported."""
@@ -118,7 +115,7 @@ class ExportModel(pl.Callback):
         if not trainer.is_global_zero:
             return
         description = {
-            "task": self._task,
+            "task": self._task.name,
             "experiment": self._experiment,
             **self._model_facts,
             "step": figures.step,
@@ -127,17 +124,17 @@ class ExportModel(pl.Callback):
             **self._fields,
             "dataset": dict(self._dataset_description),
         }
-        finish, config = self._finish, pl_module.backbone.config
+        task, config = self._task, pl_module.backbone.config
         save_model_directory(
             self._target,
             pl_module.backbone,
             tokenizer_directory=self._tokenizer_directory,
             description=description,
-            card=model_card(description, self._arguments, self.curve),
+            card=model_card(description, self._arguments, self.curve, task.card),
             weights={
                 name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): weight
                 for name, weight in weights.items()
                 if name.startswith(CHECKPOINT_BACKBONE_PREFIX)
             },
-            finish=None if finish is None else lambda directory: finish(directory, config),
+            finish=lambda directory: task.finish_directory(directory, config),
         )

@@ -10,7 +10,6 @@ table of GPUs (none for a processor), and its totals are not in the checkpoint. 
 values are shown.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.datasets.collators import IGNORED_LABEL
+from full_stack_transformer.datasets.collators import Batch
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.data.batches import Batch
 from full_stack_transformer.training.module import TrainingModule
 
 # Steps that the smoothed loss remembers.
@@ -242,11 +241,6 @@ def flops_per_token(backbone: Backbone, num_context_tokens: int) -> float:
     attention_width = config.num_attention_heads * head_width
     attention = 12 * config.num_hidden_layers * attention_width * num_context_tokens
     return float(6 * (num_weights - sum(tables.values()) + tied) + attention)
-
-
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats, kept within what a curve can hold."""
-    return math.exp(min(loss, 80.0))
 
 
 def _dtype_of(trainer: pl.Trainer) -> torch.dtype:

@@ -15,12 +15,14 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.machine import peak_resident_bytes, resident_bytes
+from full_stack_transformer.modelling.losses import perplexity
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.control import validation_is_due
-from full_stack_transformer.training.callbacks.meter import Meter, Reading, perplexity
+from full_stack_transformer.training.callbacks.meter import Meter, Reading
 from full_stack_transformer.training.callbacks.profiling import HISTOGRAMS
-from full_stack_transformer.training.data.batches import Batch, EpochDataModule
+from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.figures import ValidationFigures, validation_figures
 from full_stack_transformer.training.module import TrainingModule
 

@@ -26,7 +26,7 @@ from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.storage import read_json, write_text
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class SampleTexts(pl.Callback):
         """Write samples of the model as it is now."""
         if not self._is_active:
             return
-        assert isinstance(pl_module, CausalLanguageModelling)
+        assert isinstance(pl_module, TrainingModule)
         self._read_parameters()
         try:
             with evaluating(pl_module):
@@ -145,11 +145,11 @@ class SampleTexts(pl.Callback):
         except FullStackTransformerError as error:
             logger.warning("%s; the text samples keep the parameters of before", error)
 
-    def _generate(self, task: CausalLanguageModelling) -> list[Sample]:
+    def _generate(self, module: TrainingModule) -> list[Sample]:
         parameters = self._parameters
         if parameters.num_samples == 0:
             return []
-        model = OpenedModel("training", task.backbone, self._tokenizer, {})
+        model = OpenedModel("training", module.backbone, self._tokenizer, {})
         generator = TextGenerator(model, num_slots=min(parameters.num_samples, _MAX_SLOTS))
         shown = asdict(parameters)
         for name in ("prompts", "num_samples", "seed"):

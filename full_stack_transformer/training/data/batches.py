@@ -1,32 +1,18 @@
-"""Batches for Lightning: those of any data, and those of a dataset directory."""
+"""Batches for Lightning, of any data: loaders that begin anywhere, and the data module that makes them."""
 
-import dataclasses
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
-from full_stack_transformer.datasets.batches import (
-    BatchPlan,
-    BatchSpans,
-    ConcatenatedSamples,
-    LengthBatches,
-    PackedBatches,
-    Samples,
-    SortedBatches,
-    limited,
-)
-from full_stack_transformer.datasets.collators import PackedCollator, PaddedCollator
-from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.datasets.description import DatasetDirectory
-from full_stack_transformer.datasets.masking import MaskedCollator, MaskedSamples, Masking
-from full_stack_transformer.errors import UsageError
-
-Batch = dict[str, Tensor]
-Collator = Callable[[BatchSpans], Batch]
+from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.datasets.batches import BatchPlan, SortedBatches, limited
+from full_stack_transformer.datasets.collators import Batch, Collator
+from full_stack_transformer.tasks.task import Task
 
 # Batches of a training without --max_epochs: a thousand a second for thirty years.
 UNLIMITED_NUM_BATCHES = 1 << 40
@@ -117,29 +103,66 @@ class ValidationLoader:
 
 
 class EpochDataModule(pl.LightningDataModule, ABC):
-    """Batches of any data: what a batch is made of is a plan, how it becomes tensors a collator.
+    """What one training learns from: what a batch is made of is a plan, how it becomes tensors a collator.
 
     Lightning sees the whole training as one epoch: see `BatchLoader`. Loads in the training process: a
     worker's copies between processes cost 10 to 100 times what they save.
 
     Args:
-        accumulate_grad_batches: batches of an optimizer step.
-        max_epochs: -1 for no limit.
-        limit_train_batches: use so many batches (above 1) or this part of them in each epoch, the first
-            ones, which are others in each epoch.
+        arguments: the options of the training.
+
+    Attributes:
+        task: what is learned; known after `begin`.
+        description: of the data; a training that is resumed compares it.
+        tokenizer_directory: files for the model directory; known after `begin`.
     """
 
-    def __init__(
-        self,
-        *,
-        accumulate_grad_batches: int = 1,
-        max_epochs: int = 1,
-        limit_train_batches: float = 1.0,
-    ) -> None:
+    task: Task
+    description: dict[str, Any]
+    tokenizer_directory: Path
+
+    def __init__(self, arguments: TrainArguments) -> None:
         super().__init__()
-        self._accumulate_grad_batches = accumulate_grad_batches
-        self._max_epochs = max_epochs
-        self._limit_train_batches = limit_train_batches
+        self.arguments = arguments
+
+    def with_arguments(self, arguments: TrainArguments) -> Self:
+        """The same data in other batches."""
+        other = copy.copy(self)
+        other.arguments = arguments
+        return other
+
+    @property
+    @abstractmethod
+    def data_place(self) -> str:
+        """Where the data are, as it was typed."""
+
+    @property
+    @abstractmethod
+    def amount(self) -> str:
+        """What is learned from, for the log."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """Tokens of context that a new model is made for."""
+
+    @abstractmethod
+    def begin(self, place: Callable[[], Path]) -> None:
+        """Make the tokenizer and the task.
+
+        Args:
+            place: a directory for the files of the tokenizer; called where some are written.
+        """
+
+    @property
+    @abstractmethod
+    def num_context_tokens(self) -> int:
+        """Tokens that attention spans: those of a mean sample, or of a row that is cut from all samples."""
+
+    @property
+    def num_row_tokens(self) -> int:
+        """Tokens of a row of a batch, about."""
+        return self.num_context_tokens
 
     @abstractmethod
     def train_plan(self, rank: int, world_size: int) -> BatchPlan:
@@ -173,19 +196,19 @@ class EpochDataModule(pl.LightningDataModule, ABC):
             UsageError: there is not one.
         """
         plan = self.train_plan(0, world_size)
-        return limited(plan.num_batches_per_epoch, self._limit_train_batches)
+        return limited(plan.num_batches_per_epoch, self.arguments.limit_train_batches)
 
     def train_dataloader(self) -> BatchLoader:
         """All epochs, in an order that the seed decides."""
         plan = self.train_plan(*self._rank_and_world_size)
-        num_per_epoch = limited(plan.num_batches_per_epoch, self._limit_train_batches)
-        is_unlimited = self._max_epochs < 0
+        num_per_epoch = limited(plan.num_batches_per_epoch, self.arguments.limit_train_batches)
+        max_epochs = self.arguments.max_epochs
         return BatchLoader(
             plan,
             self.train_collator(),
-            num_batches=UNLIMITED_NUM_BATCHES if is_unlimited else self._max_epochs * num_per_epoch,
+            num_batches=UNLIMITED_NUM_BATCHES if max_epochs < 0 else max_epochs * num_per_epoch,
             num_batches_per_epoch=num_per_epoch,
-            accumulate_grad_batches=self._accumulate_grad_batches,
+            accumulate_grad_batches=self.arguments.accumulate_grad_batches,
         )
 
     def val_dataloader(self) -> ValidationLoader:
@@ -195,100 +218,3 @@ class EpochDataModule(pl.LightningDataModule, ABC):
     @property
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-class DatasetDataModule(EpochDataModule):
-    """Train and validation batches out of memory-mapped corpora.
-
-    Args:
-        dataset: both corpora; rows have its `max_sample_length`.
-        batch_size: samples or rows in a batch of one rank.
-        seed: decides the order together with the epoch.
-        batching: of training; validation has one sample in a row whatever it is, so that losses compare.
-        masking: hide tokens to be guessed, for a masked language model; --batching length alone.
-        limit_val_batches: use so many batches (above 1) or this part of them in a validation, spread
-            evenly over all lengths.
-        options: those of `EpochDataModule`.
-    """
-
-    def __init__(
-        self,
-        dataset: DatasetDirectory,
-        *,
-        batch_size: int,
-        seed: int,
-        batching: Literal["length", "packed", "concatenated"] = "length",
-        masking: Masking | None = None,
-        limit_val_batches: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._seed = seed
-        self._batching = batching
-        self._masking = masking
-        self._limit_val_batches = limit_val_batches
-        self._row_length: int = dataset.description["max_sample_length"]
-        self._pad_id: int = dataset.description["special_token_ids"]["pad"]
-
-    def valid_plan(self, rank: int, world_size: int) -> SortedBatches:
-        """Every validation sample, by its length."""
-        return SortedBatches(
-            self._samples(self._dataset.valid),
-            batch_size=self._batch_size,
-            limit=self._limit_val_batches,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def valid_collator(self) -> Collator:
-        """A sample a row; the same tokens are hidden whatever the seed, so that losses compare."""
-        return self._padded(self._dataset.valid, seed=0)
-
-    def train_plan(self, rank: int, world_size: int) -> BatchPlan:
-        """As `batching` says."""
-        corpus = self._dataset.train
-        samples: Samples = (
-            ConcatenatedSamples(corpus.num_tokens, self._row_length)
-            if self._batching == "concatenated"
-            else self._samples(corpus)
-        )
-        if len(samples) < world_size:
-            raise UsageError(
-                f"--batching {self._batching} makes {len(samples):,} samples of the {corpus.num_tokens:,} "
-                f"training tokens in {self._dataset.directory}, fewer than the {world_size} devices; "
-                "prepare more documents"
-            )
-        if self._batching == "packed":
-            return PackedBatches(
-                samples,
-                batch_size=self._batch_size,
-                row_length=self._row_length,
-                seed=self._seed,
-                rank=rank,
-                world_size=world_size,
-            )
-        return LengthBatches(
-            samples,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def train_collator(self) -> Collator:
-        """As `batching` and `masking` say."""
-        corpus = self._dataset.train
-        if self._batching == "packed":
-            return PackedCollator(corpus, pad_id=self._pad_id, row_length=self._row_length)
-        return self._padded(corpus, seed=self._seed)
-
-    def _samples(self, corpus: Corpus) -> Samples:
-        return corpus if self._masking is None else MaskedSamples(corpus, self._masking)
-
-    def _padded(self, corpus: Corpus, *, seed: int) -> Collator:
-        if self._masking is not None:
-            masking = dataclasses.replace(self._masking, seed=seed)
-            return MaskedCollator(corpus, masking, pad_id=self._pad_id)
-        return PaddedCollator(corpus, pad_id=self._pad_id)

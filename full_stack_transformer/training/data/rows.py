@@ -5,12 +5,11 @@ data set has its own splits, `prepare` to download or make it, `augment` to chan
 the class: `fst run_experiment --data_class my_module.MyData`.
 """
 
-import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,11 @@ from torch import Tensor
 
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.batches import BatchSpans, LengthBatches, SortedBatches
+from full_stack_transformer.datasets.collators import Batch, Collator
 from full_stack_transformer.datasets.order import make_key
 from full_stack_transformer.errors import RowError, UsageError
 from full_stack_transformer.rows.fields import named_rows
-from full_stack_transformer.rows.files import Row, read_rows
+from full_stack_transformer.rows.files import PLACE, Row, read_rows
 from full_stack_transformer.rows.splits import (
     SPLITS,
     Split,
@@ -32,13 +32,22 @@ from full_stack_transformer.rows.splits import (
     num_repeated,
     split_by_hash,
 )
-from full_stack_transformer.tasks.task import Feature, Task
-from full_stack_transformer.training.data.batches import Collator, EpochDataModule, ValidationLoader
+from full_stack_transformer.tasks.catalogue import DEFAULT_ROW_TASK
+from full_stack_transformer.tasks.opening import row_task_class
+from full_stack_transformer.tasks.task import Feature, Prediction, RowTask
+from full_stack_transformer.tokenization.transformers_tokenizer import (
+    copy_tokenizer,
+    open_tokenizer,
+    train_tokenizer,
+)
+from full_stack_transformer.training.data.batches import EpochDataModule, ValidationLoader
 
 logger = logging.getLogger(__name__)
 
 # Without splits of its own a data set is cut into these parts.
 _PARTS = {"train": 0.8, "valid": 0.1, "test": 0.1}
+# Fields of a row that hold no text to train a tokenizer on.
+_NO_TEXTS = ("label", "labels", "id", "group", PLACE)
 
 
 class FeatureSamples:
@@ -79,20 +88,18 @@ class BaseDataModule(EpochDataModule):
         arguments: the options of the training.
 
     Attributes:
-        task_name: what the rows are for.
-        task: known once `open` was called.
+        task_name: what the rows are for: a task of the catalogue, or my_module.MyTask.
+        task_class: the same as a class.
+        task: known once `begin` or `open` was called.
     """
 
-    task_name: str = "sequence_classification"
-    task: Task
+    task_name: str = DEFAULT_ROW_TASK
+    task: RowTask
 
-    def __init__(self, arguments: TrainArguments) -> None:
-        super().__init__(
-            accumulate_grad_batches=arguments.accumulate_grad_batches,
-            max_epochs=arguments.max_epochs,
-            limit_train_batches=arguments.limit_train_batches,
-        )
-        self.arguments = arguments
+    @cached_property
+    def task_class(self) -> type[RowTask]:
+        """What the rows are for."""
+        return row_task_class(self.task_name)
 
     def prepare(self) -> None:
         """Download or make the data, once, before anything is read; nothing by default."""
@@ -122,7 +129,68 @@ class BaseDataModule(EpochDataModule):
         """The rows of a split under the names that the task reads; read once."""
         return self._named_rows[split]
 
-    def open(self, task: Task) -> None:
+    @property
+    def data_place(self) -> str:
+        """The directory, the training file or the class."""
+        return str(self.arguments.dataset_dir or self.arguments.train_file or self.data_name)
+
+    @property
+    def amount(self) -> str:
+        """Rows, and where they are from."""
+        return f"{len(self.named_rows('train')):,} rows of {self.data_name}"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row, at most."""
+        return self.arguments.max_length
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Of a mean feature."""
+        features = self.features("train")
+        return max(1, sum(map(self.task.length, features)) // len(features))
+
+    def read(self) -> None:
+        """Prepare and read the rows to learn from and to validate on.
+
+        Raises:
+            RowError: there are none.
+        """
+        self.prepare()
+        counts = {split: len(self.named_rows(split)) for split in SPLITS[:2]}
+        if not counts["train"]:
+            raise RowError(f"{self.data_name} has no rows to learn from")
+        if not counts["valid"]:
+            raise RowError(
+                f"{self.data_name} has no validation rows; pass --validation_file, or a greater "
+                "--validation_fraction"
+            )
+        self.description = {
+            "task": self.task_class.name,
+            **self.describe(),
+            **{f"number_of_{split}_rows": count for split, count in counts.items()},
+        }
+
+    def begin(self, place: Callable[[], Path]) -> None:
+        """Copy the tokenizer that the options name, or train one on the rows; learn the labels."""
+        arguments, directory = self.arguments, place()
+        self.tokenizer_directory = directory
+        origin = arguments.tokenizer_path or arguments.model_path
+        if not (directory / "tokenizer_config.json").is_file():
+            if origin is not None:
+                copy_tokenizer(origin, directory, max_length=arguments.max_length)
+            else:
+                train_tokenizer(
+                    _texts_in(self.named_rows("train")),
+                    directory,
+                    vocab_size=arguments.vocab_size,
+                    max_length=arguments.max_length,
+                )
+        cls = self.task_class
+        options = cls.options_class.of(arguments)
+        self.open(cls.learn(self.named_rows("train"), open_tokenizer(directory), options))
+
+    def open(self, task: RowTask) -> None:
         """Make features of the rows, now that labels and tokenizer are known."""
         self.task = task
 
@@ -143,15 +211,6 @@ class BaseDataModule(EpochDataModule):
         """The names of the classes, in the order of their numbers."""
         return list(self.task.config_fields().get("id2label", {}).values())
 
-    def with_arguments(self, arguments: TrainArguments) -> Self:
-        """The same rows and features in other batches."""
-        other = copy.copy(self)
-        other.arguments = arguments
-        other._max_epochs = arguments.max_epochs
-        other._accumulate_grad_batches = arguments.accumulate_grad_batches
-        other._limit_train_batches = arguments.limit_train_batches
-        return other
-
     def config(self) -> dict[str, Any]:
         """`input_dims`, `output_dims` and `mapping`, for a model class that wants to know them."""
         names = ("input_dims", "output_dims", "mapping")
@@ -160,15 +219,31 @@ class BaseDataModule(EpochDataModule):
     def features(self, split: Split) -> list[Feature]:
         """The features of a split; made once."""
         if split not in self._features:
-            rows = self.named_rows(split)
-            self._features[split] = self.task.features(rows)
-            unlabelled = next((f for f in self._features[split] if not self._has_labels(f)), None)
-            if split != "test" and unlabelled is not None:
-                row = rows[unlabelled["row"]]
-                raise RowError(
-                    f"{row.get('_place', 'a row')} has no label; a row to {split} with needs one"
-                )
+            rows, task = self.named_rows(split), self.task
+            make = task.features if split == "test" else task.labelled_features
+            self._features[split] = make(rows)
         return self._features[split]
+
+    def predictions_of(self, scores: dict[int, Tensor]) -> tuple[list[Row], list[Prediction]]:
+        """Validation rows all of whose features have scores, and what those predict.
+
+        Args:
+            scores: by the index of the feature.
+        """
+        features, all_rows = self.features("valid"), self.named_rows("valid")
+        left_out = {f["row"] for index, f in enumerate(features) if index not in scores}
+        kept = [index for index in range(len(all_rows)) if index not in left_out]
+        new_index = {index: position for position, index in enumerate(kept)}
+        chosen = [n for n, feature in enumerate(features) if feature["row"] in new_index]
+        rows = [all_rows[index] for index in kept]
+        if not rows:
+            return [], []
+        predictions = self.task.predictions(
+            rows,
+            [{**features[n], "row": new_index[features[n]["row"]]} for n in chosen],
+            [scores[n] for n in chosen],
+        )
+        return rows, predictions
 
     def train_plan(self, rank: int, world_size: int) -> LengthBatches:
         """Features of similar length share a batch."""
@@ -212,6 +287,11 @@ class BaseDataModule(EpochDataModule):
             world_size=world_size,
         )
 
+    def weights(self, split: Split, numbers: Sequence[int]) -> Tensor:
+        """(features,) targets of each of these features."""
+        features = np.array(numbers, dtype=np.int64)
+        return torch.from_numpy(self._samples(split).num_targets(features, features))
+
     def _samples(self, split: Split) -> FeatureSamples:
         if split not in self._made_samples:
             features = self.features(split)
@@ -220,9 +300,6 @@ class BaseDataModule(EpochDataModule):
                 [self.task.num_targets(feature) for feature in features],
             )
         return self._made_samples[split]
-
-    def _has_labels(self, feature: Feature) -> bool:
-        return "labels" in feature or not self.task.needs_labels
 
     @cached_property
     def _features(self) -> dict[Split, list[Feature]]:
@@ -239,11 +316,12 @@ class BaseDataModule(EpochDataModule):
 
     @cached_property
     def _named_rows(self) -> dict[Split, list[Row]]:
-        return {split: named_rows(self.rows(split), self.task_name) for split in SPLITS}
+        return {split: named_rows(self.rows(split), self.task_class.named) for split in SPLITS}
 
 
 class RowCollator:
-    """Features of a data module -> tensors, with `numbers` (B,) of the features; empty for a filler.
+    """Features of a data module -> tensors, with `numbers` (B,) of the features and `weights` (B,), what each
+    weighs in the mean of a validation's loss; both empty for a filler.
 
     Args:
         data: where the features are.
@@ -256,15 +334,19 @@ class RowCollator:
         self._split = split
         self._augments = augments
 
-    def __call__(self, spans: BatchSpans) -> dict[str, Tensor]:
-        """What the task's `collate` makes, and `numbers`."""
+    def __call__(self, spans: BatchSpans) -> Batch:
+        """What the task's `collate` makes, `numbers` and `weights`."""
         data = self._data
         features = [data.features(self._split)[number] for number in spans.starts]
         if self._augments:
             features = [self._augmented(number, spans.epoch) for number in spans.starts]
         numbers = [] if spans.is_filler else spans.starts.tolist()
         batch = data.task.collate(features)
-        return {**batch, "numbers": torch.tensor(numbers, dtype=torch.int64)}
+        return {
+            **batch,
+            "numbers": torch.tensor(numbers, dtype=torch.int64),
+            "weights": data.weights(self._split, numbers),
+        }
 
     def _augmented(self, place: int, epoch: int) -> Feature:
         data = self._data
@@ -276,6 +358,19 @@ class RowCollator:
         random = np.random.default_rng(make_key(data.arguments.seed, epoch, number))
         changed = data.task.features([data.augment(data.named_rows("train")[number], random)])
         return {**changed[min(window, len(changed) - 1)], "row": number}
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All strings of rows that are text, and not names of labels or places."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _NO_TEXTS:
+                yield from _texts_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts_in(inner)
 
 
 class FileRows(BaseDataModule):

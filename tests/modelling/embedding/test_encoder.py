@@ -31,7 +31,7 @@ from full_stack_transformer.modelling.embedding.whitening import (
     whitening_dense,
 )
 from full_stack_transformer.modelling.model_directory import save_model_directory
-from full_stack_transformer.tasks.catalogue import open_task
+from full_stack_transformer.tasks.opening import open_task
 
 TEXTS = [
     "The reader learns from the documents.",
@@ -232,7 +232,7 @@ def test_the_command_whitens_a_model(
     # Evaluated and served it embeds too, though its weights still hold the head of a masked model.
     opened = open_task(target, device="cpu")
     assert opened.name == "sentence_embedding"
-    found = opened.task.predict([{"text": text} for text in TEXTS], opened.backbone)
+    found = opened.predict([{"text": text} for text in TEXTS])
     assert np.abs(np.array([one["embedding"] for one in found]) - vectors).max() < 1e-4
     description = json.loads((target / "description.json").read_text("utf-8"))
     assert description["whitening"]["num_dimensions"] == 5

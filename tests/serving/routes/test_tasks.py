@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from full_stack_transformer.tasks.catalogue import OpenedTask, open_task
+from full_stack_transformer.tasks.opening import OpenedTask, open_task
 from tests.logged_process import running_service
 from tests.serving.task_models import TASKS, make_task_models
 from tests.tasks.small_tasks import are_close
@@ -44,8 +44,7 @@ def _ask(served: _Served, path: str, **body: Any) -> Any:
 
 
 def _predicted(served: _Served, task: str, *rows: dict[str, Any]) -> list[Any]:
-    opened = served.here[task]
-    return opened.task.predict(rows, opened.backbone)
+    return served.here[task].predict(rows)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import MachineError, TrainingError
 from full_stack_transformer.training.callbacks.control import CatchSignals
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
-from full_stack_transformer.training.data.batches import Batch
-from full_stack_transformer.training.tasks import CausalLanguageModelling
+from full_stack_transformer.training.module import TrainingModule
 from tests.training.training_here import TrainingHere, checkpoint_of, curve_of
 
 
@@ -28,22 +28,22 @@ def training(dataset_dir: Path, tmp_path: Path) -> TrainingHere:
 
 
 @contextmanager
-def _in_step(name: str, action: Callable[[CausalLanguageModelling], Any]) -> Iterator[None]:
+def _in_step(name: str, action: Callable[[TrainingModule], Any]) -> Iterator[None]:
     """Do something at the start of each `training_step` or `validation_step`."""
-    step = getattr(CausalLanguageModelling, name)
+    step = getattr(TrainingModule, name)
 
-    def act_and_step(task: CausalLanguageModelling, batch: Batch, batch_index: int) -> Any:
+    def act_and_step(task: TrainingModule, batch: Batch, batch_index: int) -> Any:
         action(task)
         return step(task, batch, batch_index)
 
-    with mock.patch.object(CausalLanguageModelling, name, act_and_step):
+    with mock.patch.object(TrainingModule, name, act_and_step):
         yield
 
 
-def _send(number: signal.Signals, at_step: int) -> Callable[[CausalLanguageModelling], None]:
+def _send(number: signal.Signals, at_step: int) -> Callable[[TrainingModule], None]:
     sent: list[int] = []
 
-    def send(task: CausalLanguageModelling) -> None:
+    def send(task: TrainingModule) -> None:
         if task.global_step == at_step and not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
@@ -108,8 +108,8 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
 
 
-def _spoil(what: float) -> Callable[[CausalLanguageModelling], None]:
-    def spoil(task: CausalLanguageModelling) -> None:
+def _spoil(what: float) -> Callable[[TrainingModule], None]:
+    def spoil(task: TrainingModule) -> None:
         if task.global_step == 4:
             with torch.no_grad():
                 next(task.backbone.parameters()).fill_(what)
@@ -134,14 +134,14 @@ def test_a_loss_that_is_no_number_names_the_step_and_is_not_saved(
 
 
 def test_weights_that_are_no_numbers_are_not_saved(training: TrainingHere, tmp_path: Path) -> None:
-    optimizer_step = CausalLanguageModelling.optimizer_step
+    optimizer_step = TrainingModule.optimizer_step
 
-    def step_and_spoil(task: CausalLanguageModelling, *rest: Any) -> None:
+    def step_and_spoil(task: TrainingModule, *rest: Any) -> None:
         optimizer_step(task, *rest)
         next(task.backbone.parameters()).data.fill_(torch.nan)
 
     with (
-        mock.patch.object(CausalLanguageModelling, "optimizer_step", step_and_spoil),
+        mock.patch.object(TrainingModule, "optimizer_step", step_and_spoil),
         pytest.raises(TrainingError, match="no longer finite after step 1"),
     ):
         training(max_steps=9, checkpoint_every_n_minutes=0)

@@ -10,8 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.modelling.losses import perplexity
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.callbacks.meter import Meter, perplexity
+from full_stack_transformer.training.callbacks.meter import Meter
 from full_stack_transformer.training.callbacks.progress import RecordCurves
 from tests.training.small_training import SmallTraining
 

@@ -13,6 +13,7 @@ import transformers
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import MachineError
 from full_stack_transformer.modelling.model_directory import open_model
+from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.export import ExportModel
 from full_stack_transformer.training.figures import ValidationFigures
@@ -22,7 +23,7 @@ from tests.training.small_training import SmallTraining
 def _export(dataset: DatasetDirectory, directory: Path) -> ExportModel:
     return ExportModel(
         directory / "model",
-        task="causal_lm",
+        task=CausalLm(None, CausalLmOptions()),
         tokenizer_directory=dataset.tokenizer_directory,
         experiment="tiny/0",
         dataset_description=dataset.description,

@@ -10,15 +10,17 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from full_stack_transformer.datasets.collators import IGNORED_LABEL
+from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from full_stack_transformer.training.data.batches import (
     UNLIMITED_NUM_BATCHES,
-    Batch,
-    DatasetDataModule,
 )
+from full_stack_transformer.training.data.corpus import CorpusDataModule
 from tests.datasets.corpora import PAD_ID, write_corpus
+from tests.training.small_training import causal_data
 
 ROW_LENGTH = 32
 BATCHINGS = ["length", "packed", "concatenated"]
@@ -43,10 +45,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> DatasetDirectory:
     return _dataset(tmp_path_factory.mktemp("small"), num_samples=1003)
 
 
+def _module(dataset: DatasetDirectory, **options: Any) -> CorpusDataModule:
+    arguments = TrainArguments(
+        dataset_dir=dataset.directory,
+        **{"batch_size": 4, "seed": 5, "max_steps": 10**9, **options},
+    )
+    return causal_data(dataset, arguments)
+
+
 def _data(
     dataset: DatasetDirectory, *, rank: int = 0, world_size: int = 1, **options: Any
-) -> DatasetDataModule:
-    data = DatasetDataModule(dataset, **{"batch_size": 4, "seed": 5, **options})
+) -> CorpusDataModule:
+    data = _module(dataset, **options)
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
     return data
 
@@ -148,7 +158,7 @@ def test_without_a_limit_of_epochs_there_is_no_end(small: DatasetDirectory) -> N
 def test_the_number_of_batches_is_known_before_there_is_a_trainer(
     small: DatasetDirectory,
 ) -> None:
-    data = DatasetDataModule(small, batch_size=4, seed=0)
+    data = _module(small, seed=0)
     assert data.count_batches_per_epoch(2) == _data(small, world_size=2).num_batches_per_epoch
     assert data.num_batches_per_epoch == 251
 
@@ -212,13 +222,7 @@ def test_lightning_goes_on_in_the_middle_of_its_one_epoch(tmp_path: Path, batchi
     dataset = _dataset(tmp_path, num_samples=203)
     seen = []
     for ckpt_path in (None, tmp_path / "middle.ckpt"):
-        data = DatasetDataModule(
-            dataset,
-            batch_size=4,
-            seed=5,
-            batching=batching,  # type: ignore[arg-type]
-            max_epochs=3,
-        )
+        data = _module(dataset, batching=batching, max_epochs=3)
         recorder = _Recorder(tmp_path / "middle.ckpt")
         trainer = pl.Trainer(
             accelerator="cpu",

@@ -12,14 +12,14 @@ import torch
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import ModelError, RowError, UsageError
-from full_stack_transformer.evaluation.labelled_rows import evaluate_rows
-from full_stack_transformer.evaluation.masked import evaluate_masked
+from full_stack_transformer.evaluation.run import measured
 from full_stack_transformer.metrics.regression import spearman
 from full_stack_transformer.modelling.embedding.encoder import open_sentence_encoder
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.rows.files import Row
-from full_stack_transformer.tasks.catalogue import open_task
+from full_stack_transformer.tasks.opening import open_task
 from full_stack_transformer.training.data.rows import BaseDataModule, FileRows, RowCollator
+from full_stack_transformer.training.setup import open_setup
 from tests.tasks.small_tasks import TINY_ENCODER, small_rows, small_task, small_tokenizer
 from tests.training.training_here import TrainingHere, checkpoint_of, curve_of
 
@@ -77,7 +77,7 @@ def test_a_task_is_learned_and_measured_alike_from_the_saved_directory(
     arguments = EvaluateArguments(
         experiment, tmp_path / "rows", num_resamples=20, device="cpu", output_dir=tmp_path / "out"
     )
-    content = evaluate_rows(arguments)
+    content = measured(arguments)
     assert content["figures"][name] == pytest.approx(best)
     low, high = content["intervals"][name]
     assert low <= best <= high
@@ -133,11 +133,11 @@ def test_a_masked_model_learns_and_guesses_alike_from_the_saved_directory(
     experiment = training.to_the_end(**options)
     summary = json.loads((experiment / "summary.json").read_text())
     arguments = EvaluateArguments(experiment, dataset_dir, device="cpu")
-    content = evaluate_masked(arguments)
+    content = measured(arguments)
     assert content["loss"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     assert content["accuracy"] == pytest.approx(summary["best_validation_accuracy"])
     opened = open_task(experiment)
-    [[guesses]] = opened.task.predict([{"text": "The reader [MASK] the"}], opened.backbone)
+    [[guesses]] = opened.predict([{"text": "The reader [MASK] the"}])
     assert [one["score"] for one in guesses] == sorted((g["score"] for g in guesses), reverse=True)
     training.crash(in_batch=6, **options, experiment_name="crashed")
     crashed = training.to_the_end(**options, experiment_name="crashed", resume="last")
@@ -153,7 +153,7 @@ def test_a_masked_model_learns_and_guesses_alike_from_the_saved_directory(
 def test_a_causal_model_chooses_by_likelihood(model_dir: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows", "multiple_choice", num_train=8, num_valid=8)
     arguments = EvaluateArguments(model_dir, rows, num_resamples=0, device="cpu")
-    content = evaluate_rows(arguments)
+    content = measured(arguments)
     assert content["task"] == "multiple_choice"
     assert 0 <= content["figures"]["accuracy"] <= 1
     assert "untrained" in content["baselines"]
@@ -166,7 +166,7 @@ class OwnRows(BaseDataModule):
         """Made here."""
         return small_rows("sequence_classification", 100)
 
-    def augment(self, row: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
+    def augment(self, row: Row, random: np.random.Generator) -> Row:
         """Words in another order."""
         return {**row, "text": " ".join(random.permutation(row["text"].split()))}
 
@@ -175,7 +175,7 @@ def test_any_model_embeds_sentences_when_told_to(model_dir: Path, tmp_path: Path
     rows = small_rows("sentence_embedding", 12)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    content = evaluate_rows(EvaluateArguments(model_dir, path, task="sentence_embedding"))
+    content = measured(EvaluateArguments(model_dir, path, task="sentence_embedding"))
     encoder = open_sentence_encoder(model_dir)
     first, second = (encoder.encode([row[name] for row in rows]) for name in ("text", "text_pair"))
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
@@ -183,7 +183,7 @@ def test_any_model_embeds_sentences_when_told_to(model_dir: Path, tmp_path: Path
     expected = spearman(cosines, [row["label"] for row in rows])
     assert content["figures"]["spearman"] == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ModelError, match="belongs to another task"):
-        evaluate_rows(EvaluateArguments(model_dir, path, task="sequence_classification"))
+        measured(EvaluateArguments(model_dir, path, task="sequence_classification"))
 
 
 def test_a_data_set_of_ones_own_has_splits_dimensions_and_loaders(tmp_path: Path) -> None:
@@ -223,11 +223,13 @@ def test_a_data_set_of_ones_own_has_splits_dimensions_and_loaders(tmp_path: Path
         ({"task": "causal_lm"}, "--train_file is for labelled rows"),
         ({"task": "masked_lm", "train_file": None}, "--task masked_lm needs --dataset_dir"),
         ({"doc_stride": -1}, "--doc_stride must be at least 0"),
+        ({"task": "unheard_of"}, "--task must be one of causal_lm, .*; found 'unheard_of'"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
+    given = {"train_file": Path("x"), "task": "sequence_classification", **options}
     with pytest.raises(UsageError, match=message):
-        TrainArguments(**{"train_file": Path("x"), "task": "sequence_classification", **options})
+        open_setup(TrainArguments(**given))
 
 
 def test_rows_that_are_on_both_sides_are_counted(
@@ -254,7 +256,7 @@ def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
     training = _Training(tmp_path, "sequence_classification", max_steps=1)
     with (tmp_path / "rows" / "valid.jsonl").open("a") as file:
         file.write(json.dumps({"text": "no label"}) + "\n")
-    with pytest.raises(RowError, match="line 25 has no label"):
+    with pytest.raises(RowError, match=r"line 25: a row .* needs a label"):
         training.to_the_end()
 
 
@@ -288,16 +290,16 @@ def test_a_row_without_a_label_is_predicted_and_not_measured(
         EvaluateArguments(model, all_rows, train_file=path),
     ):
         with pytest.raises(RowError, match=r"bare.jsonl, line 4: a row .* needs a label"):
-            evaluate_rows(arguments)
+            measured(arguments)
     with pytest.raises(RowError, match="no rows for the baselines"):
-        evaluate_rows(EvaluateArguments(model, all_rows, train_file=tmp_path / "empty.jsonl"))
+        measured(EvaluateArguments(model, all_rows, train_file=tmp_path / "empty.jsonl"))
 
 
 def test_rows_that_cannot_be_measured_by_are_refused(model_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one text alone"}\n')
     with pytest.raises(RowError, match="no row with a pair of texts and a label"):
-        evaluate_rows(EvaluateArguments(model_dir, path, task="sentence_embedding"))
+        measured(EvaluateArguments(model_dir, path, task="sentence_embedding"))
 
 
 class _LongRows(BaseDataModule):

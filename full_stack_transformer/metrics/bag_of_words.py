@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,18 @@ def cosines(
     vectors = _tf_idf(known)
     products = vectors.transform(firsts).multiply(vectors.transform(seconds))
     return np.asarray(products.sum(axis=1), np.float64).reshape(-1)
+
+
+def similarities(
+    train_rows: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """`cosines` of the fields `text` and `text_pair` of rows; 0 for one text alone."""
+    known = [
+        words(row[name]) for row in train_rows for name in ("text", "text_pair") if name in row
+    ]
+    firsts = [words(row["text"]) for row in rows]
+    seconds = [words(row.get("text_pair") or "") for row in rows]
+    return [float(cosine) for cosine in cosines(known, firsts, seconds)]
 
 
 def _tf_idf(texts: Sequence[Sequence[str]]) -> Any:

@@ -1,0 +1,234 @@
+"""The class of a task by its name, the task of a saved model, and opening one with the head of its task."""
+
+import importlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.errors import ModelError, UsageError
+from full_stack_transformer.modelling.backbones import load_backbone
+from full_stack_transformer.modelling.model_directory import (
+    backbone_of_checkpoint,
+    find_model_directory,
+    resolve_device,
+)
+from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
+from full_stack_transformer.tasks.catalogue import TASKS
+from full_stack_transformer.tasks.task import RowTask, Task
+
+_DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class OpenedTask:
+    """A model with its task, in evaluation mode."""
+
+    directory: Path
+    task: Task
+    backbone: Backbone
+    description: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """That of the task."""
+        return self.task.name
+
+    def predict(self, rows: Any, *, batch_size: int = 32) -> list[Any]:
+        """JSON for each row.
+
+        Raises:
+            ModelError: the task has no rows.
+            RowError: a row does not fit the task.
+        """
+        return self.row_task.predict(rows, self.backbone, batch_size=batch_size)
+
+    @property
+    def row_task(self) -> RowTask:
+        """The task, which takes rows.
+
+        Raises:
+            ModelError: it does not.
+        """
+        if not isinstance(self.task, RowTask):
+            raise ModelError(f"{self.directory}: a model for {self.name} takes no labelled rows")
+        return self.task
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task: one of the catalogue by its name, or my_module.MyTask.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name in TASKS:
+        module, _, class_name = TASKS[name].partition(":")
+        found = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
+    else:
+        found = import_by_path(name, "a task")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UsageError(
+            f"{name} is no task; expected one of {', '.join(TASKS)} or my_module.MyTask"
+        )
+    return found
+
+
+def row_task_class(name: str) -> type[RowTask]:
+    """The same of a task that takes labelled rows.
+
+    Raises:
+        UsageError: it takes none.
+    """
+    found = task_class(name)
+    if not issubclass(found, RowTask):
+        raise UsageError(f"--task {name} takes no labelled rows")
+    return found
+
+
+def import_by_path(path: str, what: str) -> Any:
+    """What `my_module.MyClass` names.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"{path!r} should name {what}, my_module.MyClass: {error}") from error
+
+
+def path_of(cls: type) -> str:
+    """What `import_by_path` takes for a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_own(cls: type) -> bool:
+    """Whether a class is of another package than this one."""
+    return cls.__module__.split(".")[0] != __package__.split(".")[0]
+
+
+def task_class_of(directory: Path) -> type[Task]:
+    """The task of a model directory: what its description names, or what fits its files and architecture.
+
+    Raises:
+        ModelError: nothing fits.
+    """
+    description = _read(directory / DESCRIPTION_FILE_NAME)
+    if "task_class" in description:
+        return task_class(description["task_class"])
+    classes = {name: task_class(name) for name in TASKS}
+    for cls in classes.values():
+        if cls.marker_file and (directory / cls.marker_file).is_file():
+            return cls
+    architecture = (_read(directory / "config.json").get("architectures") or [""])[0]
+    # Several tasks may use one head: then the description decides.
+    named = classes.get(description.get("task", ""))
+    for cls in (*([named] if named else []), *classes.values()):
+        if architecture.endswith(cls.heads):
+            return cls
+    raise ModelError(
+        f"{directory / 'config.json'} names the class {architecture!r}, which has a head of no task here: "
+        f"{', '.join(TASKS)}"
+    )
+
+
+def row_task_class_of(directory: Path) -> type[RowTask]:
+    """The task that a model does with labelled rows: its own, or the first one that can use its head.
+
+    Raises:
+        ModelError: nothing fits.
+    """
+    own = task_class_of(directory)
+    if issubclass(own, RowTask):
+        return own
+    architecture = (_read(directory / "config.json").get("architectures") or [""])[0]
+    for name in TASKS:
+        cls = task_class(name)
+        if issubclass(cls, RowTask) and architecture.endswith(cls.heads):
+            return cls
+    raise ModelError(f"{directory}: a model for {own.name} takes no labelled rows")
+
+
+def task_of_head(class_name: str) -> str | None:
+    """The task whose head the name of a model's class tells of; None for a body or an unknown head."""
+    for name in TASKS:
+        heads = [head for head in task_class(name).heads if head.startswith("For")]
+        if class_name.endswith(tuple(heads)):
+            return name
+    return None
+
+
+def open_task(
+    path: Path,
+    *,
+    cls: type[Task] | None = None,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> OpenedTask:
+    """Open a model with its task; see `find_model_directory` for what `path` may be.
+
+    Args:
+        path: where the model is.
+        cls: a task that the model can do beside its own, such as choosing by a causal model.
+        device: where to compute.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: there is none, it lacks tensors, or tokenizer and weights do not fit.
+    """
+    directory = find_model_directory(path)
+    cls = cls or task_class_of(directory)
+    description = _read(directory / DESCRIPTION_FILE_NAME)
+    if "model_class" in description:  # its module registers it with transformers
+        import_by_path(description["model_class"], "a model")
+    config = _config(directory)
+    tokenizer = cls.open_tokenizer(directory)
+    # The model may have been saved by another task, with options that this one does not know.
+    known = {field.name for field in fields(cls.options_class)}
+    saved = {name: value for name, value in cls.options_of(description).items() if name in known}
+    options = cls.options_class(**{**saved, "max_length": _max_length(tokenizer, config)})
+    task = cls.open(config, tokenizer, options)
+    model_class = cls.backbone_class(config)
+    if path.suffix == ".ckpt":
+        backbone = backbone_of_checkpoint(path, directory, dtype, model_class)
+    else:
+        backbone = load_backbone(str(directory), dtype=dtype, model_class=model_class)
+    num_embeddings = backbone.get_input_embeddings().num_embeddings
+    if task.vocab_size > num_embeddings:
+        raise ModelError(
+            f"{directory}: the tokenizer has {task.vocab_size:,} tokens, the model {num_embeddings:,} "
+            "embeddings; they do not belong together"
+        )
+    where = resolve_device(device)
+    task.read_directory(directory, where)
+    return OpenedTask(directory, task, backbone.to(where).eval(), description)
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{directory / 'config.json'} cannot be used: {reason}") from error
+    return config
+
+
+def _max_length(tokenizer: Any, config: PretrainedConfig) -> int:
+    """What both allow; a tokenizer without a limit says 1e30, or nothing."""
+    of_model = getattr(config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
+    return int(min(getattr(tokenizer, "model_max_length", of_model), of_model))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} should hold JSON, but is damaged: {error}") from error
+    return content if isinstance(content, dict) else {}

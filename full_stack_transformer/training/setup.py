@@ -1,0 +1,201 @@
+"""What one training learns from what: the data, the task and the model that the options name."""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
+from full_stack_transformer.datasets.description import open_dataset
+from full_stack_transformer.errors import UsageError
+from full_stack_transformer.modelling.backbones import new_backbone, pretrained_backbone
+from full_stack_transformer.tasks.catalogue import TASKS
+from full_stack_transformer.tasks.opening import (
+    import_by_path,
+    is_own,
+    path_of,
+    row_task_class,
+    task_class,
+    task_of_head,
+)
+from full_stack_transformer.tasks.task import CorpusTask, RowTask, Task
+from full_stack_transformer.training.callbacks.text_samples import SampleParameters, SampleTexts
+from full_stack_transformer.training.data.batches import EpochDataModule
+from full_stack_transformer.training.data.corpus import CorpusDataModule
+from full_stack_transformer.training.data.rows import BaseDataModule, FileRows
+from full_stack_transformer.training.experiments import TOKENIZER_DIRECTORY_NAME
+from full_stack_transformer.training.module import TrainingModule
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """The parts of one training; `begin` comes before the model and the batches."""
+
+    arguments: TrainArguments
+    data: EpochDataModule
+    model_class: Any = None
+    """Another class for the model than the task's own."""
+
+    @property
+    def task(self) -> Task:
+        """What is learned; known after `begin`."""
+        return self.data.task
+
+    def begin(self, experiment_directory: Path | None) -> None:
+        """Make tokenizer and task; None in a process that writes no experiment."""
+        self.data.begin(lambda: _place_for_tokenizer(experiment_directory))
+
+    def make_backbone(self) -> Backbone:
+        """The model at the start: from scratch, or pretrained."""
+        arguments, task = self.arguments, self.task
+        if arguments.model_path is not None:
+            return pretrained_backbone(
+                arguments.model_path,
+                vocab_size=task.vocab_size,
+                model_class=self.model_class or task.pretrained_class(arguments.model_path),
+                new_head=task.new_head,
+                **task.pretrained_fields(),
+            )
+        return new_backbone(
+            arguments.model_config,
+            vocab_size=task.vocab_size,
+            max_length=self.data.max_length,
+            special_token_ids=task.special_token_ids,
+            dropout=arguments.dropout,
+            model_class=self.model_class or task.new_class(arguments.model_config),
+            **task.config_fields(),
+        )
+
+    def make_data(self, arguments: TrainArguments) -> EpochDataModule:
+        """The batches, as these options want them."""
+        if arguments is self.arguments:
+            return self.data
+        return self.data.with_arguments(arguments)
+
+    def make_module(self, backbone: Backbone, arguments: TrainArguments) -> TrainingModule:
+        """The training step."""
+        return TrainingModule(backbone, arguments, self.task)
+
+    def callbacks(self, directory: Path) -> list[pl.Callback]:
+        """Text samples of a model that generates."""
+        arguments = self.arguments
+        if not self.task.generates:
+            return []
+        samples = SampleParameters(num_samples=arguments.num_generated_samples, seed=arguments.seed)
+        return [SampleTexts(directory, self.task.tokenizer, samples)]
+
+    def description_fields(self) -> dict[str, Any]:
+        """What opening the model again needs and its config does not say, for description.json."""
+        cls = type(self.task)
+        return {
+            **({"task_class": path_of(cls)} if is_own(cls) else {}),
+            **({"model_class": path_of(self.model_class)} if self.model_class else {}),
+            **self.task.description_fields(),
+        }
+
+
+def open_setup(arguments: TrainArguments) -> TrainingSetup:
+    """The setup that the options name.
+
+    Raises:
+        UsageError: there is no such task or class, or the data are not of the kind that the task reads.
+        DatasetError: --dataset_dir is no dataset directory, or has no validation samples.
+        RowError: there are no rows to learn from, or to validate on.
+    """
+    if isinstance(arguments, RunExperimentArguments):
+        return _open_own(arguments)
+    cls = task_class(arguments.task)
+    check_data(arguments, cls)
+    if issubclass(cls, CorpusTask):
+        assert arguments.dataset_dir is not None
+        dataset = open_dataset(arguments.dataset_dir)
+        arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory)
+        return TrainingSetup(arguments, CorpusDataModule(arguments, dataset, cls))
+    return rows_setup(arguments, FileRows(arguments), row_task_class(arguments.task))
+
+
+def rows_setup(
+    arguments: TrainArguments,
+    data: BaseDataModule,
+    cls: type[RowTask],
+    *,
+    model_class: Any = None,
+) -> TrainingSetup:
+    """The setup of a task on rows that are given as a data module; reads them.
+
+    Raises:
+        RowError: there are no rows to learn from, or to validate on.
+    """
+    data.task_class = cls
+    data.read()
+    return TrainingSetup(arguments, data, model_class)
+
+
+def check_data(arguments: TrainArguments, cls: type[Task]) -> None:
+    """Refuse data of another kind than the task reads.
+
+    Raises:
+        UsageError: they are.
+    """
+    dataset_dir, train_file = arguments.dataset_dir, arguments.train_file
+    if issubclass(cls, CorpusTask):
+        if dataset_dir is None or train_file is not None:
+            raise UsageError(
+                f"--task {arguments.task} needs --dataset_dir, a dataset written by prepare_dataset"
+                + ("; --train_file is for labelled rows" if train_file else "")
+            )
+        if arguments.do_eval or arguments.do_predict:
+            raise UsageError(
+                f"--do_eval and --do_predict are for labelled rows; for --task {arguments.task} use "
+                "fst evaluate"
+            )
+    elif (dataset_dir is None) == (train_file is None):
+        raise UsageError(
+            f"--task {arguments.task} needs --dataset_dir or --train_file with labelled rows; found "
+            f"{'neither' if dataset_dir is None else 'both'}"
+        )
+
+
+def _open_own(arguments: RunExperimentArguments) -> TrainingSetup:
+    """The setup of one's own classes for data, task or model."""
+    data_class: Any = FileRows
+    if arguments.data_class:
+        data_class = import_by_path(arguments.data_class, "a data set")
+        if not (isinstance(data_class, type) and issubclass(data_class, BaseDataModule)):
+            raise UsageError(
+                f"--data_class {arguments.data_class} should derive from {path_of(BaseDataModule)}"
+            )
+    task: type[RowTask] | None = None
+    model_class: Any = None
+    if arguments.model_class:
+        found = import_by_path(arguments.model_class, "a model or a task")
+        if isinstance(found, type) and issubclass(found, RowTask):
+            task = found
+        elif hasattr(found, "from_pretrained"):
+            model_class = found
+        else:
+            raise UsageError(
+                f"--model_class {arguments.model_class} should be a model class of transformers, or derive "
+                f"from {path_of(RowTask)}"
+            )
+    if not arguments.data_class:
+        check_data(arguments, task or row_task_class(arguments.task))
+    data = data_class(arguments)
+    name = data.task_name if task is None or task.name not in TASKS else task.name
+    head = task_of_head(model_class.__name__) if model_class is not None else None
+    if head not in (None, name):
+        raise UsageError(
+            f"--model_class {arguments.model_class} has the head of {head}, but the rows are for {name}"
+        )
+    arguments = dataclasses.replace(arguments, task=name)
+    return rows_setup(arguments, data, task or row_task_class(name), model_class=model_class)
+
+
+def _place_for_tokenizer(experiment_directory: Path | None) -> Path:
+    if experiment_directory is None:  # beside the process that writes
+        return Path(tempfile.mkdtemp(prefix="fst-tokenizer-"))
+    return experiment_directory / TOKENIZER_DIRECTORY_NAME
