@@ -1,0 +1,1 @@
+"""Proof that the program behaves as before, from outside: command line, HTTP and files."""
