@@ -1,7 +1,7 @@
-"""What this computer has: processor features, cores, memory, devices. Asked for here and nowhere else.
+"""This computer: processor features, cores, memory, devices. The only module that asks the system for them.
 
 `FST_ISA=avx2` hides AVX-512, so that everything runs as on a processor without it. Standard library only;
-torch is imported where a device is asked for. Knows nothing of models.
+torch is imported only for questions about a device. Knows nothing of models.
 """
 
 import os
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
     import torch
 
 ISA_VARIABLE = "FST_ISA"
-# Value of the variable -> beginning of the names of processor features that it hides.
+# Value of the variable -> prefixes of the processor features that it hides.
 _HIDDEN_FEATURES = {"avx512": (), "avx2": ("avx512", "amx")}
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
 
-# glibc gives large blocks back to the system at every free and asks for them again, zeroed, in the next
-# training step. Kept instead, training on a processor is 1.1 to 1.5 times as fast (a model of 4 x 256,
-# batches of 16 x 256, two cores: 4,100-7,000 tokens/s without, 7,300-8,250 with).
+# glibc returns large blocks to the system when they are freed and requests them again, zeroed, in the next
+# training step. With freed memory kept, training on a processor is 1.1 to 1.5 times as fast (a model of
+# 4 x 256, batches of 16 x 256, two cores: 4,100-7,000 tokens/s without, 7,300-8,250 with).
 ALLOCATOR_VARIABLE = "GLIBC_TUNABLES"
 ALLOCATOR_SETTINGS = ":".join(
     (
-        "glibc.malloc.mmap_max=0",  # large blocks from the heap, where they are used again
-        "glibc.malloc.trim_threshold=17179869184",  # bytes at the end of the heap that are kept
-        "glibc.malloc.top_pad=67108864",  # bytes that are asked for at once
+        "glibc.malloc.mmap_max=0",  # take large blocks from the heap, which reuses them
+        "glibc.malloc.trim_threshold=17179869184",  # bytes kept at the end of the heap
+        "glibc.malloc.top_pad=67108864",  # bytes requested at once
         "glibc.malloc.hugetlb=1",  # transparent huge pages
     )
 )
 
 
 def processor_features() -> frozenset[str]:
-    """Instruction sets under Linux's names, such as avx512_bf16, less those that FST_ISA hides.
+    """Instruction sets by Linux's names, such as avx512_bf16, without those that FST_ISA hides.
 
-    Empty where the system does not list them.
+    Empty if the system does not list them.
 
     Raises:
-        MachineError: FST_ISA is unknown, or asks for more than the processor has.
+        MachineError: FST_ISA is invalid, or requires more than the processor has.
     """
     features = _features_of_processor()
     isa = os.environ.get(ISA_VARIABLE)
@@ -87,7 +87,7 @@ def multiplies_bfloat16(device: "torch.device") -> bool:
 
 
 def free_memory_bytes(device: "torch.device") -> int | None:
-    """Memory that may still be allocated there without swapping; None where the system does not say."""
+    """Memory that can still be allocated on the device without swapping; None if unknown."""
     if device.type == "cuda":
         import torch
 
@@ -101,7 +101,7 @@ def free_memory_bytes(device: "torch.device") -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM; None where the system does not say."""
+    """Memory of this process in RAM; None if unknown."""
     try:
         return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     except (OSError, ValueError):
@@ -109,18 +109,18 @@ def resident_bytes() -> int | None:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process ever had in RAM."""
+    """The most memory that this process has had in RAM."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
 def restart_with_kept_memory(argv: list[str]) -> None:
-    """Start `fst ARGV` again with an allocator that keeps freed memory; return where that means nothing.
+    """Restart `fst ARGV` with an allocator that keeps freed memory; without glibc do nothing.
 
-    The settings can only be given through the environment of a new process.
+    The settings can only be passed in the environment of a new process.
     """
     if ALLOCATOR_VARIABLE in os.environ or platform.libc_ver()[0] != "glibc":
         return
     environment = {**os.environ, ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
     command = [sys.executable, "-m", "full_stack_transformer", *argv]
-    os.execve(sys.executable, command, environment)  # noqa: S606 (no shell, our own words)
+    os.execve(sys.executable, command, environment)  # noqa: S606 (no shell, our own arguments)

@@ -1,11 +1,11 @@
-"""Faster steps of training, with the same weights and the same results up to rounding.
+"""Faster training steps with the same weights and, up to rounding, the same results.
 
     attention     written out, where that is faster (attention.py)
     activation    gelu_new as a logistic function
-    torch.compile of one layer, whose code all layers share, in training alone
+    compilation   torch.compile of one layer, whose code all layers share; only for training
 
-A backbone keeps its modules, its weights' names and its config: it is saved as if nothing had happened,
-and generates and validates uncompiled. Knows nothing of batches and of Lightning.
+A backbone keeps its modules, weight names and config, so that it is saved as usual. It generates and
+validates uncompiled. Knows nothing of batches and of Lightning.
 """
 
 import logging
@@ -33,7 +33,7 @@ _MIN_MINUTES = 10.0
 
 
 def accelerate(backbone: Backbone) -> None:
-    """Exchange the parts of a backbone that have a faster form; what it computes stays the same."""
+    """Replace parts of a backbone by faster ones that compute the same."""
     use_written_out_attention(backbone)
     for module in list(backbone.modules()):
         for name, child in module.named_children():
@@ -58,15 +58,15 @@ class LogisticGelu(nn.Module):
 
 
 def pays_to_compile(device: torch.device, *, flops: float, minutes: float | None) -> bool:
-    """Whether a training is long enough to win back what compiling takes.
+    """Whether a training is long enough to save the time that compiling takes.
 
-    Not measured at the start: a training that is resumed has to decide as it did before, or it would go
-    on with other roundings.
+    Estimated, not measured: a resumed training must decide as before, or its results would be rounded
+    differently.
 
     Args:
         device: where it runs.
         flops: of the whole training, by `flops_per_token`; infinite without a limit.
-        minutes: its limit, if it has one.
+        minutes: time limit of the training, if there is one.
     """
     if device.type not in _MIN_FLOPS:
         return False
@@ -74,17 +74,17 @@ def pays_to_compile(device: torch.device, *, flops: float, minutes: float | None
 
 
 def compile_layers(backbone: Backbone, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile the layers of a backbone at its first step of training; say why where that fails.
+    """Compile the layers of a backbone in its first training step; log the reason if that fails.
 
-    One layer is compiled and serves all: as fast as the whole model at once (2.29 and 2.33 s a step for
-    6 x 384 on one core), in a time that does not grow with the depth. The second length of a batch
+    All layers share the code of one: as fast as compiling the whole model (2.29 and 2.33 s a step for
+    6 x 384 on one core), but the time to compile does not grow with the depth. A batch of another length
     makes it compile once more, for any length.
 
     Args:
-        backbone: its layers are those of transformers that know gradient checkpointing.
+        backbone: its layers are those of transformers that support gradient checkpointing.
         backend: of torch.compile.
     """
-    # torch's compiler asks each input for its gradient, and is told that some keep none.
+    # torch's compiler reads the gradient of each input, and warns if there is none.
     warnings.filterwarnings("ignore", ".*grad attribute of a Tensor that is not a leaf Tensor.*")
     shared = _SharedCompilation(backend)
     for layer in backbone.modules():
@@ -94,7 +94,7 @@ def compile_layers(backbone: Backbone, *, backend: str | Callable[..., Any] = "i
 
 
 class _SharedCompilation:
-    """The compiled code of the layers of one backbone, by their class; none after a failure."""
+    """The compiled code of the layers of a backbone, by class; unused after a failure."""
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         self._backend = backend
@@ -109,7 +109,7 @@ class _SharedCompilation:
 
 
 class _TrainingForward:
-    """A layer's `forward`: compiled where gradients are wanted, plain elsewhere."""
+    """A layer's `forward`: compiled if gradients are needed, else plain."""
 
     def __init__(self, layer: nn.Module, shared: _SharedCompilation) -> None:
         self._layer = layer
@@ -120,12 +120,15 @@ class _TrainingForward:
         if layer.training and torch.is_grad_enabled() and not shared.has_failed:
             try:
                 return shared.function_of(layer)(layer, *arguments, **options)
-            except (TorchDynamoException, OSError) as error:  # or no place for the compiled code
+            except (
+                TorchDynamoException,
+                OSError,
+            ) as error:  # OSError: no space for the compiled code
                 shared.has_failed = True
                 # The first line says which part of torch failed, the second one why.
                 reason = " ".join(str(error).strip().splitlines()[:2])
                 logger.warning(
-                    "compiling failed, the training goes on without, at about 0.8 of the speed: %s",
+                    "compiling failed; training continues uncompiled, at about 0.8 of the speed: %s",
                     reason,
                 )
         return type(layer).forward(layer, *arguments, **options)

@@ -1,8 +1,8 @@
-"""Causal attention written out as matmul, softmax, matmul, where that beats torch's fused kernel.
+"""Causal attention as matmul, softmax, matmul, where that is faster than torch's fused kernel.
 
-A backbone takes it by its name, as transformers' "sdpa" or "eager"; the name is not part of a saved config.
-Documents that share a row do not see each other: transformers makes their mask out of position ids that
-start again at 0, if it gets neither an attention mask nor a cache. Knows nothing of compiling and training.
+A backbone selects it by name, like transformers' "sdpa" or "eager"; the name is not part of a saved config.
+Documents in the same row do not see each other: transformers derives the mask from position ids that start
+again at 0, if it gets neither an attention mask nor a cache. Knows nothing of compiling and training.
 
 Legend: B batch, H heads, K heads of keys and values, T tokens, D width of a head.
 """
@@ -20,23 +20,23 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION_NAME = "written_out"
 
 # On a processor torch's kernel is slow in bf16. Milliseconds forward and backward on one core (EPYC, Zen 4)
-# of this one, and of torch's without and with a mask of documents; 6 heads of width 64, 4,096 tokens:
+# of this code, and of torch's without and with a document mask; 6 heads of width 64, 4,096 tokens:
 #   T = 256    44,   91,  93
 #   T = 1024  122,  190, 254
 #   T = 2048  232,  303, 547
-# Its probabilities are kept for the backward pass, B x H x T x T: above 1,024 tokens they need too much.
+# The probabilities, B x H x T x T, are kept for the backward pass: too much memory above 1,024 tokens.
 _MAX_TOKENS = 1024
-# What a part of the queries cannot see at all is not computed: with 2 parts a quarter is saved, with 4
-# three eighths. Parts of fewer than 128 queries cost more than they save.
+# Keys that no query of a part can see are skipped: 2 parts save a quarter, 4 parts three eighths. Parts of
+# fewer than 128 queries cost more than they save.
 _MIN_TOKENS_FOR_2_PARTS, _MIN_TOKENS_FOR_4_PARTS = 256, 512
 
 
 def use_written_out_attention(backbone: Backbone) -> bool:
-    """Let a backbone that uses torch's attention take this one where it is faster; True if it could."""
+    """Make a backbone that uses torch's attention use this one where it is faster; True if it does."""
     if backbone.config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(ATTENTION_NAME, attend)
-    # Masks are those of sdpa: none where causality is all, else true where a token may look.
+    # Masks as for sdpa: None if purely causal, else True where a token may attend.
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     backbone.set_attn_implementation(ATTENTION_NAME)
     return True
@@ -59,10 +59,10 @@ def attend(
         query: (B, H, T, D).
         key: (B, K, T, D), where K divides H.
         value: (B, K, T, D).
-        attention_mask: (B, 1, T, T), true where a query may look, within the past; None for the past.
-        dropout: probability that a probability is left out.
-        scaling: of the products; one over the root of D if None.
-        options: what other attentions know; with any that changes the result torch's kernel computes it.
+        attention_mask: (B, 1, T, T), True where a query may attend, within the past; None for all of it.
+        dropout: of the probabilities.
+        scaling: of the products; 1 / sqrt(D) if None.
+        options: those of other attentions; if one changes the result, torch's kernel computes it.
     """
     if not _is_faster(module, key, value, attention_mask, options, num_queries=query.shape[2]):
         attended, _ = sdpa_attention_forward(
@@ -129,7 +129,7 @@ def _attend_in_parts(
 def _attend_to_past(
     query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor, dropout: float
 ) -> Tensor:
-    """(B, queries, H, D) of queries (B, H, queries, D); heads that share keys are rows of one matrix."""
+    """(B, queries, H, D) of queries (B, H, queries, D); heads that share keys are rows of the same matrix."""
     num_samples, num_heads, num_queries, width = query.shape
     rows = (num_samples, key.shape[1], -1)
     scores = torch.matmul(query.reshape(*rows, width), key.transpose(2, 3))

@@ -1,8 +1,8 @@
 """`fst average_checkpoints`: the mean of the weights of several models, as one model directory.
 
-The last checkpoints of a training, or trainings that began with the same weights, lie in one valley of
-the loss; their mean is often better than each of them (Izmailov et al. 2018, SWA; Wortsman et al. 2022,
-model soups). Models that began with other random weights have no such mean.
+The last checkpoints of a training, or of trainings that started from the same weights, lie in the same valley
+of the loss; their mean is often better than each of them (Izmailov et al. 2018, SWA; Wortsman et al. 2022,
+model soups). This does not work for models with different initial weights.
 """
 
 import logging
@@ -32,9 +32,9 @@ from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
 
 logger = logging.getLogger(__name__)
 
-# What of a config says where it comes from, not what the model computes.
+# Fields of a config that say where it comes from, not what the model computes.
 _ORIGIN_FIELDS = {"_name_or_path", "architectures", "dtype", "transformers_version"}
-# What of a model directory is not the tokenizer's.
+# Files of a model directory that do not belong to the tokenizer.
 _MODEL_FILE_NAMES = {
     "config.json",
     "generation_config.json",
@@ -45,11 +45,11 @@ _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.ind
 
 
 def average_checkpoints(arguments: AverageCheckpointsArguments) -> Path:
-    """Write the mean of the models, each of the same weight, and return its directory.
+    """Write the mean of the models, with equal weights, and return its directory.
 
     Raises:
-        UsageError: there is something at --output_dir.
-        ModelError: one of the models cannot be opened, or is not of the shape and tokenizer of the first.
+        UsageError: --output_dir exists.
+        ModelError: a model cannot be opened, or its shape or tokenizer differs from the first.
         MachineError: the disk is full or cannot be written.
     """
     target, paths = arguments.output_dir, arguments.models
@@ -70,12 +70,12 @@ def average_checkpoints(arguments: AverageCheckpointsArguments) -> Path:
         # In fp64, so that the mean of equal weights is the same weight.
         weight.copy_((total[name] / len(paths)).to(weight.dtype))
     _save(target, first, paths[0], sources, datasets[0] if _all_equal(datasets) else None)
-    logger.info("averaged %s models; serve the mean: fst serve %s", len(paths), target)
+    logger.info("averaged %s models; serve the result: fst serve %s", len(paths), target)
     return target
 
 
 def _weights(model: OpenedModel) -> dict[str, Tensor]:
-    """The weights by name, tied ones once."""
+    """The weights by name, tied ones only once."""
     return {name: weight.detach() for name, weight in model.backbone.named_parameters()}
 
 
@@ -83,16 +83,16 @@ def _check_same_kind(first: OpenedModel, first_path: Path, model: OpenedModel, p
     ours, theirs = (
         {
             name: value
-            for name, value in one.backbone.config.to_dict().items()
+            for name, value in opened.backbone.config.to_dict().items()
             if name not in _ORIGIN_FIELDS
         }
-        for one in (first, model)
+        for opened in (first, model)
     )
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             raise ModelError(
                 f"{path} has {name} {theirs.get(name)!r}, {first_path} has {ours.get(name)!r}; only models "
-                "of one shape have a mean"
+                "of the same shape can be averaged"
             )
     if model.tokenizer.backend.to_str() != first.tokenizer.backend.to_str():
         raise ModelError(
@@ -101,11 +101,11 @@ def _check_same_kind(first: OpenedModel, first_path: Path, model: OpenedModel, p
 
 
 def _source(model: OpenedModel, path: Path) -> dict[str, Any]:
-    """What the description says of a model that went into the mean."""
+    """The entry of an averaged model in the description."""
     if path.suffix != ".ckpt":
         facts = {name: model.description.get(name) for name in ("step", "validation_loss")}
         return {"model": model.name, **facts}
-    # The description beside a checkpoint is that of the best model.
+    # The description beside a checkpoint belongs to the best model.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return {"model": f"{model.name}/{path.name}", "step": content["global_step"]}
 
@@ -143,7 +143,7 @@ def _save(
 
 @contextmanager
 def _tokenizer_files(model_directory: Path) -> Iterator[Path]:
-    """A directory with copies of what a model directory holds beside the model."""
+    """A directory with copies of the tokenizer files of a model directory."""
     with tempfile.TemporaryDirectory() as directory:
         for file in model_directory.iterdir():
             is_weights = file.name.endswith(_WEIGHT_SUFFIXES)

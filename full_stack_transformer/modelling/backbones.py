@@ -1,5 +1,5 @@
-"""Models with the head that a task needs: new ones from a preset or a config, pretrained ones resized to a
-tokenizer.
+"""Models with the head that a task needs: new ones from a preset or a config, or pretrained ones with their
+embeddings resized to a tokenizer.
 
 Knows nothing of datasets and of training.
 """
@@ -26,8 +26,8 @@ DECODER_PRESETS: dict[str, tuple[int, int, int]] = {
     "base": (12, 768, 12),
 }
 GPT2_PRESET = "gpt2"
-# The same shapes as encoders: ModernBERT's, whose norms come first and last. BERT's own, with the norm after
-# the sum, does not learn from scratch at these sizes.
+# Encoders have the same sizes and ModernBERT's architecture, with pre-norm. BERT's own post-norm does not
+# learn from scratch at these sizes.
 ENCODER_PREFIX, DECODER_PREFIX = "encoder-", "decoder-"
 
 
@@ -45,18 +45,18 @@ def new_backbone(
 
     Args:
         model_config: name of a preset, or a JSON file with the fields of a transformers config. A preset
-            of one name is a decoder as a causal language model and an encoder as anything else;
-            `encoder-` or `decoder-` before the name says which.
+            is a decoder for a causal language model and an encoder otherwise; the prefix `encoder-` or
+            `decoder-` decides explicitly.
         vocab_size: number of token ids.
-        max_length: tokens of context that the model is made for.
+        max_length: context length in tokens.
         special_token_ids: ids under `begin`, `end` and `pad`.
-        dropout: probability, where the architecture has dropout.
-        model_class: of transformers: the body and the head that a task needs.
-        fields: of the config beside those: what the task says of itself.
+        dropout: probability, if the architecture has dropout.
+        model_class: of transformers: the body with the head that the task needs.
+        fields: more fields of the config, from the task.
 
     Raises:
-        UsageError: there is no such preset and no such file.
-        ModelError: the file does not describe a model that has such a head.
+        UsageError: there is no such preset or file.
+        ModelError: the file does not describe a model with such a head.
     """
     shared = {
         **fields,
@@ -75,19 +75,19 @@ def new_backbone(
 
 
 def backbone_of_config(config: PretrainedConfig, model_class: Any, origin: str) -> Backbone:
-    """Random weights in the shape of a config.
+    """A model of this config with random weights.
 
     Raises:
-        ModelError: its architecture has no such head.
+        ModelError: the architecture has no such head.
     """
     expected = getattr(model_class, "config_class", None)
     if expected is not None and not isinstance(config, expected):
         raise ModelError(
-            f"{origin} describes a model of the type {config.model_type!r}, {model_class.__name__} is of "
-            f"the type {expected.model_type!r}; pass a JSON file with that model_type as --model_config"
+            f"{origin} describes a model of type {config.model_type!r}, but {model_class.__name__} has type "
+            f"{expected.model_type!r}; pass a JSON file with that model_type as --model_config"
         )
     try:
-        # A class of one's own has no `from_config`.
+        # A custom class has no `from_config`.
         if hasattr(model_class, "from_config"):
             return model_class.from_config(config, trust_remote_code=False)
         return model_class(config)
@@ -110,17 +110,17 @@ def pretrained_backbone(
         model_path: directory or hub name.
         vocab_size: number of token ids.
         model_class: of transformers.
-        new_head: take a model without such a head too; a new one has random weights.
-        fields: of the config that are to be others than the saved ones.
+        new_head: allow a model without such a head, and give it one with random weights.
+        fields: of the config, to override the saved ones.
 
     Raises:
-        ModelError: there is no such model here or on the hub, or weights are missing from it.
+        ModelError: there is no such model here or on the hub, or weights are missing.
     """
     backbone = load_backbone(
         model_path, dtype=torch.float32, model_class=model_class, new_head=new_head, **fields
     )
     if backbone.get_input_embeddings().num_embeddings != vocab_size:
-        # New rows are drawn around the mean of the old ones, so that no new token starts out likely.
+        # New rows are drawn around the mean of the old ones, so that new tokens do not start out likely.
         backbone.resize_token_embeddings(vocab_size, mean_resizing=True)
     return backbone
 
@@ -133,17 +133,17 @@ def load_backbone(
     new_head: bool = False,
     **fields: Any,
 ) -> Backbone:
-    """Load the weights of a directory or hub name, all of them.
+    """Load a model from a directory or hub name, and check that no weights are missing.
 
     Args:
         model_path: directory or hub name.
         dtype: of the weights.
         model_class: of transformers.
-        new_head: the weights of the head, not those of the body, may be missing or of another shape.
-        fields: of the config that are to be others than the saved ones.
+        new_head: the weights of the head may be missing or have another shape.
+        fields: of the config, to override the saved ones.
 
     Raises:
-        ModelError: the model cannot be opened, or lacks tensors: transformers would fill them with noise.
+        ModelError: the model cannot be opened, or tensors are missing (transformers would fill in noise).
     """
     quieten_transformers()
     try:
@@ -162,7 +162,7 @@ def load_backbone(
     if new_head and backbone.base_model is not backbone:
         missing = [name for name in missing if name.startswith(f"{backbone.base_model_prefix}.")]
     elif backbone.base_model is backbone:
-        # BERT's pooler, which a masked language model is saved without, takes no part in a pooling here.
+        # BERT's pooler is not saved with a masked language model, and not used by the poolings here.
         missing = [name for name in missing if "pooler." not in name]
     if missing:
         raise ModelError(
@@ -173,10 +173,10 @@ def load_backbone(
 
 
 def quieten_transformers() -> None:
-    """No bar for every file, and no report of tensors: those that are missing are an error of ours.
+    """No progress bar for each file, and no report of tensors: missing ones raise an error here.
 
-    It also recommends a mask for padding on the right, which a causal model never looks at, and names layers
-    that would not be spread over several devices.
+    transformers also recommends a mask for padding on the right, which a causal model never sees, and lists
+    layers that tensor parallelism would not split.
     """
     transformers.utils.logging.disable_progress_bar()
     for name in ("modeling_utils", "distributed.tensor_parallel"):
@@ -194,7 +194,7 @@ def _describe(model_class: Any) -> str:
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Tokens that fit into the model at once."""
+    """The longest input of the model, in tokens."""
     for name in ("max_position_embeddings", "n_positions"):
         length = getattr(config, name, None)
         if length:
@@ -203,7 +203,7 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def num_parameters(backbone: Backbone) -> int:
-    """Number of weights, tied ones counted once."""
+    """Number of weights; tied ones count once."""
     return sum(parameter.numel() for parameter in backbone.parameters())
 
 

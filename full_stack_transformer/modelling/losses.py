@@ -2,8 +2,8 @@
 
     logits (batch, tokens, vocabulary) ──chunks of rows──> softmax ──> values and gradient
 
-All losses and their gradient come out of one pass over the vocabulary: what needs the probabilities of a
-chunk is done while they are in the processor's cache. Knows nothing of models, optimizers and data.
+All losses and their gradient are computed in one pass over the vocabulary, while the probabilities of a chunk
+are in the processor's cache. Knows nothing of models, optimizers and data.
 
 Legend of the formulas: x logits of a row, p = softmax(x), Z = sum(exp(x)), y the target.
 """
@@ -20,26 +20,25 @@ from torch.autograd.function import once_differentiable
 
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
-# Probabilities of a chunk. On a processor 8 MB of fp32, for its caches: 2^18 to 2^21 took the same time
-# and 2^22 a third more, and the more, the less the small operations beside count. On a GPU 512 MB, so that
-# few kernels are started.
+# Probabilities in a chunk. On a processor 8 MB of fp32, for its caches: 2^18 to 2^21 took the same time, 2^22
+# a third more; a large chunk has less overhead. On a GPU 512 MB, so that few kernels are started.
 _CPU_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 27
-# Below it 1 - p is mostly rounding: in fp32 a softmax is known to about 1e-6.
+# Smaller values of 1 - p are mostly rounding errors: a softmax in fp32 is exact to about 1e-6.
 _MIN_REMAINDER = 1e-5
-# What is divided by a factor must not overflow; a probability is wrong by as much, where it is smaller.
+# Dividing by a factor must not overflow; a smaller factor makes a probability wrong by as much.
 _MIN_FACTOR, _MIN_FACTOR_FP16 = 1e-6, 1e-3
-# Below it log(p) of a target is made of logits, since p may have underflowed.
+# For smaller p, log(p) of a target is computed from the logits, since p may have underflowed.
 _MIN_PROBABILITY = 1e-30
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is added to the cross entropy; nothing by default."""
+    """Terms added to the cross entropy; none by default."""
 
     unlikelihood_alpha: float = 0.0
     """Weight of the unlikelihood of tokens that occurred before."""
     label_smoothing: float = 0.0
-    """Part of the target's probability that is spread evenly over the vocabulary."""
+    """Part of the target's probability, spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of (log Z)^2, which keeps logits small (Chowdhery et al. 2022, PaLM, section 5)."""
 
@@ -52,7 +51,7 @@ def perplexity(loss: float) -> float:
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the cross entropies of the next tokens, and how many there are.
 
-    The caller divides: a mean of means would weigh a token by the length of its neighbours.
+    The caller divides: a mean of means would weight a token by the length of its batch.
 
     Args:
         logits: (batch, tokens, vocabulary).
@@ -72,13 +71,13 @@ def language_model_loss(
     options: LossOptions,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of the next tokens; its gradient has the type of `logits` and can be taken once.
+    """Sum of the losses of the next tokens; its gradient has the type of `logits` and can be computed once.
 
     The cross entropy with `label_smoothing` e and `z_loss` c is
 
         (1 - e) (log Z - x_y) + e (log Z - mean(x)) + c (log Z)^2
 
-    To it comes, `unlikelihood_alpha` times, the unlikelihood of Welleck et al. 2019 (arXiv 1908.04319,
+    Added to it, times `unlikelihood_alpha`, is the unlikelihood of Welleck et al. 2019 (arXiv 1908.04319,
     equations 4 and 5) token by token: -sum(log(1 - p_c)) over the set of tokens c in the context without
     y; the context of a target is the input before it. Unlike there, where 1 - p_c is below 1e-5 and its
     logarithm cut off, the gradient does not become zero.
@@ -86,10 +85,10 @@ def language_model_loss(
     Args:
         logits: (batch, tokens, vocabulary).
         labels: (batch, tokens), -100 where there is nothing to predict; shifted here.
-        input_ids: (batch, tokens). Padding comes after the tokens of a row, or has a document of its own,
-            and so is in no context.
-        options: weights of the parts.
-        document_ids: (batch, tokens), equal where tokens see each other; without them a row is a document.
+        input_ids: (batch, tokens). Padding follows the tokens of a row, or is a document of its own, and so
+            is in no context.
+        options: weights of the terms.
+        document_ids: (batch, tokens), equal for tokens that see each other; without them a row is a document.
 
     Returns:
         Three scalars: the loss, its cross entropy alone without a gradient (both nats, in at least fp32),
@@ -106,14 +105,14 @@ def language_model_loss(
 
 
 def _next_tokens(labels: Tensor) -> Tensor:
-    """Labels where they are predicted; to move the logits instead would be to copy them."""
+    """Labels at the position that predicts them; shifting the logits instead would copy them."""
     return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED_LABEL)], dim=1)
 
 
 def _candidates(input_ids: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Whether a position is to avoid the token of another one: (batch, tokens, tokens), bool.
+    """Whether a position should avoid the token of another position: (batch, tokens, tokens), bool.
 
-    A set: of equal tokens of a document the first one stands for all.
+    A set: of equal tokens in a document only the first counts.
     """
     every_pair = torch.ones((input_ids.shape[1],) * 2, dtype=torch.bool, device=input_ids.device)
     is_candidate = (input_ids[:, None, :] != targets[:, :, None]) & every_pair.tril()
@@ -126,13 +125,13 @@ def _candidates(input_ids: Tensor, targets: Tensor, document_ids: Tensor | None)
 
 
 class _VocabularyLoss(Function):
-    """All losses, and in the same pass their gradient.
+    """All losses and, in the same pass, their gradient.
 
-    The forward pass already makes the gradient, and the backward pass scales it by the weight of the loss:
-    the probabilities are computed once, and beside logits and gradient nothing of their size is kept.
-    What multiplies all probabilities of a position is left to that scaling too, so the forward pass
-    divides the rest of the gradient by it.
-    Time of one core for both passes over 1,024 rows of 50,257: 44 against 74 ms of torch's cross entropy
+    The forward pass already computes the gradient, and the backward pass scales it by the weight of the loss:
+    the probabilities are computed once, and only logits and gradient of that size are kept. A factor on all
+    probabilities of a position is left to that scaling too, so the forward pass divides the rest of the
+    gradient by it.
+    Time on one core for both passes over 1,024 rows of 50,257: 44 against 74 ms of torch's cross entropy
     in fp32; in bf16 54 against 98 ms with the logits cast to fp32 (70 ms without, but then the loss is
     rounded to bf16 too). With unlikelihood 51 and 61 ms (tests/benchmarks/losses.py).
     """
@@ -172,7 +171,7 @@ class _VocabularyLoss(Function):
             if gradient is not None and gradient.dtype != probabilities.dtype:
                 gradient[part] = probabilities
         if gradient is not None:
-            # By rows: masked assignment took six times as long.
+            # By rows: masked assignment takes six times as long.
             unused = (~is_target).flatten().nonzero()[:, 0]
             gradient.flatten(0, 1).index_fill_(0, unused, 0)
         ctx.gradient = gradient
@@ -201,10 +200,10 @@ def _working_type(logits: Tensor) -> torch.dtype:
 def _softmax_of_chunks(
     logits: Tensor, gradient: Tensor | None
 ) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-    """The probabilities of a part of the samples and positions after the other, in at least fp32.
+    """The probabilities, chunk by chunk, in at least fp32.
 
-    They lie where their gradient is to be; or, where that has another type, in memory that the next ones
-    take. A part is several whole samples, or positions of one.
+    They are written where their gradient will be or, if that has another type, into memory that the next
+    chunk reuses. A chunk is several whole samples, or some positions of a sample.
     """
     num_samples, num_tokens, vocab_size = logits.shape
     limit = _CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
@@ -247,15 +246,15 @@ def _add_losses(
     options: LossOptions,
     context: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """What comes to the cross entropies.
+    """The terms added to the cross entropies.
 
-    The probabilities become the gradient but for the share of the target, divided by the factor.
+    The probabilities become the gradient, without the share of the target and divided by the factor.
 
     Args:
         probabilities: (samples, positions, vocabulary), overwritten.
         logits: (samples, positions, vocabulary), in any type.
         target: its probability and its logit, each (samples, positions).
-        options: weights of the parts.
+        options: weights of the terms.
         context: tokens and whether they are candidates, each (samples, positions, past).
 
     Returns:
@@ -295,7 +294,7 @@ def _unlikelihood(
 
 
 def _cross_entropy(target_probability: Tensor, target_logit: Tensor, logits: Tensor) -> Tensor:
-    """-log(p_y) of positions, also where p_y is too small for a number."""
+    """-log(p_y) of positions, even if p_y underflows."""
     cross_entropy = -target_probability.log()
     is_small = target_probability < _MIN_PROBABILITY
     if is_small.any():

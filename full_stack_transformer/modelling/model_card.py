@@ -1,7 +1,7 @@
 """The model card: README.md of a model directory, in the form that the Hugging Face hub reads.
 
-Says what is in the description, the options and the curve, and nothing beyond: no licence, no language,
-no claim of what the model is good for. Reads and writes no files.
+Contains the description, the options and the curve, and nothing else: no licence, no language, no claim about
+what the model is good for. Reads and writes no files.
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _MAX_CURVE_ROWS = 20
-# Options that say where something lies or how it is shown, not what was learned.
+# Options that say where files are or how progress is shown, not what was learned.
 _PLACES = frozenset(
     {
         "dataset_dir",
@@ -101,19 +101,19 @@ def model_card(
     """The text of README.md.
 
     Args:
-        description: the content of description.json. Read where it is there: `experiment`, `model_type`,
+        description: the content of description.json. Used if present: `experiment`, `model_type`,
             `num_parameters`, `context_length`, `step`, `validation_loss`, `validation_perplexity`,
             `validation_bits_per_byte`, `dataset` (the description of the dataset) and `averaged_from`
             (`model`, `step`, `validation_loss` of each source).
-        arguments: the options of the training under their names.
-        curve: (optimizer step, validation loss in nats a token) of each validation, in their order.
+        arguments: the options of the training by name.
+        curve: (optimizer step, validation loss in nats a token) of each validation, in order.
         words: of the model's task.
     """
     sections = [
         _FRONT_MATTER.format(tag=words.pipeline_tag),
         f"# {_name(description)}\n",
         _summary(description, words),
-        _figures(description),
+        _metrics(description),
         _sources(description.get("averaged_from", ())),
         _data(description.get("dataset", {})),
         _options(arguments),
@@ -139,7 +139,7 @@ def _summary(description: Mapping[str, Any], words: TaskWords) -> str:
     return f"{facts[0].capitalize()}{''.join(f', {fact}' for fact in facts[1:])}.\n"
 
 
-def _figures(description: Mapping[str, Any]) -> str:
+def _metrics(description: Mapping[str, Any]) -> str:
     names = {
         "step": ("optimizer steps", "{:,}"),
         "validation_loss": ("validation loss, nats a token", "{:.4f}"),
@@ -212,10 +212,10 @@ def _options(arguments: Mapping[str, Any]) -> str:
 
 
 def _curve(curve: Sequence[tuple[int, float]], exported_step: int | None) -> str:
-    """Validations evenly spaced, the first, the last and the exported one among them."""
+    """Evenly spaced validations, with the first, the last and the exported one."""
     if not curve:
         return ""
-    # One row is kept for the exported step, which may lie between the others.
+    # A row is kept for the exported step, which may lie between the others.
     num_rows = len(curve) if len(curve) <= _MAX_CURVE_ROWS else _MAX_CURVE_ROWS - 1
     spacing = (len(curve) - 1) / max(num_rows - 1, 1)
     shown = {round(row * spacing) for row in range(num_rows)}
@@ -239,7 +239,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """A value as a cell of a table shows it; of a place on this machine only the last name."""
+    """A value for a cell of a table; of an absolute path only its last part."""
     text = str(value)
     if isinstance(value, (str, Path)) and Path(text).is_absolute():
         text = Path(text).name

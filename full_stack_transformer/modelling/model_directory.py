@@ -35,13 +35,13 @@ from full_stack_transformer.tokenization.document_tokenizer import (
 
 MODEL_DIRECTORY_NAME = "model"
 CARD_FILE_NAME = "README.md"
-# What training puts into a checkpoint beside Lightning's own keys.
+# Prefix of the backbone's weights in a checkpoint.
 CHECKPOINT_BACKBONE_PREFIX = "backbone."
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that is ready to compute, in evaluation mode."""
+    """A model ready to use, in evaluation mode."""
 
     name: str
     backbone: Backbone
@@ -59,16 +59,16 @@ def save_model_directory(
     weights: dict[str, Tensor] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Put a complete model directory in the place of `target`; a reader never sees half of one.
+    """Write a model directory, atomically: a reader never sees a partial one.
 
     Args:
-        target: the model directory; one that is there stays until the new one is complete.
+        target: the model directory; an existing one stays until the new one is complete.
         backbone: the model.
         tokenizer_directory: files that are copied into it.
         description: content of description.json.
-        card: content of README.md; none is written without.
-        weights: the weights under the backbone's own names, where they are not in `backbone` itself.
-        finish: writes what else belongs into the directory.
+        card: content of README.md; not written if empty.
+        weights: by the backbone's own names, if they are not those in `backbone` itself.
+        finish: writes additional files into the directory.
 
     Raises:
         MachineError: the disk is full or cannot be written.
@@ -94,8 +94,7 @@ def save_model_directory(
 
 
 def find_model_directory(path: Path) -> Path:
-    """The model directory that `path` means: itself, or `model` of an experiment or of one of its
-    checkpoints.
+    """The model directory for a path: itself, or `model` of an experiment or of a checkpoint's experiment.
 
     Raises:
         ModelError: there is none.
@@ -107,11 +106,11 @@ def find_model_directory(path: Path) -> Path:
     else:
         directory = path
     if not (directory / "config.json").is_file():
-        found = "a directory without config.json" if path.is_dir() else "nothing of the kind"
+        found = "a directory without config.json" if path.is_dir() else "no such path"
         if path.is_dir() and not any(path.iterdir()):
             found = "an empty directory"
         raise ModelError(
-            f"{path} should be a model directory, an experiment directory or a .ckpt file of one; "
+            f"{path} should be a model directory, an experiment directory or one of its .ckpt files; "
             f"found {found}"
         )
     return directory
@@ -120,10 +119,10 @@ def find_model_directory(path: Path) -> Path:
 def open_model(
     path: Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> OpenedModel:
-    """Open a model to compute with; see `find_model_directory` for what `path` may be.
+    """Open a model; see `find_model_directory` for what `path` may be.
 
     Raises:
-        ModelError: there is no model, it is damaged, or tokenizer and weights do not fit.
+        ModelError: there is no model, it is damaged, or tokenizer and weights do not match.
     """
     directory = find_model_directory(path)
     if path.suffix == ".ckpt":
@@ -135,7 +134,7 @@ def open_model(
     if tokenizer.vocab_size > num_embeddings:
         raise ModelError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model "
-            f"{num_embeddings:,} embeddings; they do not belong together"
+            f"{num_embeddings:,} embeddings; they do not match"
         )
     description_file = directory / DESCRIPTION_FILE_NAME
     description = read_json(description_file) if description_file.is_file() else {}
@@ -144,7 +143,7 @@ def open_model(
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device that `--device` means; `auto` takes the fastest one here."""
+    """The torch device for `--device`; `auto` selects the fastest one here."""
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
@@ -159,10 +158,10 @@ def resolve_device(device: str) -> torch.device:
 def backbone_of_checkpoint(
     path: Path, directory: Path, dtype: torch.dtype, model_class: Any = AutoModelForCausalLM
 ) -> Backbone:
-    """The model with the weights of a checkpoint, in the shape that the model directory names.
+    """The model with the weights of a checkpoint and the config of its model directory.
 
     Raises:
-        ModelError: the checkpoint is damaged, or of another model.
+        ModelError: the checkpoint is damaged or belongs to another model.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
@@ -177,13 +176,13 @@ def backbone_of_checkpoint(
     except Exception as error:  # a damaged zip raises anything
         reason = str(error).splitlines()[0]
         raise ModelError(
-            f"{path} is no checkpoint of the model in {directory}: {reason}"
+            f"{path} is not a checkpoint of the model in {directory}: {reason}"
         ) from error
     return backbone.to(dtype)
 
 
 def name_of_model(directory: Path) -> str:
-    """NAME/VERSION for the model of an experiment, else the name of the directory."""
+    """NAME/VERSION for the model of an experiment, else the directory's name."""
     directory = directory.resolve()
     if directory.name == MODEL_DIRECTORY_NAME and directory.parent.name.isdecimal():
         return f"{directory.parent.parent.name}/{directory.parent.name}"

@@ -46,7 +46,7 @@ def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(ModelError, match=r"without config\.json"):
         find_model_directory(tmp_path)
-    with pytest.raises(ModelError, match="found nothing of the kind"):
+    with pytest.raises(ModelError, match="found no such path"):
         find_model_directory(tmp_path / "none")
 
 

@@ -1,7 +1,7 @@
-"""Texts to vectors: a transformer, its tokenizer, and the head that makes one vector of many.
+"""Texts to vectors: a transformer, its tokenizer, and the head that pools token vectors into one.
 
 Opens the format of sentence-transformers. A directory without modules.json, such as that of a masked
-language model, is read with the mean over tokens, as that library does.
+language model, uses the mean over tokens, as that library does.
 """
 
 import inspect
@@ -21,13 +21,13 @@ from full_stack_transformer.modelling.model_directory import find_model_director
 
 
 class SentenceEncoder:
-    """A transformer, its tokenizer and a head, ready to compute.
+    """A transformer, its tokenizer and a head, ready to use.
 
     Args:
-        backbone: without a head of its own, in evaluation mode.
-        tokenizer: the model's.
-        head: what makes one vector of many.
-        max_length: tokens of a text, at most; the rest is cut off.
+        backbone: without a task head, in evaluation mode.
+        tokenizer: of the model.
+        head: makes one vector from token vectors.
+        max_length: maximum tokens of a text; the rest is cut off.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SentenceEncoder:
         self.tokenizer = tokenizer
         self.head = head
         self.max_length = max_length
-        # What the model takes of what the tokenizer makes.
+        # Outputs of the tokenizer that the model takes.
         self._inputs = inspect.signature(backbone.forward).parameters.keys()
 
     @property
@@ -53,13 +53,13 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
-        """A vector for each text, in their order: (texts, D)."""
+        """A vector for each text, in order: (texts, D)."""
         found = np.zeros((len(texts), self.dimension), np.float32)
         # Texts of similar length share a batch: less padding.
-        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            found[numbers] = self._encode_batch([texts[number] for number in numbers])
+            indexes = order[start : start + batch_size]
+            found[indexes] = self._encode_batch([texts[index] for index in indexes])
         return found
 
     def _encode_batch(self, texts: list[str]) -> NDArray[np.float32]:
@@ -79,10 +79,10 @@ class SentenceEncoder:
 
 
 def open_sentence_encoder(path: Path, *, device: str = "auto") -> SentenceEncoder:
-    """Open a model directory, or the one of an experiment, to embed texts with.
+    """Open a model directory, or that of an experiment, to embed texts.
 
     Raises:
-        ModelError: there is no model, weights are missing, or modules.json names what is not known here.
+        ModelError: there is no model, weights are missing, or modules.json has an unknown module.
     """
     directory = find_model_directory(path)
     backbone = load_backbone(str(directory), dtype=torch.float32, model_class=AutoModel)
@@ -90,10 +90,13 @@ def open_sentence_encoder(path: Path, *, device: str = "auto") -> SentenceEncode
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no tokenizer to embed texts with at {directory}: {reason}") from error
-    where = resolve_device(device)
-    head, max_length = read_head(directory, device=where)
+        raise ModelError(f"no tokenizer at {directory}: {reason}") from error
+    torch_device = resolve_device(device)
+    head, max_length = read_head(directory, device=torch_device)
     longest = min(context_length(backbone.config), tokenizer.model_max_length)
     return SentenceEncoder(
-        backbone.to(where).eval(), tokenizer, head, max_length=min(max_length or longest, longest)
+        backbone.to(torch_device).eval(),
+        tokenizer,
+        head,
+        max_length=min(max_length or longest, longest),
     )

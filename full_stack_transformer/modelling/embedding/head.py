@@ -1,7 +1,7 @@
-"""One vector for a text: pooling and what follows on it, its losses, its files for sentence-transformers.
+"""From token vectors to the vector of a text: pooling, layers, losses, files for sentence-transformers.
 
     config.json  model.safetensors  tokenizer.json …   the transformer
-    modules.json                                       what follows on what:
+    modules.json                                       the order of the modules:
     1_Pooling/config.json                              token vectors -> one vector
     2_Dense/config.json, model.safetensors             an affine map, such as a whitening
     3_Normalize/                                       length 1
@@ -38,7 +38,7 @@ _MODEL_FILE_NAME = "config_sentence_transformers.json"
 _CONFIG_FILE_NAME = "config.json"
 _WEIGHTS_FILE_NAME = "model.safetensors"
 _TYPE_PREFIX = "sentence_transformers.models."
-# How the two libraries call the same thing; one of these keys is true.
+# Names of the poolings in both libraries; exactly one of these keys is true.
 _POOLING_KEYS: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -109,12 +109,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class Head:
-    """What stands between the transformer's token vectors and a text's vector."""
+    """The layers between the transformer's token vectors and the vector of the text."""
 
     pooling: PoolingMode = "mean"
     denses: tuple[Dense, ...] = ()
     is_normalized: bool = False
-    """Whether vectors are brought to length 1."""
+    """Whether vectors are scaled to length 1."""
 
     def __call__(
         self, last: Tensor, attention_mask: Tensor, *, first: Tensor | None = None
@@ -143,14 +143,14 @@ def write_head(
     num_layers: int,
     max_length: int,
 ) -> None:
-    """Add to a model directory the files that make it one of sentence-transformers.
+    """Add the files of sentence-transformers to a model directory.
 
     Args:
         directory: holds the transformer and its tokenizer.
-        head: what follows on the transformer.
+        head: the layers after the transformer.
         hidden_size: width of the transformer.
         num_layers: of the transformer.
-        max_length: tokens of a text, at most.
+        max_length: maximum tokens of a text.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -180,12 +180,12 @@ def write_head(
             "similarity_fn_name": "cosine",
         },
     )
-    # The last, since it says that the others are there.
+    # Written last, since it says that the others exist.
     write_text(directory / MODULES_FILE_NAME, json.dumps(entries, indent=2) + "\n")
 
 
 def _modules(head: Head, hidden_size: int, num_layers: int) -> Iterator[_Module]:
-    """What stands behind the transformer, in order."""
+    """The modules after the transformer, in order."""
     pooling: PoolingMode = head.pooling
     if needs_first_layer(head.pooling):
         # The mean over tokens is linear: averaging the layers first gives the same.
@@ -205,10 +205,10 @@ def _modules(head: Head, hidden_size: int, num_layers: int) -> Iterator[_Module]
 
 
 def read_head(directory: Path, *, device: torch.device) -> tuple[Head, int | None]:
-    """What follows on the transformer, and the most tokens of a text where the files say so.
+    """The head, and the maximum tokens of a text if the files say so.
 
     Raises:
-        ModelError: modules.json names a module that is not known here, or a file is damaged.
+        ModelError: modules.json has an unknown module, or a file is damaged.
     """
     if not (directory / MODULES_FILE_NAME).is_file():
         return Head(), None
@@ -227,7 +227,7 @@ def read_head(directory: Path, *, device: torch.device) -> tuple[Head, int | Non
             elif kind == "Normalize":
                 is_normalized = True
             elif kind != "Transformer":
-                raise ValueError(f"the module {entry['type']} is not known here")
+                raise ValueError(f"unknown module {entry['type']}")
         if is_layered and pooling != "mean":
             raise ValueError(f"layers are averaged, but tokens pooled by {pooling}")
         transformer = directory / _TRANSFORMER_FILE_NAME
@@ -256,22 +256,22 @@ def _pooling_of(config: dict[str, Any]) -> PoolingMode:
         names = [named] if isinstance(named, str) else list(named)
         modes = [_POOLING_NAMES.get(name) for name in names]
     if len(modes) != 1 or modes[0] is None:
-        raise ValueError(f"this pooling is not known here: {config}")
+        raise ValueError(f"unknown pooling: {config}")
     return modes[0]
 
 
 def _is_first_and_last(folder: Path) -> bool:
-    """Whether the layers are averaged as `first_last_avg` does; nothing else is known here."""
+    """Whether the layers are averaged as in `first_last_avg`; other weights raise ValueError."""
     weights = load_file(folder / _WEIGHTS_FILE_NAME)["layer_weights"]
     start = _read(folder)["layer_start"]
     full = torch.cat([torch.zeros(start), weights])
     if not torch.allclose(full / full.sum(), _first_and_last(len(full)) / 2):
-        raise ValueError("these weights of layers are not known here")
+        raise ValueError("unknown weights of layers")
     return True
 
 
 def _first_and_last(num_states: int) -> Tensor:
-    """Weights of the embeddings, the first layer … the last layer; one layer is both."""
+    """Weights of the embeddings, the first layer … the last layer; a single layer is both."""
     weights = torch.zeros(num_states)
     weights[1] += 1
     weights[-1] += 1
@@ -298,7 +298,7 @@ def _dense_tensors(dense: Dense) -> dict[str, Tensor]:
 def _open_dense(folder: Path, device: torch.device) -> Dense:
     config = _read(folder)
     if config["activation_function"] not in _ACTIVATIONS or config.get("use_residual"):
-        raise ValueError(f"this Dense layer is not known here: {config}")
+        raise ValueError(f"unknown Dense layer: {config}")
     tensors = load_file(folder / _WEIGHTS_FILE_NAME, device=str(device))
     return Dense(
         tensors["linear.weight"].float(),
@@ -310,7 +310,7 @@ def _open_dense(folder: Path, device: torch.device) -> Dense:
 def simcse_losses(
     first: Tensor, second: Tensor, *, temperature: float, negatives: Tensor | None = None
 ) -> Tensor:
-    """For each text how badly its partner is told from those of the others in the batch: (B,).
+    """Contrastive loss of each text: its partner against those of the others in the batch: (B,).
 
     Gao, Yao and Chen 2021, SimCSE (arXiv 2104.08821). Unsupervised, equation 1: `second` are the same
     texts, encoded again with other dropout. Supervised, equation 5: `second` are texts that mean the
@@ -320,7 +320,7 @@ def simcse_losses(
         first: (B, D).
         second: (B, D) row i is the partner of row i.
         temperature: of the softmax over cosines.
-        negatives: (N, D) more texts that are nobody's partner.
+        negatives: (N, D) texts that are no partners.
     """
     candidates = second if negatives is None else torch.cat([second, negatives])
     cosines = cosine_similarity(first[:, None].float(), candidates[None].float(), dim=-1)
@@ -336,6 +336,6 @@ def cosine_losses(first: Tensor, second: Tensor, scores: Tensor) -> Tensor:
     Args:
         first: (B, D).
         second: (B, D).
-        scores: (B,) how alike, -1 to 1.
+        scores: (B,) similarity, -1 to 1.
     """
     return (cosine_similarity(first.float(), second.float(), dim=-1) - scores.float()) ** 2

@@ -69,7 +69,7 @@ class Whitening:
     kernel: NDArray[np.float64]
     """(d, k) W."""
     num_texts: int
-    """How many it was fitted on."""
+    """Number of texts that it was fitted on."""
 
     def transform(self, embeddings: ArrayLike) -> NDArray[np.float64]:
         """(n, d) -> (n, k)."""
@@ -103,11 +103,11 @@ class CovarianceSum:
     def whitening(
         self, *, num_dimensions: int | None = None, epsilon: float = EPSILON
     ) -> Whitening:
-        """The map that whitens what was added.
+        """The map that whitens the added embeddings.
 
         Args:
-            num_dimensions: k, at most; without it as many as there are, in both cases at most the rank.
-            epsilon: part of the largest variance that is added to each.
+            num_dimensions: the largest k; by default all dimensions. k is at most the rank.
+            epsilon: fraction of the largest variance, added to each variance.
 
         Raises:
             ValueError: there are fewer than two different embeddings.
@@ -144,8 +144,8 @@ def whiten(arguments: WhitenArguments) -> Path:
     """Write the whitened model and return its directory.
 
     Raises:
-        UsageError: there is something at --output_dir, or the texts all have one embedding.
-        DocumentsError: a file holds no texts.
+        UsageError: --output_dir exists, or all texts have the same embedding.
+        DocumentsError: a file contains no texts.
         ModelError: the model cannot be opened.
         MachineError: the disk is full or cannot be written.
     """
@@ -155,7 +155,7 @@ def whiten(arguments: WhitenArguments) -> Path:
             f"--output_dir {arguments.output_dir} exists; name a directory that does not"
         )
     encoder = open_sentence_encoder(arguments.model, device=arguments.device)
-    # Whitening follows on the pooling: what followed on it before is not kept.
+    # Whitening follows the pooling and replaces later layers.
     encoder.head = Head(arguments.pooling or encoder.head.pooling)
     encoder.max_length = min(encoder.max_length, arguments.max_length or encoder.max_length)
     files = find_document_files(arguments.texts, "TEXTS")
@@ -172,10 +172,10 @@ def whiten(arguments: WhitenArguments) -> Path:
 
 
 def read_texts(paths: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
-    """Each line of a text file; of JSON Lines each of the named fields that a row has.
+    """Each line of a text file; in JSON Lines each of the named fields of a row.
 
     Raises:
-        DocumentsError: a file cannot be read, is no JSON Lines, or holds none of the fields.
+        DocumentsError: a file cannot be read, is not JSON Lines, or has none of the fields.
     """
     for path in paths:
         is_json = ending(path) in JSON_LINES_ENDINGS
@@ -206,7 +206,7 @@ def _texts_of_row(line: str, path: Path, number: int, fields: Sequence[str]) -> 
 
 def _fit(encoder: SentenceEncoder, texts: Iterator[str], arguments: WhitenArguments) -> Whitening:
     covariance = CovarianceSum()
-    # The same text twice would count twice: pairs repeat their texts.
+    # Each text counts once: pairs repeat their texts.
     different = iter(dict.fromkeys(texts))
     while group := list(islice(different, _TEXTS_AT_ONCE)):
         covariance.add(encoder.encode(group, batch_size=arguments.batch_size))
