@@ -1,7 +1,7 @@
-"""NAME/VERSION directories and files that are complete or absent, never half.
+"""NAME/VERSION directories and files that are either complete or absent.
 
-Everything durable goes through here: write beside the target, flush to the disk, rename.
-Knows nothing of what the files mean.
+Everything durable is written here: write next to the target, flush to the disk, rename. Knows nothing of the
+content of the files.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ _HASH_BLOCK_BYTES = 1 << 20
 
 
 def check_name(name: str, flag: str) -> str:
-    """Refuse a name that could leave its root directory; `flag` is named in the error."""
+    """Raise UsageError for a name that could leave its root directory; `flag` is named in the error."""
     if not _NAME_PATTERN.fullmatch(name):
         raise UsageError(
-            f"{flag} must be letters, digits, '.', '_' and '-', 100 at most and not starting "
+            f"{flag} must be at most 100 letters, digits, '.', '_' and '-', not starting "
             f"with '.' or '-'; found {name!r}"
         )
     return name
@@ -53,7 +53,7 @@ def _next_version(root: Path, name: str) -> Path:
 
 
 def claim_version(root: Path, name: str) -> Path:
-    """Make and return the next version directory, empty; two callers never get the same one."""
+    """Create the next version directory, empty; two callers never get the same."""
     while True:
         directory = _next_version(root, name)
         try:
@@ -64,7 +64,7 @@ def claim_version(root: Path, name: str) -> Path:
 
 
 class NewVersion:
-    """A version directory in the making; `directory` is temporary first, final after the `with`."""
+    """A new version directory; `directory` is temporary inside the `with` and final after it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -76,15 +76,15 @@ def new_version(
 ) -> Iterator[NewVersion]:
     """A temporary directory that becomes the next version of `root/name` when the body succeeds.
 
-    After the body the files are flushed to the disk, the directory is renamed and `.directory`
-    of what was yielded names the final place. When the body raises, nothing stays. A kill or Ctrl-C
-    leaves the temporary directory, which is never taken for a version.
+    After the body the files are flushed to the disk, the directory is renamed, and `.directory` of the
+    yielded object is the final path. If the body raises, the directory is removed. A kill or Ctrl-C leaves
+    the temporary directory, which is never read as a version.
 
     Args:
         root: directory of all names.
         name: directory of the versions.
-        adopt: called with temporary directories whose writer is gone; the first for which it is true is
-            gone on with. Those that nobody adopts are removed, aloud.
+        adopt: called with temporary directories of interrupted writers; the first for which it returns True
+            is continued, the others are removed, which is logged.
 
     Raises:
         MachineError: the disk is full, or the directory cannot be written.
@@ -122,27 +122,27 @@ def _fresh(parent: Path) -> tuple[Path, int]:
             raise
         if lock is not None:
             return directory, lock
-        # Another writer took it for an abandoned one, in the instant before it was locked.
+        # Another writer removed it as abandoned before it was locked.
 
 
 def _adopted(parent: Path, adopt: Callable[[Path], bool] | None) -> tuple[Path, int] | None:
-    """The interrupted directory to go on with; the other ones are removed."""
+    """The interrupted directory to continue; the others are removed."""
     adopted: tuple[Path, int] | None = None
     for directory in sorted(parent.glob(f"{_PARTIAL_PREFIX}*")):
         lock = _lock(directory)
-        if lock is None:  # its writer is alive
+        if lock is None:  # its writer still runs
             continue
         if adopted is None and adopt is not None and adopt(directory):
             adopted = (directory, lock)
             continue
-        logger.info("removing what an interrupted run left in %s", directory)
+        logger.info("removing %s, left by an interrupted run", directory)
         shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
     return adopted
 
 
 def _lock(directory: Path) -> int | None:
-    """Lock a directory until the descriptor is closed or its process ends; none if it is locked."""
+    """Lock a directory until the descriptor is closed or the process ends; None if it is locked already."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except FileNotFoundError:  # renamed or removed meanwhile
@@ -155,7 +155,7 @@ def _lock(directory: Path) -> int | None:
     except OSError:
         os.close(descriptor)
         raise
-    if not directory.exists():  # removed by its locker before us
+    if not directory.exists():  # removed before it was locked
         os.close(descriptor)
         return None
     return descriptor
@@ -163,8 +163,8 @@ def _lock(directory: Path) -> int | None:
 
 def _cannot_write(path: Path, error: OSError) -> MachineError:
     return MachineError(
-        f"writing {path} failed: {error.strerror or error}; nothing half-written was left there, "
-        "free space or fix the rights and run the command again"
+        f"writing {path} failed: {error.strerror or error}; no incomplete file was left, "
+        "free disk space or fix the permissions and run the command again"
     )
 
 
@@ -174,7 +174,7 @@ def _rename_to_next_version(partial: Path, root: Path, name: str) -> Path:
         try:
             partial.rename(target)
         except OSError:
-            if target.exists():  # another writer was faster: take the number after it
+            if target.exists():  # another writer was faster: take the next version
                 continue
             raise
         sync_directory(target.parent)
@@ -182,10 +182,10 @@ def _rename_to_next_version(partial: Path, root: Path, name: str) -> Path:
 
 
 def replace_directory(partial: Path, target: Path) -> None:
-    """Put the complete directory `partial` in the place of `target`, atomically where the system can.
+    """Replace `target` by the complete directory `partial`, atomically on Linux.
 
-    Linux exchanges the two names in one call (renameat2(2), RENAME_EXCHANGE). Elsewhere there is an
-    instant without `target`.
+    Linux exchanges the two names in one call (renameat2(2), RENAME_EXCHANGE). On other systems `target` is
+    missing for an instant.
     """
     sync_tree(partial)
     if not target.exists():
@@ -218,7 +218,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def make_directories(directory: Path) -> None:
-    """Make a directory and those above it, each with a durable name."""
+    """Create a directory and its parents, durably."""
     if directory.is_dir():
         return
     make_directories(directory.parent)
@@ -245,9 +245,9 @@ def sync_tree(directory: Path) -> None:
 
 
 def files_below(directory: Path) -> list[Path]:
-    """All files of a directory and of those inside, in the order of their names.
+    """All files below a directory, sorted by path.
 
-    Path.rglob passes over a directory that it cannot read, without a word.
+    Raises OSError for a directory that cannot be read, which Path.rglob skips silently.
     """
     return sorted(
         Path(inside) / name
@@ -261,7 +261,7 @@ def _raise(error: OSError) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file durably: the old content stays until the new one is on the disk."""
+    """Write a text file durably: the old content stays until the new one is on the disk."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -284,18 +284,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: the file is missing, or is no JSON object.
+        InputError: the file is missing, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} should hold a JSON object, but cannot be read: {error}"
-        ) from error
+        raise InputError(f"{path} should be a JSON object, but cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object, found {type(content).__name__}")
+        raise InputError(f"{path} should be a JSON object, found {type(content).__name__}")
     return content
 
 

@@ -1,12 +1,11 @@
 """Which samples form a batch: a function of seed, epoch and position.
 
-    epoch     = windows, each with a fixed number of batches, so that any batch is found at once
-    window    = samples that follow one another in a keyed permutation, grouped by their lengths
+    epoch     = windows, each with a fixed number of batches, so that any batch is found directly
+    window    = consecutive samples of a keyed permutation, grouped by their lengths
     batch     = world_size * batch_size samples or rows over all ranks; rank r takes every world_size-th
 
-What is held in memory is a window or two, at any number of samples. The batches over all ranks depend on
-world_size * batch_size alone: one process with 16 and two with 8 see the same ones.
-Knows only lengths, never tokens.
+At most two windows are in memory. The batches over all ranks depend on world_size * batch_size only: one
+process with 16 and two with 8 get the same. Knows lengths, never tokens.
 """
 
 import math
@@ -23,17 +22,17 @@ from full_stack_transformer.datasets.packing import pack
 # Batches whose samples are sorted by length together. On documents of mean 41 tokens 1.2 % of a batch of
 # 16 is padding; with 128 batches 2.4 %, with 64 5 %, in random order 63 %.
 _WINDOW_BATCHES = 256
-# Samples that are packed together, about. Fills 99.8 % of rows of 256 tokens with documents of mean 40,
-# in 8 ms; a fourth of them fills as much, but varies twice as much in its tokens, which takes room.
+# About so many samples are packed together. Fills 99.8 % of rows of 256 tokens with documents of mean 40, in
+# 8 ms; a fourth of them fills as much, but its number of tokens varies twice as much, which needs more room.
 _PACKED_SAMPLES = 16_384
-# Standard deviations of a window's tokens for which it has room: one window in 700 needs more.
+# Standard deviations of a window's number of tokens that it has room for: one window in 700 needs more.
 _ROOM = 3.0
 # An accumulation may reach into the next window.
 _CACHED_WINDOWS = 2
 
 
 class Samples(Protocol):
-    """What is known of samples; a `Corpus` is one."""
+    """Lengths and positions of samples; a `Corpus` has them."""
 
     @property
     def num_tokens(self) -> int:
@@ -42,29 +41,29 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def spans(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Start in the corpus and tokens of each of the samples."""
         ...
 
     def num_targets(
         self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """How many tokens (or labels) of each of the samples with these spans are predicted."""
+        """Predicted tokens (or labels) of each of the samples with these spans."""
         ...
 
 
 def limited(num_batches: int, limit: float) -> int:
-    """So many of the batches (`limit` above 1), or this part of them (up to 1), but at least one."""
-    # 0.29 of 100 batches is 28.999999999999996 as it is computed.
-    number = int(limit) if limit > 1 else int(num_batches * limit + 1e-6)
-    return min(num_batches, max(1, number))
+    """`limit` batches if it is above 1, else this fraction of the batches; at least one."""
+    # 0.29 * 100 is 28.999999999999996.
+    num_wanted = int(limit) if limit > 1 else int(num_batches * limit + 1e-6)
+    return min(num_batches, max(1, num_wanted))
 
 
 @dataclass(frozen=True)
 class ConcatenatedSamples:
-    """The corpus cut into pieces of one length, whatever samples they begin and end in.
+    """The corpus cut into pieces of one length, across the borders of samples.
 
-    The rest at the end of the corpus that fills no piece is left out.
+    The rest of the corpus that does not fill a piece is left out.
     """
 
     num_corpus_tokens: int
@@ -78,9 +77,9 @@ class ConcatenatedSamples:
     def __len__(self) -> int:
         return self.num_corpus_tokens // self.row_length
 
-    def spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def spans(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Start in the corpus and tokens of each of the pieces."""
-        return numbers * self.row_length, np.full(len(numbers), self.row_length)
+        return indices * self.row_length, np.full(len(indices), self.row_length)
 
     def num_targets(
         self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
@@ -91,25 +90,25 @@ class ConcatenatedSamples:
 
 @dataclass(frozen=True)
 class BatchSpans:
-    """What one rank's batch is made of."""
+    """The samples of one rank's batch."""
 
     starts: NDArray[np.int64]
-    """(samples,) where each begins in the corpus."""
+    """(samples,) where each starts in the corpus."""
     lengths: NDArray[np.int64]
     """(samples,) tokens of each."""
     rows: NDArray[np.int64]
-    """(samples,) row of the batch that each lies in, ascending."""
+    """(samples,) row of the batch that each is in, ascending."""
     num_rows: int
     """Rows of the batch; the last ones may be empty."""
     epoch: int = 0
-    """For what is drawn anew in each epoch."""
+    """For random choices that differ between epochs."""
     is_filler: bool = False
-    """Whether this rank has no sample left and computes one that does not count."""
+    """Whether this rank has no sample left, and computes a batch that does not count."""
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The samples of one rank in some batches that follow one another."""
+    """The samples of one rank in consecutive batches."""
 
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -124,10 +123,10 @@ class BatchPlan(ABC):
     """Batches by epoch and position.
 
     Args:
-        samples: what to make batches of.
+        samples: the samples to batch.
         batch_size: samples or rows in a batch of one rank.
-        rank: which process this is, of `world_size`.
-        world_size: processes that share every batch.
+        rank: index of this process.
+        world_size: number of processes that share every batch.
     """
 
     num_batches_per_epoch: int
@@ -154,39 +153,39 @@ class BatchPlan(ABC):
         )
 
     def num_targets(self, epoch: int, position: int) -> int:
-        """Tokens of a batch over all ranks that are predicted: all but the first of each sample."""
+        """Predicted tokens of a batch over all ranks: all but the first of each sample."""
         window, place = self._find(epoch, position)
         return window.num_targets[place]
 
     def _find(self, epoch: int, position: int) -> tuple[_Window, int]:
-        number, place = self._locate(position)
-        window = self._windows.get((epoch, number))
+        index, place = self._locate(position)
+        window = self._windows.get((epoch, index))
         if window is None:
             if len(self._windows) >= _CACHED_WINDOWS:
                 del self._windows[next(iter(self._windows))]
-            window = self._windows[epoch, number] = self._make_window(epoch, number)
+            window = self._windows[epoch, index] = self._make_window(epoch, index)
         return window, place
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """Number of the window, and the place of the batch in it."""
+        """Index of the window, and of the batch in it."""
         return divmod(position, _WINDOW_BATCHES)
 
     @abstractmethod
-    def _make_window(self, epoch: int, number: int) -> _Window: ...
+    def _make_window(self, epoch: int, index: int) -> _Window: ...
 
     def _sorted_window(
-        self, numbers: NDArray[np.int64], batch_order: NDArray[np.int64] | None
+        self, indices: NDArray[np.int64], batch_order: NDArray[np.int64] | None
     ) -> _Window:
         """Batches of these samples (n,), sorted by length and cut; the last may be smaller."""
-        starts, lengths = self._samples.spans(numbers)
+        starts, lengths = self._samples.spans(indices)
         by_length = np.argsort(lengths, kind="stable")
         starts, lengths = starts[by_length], lengths[by_length]
-        cuts = np.arange(0, len(numbers), self._global_size)
+        cuts = np.arange(0, len(indices), self._global_size)
         num_targets = np.add.reduceat(self._samples.num_targets(starts, lengths), cuts)
         if batch_order is not None:
             cuts, num_targets = cuts[batch_order], num_targets[batch_order]
         places = cuts[:, None] + np.arange(self._rank, self._global_size, self._world_size)
-        are_there = places < len(numbers)
+        are_there = places < len(indices)
         chosen = places[are_there]
         return _Window(
             starts=starts[chosen],
@@ -200,7 +199,7 @@ class BatchPlan(ABC):
 class LengthBatches(BatchPlan):
     """Samples of similar length share a batch; each sample once an epoch.
 
-    The order is shuffled, cut into windows, each sorted by length and cut into batches, and these are
+    The shuffled samples are cut into windows; each is sorted by length and cut into batches, which are
     shuffled again. The last batch of an epoch may be smaller; with fewer samples than ranks it is left out.
     """
 
@@ -219,24 +218,24 @@ class LengthBatches(BatchPlan):
         self._num_used = len(samples) - (rest if rest < world_size else 0)
         self.num_batches_per_epoch = -(-self._num_used // self._global_size)
 
-    def _make_window(self, epoch: int, number: int) -> _Window:
+    def _make_window(self, epoch: int, index: int) -> _Window:
         size = _WINDOW_BATCHES * self._global_size
-        first = number * size
+        first = index * size
         positions = np.arange(first, min(first + size, self._num_used))
-        numbers = KeyedPermutation(len(self._samples), self._seed, epoch)[positions]
-        num_batches = -(-len(numbers) // self._global_size)
-        batch_order = shuffled(num_batches, make_key(self._seed, epoch, number))
-        return self._sorted_window(numbers, batch_order)
+        indices = KeyedPermutation(len(self._samples), self._seed, epoch)[positions]
+        num_batches = -(-len(indices) // self._global_size)
+        batch_order = shuffled(num_batches, make_key(self._seed, epoch, index))
+        return self._sorted_window(indices, batch_order)
 
 
 class SortedBatches(BatchPlan):
-    """All samples in the order of their length, in one order for all epochs: for validation.
+    """All samples in the order of their length, the same in all epochs: for validation.
 
-    Every rank gets equally many batches; one without a sample in the last batch gets the first token of
-    one, which nothing is predicted for.
+    Every rank gets the same number of batches; a rank without a sample in the last batch gets the first token
+    of a sample, for which nothing is predicted.
 
     Args:
-        limit: take so many of the batches, or this part of them, spread evenly over all lengths.
+        limit: number or fraction of the batches to take, spread evenly over all lengths.
     """
 
     def __init__(
@@ -258,37 +257,37 @@ class SortedBatches(BatchPlan):
         window, _ = self._find(0, position)
         if len(window.starts):
             return super().batch(0, position)
-        start = self._samples.spans(self._numbers(position)[:1])[0]
-        one, row = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-        return BatchSpans(start, one, row, 1, is_filler=True)
+        start = self._samples.spans(self._sample_indices(position)[:1])[0]
+        length, row = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        return BatchSpans(start, length, row, 1, is_filler=True)
 
     def num_targets(self, epoch: int, position: int) -> int:
-        """Tokens of a batch over all ranks that are predicted: all but the first of each sample."""
+        """Predicted tokens of a batch over all ranks: all but the first of each sample."""
         return super().num_targets(0, position)
 
     def _locate(self, position: int) -> tuple[int, int]:
         return position, 0
 
-    def _make_window(self, epoch: int, number: int) -> _Window:
-        return self._sorted_window(self._numbers(number), None)
+    def _make_window(self, epoch: int, index: int) -> _Window:
+        return self._sorted_window(self._sample_indices(index), None)
 
-    def _numbers(self, position: int) -> NDArray[np.int64]:
+    def _sample_indices(self, position: int) -> NDArray[np.int64]:
         """The samples of a batch over all ranks."""
         if self._order is None:
             _, lengths = self._samples.spans(np.arange(len(self._samples)))
             self._order = np.argsort(lengths, kind="stable")
         # The middle of the position's share of all batches.
-        number = (2 * position + 1) * self._num_all // (2 * self.num_batches_per_epoch)
-        return self._order[number * self._global_size : (number + 1) * self._global_size]
+        index = (2 * position + 1) * self._num_all // (2 * self.num_batches_per_epoch)
+        return self._order[index * self._global_size : (index + 1) * self._global_size]
 
 
 class PackedBatches(BatchPlan):
     """Several samples share a row, by best fit; each sample once an epoch.
 
-    The order is shuffled and cut into windows; the rows of each, shuffled, are dealt out to as many batches
-    as such windows need with room for chance, known from the mean length and a trial packing, so that an
-    epoch's number of batches is known without reading all lengths. Rows that stay empty fill up every
-    batch to `batch_size`. The one window in hundreds with more rows has batches of a row more.
+    The shuffled samples are cut into windows, whose rows are shuffled and dealt out to a fixed number of
+    batches. That number comes from the mean length and a trial packing, with room for chance, so that the
+    number of batches of an epoch is known without reading all lengths. Empty rows fill every batch to
+    `batch_size`; a window with more rows, one in hundreds, has batches of one row more.
     """
 
     def __init__(
@@ -323,19 +322,19 @@ class PackedBatches(BatchPlan):
         ) * num_batches + self._last_window_batches
 
     def _locate(self, position: int) -> tuple[int, int]:
-        number = min(position // self._window_batches, self._num_windows - 1)
-        return number, position - number * self._window_batches
+        index = min(position // self._window_batches, self._num_windows - 1)
+        return index, position - index * self._window_batches
 
-    def _make_window(self, epoch: int, number: int) -> _Window:
-        is_last = number == self._num_windows - 1
-        first = number * self._window_samples
+    def _make_window(self, epoch: int, index: int) -> _Window:
+        is_last = index == self._num_windows - 1
+        first = index * self._window_samples
         end = len(self._samples) if is_last else first + self._window_samples
-        numbers = KeyedPermutation(len(self._samples), self._seed, epoch)[np.arange(first, end)]
-        starts, lengths = self._samples.spans(numbers)
+        indices = KeyedPermutation(len(self._samples), self._seed, epoch)[np.arange(first, end)]
+        starts, lengths = self._samples.spans(indices)
         packing = pack(lengths, self._row_length)
         starts, lengths = starts[packing.samples], lengths[packing.samples]
-        # Dealt out like cards, so that no batch is left without: row by row to one batch after the other.
-        places = shuffled(packing.num_rows, make_key(self._seed, epoch, number))
+        # Dealt out like cards, so that every batch has rows.
+        places = shuffled(packing.num_rows, make_key(self._seed, epoch, index))
         places = np.repeat(places, np.diff(packing.row_borders))
         num_batches = self._last_window_batches if is_last else self._window_batches
         rows, batches = np.divmod(places, num_batches)
@@ -355,14 +354,14 @@ class PackedBatches(BatchPlan):
 
 @dataclass(frozen=True)
 class _WindowSize:
-    """How many rows some samples need, with room for chance."""
+    """Number of rows that samples need, with room for chance."""
 
     mean_tokens: float
     """Of a sample."""
     room_tokens: float
-    """What one sample adds to the variation of their sum; it grows with the root of their number."""
+    """Room per root of the number of samples, for the variation of their sum."""
     tokens_per_row: float
-    """That packing gets into a row."""
+    """Mean tokens that packing fits into a row."""
 
     @classmethod
     def by_trial(cls, samples: Samples, row_length: int) -> "_WindowSize":
@@ -376,12 +375,12 @@ class _WindowSize:
         )
 
     def num_rows(self, num_samples: int) -> float:
-        """Rows that so many samples need."""
+        """Rows that `num_samples` samples need."""
         num_tokens = num_samples * self.mean_tokens + math.sqrt(num_samples) * self.room_tokens
         return num_tokens / self.tokens_per_row
 
     def num_samples(self, num_rows: int) -> int:
-        """The most samples that need no more rows: solved for the root of their number."""
+        """The most samples that fit: the equation above, solved for the root of their number."""
         num_tokens = num_rows * self.tokens_per_row
         discriminant = self.room_tokens**2 + 4 * self.mean_tokens * num_tokens
         root = (math.sqrt(discriminant) - self.room_tokens) / (2 * self.mean_tokens)

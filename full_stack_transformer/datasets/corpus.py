@@ -23,8 +23,6 @@ CORPUS_FILE_NAME = "corpus.npy"
 POSITIONS_FILE_NAME = "sample_start_positions.npy"
 POSITION_DTYPE = np.dtype("<i8")
 
-TokenArray = NDArray[np.uint16] | NDArray[np.uint32]
-
 
 def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
     """The smallest type that holds every id of the vocabulary."""
@@ -32,9 +30,9 @@ def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
 
 
 def shorter_than_journal(path: Path) -> DatasetError:
-    """What to say of a file of an interrupted run that lost its end, as in a power cut."""
+    """The error for a file of an interrupted run that lost its end, as in a power cut."""
     return DatasetError(
-        f"{path.name} of the interrupted run is shorter than its journal says; what it left has been "
+        f"{path.name} of the interrupted run is shorter than its journal says; its files were "
         "removed, run the command again"
     )
 
@@ -50,7 +48,7 @@ class ArrayFile:
         self.length = 0
         self._path = path
         self._dtype = dtype
-        # An existing file is one to go on with: the caller cuts it to the length that it knows.
+        # An existing file is continued: the caller cuts it to the length that it knows.
         self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
         self._write_header()
         self._header_bytes = self._file.tell()
@@ -62,7 +60,7 @@ class ArrayFile:
         self.length += len(values)
 
     def cut(self, length: int) -> None:
-        """Forget what was appended after the first `length` values.
+        """Remove what was appended after the first `length` values.
 
         Raises:
             DatasetError: there are fewer; cutting would fill the rest with zeros.
@@ -105,7 +103,7 @@ class ArrayFile:
 class CorpusWriter:
     """Appends samples to the two files of a corpus; complete after the `with`.
 
-    Files that are there already are gone on with, from the lengths given.
+    Existing files are continued after the given lengths.
     """
 
     def __init__(
@@ -127,10 +125,10 @@ class CorpusWriter:
         return self._corpus.length
 
     def append(self, token_ids: NDArray[np.generic], lengths: NDArray[np.int64]) -> None:
-        """Append samples, one after the other.
+        """Append samples.
 
         Args:
-            token_ids: (tokens,) of all of them.
+            token_ids: (tokens,) of all samples, concatenated.
             lengths: (samples,) tokens of each.
         """
         assert len(token_ids) == lengths.sum(), "the lengths must add up to the tokens"
@@ -138,7 +136,7 @@ class CorpusWriter:
         self._corpus.append(token_ids)
 
     def cut(self, *, num_tokens: int, num_samples: int) -> None:
-        """Forget everything after the first samples."""
+        """Remove everything after the first samples."""
         self._corpus.cut(num_tokens)
         self._positions.cut(num_samples)
 
@@ -161,15 +159,15 @@ class CorpusWriter:
 
 
 class Corpus:
-    """Samples of one half of a dataset directory, memory-mapped.
+    """Samples of one split of a dataset directory, memory-mapped.
 
     Raises:
-        DatasetError: a file is missing or damaged, or its size is not the described one.
+        DatasetError: a file is missing or damaged, or its size differs from the description.
     """
 
     def __init__(self, directory: Path, *, num_samples: int, num_tokens: int) -> None:
         self.directory = directory
-        # As plain arrays over the maps: np.memmap adds a microsecond to each step of indexing.
+        # Plain arrays over the maps: np.memmap adds a microsecond to each indexing.
         self.tokens: NDArray[np.integer] = np.asarray(
             _open_array(directory / CORPUS_FILE_NAME, num_tokens, ("<u2", "<u4"))
         )
@@ -201,13 +199,13 @@ class Corpus:
         return np.split(self.take(positions), ends[:-1]) if len(ends) else []
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens (n,) at positions of the corpus, copied; the last one for those after its end."""
+        """The tokens (n,) at positions of the corpus, copied; positions after its end give the last token."""
         return self.tokens.take(positions, mode="clip").astype(np.int64)
 
     def windows(self, starts: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-        """The tokens (n, width) from each start on, copied, whatever samples they belong to.
+        """The tokens (n, width) from each start on, copied, across the borders of samples.
 
-        In one step over a view whose rows overlap: 7 us for 16 rows of 41 tokens, 12 us for a loop over
+        One indexing of a view whose rows overlap: 7 us for 16 rows of 41 tokens, 12 us for a loop over
         the rows, 9 us for one index per token.
         """
         num_windows = len(self.tokens) - width + 1
@@ -223,10 +221,10 @@ class Corpus:
         """Number of tokens of every sample (samples,)."""
         return np.diff(self.start_positions, append=len(self.tokens))
 
-    def spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each of the samples (n,) starts in the corpus, and its number of tokens."""
-        starts = self.start_positions.take(numbers)
-        following = numbers + 1
+    def spans(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Start in the corpus and number of tokens of each of the samples (n,)."""
+        starts = self.start_positions.take(indices)
+        following = indices + 1
         ends = self.start_positions.take(following, mode="clip")
         ends[following == len(self)] = len(self.tokens)
         return starts, ends - starts
@@ -234,7 +232,7 @@ class Corpus:
     def num_targets(
         self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Tokens of each of the samples that are predicted: all but the first."""
+        """Predicted tokens of each of the samples: all but the first."""
         return lengths - 1
 
 
@@ -248,8 +246,8 @@ def _open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.in
         raise DatasetError(f"{path} is missing or damaged ({error}); {advice}") from error
     if array.dtype not in [np.dtype(name) for name in dtypes] or array.ndim != 1:
         raise DatasetError(
-            f"{path} should hold one dimension of {' or '.join(dtypes)}, found {array.ndim} of "
-            f"{array.dtype.str}; {advice}"
+            f"{path} should be a one-dimensional array of {' or '.join(dtypes)}, found {array.ndim} "
+            f"dimensions of {array.dtype.str}; {advice}"
         )
     expected_bytes = array.offset + array.nbytes if isinstance(array, np.memmap) else None
     if len(array) != length or path.stat().st_size != expected_bytes:

@@ -1,4 +1,4 @@
-"""A dataset directory as a later stage sees it: its description, tokenizer and two corpora."""
+"""Opening a dataset directory: its description, tokenizer and two corpora."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ def open_dataset(path: Path) -> DatasetDirectory:
         description = read_json(directory / DESCRIPTION_FILE_NAME)
     except InputError as error:
         raise DatasetError(
-            f"{path} is no dataset directory: {error}; make one with fst prepare_dataset"
+            f"{path} is not a dataset directory: {error}; make one with fst prepare_dataset"
         ) from error
     if description.get("format_version") != FORMAT_VERSION:
         raise DatasetError(

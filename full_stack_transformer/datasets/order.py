@@ -1,8 +1,7 @@
-"""A shuffled order that is computed, not stored: what stands at a position, from a key.
+"""A shuffled order that is computed, not stored: the index at a position, from a key.
 
-Shuffling a billion numbers takes a minute and 8 GB. A keyed permutation answers for any position at once and
-remembers nothing, so that an epoch begins, and continues in its middle, at any size alike.
-Knows nothing of samples.
+Shuffling a billion indices takes a minute and 8 GB. A keyed permutation computes any position in constant
+time and memory, so that an epoch starts, or resumes, at once whatever its size. Knows nothing of samples.
 """
 
 import numpy as np
@@ -15,7 +14,7 @@ _SECOND_MULTIPLIER = 0x94D049BB133111EB
 _64_BITS = (1 << 64) - 1
 # Four rounds are enough for large domains (Luby and Rackoff 1988); small ones need more.
 _NUM_ROUNDS = 8
-# Halves of three bits and more: with fewer the orders of a handful of numbers are not equally likely.
+# Halves of at least three bits: with fewer, the orders of a few indices are not equally likely.
 _MIN_BITS = 6
 
 
@@ -31,17 +30,17 @@ def make_key(*parts: int) -> int:
 
 
 def shuffled(count: int, key: int) -> NDArray[np.int64]:
-    """The numbers below `count` in an order that the key decides: (count,), for short arrays."""
+    """The indices below `count` in an order given by the key: (count,), for short arrays."""
     return np.argsort(_mix(np.arange(count, dtype=np.uint64), np.uint64(key)), kind="stable")
 
 
 class KeyedPermutation:
-    """The numbers below `length`, each once, in an order that seed and epoch decide.
+    """The indices below `length`, each once, in an order given by seed and epoch.
 
-    An alternating Feistel network over the bits of the number: each round changes one half by a hash of
-    the other, which can be undone whatever the hash, so no two positions meet. A result that is not
-    below `length` is sent through again until one is (cycle walking: Black and Rogaway, Ciphers with
-    Arbitrary Finite Domains, 2002), less than once on average.
+    An alternating Feistel network over the bits of the position: each round changes one half by a hash of
+    the other, which can be undone for any hash, so no two positions give the same index. A result that is not
+    below `length` is permuted again until it is (cycle walking: Black and Rogaway, Ciphers with Arbitrary
+    Finite Domains, 2002), less than once on average.
     """
 
     def __init__(self, length: int, seed: int, epoch: int) -> None:
@@ -53,31 +52,31 @@ class KeyedPermutation:
             np.uint64((1 << (num_bits - num_bits // 2)) - 1),
         )
         key = make_key(seed, epoch)
-        self._keys = [np.uint64(make_key(key, number)) for number in range(_NUM_ROUNDS)]
+        self._keys = [np.uint64(make_key(key, index)) for index in range(_NUM_ROUNDS)]
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What stands at the positions (n,), each from 0 to the length."""
-        numbers = self._permute(positions.astype(np.uint64))
-        outside = np.flatnonzero(numbers >= self._length)
+        """The indices at the positions (n,), each below the length."""
+        indices = self._permute(positions.astype(np.uint64))
+        outside = np.flatnonzero(indices >= self._length)
         while len(outside):
-            again = self._permute(numbers[outside])
-            numbers[outside] = again
+            again = self._permute(indices[outside])
+            indices[outside] = again
             outside = outside[again >= self._length]
-        return numbers.astype(np.int64)
+        return indices.astype(np.int64)
 
     def _permute(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         halves = [numbers >> self._low_bits, numbers & self._masks[1]]
-        for round_number, key in enumerate(self._keys):
-            side = round_number % 2
+        for round_index, key in enumerate(self._keys):
+            side = round_index % 2
             halves[side] ^= _mix(halves[1 - side], key) & self._masks[side]
         return halves[0] << self._low_bits | halves[1]
 
 
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """A hash of 64 bits of each value: the end of splitmix64, keyed. Overflow is meant."""
+    """A hash of 64 bits of each value: the end of splitmix64, keyed. Overflow is intended."""
     mixed = (values ^ key) * np.uint64(_FIRST_MULTIPLIER)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(_SECOND_MULTIPLIER)

@@ -11,7 +11,7 @@ class Packing:
     """Which samples share a row."""
 
     samples: NDArray[np.int64]
-    """(samples,) places in the lengths that were given, row by row."""
+    """(samples,) indices into the given lengths, row by row."""
     row_borders: NDArray[np.int64]
     """(rows + 1,) row i holds `samples[row_borders[i] : row_borders[i + 1]]`."""
 
@@ -24,9 +24,9 @@ class Packing:
 def pack(lengths: NDArray[np.int64], row_length: int) -> Packing:
     """Best fit decreasing: from the longest to the shortest, each into the row that it fills most.
 
-    Uses at most 11/9 of the least possible rows (Johnson 1973), and a hundredth more where many are short.
-    Samples of one length are put into rows of one free length together, so that the time depends on how
-    many lengths there are, more than on how many samples.
+    Uses at most 11/9 of the fewest possible rows (Johnson 1973), and 1 % more than them if many samples are
+    short. Samples of one length go into rows of one free length together, so that the time depends more on
+    the number of different lengths than on the number of samples.
 
     Args:
         lengths: (samples,) tokens of each, from 1 to `row_length`.
@@ -44,15 +44,15 @@ def pack(lengths: NDArray[np.int64], row_length: int) -> Packing:
             strict=True,
         )
     ]
-    row_numbers = np.concatenate([np.zeros(0, dtype=np.int64), *row_of_sample])
-    by_row = np.argsort(row_numbers, kind="stable")
-    samples_per_row = np.bincount(row_numbers, minlength=rows.num_rows)
+    row_indices = np.concatenate([np.zeros(0, dtype=np.int64), *row_of_sample])
+    by_row = np.argsort(row_indices, kind="stable")
+    samples_per_row = np.bincount(row_indices, minlength=rows.num_rows)
     row_borders = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(samples_per_row)])
     return Packing(order[by_row], row_borders)
 
 
 class _Rows:
-    """Rows by their free length; which lengths are to be had is kept in the bits of one integer."""
+    """Rows by their free length; the bits of an integer tell which free lengths exist."""
 
     def __init__(self, row_length: int) -> None:
         self.num_rows = 0
@@ -61,11 +61,11 @@ class _Rows:
         self._free_lengths = 0
 
     def place(self, length: int, count: int) -> NDArray[np.int64]:
-        """The rows (count,) that `count` samples of a length go to; none before was shorter."""
+        """The rows (count,) of `count` samples of a length; earlier samples are not shorter."""
         placed: list[NDArray[np.int64]] = []
         while count:
             free, rows = self._take_tightest(length, count)
-            # After the first, no row is tighter than the same one.
+            # After its first sample, a row is still the tightest.
             per_row = free // length
             num_full, rest = divmod(count, per_row)
             if num_full >= len(rows):
@@ -80,7 +80,7 @@ class _Rows:
         return np.concatenate(placed)
 
     def _take_tightest(self, length: int, count: int) -> tuple[int, NDArray[np.int64]]:
-        """The rows of the smallest free length that holds `length`; new ones if there is none."""
+        """The rows of the smallest free length that fits `length`; new rows if there are none."""
         fitting = self._free_lengths >> length
         if fitting:
             free = length + (fitting & -fitting).bit_length() - 1

@@ -1,9 +1,9 @@
-"""`fst verify_dataset`: is a dataset directory, byte for byte, what its description says?
+"""`fst verify_dataset`: compare every byte of a dataset directory with its description.
 
     description -> size and hash of every file -> header, ids and positions of the arrays
 
-Reads every file once, a block at a time, and tells all that is wrong, not only the first. Opening a
-dataset checks sizes; this is what finds a flipped bit. Knows nothing of tokenizers.
+Reads every file once, in blocks, and reports all problems, not only the first. Opening a dataset checks sizes
+only; this finds a flipped bit. Knows nothing of tokenizers.
 """
 
 import hashlib
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "valid")
 _BLOCK_BYTES = 4 << 20  # a multiple of every item size
-_MAX_STRAY_FILES = 20  # a whole foreign folder needs no line for each of its files
+_MAX_STRAY_FILES = 20  # of a whole foreign folder a count is enough
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def verify_dataset(arguments: VerifyDatasetArguments) -> None:
-    """Check every file of a dataset directory; return when all is as described.
+    """Check every file of a dataset directory.
 
     Raises:
-        DatasetError: there is no dataset directory, or something is wrong in it: one line for each.
+        DatasetError: there is no dataset directory, or it has problems: one line for each.
     """
     started = time.perf_counter()
     directory = _find(arguments.dataset_dir)
@@ -56,13 +56,13 @@ def verify_dataset(arguments: VerifyDatasetArguments) -> None:
         problems += _cannot_be_opened(directory)
     if problems:
         raise DatasetError(
-            f"{directory} is not what its description says ({len(problems)} found):\n"
+            f"{directory} differs from its description ({len(problems)} problems):\n"
             + "".join(f"  {problem}\n" for problem in problems)
-            + "prepare the dataset again, or copy it again from where it is whole"
+            + "prepare the dataset again, or copy it again from an intact copy"
         )
     seconds = time.perf_counter() - started
     logger.info(
-        "%s is whole: %s files, %s bytes, all as described; %.2f s, %s MB/s",
+        "%s is intact: %s files, %s bytes, all as described; %.2f s, %s MB/s",
         directory,
         f"{len(described.files):,}",
         f"{num_bytes:,}",
@@ -72,7 +72,7 @@ def verify_dataset(arguments: VerifyDatasetArguments) -> None:
 
 
 def _find(path: Path) -> Path:
-    """`path`, or its newest version where it is DATASETS_ROOT/NAME."""
+    """`path`, or the newest version if it is DATASETS_ROOT/NAME."""
     if path.is_dir() and not (path / DESCRIPTION_FILE_NAME).exists():
         return (versions(path.parent, path.name) or [path])[-1]
     return path
@@ -83,8 +83,8 @@ def _read_description(directory: Path) -> dict[str, Any]:
         return read_json(directory / DESCRIPTION_FILE_NAME)
     except InputError as error:
         raise DatasetError(
-            f"{directory} is no dataset directory: {error}; prepare the dataset again, or copy it again "
-            "from where it is whole"
+            f"{directory} is not a dataset directory: {error}; prepare the dataset again, or copy it again "
+            "from an intact copy"
         ) from error
 
 
@@ -104,9 +104,9 @@ def _stray_files(directory: Path, described: Mapping[str, Any]) -> Iterator[str]
     )
     stray = [name for name in names if name not in described and name != DESCRIPTION_FILE_NAME]
     for name in stray[:_MAX_STRAY_FILES]:
-        yield f"{name}: does not belong here, the description does not know it"
+        yield f"{name}: unexpected file, not in the description"
     if len(stray) > _MAX_STRAY_FILES:
-        yield f"{len(stray) - _MAX_STRAY_FILES:,} further files that do not belong here"
+        yield f"{len(stray) - _MAX_STRAY_FILES:,} further unexpected files"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _FileFacts:
 
 
 class _Described:
-    """What the description promises, as far as it makes sense; `problems` grows where it does not."""
+    """The valid part of a description; `problems` lists what is not valid."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         self.problems: list[str] = []
@@ -130,8 +130,8 @@ class _Described:
         found = description.get("format_version")
         if found != FORMAT_VERSION:
             described._say(
-                f"format_version is {found!r}, expected {FORMAT_VERSION}: written by another release, "
-                "or by something else"
+                f"format_version is {found!r}, expected {FORMAT_VERSION}: written by another release or "
+                "another program"
             )
         described._check_vocabulary()
         described._check_lengths()
@@ -140,37 +140,37 @@ class _Described:
         described._take_files()
         return described
 
-    def number(self, name: str) -> int | None:
-        """A whole number above 0 by its name, or None where there is none that an array could have."""
+    def count(self, name: str) -> int | None:
+        """A positive integer of the description, or None if it is missing or not a possible size."""
         value = self._description.get(name)
         return value if type(value) is int and 0 < value < 1 << 62 else None
 
     def checks_of(self, name: str) -> ArrayCheck | None:
-        """How to check the values of a file, or None where it is no array."""
+        """How to check the values of a file; None if it is not an array."""
         split, _, file_name = name.partition("/")
         if split not in _SPLITS:
             return None
-        num_tokens = self.number(f"number_of_{split}_tokens")
+        num_tokens = self.count(f"number_of_{split}_tokens")
         if file_name == CORPUS_FILE_NAME:
             dtype = str(self._description.get("dtype"))
-            return ArrayCheck(num_tokens, dtype, Ids(self.number("vocab_size")))
+            return ArrayCheck(num_tokens, dtype, Ids(self.count("vocab_size")))
         if file_name == POSITIONS_FILE_NAME:
-            least, most = self.number("min_sample_length"), self.number("max_sample_length")
-            length = self.number(f"number_of_{split}_samples")
+            least, most = self.count("min_sample_length"), self.count("max_sample_length")
+            length = self.count(f"number_of_{split}_samples")
             return ArrayCheck(length, POSITION_DTYPE.str, Positions(num_tokens, least, most))
         return None
 
     def _say(self, problem: str) -> None:
         self.problems.append(f"{DESCRIPTION_FILE_NAME}: {problem}")
 
-    def _check_number(self, name: str) -> None:
-        if self.number(name) is None:
+    def _check_count(self, name: str) -> None:
+        if self.count(name) is None:
             found = self._description.get(name)
-            self._say(f"{name} should be a whole number above 0, found {found!r}")
+            self._say(f"{name} should be a positive integer, found {found!r}")
 
     def _check_vocabulary(self) -> None:
-        self._check_number("vocab_size")
-        vocab_size = self.number("vocab_size")
+        self._check_count("vocab_size")
+        vocab_size = self.count("vocab_size")
         if vocab_size is None:
             return
         expected, found = token_dtype(vocab_size).str, self._description.get("dtype")
@@ -185,8 +185,8 @@ class _Described:
 
     def _check_lengths(self) -> None:
         for name in ("min_sample_length", "max_sample_length"):
-            self._check_number(name)
-        least, most = self.number("min_sample_length"), self.number("max_sample_length")
+            self._check_count(name)
+        least, most = self.count("min_sample_length"), self.count("max_sample_length")
         if least is not None and most is not None and least > most:
             self._say(f"min_sample_length {least:,} is above max_sample_length {most:,}")
 
@@ -194,10 +194,10 @@ class _Described:
         counts = self._description.get("counts")
         for unit in ("samples", "tokens"):
             name = f"number_of_{split}_{unit}"
-            self._check_number(name)
+            self._check_count(name)
             counted = _found_in(counts, split, f"num_{unit}")
             if counted is not None and counted != self._description.get(name):
-                self._say(f"{name} is {self._description.get(name)!r}, but counts say {counted!r}")
+                self._say(f"{name} is {self._description.get(name)!r}, but counts has {counted!r}")
 
     def _take_files(self) -> None:
         files = self._description.get("output_files")
@@ -208,9 +208,9 @@ class _Described:
             size, sha256 = _found_in(facts, "size_bytes"), _found_in(facts, "sha256")
             place = PurePosixPath(name)
             if place.is_absolute() or ".." in place.parts:
-                self._say(f"output_files names {name!r}, which lies outside of this directory")
+                self._say(f"output_files names {name!r}, which is outside of this directory")
             elif type(size) is not int or size < 0 or not _SHA256.fullmatch(str(sha256)):
-                self._say(f"output_files tells no size and SHA-256 of {name}, but {facts!r}")
+                self._say(f"output_files should have size and SHA-256 of {name}, found {facts!r}")
             else:
                 self.files[name] = _FileFacts(size, str(sha256))
         for split in _SPLITS:
@@ -226,13 +226,13 @@ def _found_in(content: object, *keys: str) -> object:
 
 
 def _check_file(directory: Path, name: str, described: _Described) -> int:
-    """Add what is wrong with a file to the problems; return how many bytes were read."""
+    """Add the problems of a file to `described`; return how many bytes were read."""
     path, facts = directory / name, described.files[name]
     problems: list[str] = []
     found_bytes = 0
     try:
         if not path.is_file():
-            what = "is no regular file" if path.exists() else "is missing"
+            what = "is not a regular file" if path.exists() else "is missing"
             problems.append(f"{what}: expected {facts.size_bytes:,} bytes")
         else:
             with path.open("rb") as file:
@@ -252,7 +252,7 @@ def _read_file(file: BinaryIO, name: str, described: _Described, problems: list[
     whole, sha256_at_expected_size = found_bytes <= facts.size_bytes, ""
     while block := file.read(_BLOCK_BYTES):
         expected_rest = facts.size_bytes - found_bytes
-        if whole and len(block) > expected_rest:  # here the trailing bytes begin
+        if whole and len(block) > expected_rest:  # the trailing bytes start here
             before = digest.copy()
             before.update(memoryview(block)[:expected_rest])
             whole, sha256_at_expected_size = False, before.hexdigest()

@@ -1,6 +1,6 @@
-"""One array of a dataset directory, block by block: its header, and values that make sense together.
+"""Check one array of a dataset directory, block by block: its header and its values.
 
-Knows nothing of descriptions and hashes; `verify` brings these together.
+Knows nothing of descriptions and hashes; `verify` does.
 """
 
 import math
@@ -15,7 +15,7 @@ Values = NDArray[np.integer[Any]]
 
 
 class ValueCheck(Protocol):
-    """Looks at the values of an array block by block."""
+    """Checks the values of an array block by block."""
 
     def feed(self, values: Values) -> None: ...
 
@@ -23,7 +23,7 @@ class ValueCheck(Protocol):
 
 
 class ArrayCheck:
-    """Header and values of one .npy file against what the description says."""
+    """Compares header and values of a .npy file with the description."""
 
     def __init__(self, length: int | None, dtype: str, values: ValueCheck) -> None:
         self._length, self._dtype, self._values = length, dtype, values
@@ -33,7 +33,7 @@ class ArrayCheck:
         self._data_bytes = 0
 
     def take_header(self, file: BinaryIO) -> int:
-        """Read the header; return how long it is, 0 where there is none."""
+        """Read the header; return its length, 0 if it is not valid."""
         try:
             version = npy_format.read_magic(file)
             if version != (1, 0):
@@ -41,9 +41,9 @@ class ArrayCheck:
             shape, _, dtype = npy_format.read_array_header_1_0(file)
         except (
             Exception
-        ) as error:  # of a damaged header: TokenError, TypeError, SyntaxError, ValueError, …
+        ) as error:  # a damaged header raises TokenError, TypeError, SyntaxError, ValueError, …
             reason = " ".join(str(error).split())[:100]
-            self._problems.append(f"has no header of a NumPy array: {reason}")
+            self._problems.append(f"has no valid NumPy header: {reason}")
             return 0
         if dtype.str != self._dtype:
             swapped = dtype.newbyteorder().str == self._dtype
@@ -53,7 +53,7 @@ class ArrayCheck:
             )
         if self._length is not None and shape != (self._length,):
             self._problems.append(
-                f"has the shape {shape} in its header, but {self._length:,} values are described"
+                f"has the shape {shape} in its header, but the description has {self._length:,} values"
             )
         if dtype.kind in "iu":
             self._found_dtype = dtype
@@ -61,34 +61,34 @@ class ArrayCheck:
         return file.tell()
 
     def feed(self, block: bytes) -> None:
-        """Look at the next bytes after the header."""
+        """Check the next bytes after the header."""
         self._data_bytes += len(block)
         if self._found_dtype is not None:
             count = len(block) // self._found_dtype.itemsize
             self._values.feed(np.frombuffer(block, self._found_dtype, count))
 
     def problems(self, is_of_expected_size: bool) -> Iterator[str]:
-        """What is wrong; where the size is wrong that was told already, and values say no more."""
+        """The problems; of a file of another size, which is reported already, only those of the header."""
         yield from self._problems
         if not is_of_expected_size:
             return
         if self._found_dtype and self._promised_bytes != self._data_bytes:
             yield (
-                f"promises {self._promised_bytes:,} bytes of values in its header, found "
+                f"should have {self._promised_bytes:,} bytes of values by its header, found "
                 f"{self._data_bytes:,}"
             )
         yield from self._values.problems()
 
 
 class _Faults:
-    """Counts places where something is wrong and remembers the first."""
+    """Counts faults and remembers the first."""
 
     def __init__(self) -> None:
         self.num = 0
         self.first = (0, 0)
 
     def add(self, wrong: NDArray[np.bool_], values: Values, offset: int) -> None:
-        """Take the places where `wrong` (n,) holds, counted from `offset`."""
+        """Count the faults where `wrong` (n,) is true; `offset` is the index of its first item."""
         num = int(np.count_nonzero(wrong))
         if num and not self.num:
             index = int(np.argmax(wrong))
@@ -97,7 +97,7 @@ class _Faults:
 
 
 class Ids:
-    """Token ids: below the vocabulary size."""
+    """Checks that token ids are below the vocabulary size."""
 
     def __init__(self, vocab_size: int | None) -> None:
         self._vocab_size = vocab_size
@@ -105,14 +105,14 @@ class Ids:
         self._too_large = _Faults()
 
     def feed(self, values: Values) -> None:
-        """Look at the next ids (n,)."""
+        """Check the next ids (n,)."""
         # The maximum first: comparing every id costs three times as much and is rarely needed.
         if self._vocab_size is not None and len(values) and values.max() >= self._vocab_size:
             self._too_large.add(values >= self._vocab_size, values, self._offset)
         self._offset += len(values)
 
     def problems(self) -> Iterator[str]:
-        """One line, where an id was too large."""
+        """One line if an id was too large."""
         if self._too_large.num:
             place, token_id = self._too_large.first
             yield (
@@ -122,7 +122,7 @@ class Ids:
 
 
 class Positions:
-    """Start positions: from 0, increasing, in the corpus, with samples of allowed lengths between."""
+    """Checks that start positions begin at 0, increase, are in the corpus, and that lengths are allowed."""
 
     def __init__(self, num_tokens: int | None, least: int | None, most: int | None) -> None:
         self._num_tokens, self._least, self._most = num_tokens, least, most
@@ -132,7 +132,7 @@ class Positions:
         self._beyond, self._falling, self._wrong_lengths = _Faults(), _Faults(), _Faults()
 
     def feed(self, values: Values) -> None:
-        """Look at the next positions (n,)."""
+        """Check the next positions (n,)."""
         if not len(values):
             return
         if not self._offset:
@@ -153,7 +153,7 @@ class Positions:
         if self._beyond.num:
             place, position = self._beyond.first
             yield (
-                f"{self._beyond.num:,} positions lie beyond the {self._num_tokens:,} tokens of the corpus, "
+                f"{self._beyond.num:,} positions are beyond the {self._num_tokens:,} tokens of the corpus, "
                 f"the first is {position:,} at {place:,}"
             )
         if self._falling.num:

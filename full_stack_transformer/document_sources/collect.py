@@ -1,9 +1,9 @@
-"""`fst collect_documents SOURCE`: write documents to start with, as train.txt and valid.txt.
+"""`fst collect_documents SOURCE`: write ready-made documents as train.txt and valid.txt.
 
     SOURCE ──> documents ──split by the name of their source──> train.txt, valid.txt
 
-Knows the format of the files: each document is followed by a line that is the delimiter. Knows
-nothing of where documents come from, nor of tokens.
+Knows the format of the files: each document is followed by a delimiter line. Knows nothing of where
+documents come from.
 """
 
 import logging
@@ -31,7 +31,7 @@ _SOURCES: dict[str, Callable[[], Iterable[Document]]] = {
 
 @dataclass
 class _Files:
-    """Documents on their way into the two files, as the lines of each."""
+    """The lines of the two files, and counts."""
 
     end_of_document: str
     train: list[str] = field(default_factory=list)
@@ -41,8 +41,8 @@ class _Files:
     num_dropped_lines: int = 0
 
     def add(self, document: Document) -> None:
-        """Append a document, without the lines that would end it too early."""
-        # All of Unicode's line ends: whichever of them the reader knows, it meets no delimiter.
+        """Append a document, without the lines that equal the delimiter."""
+        # All of Unicode's line ends, so that no reader finds a delimiter inside.
         lines = document.text.splitlines()
         kept = [line for line in lines if line.strip() != self.end_of_document]
         self.num_dropped_lines += len(lines) - len(kept)
@@ -55,12 +55,12 @@ class _Files:
 
 
 def collect_documents(arguments: CollectDocumentsArguments) -> Path:
-    """Write the two files of a source, both or none, and return the directory that holds them.
+    """Write the two files of a source, both or none, and return their directory.
 
-    With --task those of a labelled data set.
+    With --task, write labelled rows.
 
     Raises:
-        UsageError: the delimiter cannot be a line.
+        UsageError: the delimiter is not a line.
         MachineError: the source cannot be reached, or the files cannot be written.
     """
     if arguments.task is not None:
@@ -70,10 +70,10 @@ def collect_documents(arguments: CollectDocumentsArguments) -> Path:
     for document in _SOURCES[arguments.source]():
         files.add(document)
     directory = arguments.documents_root / arguments.source
-    # In memory: a source is a few megabytes, and nothing is touched until all of it is there.
+    # In memory: a source has a few megabytes, and no file is changed until all of it is there.
     num_bytes = _write(directory, files)
     logger.info(
-        "collected %s documents to train and %s to validate, %.1f MB, in %.1f s: %s%s",
+        "collected %s train and %s validation documents, %.1f MB, in %.1f s: %s%s",
         f"{files.num_train:,}",
         f"{files.num_valid:,}",
         num_bytes / 1e6,
@@ -88,14 +88,13 @@ def _check_delimiter(end_of_document: str) -> str:
     stripped = end_of_document.strip()
     if len(stripped.splitlines()) != 1:
         raise UsageError(
-            "--end_of_document must be one line with a character that is not white space, "
-            f"found {end_of_document!r}"
+            f"--end_of_document must be a single line that is not blank, found {end_of_document!r}"
         )
     return stripped
 
 
 def _write(directory: Path, files: _Files) -> int:
-    """Replace both files once both are on the disk; the number of bytes written."""
+    """Replace both files when both are on the disk; the number of bytes written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as name:
@@ -109,8 +108,8 @@ def _write(directory: Path, files: _Files) -> int:
         sync_directory(directory)
     except OSError as error:
         raise MachineError(
-            f"writing to {directory} failed: {error.strerror or error}; free space or fix the "
-            "rights, or name another --documents_root"
+            f"writing to {directory} failed: {error.strerror or error}; free disk space, fix "
+            "the permissions, or pass another --documents_root"
         ) from error
     return num_bytes
 

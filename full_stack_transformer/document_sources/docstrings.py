@@ -1,6 +1,6 @@
-"""The docstrings of the standard library, one by one: what small labelled data sets are made of.
+"""The docstrings of the standard library, from which the small labelled data sets are made.
 
-    source files ──> docstrings: module, definition, signature, text ──> no two alike
+    source files ──> docstrings: module, definition, parameters, text ──> without near-duplicates
 
 The same interpreter gives the same docstrings in the same order. Knows nothing of labels.
 """
@@ -23,20 +23,20 @@ from full_stack_transformer.document_sources.python_sources import definitions, 
 from full_stack_transformer.errors import MachineError
 
 _WORD = re.compile(r"\w+")
-# Words in a row by which a text is recognised again; a phrase of three is common to unrelated texts.
+# Consecutive words that identify a text; unrelated texts share phrases of three words.
 _SHINGLE = 4
-# The end of a sentence: a mark, then white space and what may begin one; not "e.g. this".
+# The end of a sentence: a mark, white space, and a possible start of a sentence; not "e.g. this".
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)'\"`][.!?])\s+(?=[A-Z`'\"*(])")
 
 
 @dataclass(frozen=True)
 class Docstring:
-    """What a source file says of a class, a function or of itself."""
+    """The docstring of a module, class or function."""
 
     module: str
     """Dotted name of the module, such as asyncio.queues."""
     name: str
-    """Dotted name of the definition within it; empty for the module itself."""
+    """Dotted name of the definition in the module; empty for the module itself."""
     kind: str
     """module, class or function."""
     parameters: tuple[str, ...]
@@ -50,18 +50,18 @@ class Docstring:
 
     @property
     def outermost(self) -> str:
-        """The class or function at the top of the file that it belongs to."""
+        """The outermost class or function that contains it."""
         return self.name.split(".")[0]
 
 
 class SeenTexts:
-    """Remembers runs of words that went by, to recognise a text that came before in other clothes."""
+    """Remembers runs of words, to recognise a near-duplicate."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, ...]] = set()
 
     def is_new(self, text: str) -> bool:
-        """Whether at least half of the runs of words of `text` were never seen; if so, remember them."""
+        """Whether at least half of the runs of words of `text` are new; remembers them if so."""
         words = _WORD.findall(text.lower())
         last = max(1, len(words) - _SHINGLE + 1)
         runs = {tuple(words[start : start + _SHINGLE]) for start in range(last)}
@@ -72,7 +72,7 @@ class SeenTexts:
 
 
 def library_docstrings() -> list[Docstring]:
-    """The docstrings of the interpreter that runs this, without near-duplicates, sorted by module.
+    """The docstrings of the running interpreter, without near-duplicates, sorted by module.
 
     Raises:
         MachineError: this interpreter was installed without its sources.
@@ -93,10 +93,10 @@ def library_docstrings() -> list[Docstring]:
 
 
 def docstrings_of(module: str, source: bytes) -> Iterator[Docstring]:
-    """The readable docstrings of a source file, in source order; none where it cannot be parsed."""
+    """The readable docstrings of a source file, in source order; none if it cannot be parsed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escapes that a later Python will refuse
+            warnings.simplefilter("ignore")  # invalid escapes
             tree = ast.parse(decode_source(source))
     except (SyntaxError, ValueError):
         return
@@ -116,13 +116,14 @@ def sentences(text: str) -> list[str]:
         if any(line.startswith((" ", ">>>", "-", "*")) for line in lines):
             continue
         found += _SENTENCE_END.split(" ".join(paragraph.split()))
-    return [one for one in found if one.endswith((".", "!", "?")) and len(one.split()) >= 4]
+    return [text for text in found if text.endswith((".", "!", "?")) and len(text.split()) >= 4]
 
 
 def _parameters(node: ast.AST) -> tuple[str, ...]:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return ()
     given = node.args
-    variable = [one for one in (given.vararg, given.kwarg) if one is not None]
-    names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs, *variable)]
+    variable = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
+    arguments = (*given.posonlyargs, *given.args, *given.kwonlyargs, *variable)
+    names = [argument.arg for argument in arguments]
     return tuple(name for name in names if name not in ("self", "cls", "mcls", "metacls"))

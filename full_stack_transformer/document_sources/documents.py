@@ -1,8 +1,8 @@
-"""What a document is: tidy text, prose instead of code and licences, small texts put together into pages.
+"""Texts -> documents: tidying text, finding prose among code and licences, joining small texts into pages.
 
-A page is what a reader would open: a class with its methods, or neighbouring functions. A language model
-learns more from a page than from as many one-line documents. The rules are rules of thumb, with thresholds
-read off the standard library. Knows nothing of where the text comes from.
+A page is a class with its methods, or neighbouring functions. A language model learns more from a page than
+from many one-line documents. The thresholds are rules of thumb, chosen on the standard library. Knows nothing
+of where the text comes from.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Literal
 
 Kind = Literal["module", "class", "function", "topic"]
 
-# One way to write a quotation mark or a dash: a small vocabulary has no room for three.
+# One form of each quotation mark and dash: a small vocabulary has no room for more.
 _TYPOGRAPHY = str.maketrans(
     {
         "\u2018": "'",
@@ -32,9 +32,9 @@ _RULER = re.compile(r"\W*?([-=*#~_+^|<>])(?:\s?\1){3,}\W*|[-=*#~_+^|<> ]{4,}|\s*
 _RULER_INSIDE_LINE = re.compile(r"\s?([-=*#~_])\1{5,}\s?")
 _TABLE_ROW = re.compile(r"\s*(\|.*\||\+[-=+]{3,}.*)")
 _MEMORY_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]{4,}")
-# A word longer than this is encoded data, not language; the longest URLs have about 90 characters.
+# Longer words are encoded data, not language; the longest URLs have about 90 characters.
 _MAX_WORD_LENGTH = 100
-# The commonest function words: a quarter to a half of any English text, next to none of any code.
+# The most common function words: a quarter to a half of English text, almost none of code.
 _FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -61,16 +61,16 @@ _MIN_WORDS_TO_JUDGE = 25
 _MIN_KNOWN_LINE_LENGTH = 20
 _PLURALS = {"class": "classes", "function": "functions"}
 
-# Pages are filled up to the first figure and cut at the second: about 1,000 and 2,000 tokens.
+# Pages are filled up to the first and cut at the second: about 1,000 and 2,000 tokens.
 _FULL_PAGE_CHARACTERS = 4_000
 _MAX_PAGE_CHARACTERS = 8_000
-# What is shorter says too little to be a document.
+# Shorter texts are not documents.
 _MIN_PAGE_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, the name of the file or topic that it was taken from, and its side of the split."""
+    """A text, the name of its file or topic, and its split."""
 
     text: str
     source: str
@@ -78,10 +78,10 @@ class Document:
 
 
 def falls_to_validation(source: str, permille: int) -> bool:
-    """Whether documents of `source` validate; the same on every machine and in every run.
+    """Whether documents of `source` go to validation; the same on every machine and in every run.
 
-    The hash is over the name of the source and not the text, so that two similar pages of one
-    file never fall on different sides.
+    The hash is over the name of the source and not the text, so that similar pages of a file are never in
+    different splits.
     """
     digest = hashlib.sha256(source.encode()).digest()
     return int.from_bytes(digest[:8], "big") % 1000 < permille
@@ -90,8 +90,8 @@ def falls_to_validation(source: str, permille: int) -> bool:
 def tidy(text: str) -> str:
     """`text` with plain punctuation, without rulers, grid tables, memory addresses and long codes.
 
-    Every kind of line end becomes a newline and at most one empty line stands between two lines.
-    The result can always be encoded as UTF-8.
+    All line ends become newlines, with at most one empty line between two lines. The result can always be
+    encoded as UTF-8.
     """
     text = text.encode("utf-8", "replace").decode("utf-8").translate(_TYPOGRAPHY)
     text = _MEMORY_ADDRESS.sub("", text)
@@ -112,19 +112,19 @@ def _is_noise(line: str) -> bool:
 
 
 def share_of_function_words(text: str) -> float:
-    """Which part of the words of `text` are the commonest English ones, 0 to 1."""
+    """Share of the words of `text` that are common English function words, 0 to 1."""
     words = _WORD.findall(text.lower())
     return sum(word in _FUNCTION_WORDS for word in words) / max(len(words), 1)
 
 
 def without_legal_paragraphs(text: str) -> str:
-    """`text` without the paragraphs that state a licence or a copyright."""
+    """`text` without the paragraphs about licence or copyright."""
     paragraphs = text.split("\n\n")
     return "\n\n".join(part for part in paragraphs if not _LEGAL.search(part)).strip("\n")
 
 
 def is_readable(text: str) -> bool:
-    """Whether a docstring says something in words; short ones get the benefit of the doubt."""
+    """Whether a docstring consists of words; short ones are accepted in doubt."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     words = _WORD.findall(text)
     if len(words) < 3 or letters < 0.6 * len(text):
@@ -146,13 +146,13 @@ def is_prose(text: str) -> bool:
 
 
 class SeenLines:
-    """Remembers the lines that went by, to recognise a text that came before under another name."""
+    """Remembers lines, to recognise a repeated text."""
 
     def __init__(self) -> None:
         self._lines: set[str] = set()
 
     def is_new(self, text: str) -> bool:
-        """Whether at least half of `text` was never seen; if so, remember it."""
+        """Whether at least half of `text` is new; remembers it if so."""
         lines = [" ".join(line.split()) for line in text.splitlines()]
         lines = [line for line in lines if len(line) >= _MIN_KNOWN_LINE_LENGTH] or [text.strip()]
         known = sum(len(line) for line in lines if line in self._lines)
@@ -164,7 +164,7 @@ class SeenLines:
 
 @dataclass(frozen=True)
 class Section:
-    """All texts about a module itself, or about one of its classes or functions."""
+    """All texts about a module, or about a class or function of it."""
 
     kind: Kind
     name: str
@@ -179,14 +179,14 @@ class Section:
 def make_pages(module_name: str, sections: list[Section]) -> Iterator[str]:
     """Pages about a module, in the order of its sections."""
     for group in _group(sections):
-        for number, blocks in enumerate(_cut([block for part in group for block in part.blocks])):
-            page = "\n\n".join([*_heading(module_name, group, number), *blocks])
+        for index, blocks in enumerate(_cut([block for part in group for block in part.blocks])):
+            page = "\n\n".join([*_heading(module_name, group, index), *blocks])
             if len(page) >= _MIN_PAGE_CHARACTERS:
                 yield page
 
 
 def _group(sections: list[Section]) -> Iterator[list[Section]]:
-    """Neighbouring sections that fill a page together; what fills one alone stays alone."""
+    """Neighbouring sections that fill a page together; a section that fills a page stays alone."""
     group: list[Section] = []
     size = 0
     for section in sections:
@@ -200,7 +200,7 @@ def _group(sections: list[Section]) -> Iterator[list[Section]]:
 
 
 def _cut(blocks: list[str]) -> Iterator[list[str]]:
-    """`blocks` of one group in runs that are about equally long and no longer than a page may be."""
+    """The blocks of a group in runs of about equal length, at most a page each."""
     total = sum(map(len, blocks))
     num_pages = -(-total // _MAX_PAGE_CHARACTERS)
     page: list[str] = []
@@ -215,8 +215,8 @@ def _cut(blocks: list[str]) -> Iterator[list[str]]:
         yield page
 
 
-def _heading(module_name: str, group: list[Section], number: int) -> list[str]:
-    """The first line of a page; none for topics, whose parts bring their own."""
+def _heading(module_name: str, group: list[Section], index: int) -> list[str]:
+    """The first line of a page; none for topics, whose parts have their own."""
     kinds = {section.kind for section in group}
     if "topic" in kinds:
         return []
@@ -227,4 +227,4 @@ def _heading(module_name: str, group: list[Section], number: int) -> list[str]:
     else:
         contents = " and ".join(_PLURALS[kind] for kind in sorted(kinds))
         heading = f"{contents.capitalize()} of the module {module_name}"
-    return [f"{heading}, continued" if number else heading]
+    return [f"{heading}, continued" if index else heading]

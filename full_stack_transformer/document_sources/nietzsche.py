@@ -2,7 +2,8 @@
 
     book ──download──> plain text ──strip header and footer──> paragraphs ──> one document per aphorism
 
-Knows how Project Gutenberg sets its plain texts; knows nothing of files and delimiters.
+Not by pooch: Project Gutenberg rewrites its files, so their checksums are not known, and size and time of a
+download are limited. Knows the form of its plain texts; knows nothing of files and delimiters.
 """
 
 import logging
@@ -23,8 +24,8 @@ from full_stack_transformer.errors import MachineError
 logger = logging.getLogger(__name__)
 
 GUTENBERG_URL = "https://www.gutenberg.org"
-# Numbers of https://www.gutenberg.org/ebooks/author/779; one translation of each work, because two
-# would put the same aphorism on both sides of the split.
+# Ids of https://www.gutenberg.org/ebooks/author/779; one translation of each work, because two would put the
+# same aphorism into both splits.
 BOOKS = {
     1998: "Thus Spake Zarathustra",
     4363: "Beyond Good and Evil",
@@ -40,7 +41,7 @@ BOOKS = {
 }
 VALIDATION_PERMILLE = 50
 
-# The longest of the books has 0.8 MB.
+# The longest book has 0.8 MB.
 _MAX_BOOK_BYTES = 8_000_000
 _MAX_BOOK_SECONDS = 120.0
 _TIMEOUT_SECONDS = 20.0
@@ -65,26 +66,26 @@ _BY_OTHERS = re.compile(r"\b(?:INTRODUCTION|INTRODUCTORY|TRANSLATOR|EDITOR)")
 _BACK_MATTER = re.compile(r"(?:APPENDIX|INDEX|FOOTNOTES|NOTES ON)\b")
 _EMPHASIS = re.compile(r"[_=]")
 _MIN_WORDS = 6
-# So many numbers may be lost to misprints before the count is taken for something else.
+# Numbers that may be missing because of misprints; a larger gap is not an aphorism's number.
 _MAX_MISSING_NUMBERS = 5
-# Lines of prose are wrapped at 70 characters or so; verse and lists are shorter.
+# Lines of prose are wrapped at about 70 characters; verse and lists are shorter.
 _MIN_PROSE_LINE_LENGTH = 50
 
 
 def nietzsche_documents(base_url: str = GUTENBERG_URL) -> Iterator[Document]:
-    """The aphorisms of all books, sorted by the number of the book and then as they stand in it.
+    """The aphorisms of all books, sorted by the id of the book, then in its order.
 
     Raises:
-        MachineError: Project Gutenberg cannot be reached, or sent something else than books.
+        MachineError: Project Gutenberg cannot be reached, or did not send books.
     """
     texts = dict(_download(base_url))
     seen: set[str] = set()
-    for number, text in texts.items():
+    for book_id, text in texts.items():
         for aphorism in split_book(text):
             if aphorism not in seen:
                 seen.add(aphorism)
                 to_validation = falls_to_validation(aphorism, VALIDATION_PERMILLE)
-                yield Document(aphorism, f"book {number}", to_validation)
+                yield Document(aphorism, f"book {book_id}", to_validation)
 
 
 def _download(base_url: str) -> Iterator[tuple[int, str]]:
@@ -93,25 +94,25 @@ def _download(base_url: str) -> Iterator[tuple[int, str]]:
     with httpx.Client(
         base_url=base_url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True
     ) as client:
-        for number, title in BOOKS.items():
+        for book_id, title in BOOKS.items():
             try:
-                text = _download_book(client, f"/cache/epub/{number}/pg{number}.txt")
+                text = _download_book(client, f"/cache/epub/{book_id}/pg{book_id}.txt")
             except httpx.HTTPError as error:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise _no_books(
                     f"downloading {title!r} from {base_url} failed: {reason}"
                 ) from error
             if text is None:
-                logger.warning("%s no longer has %s (%d): left out", base_url, title, number)
+                logger.warning("%s no longer has %s (%d): left out", base_url, title, book_id)
                 continue
             num_found += 1
-            yield number, _body(text, title, base_url)
+            yield book_id, _body(text, title, base_url)
     if not num_found:
         raise _no_books(f"{base_url} has none of the {len(BOOKS)} books")
 
 
 def _download_book(client: httpx.Client, path: str) -> str | None:
-    """The text at `path`, or None when the server has no such book."""
+    """The text at `path`, or None if the server does not have the book."""
     deadline = time.monotonic() + _MAX_BOOK_SECONDS
     content = bytearray()
     with client.stream("GET", path) as response:
@@ -128,7 +129,7 @@ def _download_book(client: httpx.Client, path: str) -> str | None:
 
 
 def _body(text: str, title: str, base_url: str) -> str:
-    """What stands between Project Gutenberg's header and footer."""
+    """The text between Project Gutenberg's header and footer."""
     start = _START.search(text)
     if not start:
         raise _no_books(f"{base_url} sent something else than {title!r}: {text[:60]!r}")
@@ -138,8 +139,8 @@ def _body(text: str, title: str, base_url: str) -> str:
 
 def _no_books(what_failed: str) -> MachineError:
     return MachineError(
-        f"{what_failed}; use `fst collect_documents python_docs`, which needs no network, or place "
-        "train.txt and valid.txt in the folder nietzsche below --documents_root yourself"
+        f"{what_failed}; use `fst collect_documents python_docs`, which needs no network, or put "
+        "train.txt and valid.txt into the folder nietzsche of --documents_root yourself"
     )
 
 
@@ -147,7 +148,7 @@ def split_book(body: str) -> Iterator[str]:
     """The aphorisms and chapters of a book without Project Gutenberg's header and footer.
 
     A document starts at a number (`12.` on a line or before a text) and at a heading in capitals.
-    Tables of contents, footnotes, title pages and what others wrote about the book are left out.
+    Tables of contents, footnotes, title pages and texts by other authors are left out.
     """
     document: list[str] = []
     last_number = 0
@@ -163,7 +164,7 @@ def split_book(body: str) -> Iterator[str]:
 
 
 def _own_paragraphs(body: str) -> Iterator[str]:
-    """Paragraphs of the author, as they are wrapped."""
+    """The author's paragraphs, with their line breaks."""
     paragraphs = tidy(_EMPHASIS.sub("", body)).split("\n\n")
     in_contents = by_others = False
     for position, paragraph in enumerate(paragraphs):
@@ -184,15 +185,15 @@ def _is_heading(paragraph: str) -> bool:
 
 
 def _is_wrapped_prose(paragraph: str) -> bool:
-    """Whether the lines are as long as a paragraph's; those of a list or of verse are shorter."""
+    """Whether the lines are as long as those of prose; lines of lists and verse are shorter."""
     lines = [line.strip() for line in paragraph.splitlines()]
     return sum(map(len, lines[:-1])) >= _MIN_PROSE_LINE_LENGTH * max(len(lines) - 1, 1)
 
 
 def _take_number(paragraph: str, last_number: int) -> tuple[int | None, str]:
-    """The number of the aphorism that starts here, if one does, and the text after the number.
+    """The number of the aphorism that starts here, if any, and the text after the number.
 
-    Numbers go up, or start again at 1: other ones are dates and quantities.
+    Numbers increase, or start again at 1; other numbers are dates and quantities.
     """
     first_line, _, other_lines = paragraph.strip().partition("\n")
     if match := _NUMBER_ALONE.fullmatch(first_line.strip()):
@@ -207,7 +208,7 @@ def _take_number(paragraph: str, last_number: int) -> tuple[int | None, str]:
 
 
 def _finish(paragraphs: list[str]) -> Iterator[str]:
-    """The document of these paragraphs, if they say anything beneath their heading."""
+    """The document of these paragraphs, if it has text under its heading."""
     body = [_unwrap(part) for part in paragraphs if not _is_heading(part)]
     heading = [_ROMAN_NUMERAL.sub("", _unwrap(part)) for part in paragraphs if _is_heading(part)]
     num_words = sum(len(part.split()) for part in body)

@@ -34,7 +34,7 @@ from full_stack_transformer.document_sources.documents import (
 from full_stack_transformer.document_sources.python_sources import source_files, source_sections
 from full_stack_transformer.errors import MachineError
 
-# Left out: what exists for tests, and what touches the terminal, the sound card or a display library.
+# Left out: modules for tests, and those that use the terminal, the sound card or a display library.
 _SKIPPED_MODULE = re.compile(r"_?xx.*|_test.*|.*_test|readline|_?curses.*|_tkinter|ossaudiodev|nis")
 _RECEIVER = re.compile(r"^\(\$\w+(, )?(/(, )?)?")
 _MAX_SIGNATURE_LENGTH = 120
@@ -43,7 +43,7 @@ VALIDATION_PERMILLE = 35
 
 
 def python_documents() -> Iterator[Document]:
-    """Documents of the interpreter that runs this, sorted by where they come from.
+    """Documents of the running interpreter, sorted by source.
 
     Raises:
         MachineError: this interpreter was installed without its documentation.
@@ -62,8 +62,7 @@ def python_documents() -> Iterator[Document]:
 def _topics(seen: SeenLines) -> Iterator[Document]:
     """The language reference that `help()` shows.
 
-    The longest topics come first: many short ones are a section of a long one, and would be on
-    both sides of the split.
+    The longest topics come first: many short ones are sections of a long one, and would be in both splits.
     """
     try:
         from pydoc_data.topics import topics
@@ -79,8 +78,8 @@ def _parts(text: str) -> Iterator[str]:
     """The parts of a topic, each with its heading, which is the line over a line of * = - or ~."""
     lines = text.split("\n")
     starts = [
-        number
-        for number, (line, ruler) in enumerate(itertools.pairwise(lines))
+        index
+        for index, (line, ruler) in enumerate(itertools.pairwise(lines))
         if line and ruler and not ruler.strip("*=-~") and len(ruler) == len(line)
     ]
     for start, end in zip([0, *starts], [*starts, len(lines)], strict=True):
@@ -103,7 +102,7 @@ def _modules_in_c(seen: SeenLines) -> Iterator[Document]:
 def _subject(module_name: str) -> str:
     """The module that `module_name` implements: _pydecimal and _decimal both describe decimal.
 
-    What describes the same thing must fall on the same side of the split.
+    Documents about the same thing must be in the same split.
     """
     return module_name.removeprefix("_py").lstrip("_") or module_name
 
@@ -113,7 +112,7 @@ def _document(page: str, source: str) -> Document:
 
 
 def builtin_module_names() -> list[str]:
-    """Names of the modules in C that may be imported without side effect, sorted."""
+    """Names of the modules in C that can be imported without side effects, sorted."""
     names = set(sys.builtin_module_names)
     folder = sysconfig.get_config_var("DESTSHARED")
     if folder and Path(folder).is_dir():
@@ -126,9 +125,9 @@ def builtin_module_names() -> list[str]:
 
 
 def builtin_sections(name: str, seen: SeenLines) -> list[Section]:
-    """The texts of one module in C; empty when it cannot be imported here."""
+    """The texts of a module in C; empty if it cannot be imported."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # modules that a later Python will not have
+        warnings.simplefilter("ignore")  # deprecated modules
         try:
             module = importlib.import_module(name)
         except ImportError:
@@ -149,7 +148,7 @@ def _sections(module: types.ModuleType, seen: SeenLines) -> Iterator[Section]:
 
 
 def _is_in_c(member: object) -> bool:
-    """Whether `member` is a class or function in C, and no value, nor what `site` adds to builtins."""
+    """Whether `member` is a class or function in C; not a value, and not added to builtins by `site`."""
     if isinstance(member, type):
         return not any(isinstance(method, types.FunctionType) for method in vars(member).values())
     return inspect.isbuiltin(member)
@@ -162,7 +161,7 @@ def _blocks(name: str, member: object, seen: SeenLines) -> Iterator[str]:
         for method_name, method in sorted(vars(member).items()):
             if isinstance(method, staticmethod):
                 method = method.__func__
-            # Wrappers such as __add__ all say the same.
+            # Wrappers such as __add__ all have the same text.
             is_wrapper = isinstance(method, types.WrapperDescriptorType)
             if inspect.isroutine(method) and not is_wrapper and (text := _text(method, seen)):
                 yield _block(f"{name}.{method_name}", method, text)

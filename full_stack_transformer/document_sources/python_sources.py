@@ -26,7 +26,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data")
 )
-# Tables that a program wrote, 240 files of them; the folder's other files are read.
+# Generated tables, 240 files; the other files of the folder are read.
 _CHARACTER_TABLE = re.compile(r"encodings/(?!__init__|aliases|idna|punycode|utf_8_sig).*")
 _MACHINE_FILE = re.compile(r"config-[^/]*/.*|_sysconfigdata.*|(site|user)customize\.py")
 _RECEIVER = re.compile(r"^(self|cls|_cls|mcls|mcs|metacls|meta|type)(, |$)(/(, |$))?")
@@ -37,7 +37,7 @@ _MAX_SIGNATURE_LENGTH = 120
 
 @dataclass(frozen=True)
 class _Comment:
-    """Neighbouring lines that hold nothing but a comment."""
+    """Consecutive comment lines."""
 
     first_line: int
     last_line: int
@@ -46,7 +46,7 @@ class _Comment:
 
 @dataclass
 class _Entry:
-    """What the source says about one definition, or about the module when `node` is the module."""
+    """The texts about a definition, or about the module if `node` is the module."""
 
     name: str
     node: ast.Module | Definition
@@ -70,14 +70,14 @@ def source_files(root: Path) -> list[tuple[str, Path]]:
 
 
 def source_sections(source: bytes, seen: SeenLines) -> list[Section]:
-    """The texts of one source file, a section for the module and for each class and function.
+    """The texts of a source file, a section for the module and for each class and function.
 
-    Empty when the file is none that this interpreter can parse.
+    Empty if this interpreter cannot parse the file.
     """
     try:
         text = decode_source(source)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escapes that a later Python will refuse
+            warnings.simplefilter("ignore")  # invalid escapes
             module = ast.parse(text)
     except (SyntaxError, ValueError):
         return []
@@ -114,7 +114,7 @@ def _add_docstring(entry: _Entry, seen: SeenLines) -> None:
 
 
 def _add_comment(comment: _Comment, entries: list[_Entry], seen: SeenLines) -> None:
-    """Give a comment to the definition that follows on its heels, or else to the one around it."""
+    """Add a comment to the definition on the next line, or else to the definition around it."""
     text = without_legal_paragraphs(tidy(comment.text))
     if not is_prose(text) or not seen.is_new(text):
         return
@@ -128,17 +128,17 @@ def _add_comment(comment: _Comment, entries: list[_Entry], seen: SeenLines) -> N
 
 def _comments(lines: list[str], lines_in_strings: set[int]) -> Iterator[_Comment]:
     texts: list[str] = []
-    for number, line in enumerate([*lines, ""], 1):
-        match = None if number in lines_in_strings else _COMMENT_LINE.fullmatch(line)
+    for line_number, line in enumerate([*lines, ""], 1):
+        match = None if line_number in lines_in_strings else _COMMENT_LINE.fullmatch(line)
         if match:
             texts.append(match[1])
         elif texts:
-            yield _Comment(number - len(texts), number - 1, "\n".join(texts))
+            yield _Comment(line_number - len(texts), line_number - 1, "\n".join(texts))
             texts = []
 
 
 def _lines_in_strings(module: ast.Module) -> set[int]:
-    """Numbers of the lines on which a string continues: a # there starts no comment."""
+    """Numbers of the lines inside a string, where # starts no comment."""
     inside: set[int] = set()
     for node in ast.walk(module):
         if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno != node.lineno:
@@ -147,7 +147,7 @@ def _lines_in_strings(module: ast.Module) -> set[int]:
 
 
 def _sections(entries: list[_Entry]) -> Iterator[Section]:
-    """One section for the module, and one for each outermost definition with what is inside it."""
+    """A section for the module, and one for each outermost definition and its inner ones."""
     module, *definitions = entries
     if module.texts:
         yield Section("module", "", tuple(module.texts))

@@ -33,7 +33,7 @@ class ReadingOptions:
     text_field: str = "text"
     encoding_errors: EncodingErrors = "error"
     can_cut: bool = False
-    """A document larger than a block may be cut at a border between two words."""
+    """Whether a document larger than a block may be cut between two words."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Block:
     continues: bool = False
     """Its first document began in the block before."""
     unfinished: bool = False
-    """Its last document goes on in the next block."""
+    """Its last document continues in the next block."""
     is_last: bool = False
-    """Nothing comes after it in its file."""
+    """It is the last block of its file."""
     is_forced: bool = False
-    """No border of words was found to cut at, only one of characters."""
+    """It was cut between two characters, as no border between words was found."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class DocumentCounts:
 
 @dataclass
 class Documents:
-    """The documents of a block, in their order; none of the whole ones is empty."""
+    """The documents of a block in their order; whole documents are never empty."""
 
     texts: list[str]
     counts: DocumentCounts = field(default_factory=DocumentCounts)
@@ -85,11 +85,11 @@ class Documents:
     head_ends: bool = False
     """That document ends in this block."""
     has_tail: bool = False
-    """The last text is the beginning of a document that goes on, or a further piece of the head's."""
+    """The last text belongs to a document that continues in the next block."""
 
 
 class DocumentFormat(Protocol):
-    """How documents lie in a file."""
+    """How documents are stored in a file."""
 
     def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
         """Blocks from `start`; `continues` as the block there has it. Cheap: called by the reader."""
@@ -101,7 +101,7 @@ class DocumentFormat(Protocol):
 
 
 def ending(path: Path) -> str:
-    """What the name says of the content: its ending before .gz and .zst."""
+    """The ending of the file name that names the format: the one before .gz and .zst."""
     return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
 
 
@@ -151,7 +151,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 class _ZstdFile(io.RawIOBase):
-    """All frames of a file; zstandard's own reader takes a file that was cut off for its end."""
+    """Reads all frames of a file; unlike zstandard's own reader it raises if the file is truncated."""
 
     def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
         self._raw = raw
@@ -161,7 +161,7 @@ class _ZstdFile(io.RawIOBase):
         self._content = memoryview(b"")
 
     def readable(self) -> bool:
-        """It is."""
+        """Always."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -197,7 +197,7 @@ def _zstd_error() -> type[Exception]:
 
 
 def decode(block: Block, errors: EncodingErrors, counts: DocumentCounts) -> str:
-    """The text of a block; replaced characters are counted.
+    """The text of a block; adds the replaced characters to `counts`.
 
     Raises:
         DocumentsError: the block is not UTF-8 and nothing may be replaced.

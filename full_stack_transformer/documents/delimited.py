@@ -1,7 +1,7 @@
-"""Delimited text: a document is what stands before a line that, stripped, equals the delimiter.
+"""Delimited text: a document ends before a line that, stripped, equals the delimiter.
 
-Lines end at a line feed and nowhere else; a carriage return before it belongs to the line end. What
-stands after the last delimiter is no document: it is dropped and counted.
+Lines end at a line feed only; a carriage return before it belongs to the line end. Text after the last
+delimiter is dropped, and counted.
 """
 
 import re
@@ -19,13 +19,13 @@ from full_stack_transformer.documents.blocks import (
 )
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# A border between two words: a byte-level BPE with GPT-2's pattern encodes both sides as it encodes the
-# whole, because one match ends after the letter and the next one begins at the space.
+# A border between two words: a byte-level BPE with GPT-2's pattern gives both sides the tokens that they have
+# in the whole text, because one match ends after the letter and the next begins at the space.
 _WORD_BORDER = re.compile(rb"[A-Za-z](?= [A-Za-z])")
 _BORDER_WINDOW_BYTES = 1 << 16
-# Looked through at a time for white space before a cut.
+# Bytes searched at a time for white space before a cut.
 _WHITE_SPACE_BYTES = 64
-# A line that is longer is no delimiter, whatever it ends with.
+# A longer line is never a delimiter.
 _MAX_DELIMITER_LINE_BYTES = 1 << 15
 
 
@@ -43,8 +43,7 @@ class DelimitedText:
         pending = b""
         is_inside_line = continues
         with open_decompressed(path, start) as file:
-            # Always a whole block from where the last one ended: the cuts are those of a run that was
-            # never interrupted.
+            # Always fill a block from where the last one ended: a resumed run cuts at the same places.
             while data := file.read(BLOCK_BYTES - len(pending)):
                 buffer = pending + data
                 if start == 0 and not held and buffer.startswith(_BYTE_ORDER_MARK):
@@ -76,7 +75,7 @@ class DelimitedText:
         )
         lines = decode(block, self._options.encoding_errors, counts).split("\n")
         stripped = list(map(str.strip, lines))
-        # The lines at a cut are parts of one, and no delimiters whatever they spell.
+        # The lines at a cut are parts of a line, never delimiters.
         first = 1 if block.continues else 0
         stop = len(lines) - 1 if block.unfinished else len(lines)
         borders = _positions(stripped, self._delimiter, first, stop)
@@ -95,12 +94,12 @@ class DelimitedText:
         return found
 
     def _kept_lines(self, block: Block, lines: list[str], stripped: list[str]) -> list[str]:
-        """The lines as they belong into documents."""
+        """The lines as documents keep them."""
         assert isinstance(block.content, bytes)
         if not self._options.strip_lines:
             has_returns = b"\r" in block.content
             return [line.removesuffix("\r") for line in lines] if has_returns else lines
-        # White space at a cut stands inside a line.
+        # White space at a cut is inside a line.
         if block.continues and block.unfinished and len(lines) == 1:
             return lines
         if block.continues:
@@ -117,7 +116,7 @@ class DelimitedText:
             line_end = buffer.find(b"\n", found)
             if line_start == 0 and is_inside_line:
                 return 0
-            # A line without an end may go on in the next block.
+            # A line without an end may continue in the next block.
             if 0 <= line_end <= line_start + _MAX_DELIMITER_LINE_BYTES:
                 line = buffer[line_start:line_end].decode("utf-8", "replace")
                 if line.strip() == self._delimiter:
@@ -173,8 +172,8 @@ def _inside_document(buffer: bytes) -> tuple[int, bool]:
 def _before_white_space(buffer: bytes, cut: int) -> int:
     """The cut, or where the white space before it begins.
 
-    White space at the end of a line belongs to no document; only the next block would tell that it stands
-    there.
+    White space at the end of a line belongs to no document, and only the next block shows whether the line
+    ends there.
     """
     moved = cut
     while moved > 0:

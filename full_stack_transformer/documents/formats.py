@@ -11,7 +11,7 @@ from full_stack_transformer.errors import DocumentsError
 
 JSON_LINES_ENDINGS = (".jsonl", ".ndjson")
 _PARQUET_ENDING = ".parquet"
-# What a directory is searched for; a file that is named is taken whatever its ending.
+# Taken from directories; a file that is named itself may have any ending.
 _ENDINGS_IN_DIRECTORIES = (".txt", *JSON_LINES_ENDINGS, _PARQUET_ENDING)
 
 
@@ -26,7 +26,9 @@ def find_document_files(paths: Sequence[Path], flag: str) -> list[Path]:
         if path.is_file():
             found.append(path)
         elif path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.is_file() and _is_readable(one))
+            inside = sorted(
+                file for file in path.rglob("*") if file.is_file() and _is_readable(file)
+            )
             if not inside:
                 raise DocumentsError(
                     f"{flag} {path} holds no file ending in {', '.join(_ENDINGS_IN_DIRECTORIES)} "
@@ -39,7 +41,7 @@ def find_document_files(paths: Sequence[Path], flag: str) -> list[Path]:
 
 
 def format_of(path: Path, options: ReadingOptions) -> DocumentFormat:
-    """The format that the file's name says: .jsonl and .parquet, everything else is delimited text."""
+    """The format of a file by its name: .jsonl and .parquet; everything else is delimited text."""
     if ending(path) in JSON_LINES_ENDINGS:
         return JsonLines(options)
     if ending(path) == _PARQUET_ENDING:

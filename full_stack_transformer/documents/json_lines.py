@@ -1,6 +1,6 @@
 """JSON Lines: each line is an object, the document is the text of one of its fields.
 
-A line is read as a whole, whatever its length; blocks end at a line feed.
+A line is always read as a whole; blocks end at a line feed.
 """
 
 import json
@@ -42,7 +42,7 @@ class JsonLines:
         yield Block(path, start, start + len(content), content, is_last=True)
 
     def documents(self, block: Block) -> Documents:
-        """The texts of the block's lines; blank lines are passed over."""
+        """The texts of the block's lines; blank lines are skipped."""
         counts = DocumentCounts(num_bytes=block.end - block.start)
         found = Documents([], counts)
         offset = block.start
@@ -63,19 +63,19 @@ class JsonLines:
             row: Any = json.loads(line.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise DocumentsError(
-                f"{path}: the line at byte {offset} should be a JSON object, but is no JSON: {error}"
+                f"{path}: the line at byte {offset} should be a JSON object, but is not valid JSON: {error}"
             ) from error
         text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise DocumentsError(
                 f"{path}: the line at byte {offset} should be a JSON object with a text under {field!r} "
-                f"(--text_field), found {_what_is_there(row, field)}"
+                f"(--text_field), found {_found(row, field)}"
             )
-        # A lone surrogate, which JSON can spell, is no text.
+        # JSON can contain lone surrogates, which are not valid text.
         return text.encode("utf-8", "replace").decode()
 
 
-def _what_is_there(row: Any, field: str) -> str:
+def _found(row: Any, field: str) -> str:
     if not isinstance(row, dict):
         return type(row).__name__
     if field in row:

@@ -1,10 +1,10 @@
-"""How a causal language model goes on with texts that it never saw, beside how they really go on.
+"""Continuations of validation texts by a causal language model, compared with the true ones.
 
     validation sample ──> prompt | expected tokens
                             └──model──> as many tokens ──> BLEU, chrF, ROUGE, distinct-n, repetition
 
-Overlap with the one true continuation is low for any model of free text; the figures compare models on the
-same texts, and say whether a model repeats itself. The same figures of the expected texts stand beside.
+Overlap with the one true continuation is low for any model of free text; the metrics compare models on the
+same texts, and show whether a model repeats itself. The expected texts are measured too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,15 +29,15 @@ from full_stack_transformer.metrics.texts import (
 from full_stack_transformer.modelling.model_directory import OpenedModel
 
 _TEXTS_AT_ONCE = 8
-# A prompt of fewer tokens says nothing of how to go on.
+# A shorter prompt gives too little context.
 _MIN_TOKENS = 16
-# Four words in a row: the order at which a text that turns in circles shows.
+# Four consecutive words: the order that shows repetition best.
 _REPETITION_ORDER = 4
 
 
 @dataclass(frozen=True)
 class ContinuedTexts:
-    """Figures of generated continuations."""
+    """Metrics of generated continuations."""
 
     num_texts: int
     max_new_tokens: int
@@ -45,7 +45,7 @@ class ContinuedTexts:
     figures: dict[str, float]
     """By name; `expected_…` are those of the true continuations."""
     intervals: dict[str, Interval]
-    """95 % bootstrap intervals. distinct-n has none: a text that is drawn twice is never distinct."""
+    """95 % bootstrap intervals. distinct-n has none, as a text that is drawn twice is never distinct."""
 
     def as_json(self) -> dict[str, object]:
         """What `fst evaluate` prints."""
@@ -86,8 +86,8 @@ def evaluate_generation(
     engine = open_engine(model.backbone, num_slots=_TEXTS_AT_ONCE, weights_dtype="float32")
     generator = TextGenerator(model, engine=engine)
     texts = continue_texts(generator, prompts, options)
-    figures, intervals = _measure(texts, expected, seed=seed, num_resamples=num_resamples)
-    return ContinuedTexts(len(texts), max_new_tokens, temperature, figures, intervals)
+    metrics, intervals = _measure(texts, expected, seed=seed, num_resamples=num_resamples)
+    return ContinuedTexts(len(texts), max_new_tokens, temperature, metrics, intervals)
 
 
 def continue_texts(
@@ -99,15 +99,15 @@ def continue_texts(
     running: dict[int, Iterator[str]] = {}
     while waiting or running:
         while waiting and len(running) < _TEXTS_AT_ONCE:
-            number = waiting.pop()
-            running[number] = generator.stream(prompts[number], options)
+            index = waiting.pop()
+            running[index] = generator.stream(prompts[index], options)
         # All streams share the engine: each step of one is a step of all.
-        for number, stream in list(running.items()):
+        for index, stream in list(running.items()):
             piece = next(stream, None)
             if piece is None:
-                del running[number]
+                del running[index]
             else:
-                texts[number] += piece
+                texts[index] += piece
     return [generator.model.tokenizer.after_decoding(text) for text in texts]
 
 

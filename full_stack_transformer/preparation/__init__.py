@@ -1,1 +1,1 @@
-"""Documents -> dataset directory. Writes the contract that `datasets` reads; never imports torch."""
+"""Documents -> dataset directory. Writes what `datasets` reads; never imports torch."""

@@ -1,10 +1,13 @@
-"""Blocks -> framed token ids: what a worker does, and the workers.
+"""Blocks -> framed token ids, by workers; framed documents -> samples of a corpus.
 
-    reader (this thread) --blocks--> workers: documents, ids, frames --EncodedBlock, in order--> writer
+    reader (this thread) --blocks--> workers: documents, ids, frames --EncodedBlock, in order--> SampleWriter
 
-At most a few blocks are under way, so memory does not grow with the input. Threads suffice up to four
-workers, as decoding and encoding release the interpreter's lock for much of their time; more are spawned
-processes. The results do not depend on the number of workers.
+Only a few blocks are in memory at a time. Up to four workers are threads, as decoding and encoding release
+the interpreter's lock most of the time; more are spawned processes. The results do not depend on the number
+of workers.
+
+A document is cut into consecutive samples of `max_sample_length` tokens, the last one shorter; samples
+shorter than `min_sample_length` are dropped and counted.
 """
 
 import hashlib
@@ -35,7 +38,7 @@ DIGEST_BYTES = 16
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Framed documents of a block, one after the other."""
+    """Framed documents of a block, concatenated."""
 
     block_end: int
     token_ids: NDArray[np.unsignedinteger]
@@ -43,19 +46,19 @@ class EncodedBlock:
     lengths: NDArray[np.int64]
     """(documents,) tokens of each document, or of the piece of it that is in this block."""
     digests: tuple[bytes, ...]
-    """(documents,) hashes of their texts, where they are wanted."""
+    """(documents,) hashes of their texts; empty without --deduplicate and --validation_fraction."""
     counts: DocumentCounts
     continues: bool
     """The first piece belongs to the document that is open."""
     unfinished: bool
     """The last piece leaves its document open."""
     drops_open_document: bool
-    """The open document never ended: nothing of it may stay."""
+    """The open document has no end: all of its samples are dropped."""
 
 
 @dataclass(frozen=True)
 class BlockEncoderOptions:
-    """What a worker needs to know; travels to spawned processes."""
+    """Options of a worker; sent to spawned processes."""
 
     tokenizer_directory: Path
     backend: BackendName
@@ -64,7 +67,7 @@ class BlockEncoderOptions:
 
 
 class BlockEncoder:
-    """Turns blocks into framed token ids; may be called by several threads at once."""
+    """Turns blocks into framed token ids; several threads may call it at the same time."""
 
     def __init__(
         self, options: BlockEncoderOptions, tokenizer: DocumentTokenizer, encoder: Encoder
@@ -105,7 +108,7 @@ class BlockEncoder:
 def framed_texts(
     texts: list[str], begins: list[bool], ends: list[bool], tokenizer: DocumentTokenizer
 ) -> list[str]:
-    """The texts as they are encoded: normalized, with what stands before and after a document."""
+    """The texts to encode: normalized, with the tokenizer's text before and after each document."""
     before, after = tokenizer.text_before, tokenizer.text_after
     normalize = tokenizer.normalize
     return [
@@ -138,13 +141,13 @@ def _digest(text: str) -> bytes:
 
 
 class Workers:
-    """Encode blocks at the same time; started once for all files of a preparation.
+    """Encode blocks in parallel; started once for all files of a preparation.
 
     Args:
-        options: what to do.
-        tokenizer: the one that the options name, opened.
+        options: sent to each process.
+        tokenizer: the opened tokenizer of the options.
         encoder: its encoder; threads share it, processes make their own.
-        num_workers: threads, or above MAX_THREADS processes.
+        num_workers: number of threads, or of processes if above MAX_THREADS.
     """
 
     def __init__(
@@ -170,17 +173,17 @@ class Workers:
 
     def encode(self, blocks: Iterable[Block]) -> Iterator[EncodedBlock]:
         """The blocks, encoded, in their order."""
-        under_way: deque[Future[EncodedBlock]] = deque()
+        pending: deque[Future[EncodedBlock]] = deque()
         try:
             for block in blocks:
-                under_way.append(self._executor.submit(self._encode, block))
-                # One more than there are workers, so that none waits for the reader.
-                if len(under_way) > self._num_workers + 1:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                pending.append(self._executor.submit(self._encode, block))
+                # One more than workers, so that no worker waits for the reader.
+                if len(pending) > self._num_workers + 1:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in under_way:
+            for future in pending:
                 future.cancel()
 
     def __enter__(self) -> Self:
@@ -212,7 +215,7 @@ def _encode_in_process(block: Block) -> EncodedBlock:
 
 @dataclass
 class SampleCounts:
-    """What became of the tokens."""
+    """Samples written and dropped."""
 
     num_samples: int = 0
     num_tokens: int = 0
@@ -222,12 +225,12 @@ class SampleCounts:
 
 @dataclass
 class OpenDocument:
-    """A document whose end has not arrived."""
+    """A document whose end is in a later block."""
 
     rest: list[int] = field(default_factory=list)
-    """Its last tokens, fewer than a sample."""
+    """Its last tokens, fewer than a sample has."""
     counts_before: SampleCounts = field(default_factory=SampleCounts)
-    """What there was before it began."""
+    """The counts before it began."""
 
 
 class SampleWriter:
@@ -258,10 +261,10 @@ class SampleWriter:
         """Append the samples of documents.
 
         Args:
-            token_ids: (tokens,) of all of them, one after the other.
+            token_ids: (tokens,) of all documents, concatenated.
             lengths: (documents,) tokens of each.
-            continues: the first one is a piece of the open document.
-            unfinished: the last one stays open.
+            continues: the first document continues the open one.
+            unfinished: the last document stays open.
         """
         counts_before = SampleCounts(**vars(self.counts))
         if continues:
@@ -282,7 +285,7 @@ class SampleWriter:
         self._append(token_ids, lengths)
         if unfinished:
             if is_new:
-                # Only whole samples of it have been appended, so what there was before is known.
+                # Only whole samples of it were appended, so the counts before it are known.
                 num_own = int(lengths[-1])
                 counts_before = SampleCounts(**vars(self.counts))
                 counts_before.num_tokens -= num_own

@@ -1,10 +1,9 @@
-"""What an interrupted preparation has finished, so that `--resume` goes on behind it.
+"""What an interrupted preparation has finished, so that `--resume` continues after it.
 
     journal.jsonl   first line: the fingerprint of options and inputs
-                    further lines: state of a half after some blocks, each written after the corpus files
-                    had been flushed up to it
+                    further lines: progress of a pass, written after the corpus files were flushed
 
-The last line that is whole counts. Lives in the temporary directory and is gone when that gets its name.
+The last complete line counts. The file is in the temporary directory and is removed before that is renamed.
 """
 
 import dataclasses
@@ -20,13 +19,13 @@ from full_stack_transformer.documents.blocks import DocumentCounts
 from full_stack_transformer.preparation.encoding import OpenDocument, SampleCounts
 
 JOURNAL_FILE_NAME = "journal.jsonl"
-# A flush costs some milliseconds and is what a kill costs at most.
+# A flush takes some milliseconds; a killed run loses at most this much work.
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass
 class SplitState:
-    """How far the samples of one half have come."""
+    """Counts of one split so far, and its open document."""
 
     documents: DocumentCounts = field(default_factory=DocumentCounts)
     samples: SampleCounts = field(default_factory=SampleCounts)
@@ -35,7 +34,7 @@ class SplitState:
 
 @dataclass
 class Progress:
-    """How far one pass over input files has come."""
+    """Position of one pass over input files."""
 
     pass_name: str
     file_number: int = 0
@@ -62,7 +61,7 @@ class Journal:
 
     @staticmethod
     def fingerprint_of(directory: Path) -> str | None:
-        """The fingerprint in the journal of an interrupted preparation; none if it got no further."""
+        """The fingerprint of an interrupted preparation; None if it has no journal yet."""
         try:
             with (directory / JOURNAL_FILE_NAME).open(encoding="utf-8") as file:
                 return str(json.loads(file.readline())["fingerprint"])
@@ -71,7 +70,7 @@ class Journal:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for a line."""
+        """Whether it is time to write a line."""
         return time.monotonic() - self._written >= _SECONDS_BETWEEN_LINES
 
     def write(self, progress: Progress) -> None:
@@ -80,7 +79,7 @@ class Journal:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The preparation is complete."""
+        """Delete the journal of a complete preparation."""
         self._path.unlink()
 
     def _append(self, content: dict[str, Any]) -> None:
@@ -92,7 +91,7 @@ class Journal:
     def _read(self) -> None:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # the line at which it was killed
+        if len(whole) < len(content):  # killed while writing the last line
             os.truncate(self._path, len(whole))
         for line in whole.decode().splitlines()[1:]:
             progress = _progress_of(json.loads(line))
@@ -100,7 +99,7 @@ class Journal:
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """A hash of what must be the same for a preparation to be gone on with."""
+    """A hash of everything that must be the same for a preparation to be resumed."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

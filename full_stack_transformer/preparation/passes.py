@@ -1,4 +1,4 @@
-"""One pass over input files: their documents into the corpora of one or both halves.
+"""One pass over input files: their documents go to the corpora of one or both splits.
 
     files -> blocks --workers--> encoded blocks -> duplicates out -> train or valid -> samples -> corpus
 
@@ -33,28 +33,28 @@ from full_stack_transformer.preparation.encoding import (
 from full_stack_transformer.preparation.journal import Journal, Progress, SplitState
 
 DIGESTS_FILE_NAME = "digests.bin"
-# Positions in these count decompressed bytes or rows: of how many is not known before the end.
+# Positions in these count decompressed bytes or rows, whose total is not known before the end.
 _UNKNOWN_LENGTHS = (".gz", ".zst", ".parquet")
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Input files and what is made of them."""
+    """Input files, and the splits that they become."""
 
     name: str
-    """train or valid: the half that documents go to."""
+    """train or valid: the split that documents go to."""
     files: list[Path]
     validation_fraction: float = 0.0
-    """The part of the documents that goes to valid instead."""
+    """Fraction of the documents that goes to valid instead."""
 
     @property
     def splits(self) -> list[str]:
-        """The halves that this pass writes."""
+        """The splits that this pass writes."""
         return [self.name, "valid"] if self.validation_fraction else [self.name]
 
 
 def run_pass(
-    one: Pass,
+    file_pass: Pass,
     directory: Path,
     reading: ReadingOptions,
     workers: Workers,
@@ -63,52 +63,52 @@ def run_pass(
     *,
     vocab_size: int,
 ) -> dict[str, SplitState]:
-    """Write the corpora of a pass, from where the journal says, and return what they became."""
-    progress = journal.last.get(one.name) or Progress(
-        one.name, splits={split: SplitState() for split in one.splits}
+    """Write the corpora of a pass, continuing where the journal ends; the final state of each split."""
+    progress = journal.last.get(file_pass.name) or Progress(
+        file_pass.name, splits={split: SplitState() for split in file_pass.splits}
     )
     if progress.is_done:
         return progress.splits
     with contextlib.ExitStack() as stack:
-        halves = _Halves(stack, directory, vocab_size, progress, arguments)
+        splits = _Splits(stack, directory, vocab_size, progress, arguments)
         duplicates = None
         if arguments.deduplicate == "exact":
             duplicates = stack.enter_context(
                 contextlib.closing(_Duplicates(directory / DIGESTS_FILE_NAME, progress.num_digests))
             )
-        line = stack.enter_context(_ProgressLine(one.name, one.files))
-        _write_blocks(one, reading, workers, progress, halves, duplicates, journal, line)
-        # A finished pass is recorded after its files are complete, which leaving the stack does.
+        line = stack.enter_context(_ProgressLine(file_pass.name, file_pass.files))
+        _write_blocks(file_pass, reading, workers, progress, splits, duplicates, journal, line)
+    # Recorded now that leaving the stack has completed the files.
     progress.is_done = True
     journal.write(progress)
     return progress.splits
 
 
 def _write_blocks(
-    one: Pass,
+    file_pass: Pass,
     reading: ReadingOptions,
     workers: Workers,
     progress: Progress,
-    halves: "_Halves",
+    splits: "_Splits",
     duplicates: "_Duplicates | None",
     journal: Journal,
     line: "_ProgressLine",
 ) -> None:
-    while progress.file_number < len(one.files):
-        path = one.files[progress.file_number]
+    while progress.file_number < len(file_pass.files):
+        path = file_pass.files[progress.file_number]
         blocks = format_of(path, reading).blocks(
-            path, start=progress.position, continues=halves.has_open_document
+            path, start=progress.position, continues=splits.has_open_document
         )
         line.begin_file(path, progress.position)
         with contextlib.closing(blocks):
             for encoded in workers.encode(_seen(blocks, line)):
-                halves.add(encoded, one, duplicates)
+                splits.add(encoded, file_pass, duplicates)
                 progress.position = encoded.block_end
                 if journal.is_due:
                     progress.num_digests = duplicates.flush() if duplicates else 0
-                    halves.flush()
+                    splits.flush()
                     journal.write(progress)
-        counts = progress.splits[one.name].documents
+        counts = progress.splits[file_pass.name].documents
         num_documents = counts.num_documents - progress.num_documents_before
         _check_file(path, num_documents, reading, counts.num_bytes)
         progress.file_number += 1
@@ -123,7 +123,7 @@ def _seen(blocks: Iterator[Block], line: "_ProgressLine") -> Iterator[Block]:
 
 
 def _check_file(path: Path, num_documents: int, reading: ReadingOptions, num_bytes: int) -> None:
-    """Say what is wrong with a file that gave no document."""
+    """Raise if a file has no documents."""
     if num_documents:
         return
     raise DocumentsError(
@@ -133,8 +133,8 @@ def _check_file(path: Path, num_documents: int, reading: ReadingOptions, num_byt
     )
 
 
-class _Halves:
-    """The corpora that a pass writes, and the state of each."""
+class _Splits:
+    """The corpora that a pass writes, with the state of each."""
 
     def __init__(
         self,
@@ -166,21 +166,21 @@ class _Halves:
 
     @property
     def has_open_document(self) -> bool:
-        """Whether a document larger than a block is on its way."""
+        """Whether a document continues in the next block."""
         return any(state.open_document is not None for state in self._states.values())
 
-    def add(self, encoded: EncodedBlock, one: Pass, duplicates: "_Duplicates | None") -> None:
-        """Append the documents of a block to the halves that they belong to."""
-        counts = self._states[one.name].documents
+    def add(self, encoded: EncodedBlock, file_pass: Pass, duplicates: "_Duplicates | None") -> None:
+        """Append the documents of a block to their splits."""
+        counts = self._states[file_pass.name].documents
         counts.add(encoded.counts)
         if encoded.drops_open_document:
-            self._writers[one.name].drop_open_document()
-        is_valid = _goes_to_valid(encoded, one.validation_fraction)
+            self._writers[file_pass.name].drop_open_document()
+        is_valid = _goes_to_valid(encoded, file_pass.validation_fraction)
         is_new = np.ones(len(encoded.lengths), dtype=bool)
         if duplicates is not None:
             is_new = duplicates.filter(encoded)
             counts.num_duplicate_documents += int((~is_new).sum())
-        self._append(one.name, encoded, is_new & ~is_valid)
+        self._append(file_pass.name, encoded, is_new & ~is_valid)
         if is_valid.any():
             self._append("valid", encoded, is_new & is_valid)
             self._states["valid"].documents.num_documents += int((is_new & is_valid).sum())
@@ -209,7 +209,7 @@ class _Halves:
 
 
 def _goes_to_valid(encoded: EncodedBlock, fraction: float) -> NDArray[np.bool_]:
-    """Whether each document is among the fraction, by a hash of its text; a piece of one never is."""
+    """Whether each document goes to valid, by a hash of its text; pieces of documents never do."""
     if not fraction:
         return np.zeros(len(encoded.lengths), dtype=bool)
     limit = int(fraction * 2**64)
@@ -227,10 +227,10 @@ def _is_piece(encoded: EncodedBlock) -> NDArray[np.bool_]:
 
 
 class _Duplicates:
-    """Hashes of the texts so far; kept in a file beside the journal, for --resume.
+    """Hashes of the texts so far; kept in a file next to the journal, for --resume.
 
-    128 bits: among 10^12 documents two different ones share a hash with a probability below 10^-14. A
-    document larger than a block arrives in pieces and is never taken for a duplicate.
+    128 bits: among 10^12 documents the probability that two different ones share a hash is below 10^-14. A
+    document larger than a block arrives in pieces and never counts as a duplicate.
     """
 
     def __init__(self, path: Path, num_known: int) -> None:
@@ -245,27 +245,27 @@ class _Duplicates:
         }
 
     def filter(self, encoded: EncodedBlock) -> NDArray[np.bool_]:
-        """Whether each document is new, and remember the new ones."""
+        """Whether each document is new; remembers the new ones."""
         is_piece = _is_piece(encoded)
         is_new = np.ones(len(encoded.lengths), dtype=bool)
-        for number, digest in enumerate(encoded.digests):
-            if is_piece[number]:
+        for index, digest in enumerate(encoded.digests):
+            if is_piece[index]:
                 continue
             if digest in self._seen:
-                is_new[number] = False
+                is_new[index] = False
             else:
                 self._seen.add(digest)
                 self._file.write(digest)
         return is_new
 
     def flush(self) -> int:
-        """Make the hashes durable, and return how many there are."""
+        """Make the hashes durable; returns how many there are."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return len(self._seen)
 
     def close(self) -> None:
-        """Nothing more will be asked."""
+        """Close the file."""
         self._file.close()
 
 
@@ -289,7 +289,7 @@ class _ProgressLine:
         self._position = 0
 
     def begin_file(self, path: Path, position: int) -> None:
-        """The next positions are of this file; what lies before `position` was read by an earlier run."""
+        """The next positions are of this file; an earlier run read what is before `position`."""
         self._progress.update(self._task, description=path.name)
         self._progress.advance(self._task, position)
         self._position = position

@@ -2,8 +2,8 @@
 
     files -> blocks -> documents -> framed token ids -> samples -> corpus files
 
-Streams: only a few blocks are in memory. An interrupted preparation is gone on with by --resume. Never
-imports torch.
+Streams: only a few blocks are in memory. --resume continues an interrupted preparation. Never imports
+torch.
 """
 
 import contextlib
@@ -50,12 +50,12 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
     Raises:
         DocumentsError: a file cannot be read, or holds no documents.
         TokenizerError: the tokenizer cannot be opened.
-        DatasetError: no sample is left after the length rule.
+        DatasetError: all samples are shorter than the minimum.
         MachineError: the disk is full.
     """
     started = time.perf_counter()
     passes = _passes(arguments)
-    # Opened before anything is written: a wrong path should leave no trace.
+    # Opened before anything is written, so that a wrong path leaves nothing behind.
     given_tokenizer = _given_tokenizer(arguments)
     mark = _fingerprint(arguments, passes)
 
@@ -66,7 +66,7 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
         tokenizer_directory = dataset.directory / TOKENIZER_DIRECTORY_NAME
         journal = Journal(dataset.directory, mark)
         if journal.last:
-            logger.info("going on with the interrupted preparation in %s", dataset.directory)
+            logger.info("resuming the interrupted preparation in %s", dataset.directory)
             tokenizer = open_saved_tokenizer(tokenizer_directory)
         else:
             tokenizer = given_tokenizer or _trained_tokenizer(arguments, passes)
@@ -85,9 +85,9 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
         states: dict[str, SplitState] = {}
         num_workers = arguments.num_workers or num_cores()
         with Workers(options, tokenizer, encoder, num_workers=num_workers) as workers:
-            for one in passes:
+            for file_pass in passes:
                 states |= run_pass(
-                    one,
+                    file_pass,
                     dataset.directory,
                     reading,
                     workers,
@@ -107,7 +107,7 @@ def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
 
 
 def _passes(arguments: PrepareDatasetArguments) -> list[Pass]:
-    """The input files, by what is made of them."""
+    """The input files, by the splits that they become."""
     train = find_document_files(arguments.documents_train_file, "--documents_train_file")
     if not arguments.documents_valid_file:
         return [Pass("train", train, arguments.validation_fraction)]
@@ -117,12 +117,12 @@ def _passes(arguments: PrepareDatasetArguments) -> list[Pass]:
 
 def _fingerprint(arguments: PrepareDatasetArguments, passes: list[Pass]) -> str:
     options = dataclasses.asdict(arguments)
-    for changes_nothing in ("resume", "num_workers"):
-        del options[changes_nothing]
+    for without_effect in ("resume", "num_workers"):
+        del options[without_effect]
     files = [
-        (one.name, path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for one in passes
-        for path in one.files
+        (file_pass.name, path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for file_pass in passes
+        for path in file_pass.files
     ]
     return fingerprint(
         {"options": options, "files": files, "version": version("full_stack_transformer")}
@@ -157,18 +157,18 @@ def _trained_tokenizer(arguments: PrepareDatasetArguments, passes: list[Pass]) -
     return TrainedTokenizer.train(texts, vocab_size=arguments.vocab_size)
 
 
-def _texts(one: Pass, reading: ReadingOptions) -> Generator[str, None, None]:
-    for path in one.files:
+def _texts(file_pass: Pass, reading: ReadingOptions) -> Generator[str, None, None]:
+    for path in file_pass.files:
         document_format = format_of(path, reading)
         with contextlib.closing(document_format.blocks(path, start=0, continues=False)) as blocks:
             for block in blocks:
                 yield from document_format.documents(block).texts
 
 
-def _first_texts(one: Pass, reading: ReadingOptions) -> list[str]:
+def _first_texts(file_pass: Pass, reading: ReadingOptions) -> list[str]:
     texts: list[str] = []
     num_characters = 0
-    with contextlib.closing(_texts(one, reading)) as reader:
+    with contextlib.closing(_texts(file_pass, reading)) as reader:
         for text in reader:
             texts.append(text[: _MAX_COMPARED_CHARACTERS - num_characters])
             num_characters += len(texts[-1])

@@ -1,4 +1,4 @@
-"""What a preparation did: description.json, and some lines for the person who waited."""
+"""The results of a preparation: description.json, and log lines."""
 
 import dataclasses
 import logging
@@ -35,8 +35,8 @@ def describe(
     directory: Path,
     started: float,
 ) -> dict[str, Any]:
-    """The content of description.json; says nothing of places on this machine."""
-    inputs = [path for one in passes for path in one.files]
+    """The content of description.json, without paths of this machine."""
+    inputs = [path for file_pass in passes for path in file_pass.files]
     outputs = files_below(directory)
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
         facts = dict(
@@ -64,7 +64,8 @@ def describe(
             split: _histogram(directory / split, states[split], arguments) for split in states
         },
         "input_files": {
-            one.name: [{"name": path.name, **facts[path]} for path in one.files] for one in passes
+            file_pass.name: [{"name": path.name, **facts[path]} for path in file_pass.files]
+            for file_pass in passes
         },
         "output_files": {path.relative_to(directory).as_posix(): facts[path] for path in outputs},
         "package_versions": {
@@ -86,7 +87,7 @@ def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
 
 
 def _counts(states: dict[str, SplitState]) -> dict[str, dict[str, int]]:
-    """The counts of each half, for the description."""
+    """The counts of each split, for the description."""
     return {
         split: {**dataclasses.asdict(state.documents), **dataclasses.asdict(state.samples)}
         for split, state in states.items()
@@ -96,7 +97,7 @@ def _counts(states: dict[str, SplitState]) -> dict[str, dict[str, int]]:
 def _histogram(
     directory: Path, state: SplitState, arguments: PrepareDatasetArguments
 ) -> dict[str, list[int]]:
-    """Samples by length: `limits` (bins + 1,), the last one included, and `counts` (bins,)."""
+    """Histogram of sample lengths: `limits` (bins + 1,), the last included, and `counts` (bins,)."""
     starts = np.load(directory / POSITIONS_FILE_NAME, mmap_mode="r")
     limits = np.unique(
         np.linspace(arguments.min_sample_length, arguments.max_sample_length, _NUM_BINS + 1).astype(
@@ -116,7 +117,7 @@ def _histogram(
 
 
 def log_report(description: dict[str, Any], states: dict[str, SplitState], seconds: float) -> None:
-    """Say what became of the documents."""
+    """Log the counts, the sample lengths and the speed."""
     for split, state in states.items():
         documents, samples = state.documents, state.samples
         notes = [
@@ -125,12 +126,12 @@ def log_report(description: dict[str, Any], states: dict[str, SplitState], secon
                 (documents.num_empty_documents, "empty documents"),
                 (documents.num_duplicate_documents, "duplicates dropped"),
                 (documents.num_replaced_characters, "characters replaced"),
-                (documents.num_forced_cuts, "words cut, too long for a block"),
+                (documents.num_forced_cuts, "words cut because they are longer than a block"),
             )
             if count
         ]
         logger.info(
-            "%s: %s documents, %s samples, %s tokens; dropped %s samples (%s tokens) that were too short%s",
+            "%s: %s documents, %s samples, %s tokens; dropped %s samples (%s tokens) as too short%s",
             split,
             f"{documents.num_documents:,}",
             f"{samples.num_samples:,}",

@@ -1,1 +1,1 @@
-"""Labelled rows: files, field names, splits, hub, downloads. Knows nothing of tasks."""
+"""Labelled rows: files, field names, splits, downloads. Knows nothing of tasks."""

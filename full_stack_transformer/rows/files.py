@@ -1,11 +1,11 @@
-"""Labelled rows out of files: each row a dict, with the place where it stood.
+"""Labelled rows from files: each row is a dict with its place in the file.
 
-    .jsonl .ndjson   a JSON object a line                  .json      a list of objects, or SQuAD's form
-    .csv .tsv        a header, then a row a line           .parquet   columns
-    .conll .bio      a word and its label a line, a blank line after each sentence
-    a folder         a folder of .txt files for each label, as IMDB has it
+    .jsonl .ndjson   a JSON object per line                .json      a list of objects, or SQuAD's form
+    .csv .tsv        a header, then a row per line         .parquet   columns
+    .conll .bio      a word and its label per line, a blank line after each sentence
+    a folder         a folder of .txt files for each label, like IMDB
 
-All of them plain, .gz or .zst. Knows file formats, and not what a task makes of a row: see fields.py.
+All of them plain, .gz or .zst. Knows file formats; fields.py knows the names of fields.
 """
 
 import csv
@@ -22,7 +22,7 @@ from full_stack_transformer.errors import DocumentsError, MissingExtraError, Row
 
 Row = Mapping[str, Any]
 
-# Under this key a row says where it stood, for errors; written nowhere.
+# Key of a row's place in its file, for errors; never written.
 PLACE = "_place"
 _JSON_LINES = (".jsonl", ".ndjson")
 _LABELLED_WORDS = (".conll", ".bio", ".iob2")
@@ -32,8 +32,8 @@ _UNLABELLED_FOLDERS = ("unsup",)
 # A cell of a CSV file may hold a long document; Python's own limit is 131,072 characters.
 _MAX_CELL_CHARACTERS = 1 << 27
 _DOCUMENT_START = "-DOCSTART-"
-# Published files whose first line is a row already, by what it looks like; tabs are between the cells.
-_WITHOUT_NAMES = (
+# Published tab-separated files without a header, recognised by their first line.
+_WITHOUT_HEADER = (
     (re.compile(r"\d+\t[^\t]+\t[^\t]+\t[01]"), ("id", "sentence1", "sentence2", "label")),  # ATEC
     (re.compile(r"\w+\t[01]\t\*?\t[^\t]+"), ("source", "label", "mark", "sentence")),  # CoLA
 )
@@ -41,10 +41,10 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file or folder, in the order in which they stand there.
+    """The rows of a file or folder, in their order.
 
     Raises:
-        RowError: there is no such file, its ending is none of the known ones, or it cannot be read.
+        RowError: the file does not exist, has an unknown ending, or cannot be read.
     """
     if path.is_dir():
         yield from _labelled_folders(path)
@@ -77,14 +77,16 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
+        place = f"{path}, line {line_number}"
         try:
             row = _loaded(line)
         except (ValueError, RecursionError) as error:
-            raise RowError(f"{place} should be a JSON object, but is no JSON: {error}") from error
+            raise RowError(
+                f"{place} should be a JSON object, but is not valid JSON: {error}"
+            ) from error
         yield _placed(row, place)
 
 
@@ -92,7 +94,7 @@ def _json(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
     try:
         content = _loaded(text.read())
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{path} should hold JSON: {error}") from error
+        raise RowError(f"{path} should be JSON: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
         if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
@@ -100,17 +102,17 @@ def _json(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
             return
     if not isinstance(content, list):
         raise RowError(
-            f"{path} should hold a list of objects, or SQuAD's object with `data`; found "
-            f"{type(content).__name__}; a row a line belongs into a .jsonl file"
+            f"{path} should be a list of objects, or SQuAD's object with `data`; found "
+            f"{type(content).__name__}; a file with a row per line should end in .jsonl"
         )
-    for number, row in enumerate(content):
-        yield _placed(row, f"{path}, row {number}")
+    for index, row in enumerate(content):
+        yield _placed(row, f"{path}, row {index}")
 
 
 def _loaded(text: str) -> Any:
     content = json.loads(text)
     if _SURROGATE.search(text):
-        # A lone surrogate, which JSON can spell, is no text.
+        # JSON can contain lone surrogates, which are not valid text.
         whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
         content = json.loads(whole)
     return content
@@ -138,21 +140,21 @@ def _nested_spans(path: Path, articles: list[Any]) -> Iterator[Row]:
 def _table(path: Path, lines: io.TextIOWrapper, *, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     first = lines.readline()
-    known = [names for form, names in _WITHOUT_NAMES if form.fullmatch(first.rstrip("\r\n"))]
+    known = [names for pattern, names in _WITHOUT_HEADER if pattern.fullmatch(first.rstrip("\r\n"))]
     delimiter = "\t" if known else delimiter
-    every = chain([first], lines) if first else lines
-    # GLUE's .tsv files have quotation marks that open and never close.
+    all_lines = chain([first], lines) if first else lines
+    # GLUE's .tsv files have quotation marks that are never closed.
     if delimiter == ",":
-        reader = csv.reader(every, strict=True)
+        reader = csv.reader(all_lines, strict=True)
     else:
-        reader = csv.reader(every, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        reader = csv.reader(all_lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     try:
         header = list(known[0]) if known else next(reader, None)
         if header is None:
-            raise RowError(f"{path} should begin with a line of column names; it is empty")
-        twice = [name for name in header if header.count(name) > 1]
-        if twice:
-            raise RowError(f"{path}, line 1: two columns have the name {twice[0]!r}; rename one")
+            raise RowError(f"{path} should start with a line of column names; it is empty")
+        repeated = [name for name in header if header.count(name) > 1]
+        if repeated:
+            raise RowError(f"{path}, line 1: two columns have the name {repeated[0]!r}; rename one")
         for cells in reader:
             if not cells:
                 continue
@@ -174,31 +176,31 @@ def _parquet(path: Path) -> Iterator[Row]:
             f"{path} needs the package pyarrow, which is not installed; "
             "install it with: pip install -c constraints.txt -e '.[data]'"
         ) from error
-    number = 0
+    index = 0
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
-                    yield {**row, PLACE: f"{path}, row {number}"}
-                    number += 1
+                    yield {**row, PLACE: f"{path}, row {index}"}
+                    index += 1
     except (OSError, ArrowException) as error:
         raise RowError(f"{path} should be a Parquet file, but cannot be read: {error}") from error
 
 
 def _labelled_words(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
-    """The first column is the word, the last one its label; with tabs between them words may hold spaces."""
+    """The first column is the word, the last its label; in tab-separated files words may contain spaces."""
     words: list[str] = []
     labels: list[str] = []
     start = 1
-    for number, line in enumerate([*lines, ""], start=1):
+    for line_number, line in enumerate([*lines, ""], start=1):
         cells = line.strip("\r\n").split("\t") if "\t" in line.strip() else line.split()
         if cells and not cells[0].startswith(_DOCUMENT_START):
             if len(cells) < 2:
                 raise RowError(
-                    f"{path}, line {number} should be a word and its label, or blank; found {line!r}"
+                    f"{path}, line {line_number} should be a word and its label, or blank; found {line!r}"
                 )
             if not words:
-                start = number
+                start = line_number
             words.append(cells[0])
             labels.append(cells[-1])
         elif words:
@@ -208,10 +210,14 @@ def _labelled_words(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
 
 def _labelled_folders(path: Path) -> Iterator[Row]:
     folders = sorted(
-        one for one in path.iterdir() if one.is_dir() and one.name not in _UNLABELLED_FOLDERS
+        inner
+        for inner in path.iterdir()
+        if inner.is_dir() and inner.name not in _UNLABELLED_FOLDERS
     )
     if not folders:
-        raise RowError(f"{path} should hold a folder of .txt files for each label; it has none")
+        raise RowError(
+            f"{path} should have a folder of .txt files for each label; it has no folders"
+        )
     num_rows = 0
     for folder in folders:
         for file in sorted(folder.glob("*.txt")):
@@ -223,7 +229,7 @@ def _labelled_folders(path: Path) -> Iterator[Row]:
             yield {"text": text, "label": folder.name, PLACE: str(file)}
     if not num_rows:
         raise RowError(
-            f"{path}: its folders {', '.join(f.name for f in folders)} hold no .txt file"
+            f"{path}: its folders {', '.join(f.name for f in folders)} have no .txt files"
         )
 
 

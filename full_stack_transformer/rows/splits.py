@@ -26,9 +26,9 @@ _HUB_NAMES: dict[Split, tuple[str, ...]] = {
     "test": ("test", "test_matched"),
 }
 _HASH_RANGE = 1 << 64
-# Rows with the same one of these stay together.
+# Rows with the same value of this field stay together.
 GROUP_FIELD = "group"
-# Fields in which rows of the same texts differ: numbers of rows, and labels.
+# Fields that may differ between rows of the same texts: ids and labels.
 _NO_TEXTS = LABEL_NAMES | {PLACE, "", "id", "idx", "index", "guid"}
 
 
@@ -39,31 +39,35 @@ def find_splits(directory: Path) -> dict[Split, Path]:
         RowError: there is no training file.
     """
     found: dict[Split, Path] = {}
-    for split, names in _NAMES.items():
+    for split, stems in _NAMES.items():
         for path in sorted(directory.iterdir()):
             is_rows = path.is_dir() or ending(path) in ROW_ENDINGS
-            if path.name.split(".")[0] in names and is_rows:
+            if path.name.split(".")[0] in stems and is_rows:
                 found.setdefault(split, path)
     if "train" not in found:
+        names = sorted(path.name for path in directory.iterdir())
         raise RowError(
-            f"{directory} should hold train with one of the endings {', '.join(ROW_ENDINGS)}, or a folder "
-            f"train; found {', '.join(sorted(path.name for path in directory.iterdir())[:8]) or 'nothing'}"
+            f"{directory} should have a file train with one of the endings {', '.join(ROW_ENDINGS)}, or a "
+            f"folder train; found {', '.join(names[:8]) or 'nothing'}"
         )
     return found
 
 
 def hub_rows(name: str) -> dict[Split, list[Row]]:
-    """The splits of `OWNER/NAME`, or `OWNER/NAME:CONFIGURATION`; classes by their names.
+    """The splits of a data set of the Hugging Face hub, by the package `datasets`; classes by their names.
+
+    Args:
+        name: `OWNER/NAME`, or `OWNER/NAME:CONFIGURATION`.
 
     Raises:
         MissingExtraError: the package is not installed.
-        RowError: there is no such data set, or it needs a loading script.
+        RowError: the data set does not exist, or needs a loading script.
     """
     try:
         from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{name!r} is no directory here; to load it from the Hugging Face hub install the package "
+            f"{name!r} is not a directory; to load it from the Hugging Face hub install the package "
             "datasets: pip install datasets"
         ) from error
     path, _, configuration = name.partition(":")
@@ -82,9 +86,9 @@ def hub_rows(name: str) -> dict[Split, list[Row]]:
         raise RowError(f"the data set {name!r} cannot be loaded: {error}") from error
     splits: dict[Split, list[Row]] = {}
     for split, names in _HUB_NAMES.items():
-        for one in names:
-            if one in found:
-                splits[split] = _hub_rows(found[one], f"{name} {one}")
+        for hub_name in names:
+            if hub_name in found:
+                splits[split] = _hub_rows(found[hub_name], f"{name} {hub_name}")
                 break
     if "train" not in splits:
         raise RowError(f"the data set {name!r} has no split train; found {', '.join(found)}")
@@ -92,10 +96,10 @@ def hub_rows(name: str) -> dict[Split, list[Row]]:
 
 
 def split_by_hash(rows: Iterable[Row], parts: Sequence[float], *, seed: int = 0) -> list[list[Row]]:
-    """The rows in as many lists as `parts`, each about such a part of them.
+    """The rows in as many lists as `parts`, each with about that fraction of them.
 
-    Where a row goes depends on its texts (or its group) and the seed alone: equal rows stay together, and
-    others that are added or taken away move none.
+    The list of a row depends only on its texts (or its group) and the seed: equal rows stay together, and
+    adding or removing rows does not move others.
     """
     total, borders = 0.0, []
     for part in parts:
@@ -103,22 +107,20 @@ def split_by_hash(rows: Iterable[Row], parts: Sequence[float], *, seed: int = 0)
         borders.append(total)
     lists: list[list[Row]] = [[] for _ in parts]
     for row in rows:
-        place = _hash(row, seed) / _HASH_RANGE * total
-        number = next(
-            n for n, border in enumerate(borders) if place < border or n + 1 == len(parts)
-        )
-        lists[number].append(row)
+        value = _hash(row, seed) / _HASH_RANGE * total
+        index = next(i for i, border in enumerate(borders) if value < border or i + 1 == len(parts))
+        lists[index].append(row)
     return lists
 
 
 def num_repeated(known: Iterable[Row], *others: Iterable[Row]) -> list[int]:
-    """How many of each of the others have the texts, or the group, of a known row."""
+    """The number of rows of each of the others that have the texts, or the group, of a known row."""
     hashes = {_hash(row, 0) for row in known}
     return [sum(_hash(row, 0) in hashes for row in rows) for rows in others]
 
 
 def describe_rows(path: Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of what rows are read from, for a description."""
+    """Name, size and SHA-256 of a file or folder of rows, for a description."""
     if path.is_file():
         return {"name": path.name, **file_facts(path)}
     digest = hashlib.sha256()
@@ -150,15 +152,15 @@ def _hub_rows(part: Any, place: str) -> list[Row]:
         if getattr(getattr(feature, "feature", None), "names", None)
     }
     rows: list[Row] = []
-    for number, row in enumerate(part):
+    for index, row in enumerate(part):
         named = dict(row)
         for key, names in names_of_classes.items():
             if named[key] is not None and named[key] >= 0:
                 named[key] = names[named[key]]
         for key, names in names_of_lists.items():
             ids = named[key]
-            # As of one class, -1 is what rows of a test split say; Python takes it for the last name.
-            is_labelled = ids is not None and all(one >= 0 for one in ids)
-            named[key] = [names[one] for one in ids] if is_labelled else None
-        rows.append({**named, PLACE: f"{place}, row {number}"})
+            # -1 means unknown, as for a single class; in Python it would be the last name.
+            is_labelled = ids is not None and all(class_id >= 0 for class_id in ids)
+            named[key] = [names[class_id] for class_id in ids] if is_labelled else None
+        rows.append({**named, PLACE: f"{place}, row {index}"})
     return rows

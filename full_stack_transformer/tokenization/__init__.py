@@ -1,1 +1,1 @@
-"""Text <-> token ids: built-in tokenizers, your own, encoders, checking one. Knows nothing of documents."""
+"""Text <-> token ids: tokenizers, encoders, checks of a tokenizer. Knows nothing of documents."""

@@ -1,4 +1,4 @@
-"""`fst check_tokenizer`: what a tokenizer, also one of your own, must do to be fit for a corpus."""
+"""`fst check_tokenizer`: check that a tokenizer, built-in or your own, can be used for a corpus."""
 
 import logging
 import tempfile
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_tokenizer(arguments: CheckTokenizerArguments) -> None:
-    """Say what the tokenizer is, or what it does wrong.
+    """Log the properties of a tokenizer that passes all checks.
 
     Raises:
-        TokenizerError: it fails one of the checks.
+        TokenizerError: a check fails.
     """
     if arguments.tokenizer_cls_name is None and arguments.tokenizer_path is None:
         raise UsageError("pass --tokenizer_cls_name or --tokenizer_path")
@@ -37,14 +37,14 @@ def check_tokenizer(arguments: CheckTokenizerArguments) -> None:
             raise TokenizerError(f"{type(tokenizer).__name__}: {problem}")
     encoder = choose_encoder(tokenizer.backend, "auto", texts)
     logger.info(
-        "%s is fit: %s tokens, documents are framed by %s and %s, padded with %s, encoded with %s%s",
+        "%s passes: %s tokens, documents are framed by %s and %s, padded with %s, encoded with %s%s",
         type(tokenizer).__name__,
         f"{tokenizer.vocab_size:,}",
         tokenizer.begin,
         tokenizer.end,
         tokenizer.pad,
         encoder.name,
-        "" if _is_lossless(tokenizer, texts) else "; decoding does not give every text back",
+        "" if _is_lossless(tokenizer, texts) else "; decoding does not restore every text",
     )
 
 
@@ -81,7 +81,7 @@ def _streams_what_it_decodes(tokenizer: DocumentTokenizer, texts: list[str]) -> 
         ids = tokenizer.encode_prompt(text)[1:]
         stream = TextStream(tokenizer)
         if "".join(map(stream.push, ids)) + stream.finish() != tokenizer.decode(ids):
-            return f"decoding token by token gives another text than decoding all: {text[:60]!r}"
+            return f"decoding token by token and decoding all differ: {text[:60]!r}"
     return None
 
 
@@ -90,7 +90,7 @@ def _survives_saving(tokenizer: DocumentTokenizer, texts: list[str]) -> str | No
         tokenizer.save(Path(directory), model_max_length=512)
         again = open_saved_tokenizer(Path(directory))
         if again.encode_documents(texts) != tokenizer.encode_documents(texts):
-            return "saved and opened again it encodes differently"
+            return "it encodes differently after saving and opening"
     return None
 
 

@@ -1,11 +1,11 @@
-"""Text <-> token ids: the built-in tokenizers, training one, decoding a stream.
+"""Text <-> token ids: the built-in tokenizers, training a tokenizer, decoding a stream.
 
-A `DocumentTokenizer` wraps a raw `tokenizers.Tokenizer` and adds what a corpus needs: the tokens that
-frame a document. Text never becomes a control token, whatever it contains. Knows nothing of files of
+A `DocumentTokenizer` wraps a raw `tokenizers.Tokenizer` and adds the tokens that frame a document. Text never
+becomes a control token. Knows nothing of files of
 documents and of models, and never imports torch.
 
 How to implement a new tokenizer: subclass `DocumentTokenizer`, override `load` (where the vocabulary
-comes from) and, where the text is to be changed before encoding, `normalize`; then name the class:
+comes from) and, to change the text before encoding, `normalize`; then pass the class:
 `--tokenizer_cls_name my_module.MyTokenizer`.
 """
 
@@ -31,9 +31,9 @@ IGNORED_LABEL = -100
 
 _CONFIG_FILE_NAME = "tokenizer_config.json"
 _TOKENIZER_FILE_NAME = "tokenizer.json"
-# What stands in a text for bytes that are no character.
+# The replacement for bytes that are not valid UTF-8.
 _BROKEN = "\ufffd"
-# Key in tokenizer_config.json under which our own class is remembered.
+# Key of our own class in tokenizer_config.json.
 _CLASS_KEY = "full_stack_transformer_cls_name"
 
 
@@ -48,7 +48,7 @@ class DocumentTokenizer:
     """Encoded with the text of a document, after it."""
 
     def __init__(self, backend: Tokenizer, *, begin: str, end: str, pad: str) -> None:
-        # Lost whenever a tokenizer is saved or copied, so it is set here, where all pass.
+        # Lost when a tokenizer is saved or copied, so it is set here, for all of them.
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -63,7 +63,7 @@ class DocumentTokenizer:
         """Open a directory or hub name; its own begin and end tokens frame a document.
 
         Raises:
-            TokenizerError: there is no tokenizer at `path`, or it names no begin and end token.
+            TokenizerError: there is no tokenizer at `path`, or it has no begin and end token.
         """
         directory = _local_directory(path, cls.hub_name)
         backend = _read_backend(directory)
@@ -72,7 +72,7 @@ class DocumentTokenizer:
         end = _first_named(config, ("eos_token", "sep_token", "bos_token"))
         if begin is None or end is None:
             raise TokenizerError(
-                f"the tokenizer at {directory} names no begin or end token (bos_token, eos_token, "
+                f"the tokenizer at {directory} has no begin or end token (bos_token, eos_token, "
                 f"cls_token, sep_token in {_CONFIG_FILE_NAME}); name them there, or write a class with "
                 "its own and pass --tokenizer_cls_name"
             )
@@ -80,17 +80,17 @@ class DocumentTokenizer:
         return cls(backend, begin=begin, end=end, pad=pad)
 
     def normalize(self, text: str) -> str:
-        """The text of a document, or of its beginning, as it is to be learned."""
+        """The text of a document, or of its beginning, as the model sees it."""
         return text
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether two parts of a text, cut between words, encode to what the whole does."""
+        """Whether two parts of a text, cut between words, give the token ids of the whole."""
         is_unchanged = type(self).normalize is DocumentTokenizer.normalize
         return is_unchanged and is_plain_byte_level(self.backend)
 
     def after_decoding(self, text: str) -> str:
-        """The text that a reader sees, from what the tokens spell."""
+        """The text to show, from the decoded tokens."""
         return text
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -105,12 +105,12 @@ class DocumentTokenizer:
         return [self.begin_id, *self.backend.encode(prepared, add_special_tokens=False).ids]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text as it is: not normalized, without any framing."""
+        """Token ids of a text, not normalized and not framed."""
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def split_markup(self, text: str) -> list[int | str]:
-        """What a chat template wrote: ids of the control tokens that it names, and the texts between them."""
+        """The output of a chat template as ids of its control tokens and the texts between them."""
         encoding = self._markup_backend.encode(text, add_special_tokens=False)
         pieces: list[int | str] = []
         end = 0
@@ -132,7 +132,7 @@ class DocumentTokenizer:
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
 
     def leaves_out(self, token_id: int) -> bool:
-        """Whether `decode` skips this id: a control token, or none of the vocabulary."""
+        """Whether `decode` skips this id: a control token, or an id that is not in the vocabulary."""
         return token_id in self._control_ids or self.backend.id_to_token(token_id) is None
 
     @property
@@ -142,7 +142,7 @@ class DocumentTokenizer:
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
-        """Ids of SentencePiece's tokens for single bytes, where the decoder knows them."""
+        """Ids of SentencePiece's tokens for single bytes, if the decoder supports them."""
         sample = self.backend.token_to_id("<0x41>")
         if sample is None or self.decode([sample]) != "A":
             return frozenset()
@@ -156,7 +156,7 @@ class DocumentTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Number of ids: the largest id and one."""
+        """Number of ids: the largest id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def _id_of(self, token: str) -> int:
@@ -168,7 +168,7 @@ class DocumentTokenizer:
     def save(self, directory: Path, *, model_max_length: int) -> None:
         """Write what `transformers.AutoTokenizer` and `tokenizers.Tokenizer` both open."""
         directory.mkdir(parents=True, exist_ok=True)
-        # Not by the backend, which reports a full disk as a bare Exception.
+        # Not by the backend, which raises a bare Exception if the disk is full.
         content = self.backend.to_str(pretty=True)
         (directory / _TOKENIZER_FILE_NAME).write_text(content, encoding="utf-8")
         config = {
@@ -178,7 +178,7 @@ class DocumentTokenizer:
             "pad_token": self.pad,
             "model_max_length": model_max_length,
             "clean_up_tokenization_spaces": False,
-            # Text of a prompt must not become a control token in transformers either.
+            # So that text never becomes a control token in transformers either.
             "split_special_tokens": True,
             _CLASS_KEY: class_name(type(self)),
         }
@@ -210,7 +210,7 @@ class GPT2Tokenizer(DocumentTokenizer):
 
 
 class TrainedTokenizer(DocumentTokenizer):
-    """A byte-level BPE trained on one's own documents: every text can be encoded and decoded."""
+    """A byte-level BPE trained on documents: every text can be encoded and decoded."""
 
     @classmethod
     def train(cls, documents: Iterable[str], *, vocab_size: int) -> Self:
@@ -236,8 +236,8 @@ class TrainedTokenizer(DocumentTokenizer):
 def load_tokenizer(cls_name: str | None, path: str | None) -> DocumentTokenizer:
     """The tokenizer that `--tokenizer_cls_name` and `--tokenizer_path` name.
 
-    A directory that this package wrote remembers its class; one with GPT-2's two files and no
-    tokenizer.json is read by `GPT2Tokenizer`.
+    A directory written by this package names its class; `GPT2Tokenizer` reads one with GPT-2's two files and
+    no tokenizer.json.
 
     Raises:
         UsageError: the class does not exist.
@@ -275,16 +275,16 @@ def class_name(cls: type[DocumentTokenizer]) -> str:
 
 
 class TextStream:
-    """Decodes tokens one by one; the pieces together equal the decoding of all tokens.
+    """Decodes token by token; the joined pieces equal the decoding of all tokens.
 
-    What a later token may change is held back: an unfinished character, and a run of byte tokens, which
-    SentencePiece's decoder reads as a whole. Only the newest tokens are decoded again, so a long text costs
-    no more per token.
+    Text that a later token may change is held back: an unfinished character, and a run of byte tokens, which
+    SentencePiece's decoder reads as a whole. Only the newest tokens are decoded again, so the time per token
+    does not grow with the text.
     """
 
     def __init__(self, tokenizer: DocumentTokenizer) -> None:
         self._tokenizer = tokenizer
-        # Decoders may treat the first token in a special way, so the others never stand first.
+        # Decoders may treat the first token differently, so other tokens always have one before them.
         self._context: list[int] = []
         self._pending: list[int] = []
 
@@ -298,14 +298,14 @@ class TextStream:
         text = self._text(self._pending)
         if not text.endswith(_BROKEN):
             return self._release(text, len(self._pending))
-        # The character before it is settled if the newest token, with which it may go on, does not.
-        settled = self._text(self._pending[:-1])
-        if settled + self._tokenizer.decode([token_id]) == text:
-            return self._release(settled, len(self._pending) - 1)
+        # The text before is complete if decoding the newest token alone gives the rest.
+        complete = self._text(self._pending[:-1])
+        if complete + self._tokenizer.decode([token_id]) == text:
+            return self._release(complete, len(self._pending) - 1)
         return ""
 
     def finish(self) -> str:
-        """Text that was held back: broken characters at the end."""
+        """The text that was held back: broken characters at the end."""
         return self._release(self._text(self._pending), len(self._pending))
 
     def _text(self, token_ids: list[int]) -> str:
@@ -372,9 +372,9 @@ def _local_directory(path: str | None, hub_name: str | None) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (
         Exception
-    ) as error:  # the hub's client raises a dozen kinds for offline, absent and gated
+    ) as error:  # the hub's client has a dozen exceptions for offline, absent and gated
         raise TokenizerError(
-            f"no tokenizer at {name!r}: it is neither a directory here nor can it be fetched from the hub "
+            f"no tokenizer at {name!r}: it is not a directory, and cannot be fetched from the hub "
             f"({type(error).__name__}); pass --tokenizer_path DIRECTORY with tokenizer.json, or with "
             "vocab.json and merges.txt"
         ) from error
@@ -396,7 +396,7 @@ def _read_backend(directory: Path) -> Tokenizer:
             f"the tokenizer files in {directory} cannot be read: {error}"
         ) from error
     raise TokenizerError(
-        f"{directory} should hold {_TOKENIZER_FILE_NAME}, or vocab.json and merges.txt; it has neither"
+        f"{directory} should have {_TOKENIZER_FILE_NAME}, or vocab.json and merges.txt; it has neither"
     )
 
 
@@ -409,7 +409,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise TokenizerError(f"{file} is no JSON: {error}") from error
+            raise TokenizerError(f"{file} is not valid JSON: {error}") from error
         merged.update({key: value for key, value in content.items() if value is not None})
     return merged
 

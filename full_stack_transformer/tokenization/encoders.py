@@ -1,8 +1,8 @@
-"""Texts -> token ids in arrays: the reference, and a faster back end that is proven to give the same.
+"""Texts -> token ids in arrays: the reference, and a faster back end that is checked to give the same ids.
 
-`tokenizers` is the reference and always works. `gigatoken` is 20 to 80 times faster on byte-level BPE. The
-two agree wherever their Unicode tables do, so a document with a character on which tables of different
-years may differ goes to the reference (`_is_doubtful`). Knows nothing of documents and files.
+`tokenizers` is the reference and fits every tokenizer. `gigatoken` is 20 to 80 times faster on byte-level
+BPE. The two differ only where their Unicode tables do, so a text with a character on which tables of
+different years may differ goes to the reference (`_is_doubtful`). Knows nothing of documents and files.
 """
 
 import logging
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 BackendName = Literal["tokenizers", "gigatoken"]
 
-# gigatoken 0.10 remembers every word it has met: 400 MB of unique words took 3.1 GB. It is loaded anew when
-# the process has grown by this much since. The first 100 MB of ordinary text stay below; with half of it
-# they paid for a second loading and for meeting all words again, 0.4 of 1.8 processor seconds.
+# gigatoken 0.10 caches every word: 400 MB of unique words took 3.1 GB. It is loaded again when the process
+# has grown by this much. The first 100 MB of ordinary text stay below; with half of the limit they needed a
+# second loading and filled the cache twice, 0.4 of 1.8 processor seconds.
 _MAX_CACHE_BYTES = 80 << 20
 _LAST_OF_PLANE = 0xFFFF
-# Where the growth cannot be read, after so many characters: what fits into the bound if every word is new.
+# If the growth cannot be read, loaded again after so many characters, which fit even if every word is new.
 _MAX_CACHE_CHARACTERS = 6 << 20
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Token ids of texts, one after the other."""
+    """Token ids of texts, concatenated."""
 
     token_ids: NDArray[np.uint32]
     """(tokens,)"""
@@ -50,12 +50,12 @@ class Encoder(Protocol):
     name: BackendName
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Token ids without any framing; text never becomes a control token."""
+        """Token ids without framing; text never becomes a control token."""
         ...
 
 
 class ReferenceEncoder:
-    """`tokenizers` as it is."""
+    """Encodes with `tokenizers`."""
 
     name: BackendName = "tokenizers"
 
@@ -67,12 +67,12 @@ class ReferenceEncoder:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum([len(one) for one in ids], out=offsets[1:])
+        np.cumsum([len(text_ids) for text_ids in ids], out=offsets[1:])
         return EncodedTexts(np.concatenate(ids) if ids else np.zeros(0, np.uint32), offsets)
 
 
 class GigatokenEncoder:
-    """`gigatoken`, with the reference for documents on which the two might differ."""
+    """Encodes with `gigatoken`, and with the reference where the two might differ."""
 
     name: BackendName = "gigatoken"
 
@@ -84,7 +84,7 @@ class GigatokenEncoder:
         self._load()
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Token ids, on the calling thread alone."""
+        """Token ids, on the calling thread only."""
         is_doubtful = [not text.isascii() and has_doubtful_character(text) for text in texts]
         sure = [text for text, doubtful in zip(texts, is_doubtful, strict=True) if not doubtful]
         encoded = self._encode(sure)
@@ -101,7 +101,7 @@ class GigatokenEncoder:
             gigatoken = self._gigatoken
         if not texts:
             return EncodedTexts(np.zeros(0, np.uint32), np.zeros(1, np.int64))
-        # An awkward array: its two buffers are what is wanted, without a copy into lists.
+        # An awkward array: its two buffers are taken without a copy into lists.
         layout = gigatoken.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         token_ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
@@ -110,7 +110,7 @@ class GigatokenEncoder:
     def _load(self) -> None:
         from gigatoken import Tokenizer as Gigatoken
 
-        # The one before goes first, so that memory holds one, but for a thread that is at work with it.
+        # Released first, so that memory holds one, unless another thread still uses it.
         self._gigatoken = None
         self._gigatoken = Gigatoken.from_json(self._json).backend
         self._num_characters = 0
@@ -127,23 +127,23 @@ class GigatokenEncoder:
 
 
 def make_encoder(backend: Tokenizer, name: BackendName) -> Encoder:
-    """An encoder of one thread."""
+    """The encoder of a back end."""
     return ReferenceEncoder(backend) if name == "tokenizers" else GigatokenEncoder(backend)
 
 
 def choose_encoder(
     backend: Tokenizer, wanted: BackendName | Literal["auto"], texts: Sequence[str]
 ) -> Encoder:
-    """What `--tokenizer_backend` means for a tokenizer; `auto` is the fastest that gives the reference's ids.
+    """The encoder for `--tokenizer_backend`; `auto` is the fastest that gives the ids of the reference.
 
     Args:
         backend: the tokenizer.
         wanted: the option.
-        texts: what the two are compared on, beside `adversarial_texts`.
+        texts: compared in addition to `adversarial_texts`.
 
     Raises:
-        MissingExtraError: gigatoken is asked for by name and not installed.
-        TokenizerError: gigatoken is asked for by name and not fit for this tokenizer.
+        MissingExtraError: `wanted` is gigatoken, which is not installed.
+        TokenizerError: `wanted` is gigatoken, which does not fit this tokenizer.
     """
     reference = ReferenceEncoder(backend)
     if wanted == "tokenizers":
@@ -155,7 +155,7 @@ def choose_encoder(
             "--tokenizer_backend gigatoken: the package gigatoken is not installed; "
             "install it with: pip install -c constraints.txt -e '.[data]'"
         )
-    problem = "it is no byte-level BPE with GPT-2's pattern"
+    problem = "it is not a byte-level BPE with GPT-2's pattern"
     if is_plain_byte_level(backend):
         encoder = GigatokenEncoder(backend)
         found = difference(encoder, reference, [*adversarial_texts(), *texts])
@@ -166,7 +166,7 @@ def choose_encoder(
         raise TokenizerError(
             f"--tokenizer_backend gigatoken does not fit this tokenizer: {problem}; pass tokenizers"
         )
-    logger.warning("not encoding with gigatoken, which is faster, but with tokenizers: %s", problem)
+    logger.warning("encoding with tokenizers instead of gigatoken, which is faster: %s", problem)
     return reference
 
 
@@ -179,23 +179,23 @@ def _is_installed(package: str) -> bool:
 
 
 def difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
-    """The first of `texts` to which the two give different ids, shortened; none if they agree."""
+    """The first of `texts` with different ids, shortened; None if the two agree."""
     ours, theirs = encoder.encode(texts), reference.encode(texts)
-    for number, text in enumerate(texts):
-        one, other = (
-            encoded.token_ids[encoded.offsets[number] : encoded.offsets[number + 1]]
+    for index, text in enumerate(texts):
+        found, expected = (
+            encoded.token_ids[encoded.offsets[index] : encoded.offsets[index + 1]]
             for encoded in (ours, theirs)
         )
-        if not np.array_equal(one, other):
+        if not np.array_equal(found, expected):
             return repr(text[:80])
     return None
 
 
 def is_plain_byte_level(backend: Tokenizer) -> bool:
-    """Whether it is a byte-level BPE with GPT-2's pattern and nothing around it.
+    """Whether it is a byte-level BPE with GPT-2's pattern and no other step.
 
-    Then borders of words are known (a match ends where a word ends), and only the classes L, N and white
-    space of a character matter.
+    Then a match ends where a word ends, and only the classes letter, number and white space of a character
+    matter.
     """
     model, pre_tokenizer = backend.model, backend.pre_tokenizer
     return (
@@ -212,7 +212,7 @@ def is_plain_byte_level(backend: Tokenizer) -> bool:
 
 
 def has_doubtful_character(text: str) -> bool:
-    """Whether Unicode tables of different years may put a character of `text` into different classes."""
+    """Whether the class of a character of `text` may differ between Unicode versions."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     beyond = codes[codes > _LAST_OF_PLANE]
     if len(beyond):
@@ -223,7 +223,7 @@ def has_doubtful_character(text: str) -> bool:
 
 
 def adversarial_texts() -> list[str]:
-    """Texts on which encoders have been seen to differ, or might."""
+    """Texts on which encoders have differed, or might."""
     parts = [
         "'s",
         "'S",
@@ -285,16 +285,16 @@ def adversarial_texts() -> list[str]:
 
 @cache
 def _doubtful_in_plane() -> NDArray[np.bool_]:
-    """For each code point of the basic plane whether it is doubtful."""
+    """For each code point of the basic plane, whether it is doubtful."""
     return np.array([_is_doubtful(code) for code in range(_LAST_OF_PLANE + 1)])
 
 
 def _is_doubtful(code: int) -> bool:
-    """Whether tables may differ on the class of a character: letter, number, white space, other.
+    """Whether the class of a character (letter, number, white space, other) may differ between versions.
 
-    Sure are those that have the same class in Unicode 3.2 (2002) as in this Python's tables and are
-    assigned in the latter: whatever is in between has it too. The rest is doubtful: letters that were
-    added since, characters that changed, and what is not assigned yet and may become a letter.
+    It does not for a character that is assigned and has the same class in Unicode 3.2 (2002) as in this
+    Python's tables. The rest is doubtful: letters added since, characters that changed, and code points that
+    are not assigned yet and may become letters.
     """
     character = chr(code)
     category = unicodedata.category(character)
@@ -307,7 +307,7 @@ def _class(category: str) -> str:
 
 
 def _without_control_tokens(backend: Tokenizer) -> str:
-    """tokenizer.json in which text cannot become a control token, and nothing is added to it."""
+    """tokenizer.json without control tokens and post-processing."""
     plain = Tokenizer(backend.model)
     plain.pre_tokenizer = backend.pre_tokenizer
     plain.decoder = backend.decoder
@@ -315,12 +315,12 @@ def _without_control_tokens(backend: Tokenizer) -> str:
 
 
 def _merged(is_second: Sequence[bool], first: EncodedTexts, second: EncodedTexts) -> EncodedTexts:
-    """The texts of both in their order: `is_second` says for each text from which it comes."""
+    """The texts of both in their order; `is_second` tells which of the two each text comes from."""
     sources = (
         iter(np.split(first.token_ids, first.offsets[1:-1]) if len(first.offsets) > 1 else []),
         iter(np.split(second.token_ids, second.offsets[1:-1]) if len(second.offsets) > 1 else []),
     )
     ids = [next(sources[int(choice)]) for choice in is_second]
     offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(one) for one in ids], out=offsets[1:])
+    np.cumsum([len(text_ids) for text_ids in ids], out=offsets[1:])
     return EncodedTexts(np.concatenate(ids), offsets)

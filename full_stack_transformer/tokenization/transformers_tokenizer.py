@@ -1,4 +1,4 @@
-"""A tokenizer as an encoder needs it: marks around one text or two, a mask token, one directory.
+"""Tokenizers of transformers for encoder models: special tokens around one text or two, a mask token.
 
 one text   [DOC_START] text [DOC_END]        two   [DOC_START] text [DOC_END] pair [DOC_END]
 """
@@ -25,7 +25,7 @@ MASK = "[MASK]"
 def train_tokenizer(
     texts: Iterable[str], directory: Path, *, vocab_size: int, max_length: int
 ) -> None:
-    """Write a byte-level BPE that was trained on texts; the same texts give the same bytes."""
+    """Train a byte-level BPE on texts and write it; the same texts give the same bytes."""
     trained = TrainedTokenizer.train(texts, vocab_size=vocab_size)
     save_tokenizer(trained, directory, max_length=max_length)
 
@@ -33,14 +33,14 @@ def train_tokenizer(
 def save_tokenizer(
     tokenizer: DocumentTokenizer, directory: Path, *, max_length: int, can_mask: bool = False
 ) -> int:
-    """Write what `AutoTokenizer` opens, with marks around texts; returns the number of its tokens.
+    """Write a directory for `AutoTokenizer`, with special tokens around texts; returns the vocabulary size.
 
     Args:
-        tokenizer: its begin and end tokens are the marks.
-        directory: where to.
-        max_length: tokens of an input.
-        can_mask: texts may name the mask token, which is appended where there is none; other control
-            tokens in a text are then recognised too.
+        tokenizer: its begin and end tokens are put around texts.
+        directory: the directory to write.
+        max_length: maximum tokens of an input.
+        can_mask: whether texts may contain the mask token, which is appended to the vocabulary if missing;
+            other control tokens in a text are then recognised too.
     """
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     mask = MASK if can_mask else None
@@ -75,12 +75,12 @@ def save_tokenizer(
 
 
 def copy_tokenizer(path: str, directory: Path, *, max_length: int) -> None:
-    """Write the tokenizer of a directory or hub name, with marks around texts and a padding token.
+    """Write the tokenizer of a directory or hub name, with special tokens around texts and a padding token.
 
-    One that would put nothing between two texts, such as that of a causal language model, gets marks.
+    The begin and end tokens are used if it has no special tokens for pairs, as in causal language models.
 
     Raises:
-        TokenizerError: there is none.
+        TokenizerError: there is no tokenizer.
     """
     tokenizer = open_tokenizer(path)
     if tokenizer.num_special_tokens_to_add(pair=True) < 2:
@@ -97,7 +97,7 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or hub name.
 
     Raises:
-        TokenizerError: there is none, or it cannot say where a token stands in its text.
+        TokenizerError: there is no tokenizer, or it has no offsets of tokens in their text.
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
@@ -106,14 +106,14 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise TokenizerError(f"no tokenizer at {str(path)!r}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise TokenizerError(
-            f"the tokenizer at {str(path)!r} has no tokenizer.json, which says where tokens stand in a "
-            "text; save it once with transformers' save_pretrained"
+            f"the tokenizer at {str(path)!r} has no tokenizer.json, which is needed for the offsets of "
+            "tokens; save it once with transformers' save_pretrained"
         )
     return tokenizer
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids under `begin`, `end` and `pad`, as a new model's config names them."""
+    """Ids of `begin`, `end` and `pad`, for the config of a new model."""
     begin = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return {"begin": begin, "end": end, "pad": tokenizer.pad_token_id}

@@ -36,9 +36,7 @@ def _problems(directory: Path) -> list[str]:
         verify_dataset(VerifyDatasetArguments(directory))
     except DatasetError as error:
         lines = str(error).splitlines()
-        assert lines[0].startswith(
-            f"{directory} is not what its description says ({len(lines) - 2}"
-        )
+        assert lines[0].startswith(f"{directory} differs from its description ({len(lines) - 2}")
         assert lines[-1].startswith("prepare the dataset again")
         assert all(line.startswith("  ") for line in lines[1:-1])
         return [line.strip() for line in lines[1:-1]]
@@ -84,7 +82,7 @@ def test_a_whole_dataset_passes(
         for file in dataset_dir.rglob("*")
         if file.is_file() and file.name != "description.json"
     )
-    assert f"{dataset_dir} is whole: 6 files, {num_bytes:,} bytes" in caplog.text
+    assert f"{dataset_dir} is intact: 6 files, {num_bytes:,} bytes" in caplog.text
     assert "MB/s" in caplog.text
 
 
@@ -138,9 +136,9 @@ def _make_directory(path: Path) -> None:
             "tokenizer/tokenizer.json: other content",
         ),
         (_swap, f"{TOKENS}: holds the content of valid/corpus.npy: swapped?"),
-        (lambda d: (d / "train/.x").touch(), r"train/\.x: does not belong here"),
-        (lambda d: (d / "x").symlink_to("nowhere"), "x: does not belong here"),
-        (lambda d: _make_directory(d / TOKENS), f"{TOKENS}: is no regular file"),
+        (lambda d: (d / "train/.x").touch(), r"train/\.x: unexpected file"),
+        (lambda d: (d / "x").symlink_to("nowhere"), "x: unexpected file"),
+        (lambda d: _make_directory(d / TOKENS), f"{TOKENS}: is not a regular file"),
     ],
     ids=[
         *("missing", "truncated", "empty", "trailing", "trailing and flipped", "flipped"),
@@ -159,7 +157,7 @@ def test_a_foreign_folder_needs_few_lines(damaged: Path) -> None:
         (damaged / "more" / f"{number:02}").touch()
     problems = _problems(damaged)
     assert len(problems) == 21
-    assert problems[-1] == "10 further files that do not belong here"
+    assert problems[-1] == "10 further unexpected files"
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -178,18 +176,24 @@ def test_any_flipped_bit_is_found(seed: int, damaged: Path) -> None:
     [
         ({"format_version": 0}, "format_version is 0, expected 1"),
         ({"format_version": None}, "format_version is None"),
-        ({"number_of_train_tokens": 5}, r"number_of_train_tokens is 5, but counts say \d+"),
-        ({"number_of_train_tokens": 5}, rf"{TOKENS}: has the shape .* but 5 values are described"),
-        ({"number_of_train_tokens": 5}, f"{POSITIONS}: .* positions lie beyond the 5 tokens"),
-        ({"number_of_valid_samples": 0}, "number_of_valid_samples should be .* above 0, found 0"),
+        ({"number_of_train_tokens": 5}, r"number_of_train_tokens is 5, but counts has \d+"),
+        (
+            {"number_of_train_tokens": 5},
+            rf"{TOKENS}: has the shape .* but the description has 5 values",
+        ),
+        ({"number_of_train_tokens": 5}, f"{POSITIONS}: .* positions are beyond the 5 tokens"),
+        (
+            {"number_of_valid_samples": 0},
+            "number_of_valid_samples should be a positive integer, found 0",
+        ),
         (
             {"number_of_valid_samples": 2},
-            "valid/sample_start_positions.npy: has the shape .* but 2",
+            "valid/sample_start_positions.npy: has the shape .* but the description has 2",
         ),
-        ({"number_of_train_tokens": "12"}, "number_of_train_tokens should be a whole number"),
-        ({"number_of_train_tokens": 10**30}, "number_of_train_tokens should be a whole number"),
-        ({"number_of_train_tokens": True}, "number_of_train_tokens should be a whole number"),
-        ({"vocab_size": None}, "vocab_size should be a whole number above 0, found None"),
+        ({"number_of_train_tokens": "12"}, "number_of_train_tokens should be a positive integer"),
+        ({"number_of_train_tokens": 10**30}, "number_of_train_tokens should be a positive integer"),
+        ({"number_of_train_tokens": True}, "number_of_train_tokens should be a positive integer"),
+        ({"vocab_size": None}, "vocab_size should be a positive integer, found None"),
         ({"vocab_size": 100}, f"{TOKENS}: .* token ids are not below the vocab_size 100"),
         ({"vocab_size": 2}, "special_token_ids: pad is 2, not below the vocab_size 2"),
         ({"vocab_size": 70000}, "dtype is '<u2', but a vocab_size of 70,000 needs '<u4'"),
@@ -199,9 +203,12 @@ def test_any_flipped_bit_is_found(seed: int, damaged: Path) -> None:
         ({"min_sample_length": 80}, "min_sample_length 80 is above max_sample_length 64"),
         ({"output_files": None}, "output_files should name every file, found NoneType"),
         ({"output_files": {}}, f"output_files lacks {TOKENS}"),
-        ({"output_files": {}}, f"{TOKENS}: does not belong here"),
-        ({"output_files": {"../x": {}}}, r"output_files names '\.\./x', which lies outside"),
-        ({"output_files": {TOKENS: {"size_bytes": 1}}}, f"no size and SHA-256 of {TOKENS}"),
+        ({"output_files": {}}, f"{TOKENS}: unexpected file"),
+        ({"output_files": {"../x": {}}}, r"output_files names '\.\./x', which is outside"),
+        (
+            {"output_files": {TOKENS: {"size_bytes": 1}}},
+            f"should have size and SHA-256 of {TOKENS}",
+        ),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
 )
@@ -234,11 +241,11 @@ def test_an_edited_description_is_noticed(
         (
             POSITIONS,
             lambda starts: starts[:-1],
-            r"has the shape \(303,\) in its header, but 304 values",
+            r"has the shape \(303,\) in its header, but the description has 304 values",
         ),
         (POSITIONS, _set(0, 1), "the first position is 1, expected 0"),
         (POSITIONS, _set(1, -7), "1 positions do not increase, the first after 0 by -7"),
-        (POSITIONS, _set(5, 10**9), r"1 positions lie beyond .* the first is 1,000,000,000 at 5"),
+        (POSITIONS, _set(5, 10**9), r"1 positions are beyond .* the first is 1,000,000,000 at 5"),
         (POSITIONS, _set(7, 0), "1 positions do not increase, the first after 6 by"),
         (POSITIONS, lambda starts: starts + 1, "the first position is 1, expected 0"),
     ],
@@ -265,12 +272,15 @@ def test_values_that_make_no_sense_are_found_although_the_hash_is_right(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda content: b"PK" + content, "has no header of a NumPy array"),
-        (lambda content: content[:64], "has no header of a NumPy array"),
-        (lambda content: content.replace(b"shape", b"sh'pe"), "has no header of a NumPy array"),
-        (lambda content: content.replace(b"'<u2'", b",'<u2"), "has no header of a NumPy array"),
-        (lambda content: content[:-2], r"promises [\d,]+ bytes of values in its header, found"),
-        (lambda content: content + b"\0", r"promises [\d,]+ bytes of values in its header, found"),
+        (lambda content: b"PK" + content, "has no valid NumPy header"),
+        (lambda content: content[:64], "has no valid NumPy header"),
+        (lambda content: content.replace(b"shape", b"sh'pe"), "has no valid NumPy header"),
+        (lambda content: content.replace(b"'<u2'", b",'<u2"), "has no valid NumPy header"),
+        (lambda content: content[:-2], r"should have [\d,]+ bytes of values by its header, found"),
+        (
+            lambda content: content + b"\0",
+            r"should have [\d,]+ bytes of values by its header, found",
+        ),
     ],
     ids=["foreign", "half a header", "broken name", "broken type", "short", "long"],
 )
@@ -302,16 +312,16 @@ def test_all_that_is_wrong_is_told_at_once(damaged: Path) -> None:
 def test_what_is_no_dataset_directory_is_named(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "description.json").write_text(content, encoding="utf-8")
-    with pytest.raises(DatasetError, match="is no dataset directory"):
+    with pytest.raises(DatasetError, match="is not a dataset directory"):
         verify_dataset(VerifyDatasetArguments(tmp_path))
 
 
 def test_the_command_says_what_is_wrong_in_few_lines(run_fst: RunFst, damaged: Path) -> None:
     whole = run_fst("verify_dataset", damaged)
     assert (whole.returncode, whole.stdout) == (0, "")
-    assert "is whole: 6 files" in whole.stderr
+    assert "is intact: 6 files" in whole.stderr
     _cut(damaged / TOKENS)
     broken = run_fst("verify_dataset", damaged)
     assert broken.returncode == 1
-    assert broken.stderr.startswith(f"fst: {damaged} is not what its description says (1 found):\n")
+    assert broken.stderr.startswith(f"fst: {damaged} differs from its description (1 problems):\n")
     assert f"  {TOKENS}: truncated: " in broken.stderr

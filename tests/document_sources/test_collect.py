@@ -51,7 +51,7 @@ def test_a_line_that_equals_the_delimiter_is_dropped_and_counted(
     caplog.set_level(logging.INFO)
     directory = _collect_these(monkeypatch, tmp_path, {text: False, "[END]\n \n": False})
     assert (directory / "train.txt").read_text("utf-8") == "one\ntwo\n[END]\n"
-    assert "collected 1 documents to train and 0 to validate" in caplog.text
+    assert "collected 1 train and 0 validation documents" in caplog.text
     assert "dropped 2 lines that equal the delimiter" in caplog.text
 
 
@@ -59,7 +59,7 @@ def test_a_line_that_equals_the_delimiter_is_dropped_and_counted(
 def test_a_delimiter_that_cannot_be_a_line_is_refused(
     end_of_document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="--end_of_document must be one line"):
+    with pytest.raises(UsageError, match="--end_of_document must be a single line"):
         _collect_these(monkeypatch, tmp_path, {"a": False}, end_of_document)
 
 

@@ -196,7 +196,7 @@ def test_without_network_the_command_says_what_to_do_instead(tmp_path: Path) -> 
     assert done.stdout == ""
     assert re.fullmatch(
         r"fst: downloading 'Thus Spake Zarathustra' from https://www\.gutenberg\.org failed: .*; "
-        r"use `fst collect_documents python_docs`, which needs no network, or place .*\n",
+        r"use `fst collect_documents python_docs`, which needs no network, or put .*\n",
         done.stderr,
     )
     assert not (tmp_path / "documents").exists()

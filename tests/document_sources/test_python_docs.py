@@ -78,7 +78,7 @@ def test_the_bytes_depend_on_neither_hash_seed_nor_directory_nor_locale(
 
 def test_the_command_says_in_one_line_what_it_wrote(collected: tuple[bytes, bytes, str]) -> None:
     assert re.fullmatch(
-        r"collected [\d,]+ documents to train and [\d,]+ to validate, \d\.\d MB, in [\d.]+ s: .*\n",
+        r"collected [\d,]+ train and [\d,]+ validation documents, \d\.\d MB, in [\d.]+ s: .*\n",
         collected[2],
     )
 

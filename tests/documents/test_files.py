@@ -94,11 +94,11 @@ def test_the_text_field_is_named_by_an_option(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{"text": ', r"line at byte 14 .* no JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', r"line at byte 14 .* not valid JSON"),
         ("x.jsonl", b"[1]\n", "found list"),
         ("x.jsonl", b'{"body": 1}\n', r"found the fields 'body'"),
         ("x.jsonl", b'{"text": 1}\n', "int there"),
-        ("x.jsonl", b"[" * 100_000, "no JSON"),
+        ("x.jsonl", b"[" * 100_000, "not valid JSON"),
         ("x.parquet", b"no parquet", "should be a Parquet file"),
         ("x.txt.gz", b"no gzip", "cannot be read"),
         ("x.txt.gz", gzip.compress(b"abc" * 999)[:-9], "cannot be read"),

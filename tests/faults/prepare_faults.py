@@ -84,8 +84,8 @@ class FaultLoop:
             found = self._unflushed(disturbance.performed)
             wrong += [one for one in found if one not in self.unflushed]
         num_left = len(place.left_behind())
-        if num_left and "nothing half-written was left" in done.stderr:
-            wrong.append(f"says that nothing half-written was left: {place.left_behind()}")
+        if num_left and "no incomplete file was left" in done.stderr:
+            wrong.append(f"says that no incomplete file was left: {place.left_behind()}")
         wrong_reruns, num_left_for_good = place.once_for_this_state(_run_again)
         wrong = [place.tell(one) for one in [*wrong, *wrong_reruns]]
         return Outcome(wrong, disturbance.happened, num_left, num_left_for_good)

@@ -379,8 +379,8 @@ def test_contradicting_lengths_are_a_usage_error(documents_dir: Path, tmp_path: 
     ("content", "message"),
     [
         ("{}", "format version None"),
-        ("[]", "no dataset directory"),
-        (None, "no dataset directory"),
+        ("[]", "not a dataset directory"),
+        (None, "not a dataset directory"),
     ],
     ids=["foreign", "no object", "missing"],
 )

@@ -219,11 +219,11 @@ def test_a_lone_surrogate_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        pytest.param("x.json", "[" * 100_000, "should hold JSON: maximum", id="deep.json"),
+        pytest.param("x.json", "[" * 100_000, "should be JSON: maximum", id="deep.json"),
         pytest.param("x.jsonl", "\n" + "[" * 100_000, "line 2 should be a JSON", id="deep.jsonl"),
         ("x.jsonl", '{"a": 1}\n[1]\n', "line 2 should be a JSON object, found list"),
-        ("x.jsonl", '{"a": 1}\n{"a"\n', "line 2 should be a JSON object, but is no JSON"),
-        ("x.json", "{}", "should hold a list of objects"),
+        ("x.jsonl", '{"a": 1}\n{"a"\n', "line 2 should be a JSON object, but is not valid JSON"),
+        ("x.json", "{}", "should be a list of objects"),
         ("x.csv", "a,b\n1\n", "line 2 should have 2 columns"),
         ("x.csv", "", "is empty"),
         ("x.csv", "text,text,label\n", "two columns have the name 'text'"),

@@ -225,7 +225,7 @@ def test_a_tokenizer_without_begin_and_end_is_refused(
     trained: TrainedTokenizer, tmp_path: Path
 ) -> None:
     trained.backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="names no begin or end token"):
+    with pytest.raises(TokenizerError, match="has no begin or end token"):
         load_tokenizer(None, str(tmp_path))
 
 

@@ -128,7 +128,7 @@ def test_minutes_end_the_training_also_over_several_runs(dataset_dir: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "exit_code", "message"),
     [
-        (["--dataset_dir", "/none"], 1, "/none is no dataset directory"),
+        (["--dataset_dir", "/none"], 1, "/none is not a dataset directory"),
         ([], 2, "--dataset_dir"),
         (["--model_config", "huge"], 2, "--model_config must be one of"),
         (["--model_path", "/none"], 1, "no causal language model at '/none'"),
