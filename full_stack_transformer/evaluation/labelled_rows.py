@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import torch
 from transformers import AutoConfig
@@ -13,7 +14,6 @@ from transformers import AutoConfig
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.bootstrap import bootstrap_intervals
-from full_stack_transformer.evaluation.pictures import confusion_picture
 from full_stack_transformer.modelling.backbones import backbone_of_config
 from full_stack_transformer.modelling.model_directory import find_model_directory
 from full_stack_transformer.rows.fields import named_rows, without_place
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 _NUM_WORST = 50
 _RIGHT = 0.5
+# Of the picture, in pixels.
+_CELL = 36
+_CHARACTER = 7
+_MAX_LABEL_CHARACTERS = 24
 
 
 def evaluate_rows(arguments: EvaluateArguments, cls: type[RowTask]) -> dict[str, Any]:
@@ -196,3 +200,60 @@ def _log(content: Mapping[str, Any]) -> None:
             for one in classes
         ]
     logger.info("%s", "\n".join(lines))
+
+
+def confusion_picture(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
+    """An SVG picture: a row for each expected class, a column for each predicted one.
+
+    The darker a cell, the greater its part of the row.
+
+    Args:
+        labels: (classes,) their names.
+        confusion: (classes, classes) counts.
+    """
+    names = [_shortened(label) for label in labels]
+    margin = max(map(len, names)) * _CHARACTER + 30
+    side = margin + len(names) * _CELL + 10
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{side}" height="{side}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{side}" height="{side}" fill="white"/>',
+        f'<text x="{margin}" y="14">predicted</text>',
+        f'<text x="4" y="{margin - 8}">expected</text>',
+    ]
+    for number, name in enumerate(names):
+        middle = margin + number * _CELL + _CELL / 2
+        parts.append(f'<text x="{margin - 6}" y="{middle + 4}" text-anchor="end">{name}</text>')
+        parts.append(
+            f'<text transform="translate({middle + 4},{margin - 6}) rotate(-90)">{name}</text>'
+        )
+    for row, counts in enumerate(confusion):
+        total = max(1, sum(counts))
+        for column, count in enumerate(counts):
+            parts += _cell(
+                margin + column * _CELL, margin + row * _CELL, count, count / total, row == column
+            )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _cell(x: int, y: int, count: int, share: float, is_right: bool) -> list[str]:
+    light = round(100 - 65 * share)
+    hue = 145 if is_right else 15
+    ink = "white" if share > 0.7 else "black"
+    square = (
+        f'<rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" stroke="#ddd" '
+        f'fill="hsl({hue},55%,{light}%)"/>'
+    )
+    if not count:
+        return [square]
+    middle = x + _CELL / 2
+    return [
+        square,
+        f'<text x="{middle}" y="{y + _CELL / 2 + 4}" text-anchor="middle" fill="{ink}">{count}</text>',
+    ]
+
+
+def _shortened(label: str) -> str:
+    if len(label) > _MAX_LABEL_CHARACTERS:
+        label = f"{label[: _MAX_LABEL_CHARACTERS - 1]}…"
+    return escape(label)

@@ -7,12 +7,11 @@ two: hence text samples come before settings, and histograms last.
 TRAIN_LOSS = "train/loss"
 TRAIN_PERPLEXITY = "train/perplexity"
 EPOCH = "train/epoch"
-# What a validation finds is logged under this and the figure's own name.
+# What a validation finds is logged under this and the metric's own name.
 VALID = "valid"
 LOSS = "loss"
 PERPLEXITY = "perplexity"
 BITS_PER_BYTE = "bits_per_byte"
-ACCURACY = "accuracy"
 VALID_LOSS = f"{VALID}/{LOSS}"
 VALID_PERPLEXITY = f"{VALID}/{PERPLEXITY}"
 VALID_BITS_PER_BYTE = f"{VALID}/{BITS_PER_BYTE}"
@@ -33,10 +32,10 @@ GRADIENT_HISTOGRAM = "weights_gradients"
 # Under this key of what a training step returns: its part of the mean cross entropy of an optimizer step,
 # times the number of processes.
 CROSS_ENTROPY = "cross_entropy"
-# Among what Lightning's callbacks see: the figure that decides which model is the best, lower is better.
+# Among what Lightning's callbacks see: the value that decides which model is the best, lower is better.
 SELECTION = "selection"
 
 
 def is_better_when_lower(metric: str) -> bool:
-    """Whether a lower value of this figure of a validation is a better one."""
+    """Whether a lower value of this metric of a validation is a better one."""
     return metric in (LOSS, PERPLEXITY, BITS_PER_BYTE) or metric.endswith(("_error", "_loss"))

@@ -44,8 +44,7 @@ from full_stack_transformer.training.checkpoints import (
     VALIDATION_IS_DUE_KEY,
     link_checkpoint,
 )
-from full_stack_transformer.training.figures import validation_figures
-from full_stack_transformer.training.module import TrainingModule
+from full_stack_transformer.training.module import TrainingModule, validation_metrics
 from full_stack_transformer.training.processes import greatest
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,7 @@ class StopWithoutImprovement(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count."""
-        loss = validation_figures(trainer).decisive
+        loss = validation_metrics(trainer).decisive
         self._num_without = 0 if loss < self._best_loss else self._num_without + 1
         self._best_loss = min(loss, self._best_loss)
         if self._patience and self._num_without >= self._patience:
@@ -260,7 +259,7 @@ class SaveCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mark the best one."""
-        loss = validation_figures(trainer).decisive
+        loss = validation_metrics(trainer).decisive
         if not loss < self._best_loss:  # also if it is NaN
             return
         self._best_loss = loss

@@ -17,8 +17,11 @@ from full_stack_transformer.modelling.model_directory import (
     save_model_directory,
 )
 from full_stack_transformer.tasks.task import Task
-from full_stack_transformer.training.figures import ValidationFigures, validation_figures
-from full_stack_transformer.training.module import TrainingModule
+from full_stack_transformer.training.module import (
+    TrainingModule,
+    ValidationMetrics,
+    validation_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class ExportModel(pl.Callback):
         self._arguments = arguments
         self._fields = dict(fields or {})
         self._model_facts: dict[str, Any] = {}
-        self.best: ValidationFigures | None = None
+        self.best: ValidationMetrics | None = None
         """The validation whose model was exported."""
         self.curve: list[tuple[int, float]] = []
         """Optimizer steps and validation loss of each validation."""
@@ -78,20 +81,20 @@ class ExportModel(pl.Callback):
         Raises:
             MachineError: the disk is full or cannot be written; the previous model is intact.
         """
-        figures = validation_figures(trainer)
+        found = validation_metrics(trainer)
         # Written so that NaN is no improvement.
-        is_best = self.best is None or figures.decisive < self.best.decisive
-        is_best = is_best and figures.decisive < float("inf")
-        self.curve.append((figures.step, figures.loss))
+        is_best = self.best is None or found.decisive < self.best.decisive
+        is_best = is_best and found.decisive < float("inf")
+        self.curve.append((found.step, found.loss))
         if is_best:
-            self.best = figures
-            self._export(trainer, pl_module, figures)
+            self.best = found
+            self._export(trainer, pl_module, found)
         if trainer.is_global_zero:
             logger.info(
                 "step %s: validation loss %.4f%s%s",
-                f"{figures.step:,}",
-                figures.loss,
-                f", {figures.words()}" if figures.metrics else "",
+                f"{found.step:,}",
+                found.loss,
+                f", {found.words()}" if found.metrics else "",
                 ", the best so far" if is_best else "",
             )
 
@@ -103,11 +106,11 @@ class ExportModel(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best model and the curve of earlier runs."""
         best = state_dict["best"]
-        self.best = None if best is None else ValidationFigures(**best)
+        self.best = None if best is None else ValidationMetrics(**best)
         self.curve = [(step, loss) for step, loss in state_dict["curve"]]
 
     def _export(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, figures: ValidationFigures
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: ValidationMetrics
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         # By every process: one that holds a part of the weights gives it to the one that writes.
@@ -118,9 +121,9 @@ class ExportModel(pl.Callback):
             "task": self._task.name,
             "experiment": self._experiment,
             **self._model_facts,
-            "step": figures.step,
-            "validation_loss": figures.loss,
-            **{f"validation_{name}": value for name, value in figures.metrics.items()},
+            "step": found.step,
+            "validation_loss": found.loss,
+            **{f"validation_{name}": value for name, value in found.metrics.items()},
             **self._fields,
             "dataset": dict(self._dataset_description),
         }

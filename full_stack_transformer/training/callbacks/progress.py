@@ -23,8 +23,11 @@ from full_stack_transformer.training.callbacks.control import validation_is_due
 from full_stack_transformer.training.callbacks.meter import Meter, Reading
 from full_stack_transformer.training.callbacks.profiling import HISTOGRAMS
 from full_stack_transformer.training.data.batches import EpochDataModule
-from full_stack_transformer.training.figures import ValidationFigures, validation_figures
-from full_stack_transformer.training.module import TrainingModule
+from full_stack_transformer.training.module import (
+    TrainingModule,
+    ValidationMetrics,
+    validation_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -201,8 +204,8 @@ class RecordCurves(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the points of the validation, and flush."""
-        figures = validation_figures(trainer)
-        points = {metric_names.LOSS: figures.loss, **figures.metrics}
+        found = validation_metrics(trainer)
+        points = {metric_names.LOSS: found.loss, **found.metrics}
         self._record(
             trainer, {f"{metric_names.VALID}/{name}": value for name, value in points.items()}
         )
@@ -311,7 +314,7 @@ class TrainingSummary:
 
 
 def summarize(
-    meter: Meter, best: ValidationFigures | None, *, num_steps: int, seconds_taken: float
+    meter: Meter, best: ValidationMetrics | None, *, num_steps: int, seconds_taken: float
 ) -> TrainingSummary:
     """The summary of a training that has ended.
 

@@ -416,7 +416,7 @@ class FileRows(BaseDataModule):
         for split, repeated in zip(held_out, counts, strict=True):
             if repeated:
                 logger.warning(
-                    "%s of %s rows of %s are among those to train on too: their figures flatter the model",
+                    "%s of %s rows of %s are among those to train on too: their metrics flatter the model",
                     f"{repeated:,}",
                     f"{len(found[split]):,}",
                     split,

@@ -104,7 +104,7 @@ def test_a_point_is_that_of_the_whole_step(watched: tuple[EventAccumulator, _Wat
     assert epochs == pytest.approx({2: 0.4, 4: 0.8, 6: 1.2, 8: 1.6})
 
 
-def test_a_validation_has_its_three_figures(watched: tuple[EventAccumulator, _Watch]) -> None:
+def test_a_validation_has_its_three_metrics(watched: tuple[EventAccumulator, _Watch]) -> None:
     losses = _points(watched, metric_names.VALID_LOSS)
     assert list(losses) == [3, 6, 9]
     for step, loss in losses.items():

@@ -16,7 +16,7 @@ from full_stack_transformer.modelling.model_directory import open_model
 from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.export import ExportModel
-from full_stack_transformer.training.figures import ValidationFigures
+from full_stack_transformer.training.module import ValidationMetrics
 from tests.training.small_training import SmallTraining
 
 
@@ -103,7 +103,7 @@ def test_nothing_but_nan_exports_nothing(dataset: DatasetDirectory, tmp_path: Pa
 
 def test_a_resumed_training_knows_the_best(dataset: DatasetDirectory, tmp_path: Path) -> None:
     export = _export(dataset, tmp_path)
-    export.best = ValidationFigures(
+    export.best = ValidationMetrics(
         step=7, loss=2.5, metrics={"perplexity": 12.2, "bits_per_byte": 1.5}
     )
     export.curve = [(3, 3.5), (7, 2.5)]

@@ -17,7 +17,7 @@ import torch
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.training.callbacks.meter import Meter, Reading
 from full_stack_transformer.training.callbacks.progress import Progress, duration, summarize
-from full_stack_transformer.training.figures import ValidationFigures
+from full_stack_transformer.training.module import ValidationMetrics
 from tests.training.small_training import SmallTraining
 
 _LINE = re.compile(
@@ -173,7 +173,7 @@ def test_the_summary_says_how_to_serve(tmp_path: Path) -> None:
     meter.first = Reading(100, 2.0)
     meter.read.return_value = Reading(1_000_100, 102.0)
     meter.utilization.return_value = 0.615
-    best = ValidationFigures(step=90, loss=2.5, metrics={"perplexity": 12.18, "bits_per_byte": 1.5})
+    best = ValidationMetrics(step=90, loss=2.5, metrics={"perplexity": 12.18, "bits_per_byte": 1.5})
     summary = summarize(meter, best, num_steps=100, seconds_taken=130.2)
     assert summary.lines(tmp_path / "my books" / "0") == [
         "trained 100 steps on 1,000,100 tokens in 2 min 10 s, 10,000 tokens/s, MFU 62%",
