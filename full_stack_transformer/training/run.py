@@ -60,16 +60,16 @@ from full_stack_transformer.training.tuning import tune
 logger = logging.getLogger(__name__)
 
 _LIGHTNING_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-# What a shell says of a process that a signal ended.
+# A shell reports this plus the number of the signal that ended a process.
 _EXIT_CODE_OF_SIGNAL = 128
 
 
 def train(arguments: TrainArguments) -> Path | int:
-    """Train, and return the experiment directory; or an exit code when a signal interrupted it.
+    """Train, and return the experiment directory, or an exit code if a signal interrupted it.
 
     Raises:
-        UsageError: the options contradict each other, the machine, or the training to resume.
-        DatasetError: --dataset_dir is no dataset directory, or has no validation samples.
+        UsageError: the options contradict each other, the machine or the training to resume.
+        DatasetError: --dataset_dir is not a dataset directory, or has no validation samples.
         ModelError: --model_path cannot be opened.
         TrainingError: the loss is no longer a number.
         MachineError: a checkpoint cannot be written.
@@ -78,26 +78,26 @@ def train(arguments: TrainArguments) -> Path | int:
 
 
 def run_experiment(arguments: RunExperimentArguments) -> Path | int:
-    """`train` with a data set, a model or a task of one's own.
+    """`train` with your own data set, model or task class.
 
     Raises:
-        UsageError: a class cannot be imported, or is none of what is expected.
+        UsageError: a class cannot be imported, or is not of the expected kind.
     """
     return train_setup(open_setup(arguments))
 
 
 def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> Path | int:
-    """The same for a setup that is put together already.
+    """The same for a complete setup.
 
     Args:
         setup: what is learned from what.
-        callbacks: of Lightning, beside our own.
+        callbacks: of Lightning, in addition to ours.
     """
     started = time.perf_counter()
     _quieten_libraries()
     with open_experiment(setup.arguments, setup.data) as experiment:
         if experiment.is_finished:
-            logger.info("%s is finished already", experiment.directory)
+            logger.info("%s is already finished", experiment.directory)
             return _after(setup, experiment) if is_main_process() else 0
         if not setup.arguments.trains:
             return _after(setup, experiment)
@@ -105,8 +105,8 @@ def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> 
         try:
             training.fit()
         except InterruptedBySignalError as interruption:
-            # Lightning kills the main process when another one leaves with an error.
-            return training.say_how_to_go_on(interruption) if is_main_process() else 0
+            # Lightning kills the main process if another process exits with an error.
+            return training.log_resume_command(interruption) if is_main_process() else 0
         if not is_main_process():
             return 0
         training.finish(time.perf_counter() - started)
@@ -139,7 +139,7 @@ def _set_up(
 
 
 class _Training:
-    """The parts of one training, put together."""
+    """The parts of a training."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _Training:
         """Train to the end.
 
         Raises:
-            InterruptedBySignalError: a signal asked for an end before; a checkpoint was written.
+            InterruptedBySignalError: a signal ended it early; a checkpoint was written.
         """
         experiment, checkpoint = self._experiment, self._experiment.checkpoint
         if is_main_process():
@@ -172,7 +172,7 @@ class _Training:
                 self._trainer.strategy.root_device,
                 self._trainer.precision,
                 experiment.directory,
-                f", going on after step {checkpoint.step:,}" if checkpoint else "",
+                f", resuming after step {checkpoint.step:,}" if checkpoint else "",
             )
             if checkpoint is None:
                 _write_texts(self._trainer, experiment, self._setup)
@@ -203,10 +203,10 @@ class _Training:
             minutes=arguments.max_minutes,
         )
 
-    def say_how_to_go_on(self, interruption: InterruptedBySignalError) -> int:
-        """The exit code of a training that a signal interrupted."""
+    def log_resume_command(self, interruption: InterruptedBySignalError) -> int:
+        """Log how to resume; returns the exit code of an interrupted training."""
         logger.warning(
-            "%s: stopped after step %s; go on with: %s",
+            "%s: stopped after step %s; resume with: %s",
             interruption,
             f"{self._trainer.global_step:,}",
             self._experiment.resume_command(),
@@ -228,7 +228,7 @@ class _Training:
         return directory
 
     def _callbacks(self) -> list[pl.Callback]:
-        """In any order: none needs another one to run before it."""
+        """The callbacks; their order does not matter."""
         arguments, directory = self._experiment.arguments, self._experiment.directory
         return [
             FollowPlan(),
@@ -265,7 +265,7 @@ def _make_export(experiment: Experiment, setup: TrainingSetup) -> ExportModel:
 
 
 def _make_trainer(experiment: Experiment, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """A trainer that sees one long epoch and no limits, which are those of the plan."""
+    """A trainer with one long epoch and no limits: the plan decides when to validate and to end."""
     arguments = experiment.arguments
     try:
         trainer = pl.Trainer(
@@ -284,7 +284,7 @@ def _make_trainer(experiment: Experiment, callbacks: Sequence[pl.Callback] = ())
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             callbacks=list(callbacks),
-            # Ours are among the callbacks; without callbacks Lightning must not add its own.
+            # Ours is among the callbacks; without callbacks Lightning would add its own.
             enable_checkpointing=bool(callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -302,7 +302,7 @@ def _make_trainer(experiment: Experiment, callbacks: Sequence[pl.Callback] = ())
         raise UsageError(
             f"--devices {arguments.devices} --num_nodes {arguments.num_nodes} are "
             f"{trainer.world_size} processes; {experiment.directory} was started with "
-            f"{checkpoint.world_size}, and other numbers would see other batches"
+            f"{checkpoint.world_size}, and another number would change the batches"
         )
     return trainer
 
@@ -313,13 +313,13 @@ def _make_tensorboard(experiment: Experiment) -> TensorBoardLogger:
         name="",
         version="",
         default_hp_metric=False,
-        # What killed runs wrote after the checkpoint is not shown.
+        # Hide what killed runs wrote after the checkpoint.
         purge_step=experiment.first_repeated_step if experiment.is_resumed else None,
     )
 
 
 def _write_texts(trainer: pl.Trainer, experiment: Experiment, setup: TrainingSetup) -> None:
-    """The options and the description of the dataset, for TensorBoard."""
+    """Write the options and the description of the dataset for TensorBoard."""
     assert isinstance(trainer.logger, TensorBoardLogger)
     writer = trainer.logger.experiment
     arguments = read_json(experiment.directory / ARGUMENTS_FILE_NAME)
@@ -328,7 +328,7 @@ def _write_texts(trainer: pl.Trainer, experiment: Experiment, setup: TrainingSet
 
 
 def _resolve_precision(arguments: TrainArguments) -> str:
-    """The arithmetic that `auto` means on this machine."""
+    """The precision for `auto` on this machine."""
     if arguments.precision != "auto":
         return arguments.precision
     if arguments.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -344,7 +344,7 @@ def _as_markdown(content: dict[str, Any]) -> str:
 
 
 def _quieten_libraries() -> None:
-    """Keep the log ours: the advice on workers is wrong here, the rest is said by our own lines."""
+    """Silence libraries: their advice on workers is wrong here, and our log lines say the rest."""
     for name in (
         "pytorch_lightning",
         "lightning.pytorch",

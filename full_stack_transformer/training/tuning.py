@@ -1,6 +1,12 @@
 """`--find_learning_rate` and `--find_batch_size`: short trials on a copy of the model, before the training.
 
-Nothing of a trial stays but the value that it found; it is logged, and goes into arguments.json.
+A trial leaves nothing behind but the value that it found, which is logged and saved in arguments.json.
+
+Lightning's finders (2.6.6) do something else. `LearningRateFinder` gives all parameter groups the same rate,
+so that Muon's matrices would be tried at a fifth of theirs, and takes the steepest place of the loss over the
+rate instead of its logarithm, which favours the lowest rates: on the same curve of a model of 2 x 64 it found
+1.3e-3 and not 2e-2 with AdamW, 4e-3 and not 5e-2 with Muon. `BatchSizeFinder` finds the largest batch that
+fits, not the fastest one, by running out of memory, which on a processor ends the process.
 """
 
 import copy
@@ -26,19 +32,19 @@ from full_stack_transformer.training.setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
 
-# From no effect to certain divergence, for AdamW and for Muon by the rate of one option.
+# From no effect to certain divergence, for AdamW and for Muon.
 _LOWEST_RATE, _HIGHEST_RATE = 1e-6, 1.0
 _NUM_RATES = 120
-# Neighbours on each side whose losses are averaged: a quarter of a power of ten.
+# Losses averaged on each side of a rate: a quarter of a power of ten.
 _NUM_NEIGHBOURS = 5
-# The loss has diverged when it is so many times the lowest one.
+# The loss has diverged when it is this many times the lowest loss.
 _DIVERGED = 3.0
-# A fall that is more than rounding, in nats for a rate e times as high.
+# The least slope that is more than rounding errors, in nats for a rate e times as high.
 _LEAST_SLOPE = 1e-4
-# A batch twice as large must raise the tokens per second by so much; less is noise.
+# A batch twice as large must raise the tokens per second by this factor; less is noise.
 _LEAST_GAIN = 1.05
 _SECONDS_PER_SIZE, _LEAST_STEPS_PER_SIZE = 2.0, 4
-# Fewer batches than this in an epoch leave no order to shuffle.
+# With fewer batches in an epoch there is hardly an order to shuffle.
 _LEAST_BATCHES_PER_EPOCH = 8
 _PART_OF_MEMORY = 0.8
 
@@ -46,7 +52,7 @@ _PART_OF_MEMORY = 0.8
 def tune(
     arguments: TrainArguments, setup: TrainingSetup, backbone: Backbone, trainer: pl.Trainer
 ) -> TrainArguments:
-    """The options with what was found in the place of what was given.
+    """The options with the values that were found.
 
     Args:
         arguments: with `find_batch_size`, `find_learning_rate` or both.
@@ -55,13 +61,13 @@ def tune(
         trainer: names the device and the precision.
 
     Raises:
-        UsageError: there are several processes, which could find different values.
+        UsageError: there are several processes, which might find different values.
         TrainingError: no learning rate lowers the loss.
     """
     if trainer.world_size > 1:
         raise UsageError(
-            "--find_batch_size and --find_learning_rate try on one device: pass --devices 1 "
-            "--max_steps 1, then train with what they found"
+            "--find_batch_size and --find_learning_rate need a single device: pass --devices 1 "
+            "--max_steps 1, then train with the values that they find"
         )
     if arguments.find_batch_size:
         size = find_batch_size(_Trial(arguments, setup, backbone, trainer))
@@ -94,15 +100,15 @@ class _Trial:
             learning_rate=1.0,
             weight_decay=arguments.weight_decay,
         )
-        # Those of a rate of 1: with Muon they differ between groups.
+        # For a learning rate of 1: with Muon they differ between groups.
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
 
     def num_batches_per_epoch(self, batch_size: int) -> int:
-        """Batches of an epoch, if they were of this size."""
+        """Batches of an epoch with this batch size."""
         return self._data(batch_size).count_batches_per_epoch(1)
 
     def steps(self, batch_size: int) -> Iterator[list[Batch]]:
-        """The batches of one optimizer step after the other, without end."""
+        """The batches of each optimizer step, without end."""
         loader = self._data(batch_size).train_dataloader()
         while True:
             yield list(itertools.islice(loader, self.arguments.accumulate_grad_batches))
@@ -139,7 +145,7 @@ def find_learning_rate(trial: _Trial) -> float:
     """The learning rate at which the loss falls fastest, in a test of rising rates.
 
     The range test of Smith 2017 (arXiv 1506.01186, section 3.3), with a rate that rises exponentially
-    from step to step; he reads two borders off the curve, here its steepest place is taken.
+    from step to step. The paper reads two bounds off the curve; here its steepest place is taken.
 
     Raises:
         TrainingError: the loss never falls.
@@ -169,7 +175,7 @@ def steepest_descent(rates: Sequence[float], losses: Sequence[float]) -> float:
     """The rate, to two digits, at which the averaged loss falls fastest over the logarithm of the rate.
 
     Raises:
-        TrainingError: it never falls.
+        TrainingError: the loss never falls.
     """
     width = 2 * _NUM_NEIGHBOURS + 1
     if len(losses) > width:
@@ -179,20 +185,20 @@ def steepest_descent(rates: Sequence[float], losses: Sequence[float]) -> float:
         if slopes[steepest] < -_LEAST_SLOPE:
             return float(f"{rates[steepest + _NUM_NEIGHBOURS]:.1e}")
     raise TrainingError(
-        f"--find_learning_rate: the loss does not fall at any rate from {rates[0]:g} on; pass a "
-        "--learning_rate, or --precision 32"
+        f"--find_learning_rate: the loss does not fall at any rate from {rates[0]:g}; pass "
+        "--learning_rate, or use --precision 32"
     )
 
 
 def find_batch_size(trial: _Trial) -> int:
-    """The batch size that doubling found, from --batch_size on."""
+    """The fastest batch size, found by doubling --batch_size."""
     size = trial.arguments.batch_size
     best = _tokens_per_second(trial, size)
     logger.info("--find_batch_size: %s samples, %s tokens/s", size, f"{best:,.0f}")
     while True:
         reason, speed = _try_size(trial, 2 * size)
         if not reason and speed < _LEAST_GAIN * best:
-            reason = f"{speed:,.0f} tokens/s are no gain"
+            reason = f"{speed:,.0f} tokens/s are not faster"
         if reason:
             logger.info(
                 "--find_batch_size: %s samples: %s; --batch_size %s", 2 * size, reason, size
@@ -203,14 +209,14 @@ def find_batch_size(trial: _Trial) -> int:
 
 
 def _try_size(trial: _Trial, size: int) -> tuple[str, float]:
-    """Why a size is impossible, or how fast it is."""
+    """Why a size cannot be used ("" if it can), and its speed."""
     try:
         if trial.num_batches_per_epoch(size) < _LEAST_BATCHES_PER_EPOCH:
             return f"an epoch would have fewer than {_LEAST_BATCHES_PER_EPOCH} batches", 0.0
     except UsageError:
         return "an epoch would have no batch", 0.0
-    # Twice the batch takes at most twice what the process holds now; a processor's memory cannot be
-    # tried out, since the system ends a process that takes too much.
+    # Twice the batch takes at most twice the memory that the process has now. On a processor this cannot be
+    # tried, since the system kills a process that takes too much.
     free = free_memory_bytes(trial.device)
     held = resident_bytes()
     if trial.device.type == "cpu" and free and held and held > _PART_OF_MEMORY * free:
@@ -219,11 +225,11 @@ def _try_size(trial: _Trial, size: int) -> tuple[str, float]:
         return "", _tokens_per_second(trial, size)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return "do not fit into memory", 0.0
+        return "does not fit into memory", 0.0
 
 
 def _tokens_per_second(trial: _Trial, size: int) -> float:
-    """Targets of the steps per second, the first step left out."""
+    """Targets per second, without the first step."""
     steps = trial.steps(size)
     trial.step(next(steps), 0.0)
     num_targets, num_steps, started = 0.0, 0, time.perf_counter()

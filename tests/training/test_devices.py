@@ -47,7 +47,7 @@ def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(
         assert [value for _, value in found] == pytest.approx(
             [value for _, value in expected], abs=1e-5
         )
-    with pytest.raises(UsageError, match="was started with 2, and other numbers"):
+    with pytest.raises(UsageError, match="was started with 2, and another number"):
         training(resume=str(two), model_config=str(config), batch_size=4, max_steps=8)
 
 
@@ -58,7 +58,7 @@ def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(
         ({"accelerator": "warp"}, "--accelerator warp"),
         ({"devices": "many"}, "--devices many"),
         ({"devices": "0"}, "--devices 0"),
-        ({"devices": "2", "find_learning_rate": True}, "--find_learning_rate try on one device"),
+        ({"devices": "2", "find_learning_rate": True}, "--find_learning_rate need a single device"),
     ],
 )
 def test_impossible_devices_are_refused(

@@ -47,7 +47,7 @@ def test_what_is_found_is_trained_with_and_saved(
     assert saved["batch_size"] == 8
     assert 1e-4 < saved["learning_rate"] < 0.3
     assert not saved["find_learning_rate"]
-    assert "16 samples: 255 tokens/s are no gain; --batch_size 8" in caplog.text
+    assert "16 samples: 255 tokens/s are not faster; --batch_size 8" in caplog.text
     assert f"falls fastest at --learning_rate {saved['learning_rate']:g}" in caplog.text
     # The trials leave nothing behind: the same training with what they found is the same.
     options |= {"batch_size": 8, "learning_rate": saved["learning_rate"]}

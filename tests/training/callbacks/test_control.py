@@ -69,7 +69,7 @@ def test_a_signal_saves_after_the_running_step(
     assert checkpoint_of(experiment)["global_step"] == 4
     assert not (experiment / "summary.json").exists()
     said = caplog.messages[-1]
-    assert said.startswith(f"{number.name}: stopped after step 4; go on with: fst train")
+    assert said.startswith(f"{number.name}: stopped after step 4; resume with: fst train")
     assert f"--experiments_root {tmp_path} --experiment_name experiment --resume last" in said
 
 
