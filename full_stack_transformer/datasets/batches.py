@@ -16,8 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from full_stack_transformer.datasets.order import KeyedPermutation, make_key, shuffled
-from full_stack_transformer.datasets.packing import pack
+from full_stack_transformer.datasets.order import KeyedPermutation, make_key, pack, shuffled
 
 # Batches whose samples are sorted by length together. On documents of mean 41 tokens 1.2 % of a batch of
 # 16 is padding; with 128 batches 2.4 %, with 64 5 %, in random order 63 %.

@@ -28,7 +28,6 @@ from transformers import (
 
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.bag_of_words import cosines, words
 from full_stack_transformer.metrics.classification import classification_metrics
 from full_stack_transformer.modelling.backbones import DECODER_PREFIX, GPT2_PRESET
 from full_stack_transformer.modelling.model_card import TaskWords
@@ -41,6 +40,7 @@ from full_stack_transformer.rows.fields import (
     with_origin,
 )
 from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.bag_of_words import cosines, words
 from full_stack_transformer.tasks.routes import (
     MODEL_FIELD,
     Body,

@@ -23,7 +23,6 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerFast
 from full_stack_transformer.arguments.training import SentenceEmbeddingOptions
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.bag_of_words import similarities
 from full_stack_transformer.metrics.regression import pearson, spearman
 from full_stack_transformer.modelling.embedding.head import (
     MODULES_FILE_NAME,
@@ -37,6 +36,7 @@ from full_stack_transformer.modelling.embedding.head import (
 from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.rows.fields import field, names_of, place, texts_and_label
 from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.bag_of_words import similarities
 from full_stack_transformer.tasks.routes import Form, Route
 from full_stack_transformer.tasks.task import (
     Feature,

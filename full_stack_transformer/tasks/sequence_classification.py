@@ -23,7 +23,6 @@ from transformers import (
 
 from full_stack_transformer.arguments.training import SequenceClassificationOptions
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.bag_of_words import class_probabilities, similarities, words
 from full_stack_transformer.metrics.classification import (
     classification_metrics,
     multi_label_metrics,
@@ -32,6 +31,7 @@ from full_stack_transformer.metrics.regression import regression_metrics
 from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.rows.fields import field, names_of, place, texts_and_label
 from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.bag_of_words import class_probabilities, similarities, words
 from full_stack_transformer.tasks.routes import (
     MODEL_FIELD,
     Body,

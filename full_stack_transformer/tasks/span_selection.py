@@ -21,11 +21,11 @@ from transformers import AutoModelForQuestionAnswering
 
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.metrics.bag_of_words import words
 from full_stack_transformer.metrics.texts import answer_f1, exact_match, span_metrics
 from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.rows.fields import field, place
 from full_stack_transformer.rows.files import Row
+from full_stack_transformer.tasks.bag_of_words import words
 from full_stack_transformer.tasks.routes import (
     MODEL_FIELD,
     Body,

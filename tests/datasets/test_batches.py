@@ -17,7 +17,7 @@ from full_stack_transformer.datasets.batches import (
     SortedBatches,
     limited,
 )
-from full_stack_transformer.datasets.packing import pack
+from full_stack_transformer.datasets.order import pack
 from tests.datasets.corpora import ManySamples, SamplesWithoutTokens, short_lengths
 
 ROW_LENGTH = 256

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from full_stack_transformer.datasets.packing import pack
+from full_stack_transformer.datasets.order import pack
 from tests.datasets.corpora import short_lengths
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from full_stack_transformer.metrics.bag_of_words import class_probabilities, cosines, words
+from full_stack_transformer.tasks.bag_of_words import class_probabilities, cosines, words
 
 
 def test_the_cosine_is_that_of_tf_idf_vectors() -> None:
