@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+
 from full_stack_transformer.arguments.familiar_options import RENAMED
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import (
@@ -52,7 +54,6 @@ from full_stack_transformer.training.checkpoints import (
     find_checkpoint,
     link_checkpoint,
 )
-from full_stack_transformer.training.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,12 @@ _NOT_COMPARED = {
     *("find_learning_rate", "find_batch_size"),
     *_INPUTS,
 }
+
+
+def is_main_process() -> bool:
+    """Whether this process writes; known before Lightning has connected the processes."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return bool(rank_zero_only.rank == 0 and node == "0")  # type: ignore[attr-defined]
 
 
 class ExperimentData(Protocol):

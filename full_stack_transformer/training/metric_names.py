@@ -1,13 +1,13 @@
-"""Names of the curves and texts in TensorBoard, so that who writes and who reads them agree.
+"""Names of the metrics, and of the curves and texts in TensorBoard.
 
-TensorBoard makes a group of panels of what stands before the slash, sorts the groups, and opens the first
-two: hence text samples come before settings, and histograms last.
+TensorBoard groups panels by the part before the slash, sorts the groups, and opens the first two: hence text
+samples come before settings, and histograms last.
 """
 
 TRAIN_LOSS = "train/loss"
 TRAIN_PERPLEXITY = "train/perplexity"
 EPOCH = "train/epoch"
-# What a validation finds is logged under this and the metric's own name.
+# Prefix of the metrics of a validation.
 VALID = "valid"
 LOSS = "loss"
 PERPLEXITY = "perplexity"
@@ -24,18 +24,18 @@ CUDA_MEGABYTES = "memory/cuda_allocated_megabytes"
 
 ARGUMENTS_TEXT = "settings/arguments"
 DATASET_TEXT = "settings/dataset"
-# Before the number of a text sample, and before the name of a parameter.
+# Prefixes: of the index of a text sample, and of the name of a parameter.
 SAMPLE_TEXT = "sample"
 WEIGHT_HISTOGRAM = "weights"
 GRADIENT_HISTOGRAM = "weights_gradients"
 
-# Under this key of what a training step returns: its part of the mean cross entropy of an optimizer step,
-# times the number of processes.
+# Key in the outputs of a training step: its part of the mean cross entropy of the optimizer step, times the
+# number of processes.
 CROSS_ENTROPY = "cross_entropy"
-# Among what Lightning's callbacks see: the value that decides which model is the best, lower is better.
+# Among Lightning's callback metrics: the value that decides which model is the best; lower is better.
 SELECTION = "selection"
 
 
 def is_better_when_lower(metric: str) -> bool:
-    """Whether a lower value of this metric of a validation is a better one."""
+    """Whether a lower value of this metric is better."""
     return metric in (LOSS, PERPLEXITY, BITS_PER_BYTE) or metric.endswith(("_error", "_loss"))

@@ -29,7 +29,6 @@ from full_stack_transformer.training.callbacks.profiling import FORWARD, LOSS
 from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.optimization import Plan, make_optimizer, make_schedule
-from full_stack_transformer.training.processes import greatest
 
 
 class TrainingModule(pl.LightningModule):
@@ -295,6 +294,14 @@ def validation_metrics(trainer: pl.Trainer) -> ValidationMetrics:
         metrics=found,
         selection=None if selection is None else float(selection),
     )
+
+
+def greatest(trainer: pl.Trainer, value: float) -> float:
+    """The largest `value` of all processes; all of them must call this."""
+    if trainer.world_size == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(tensor, reduce_op="max"))
 
 
 def _gathered(scores: dict[int, Tensor], world_size: int) -> dict[int, Tensor]:

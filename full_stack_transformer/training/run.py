@@ -48,11 +48,11 @@ from full_stack_transformer.training.experiments import (
     ARGUMENTS_FILE_NAME,
     CHECKPOINTS_DIRECTORY_NAME,
     Experiment,
+    is_main_process,
     open_experiment,
     write_arguments,
 )
 from full_stack_transformer.training.optimization import Plan
-from full_stack_transformer.training.processes import is_main_process
 from full_stack_transformer.training.results import write_results
 from full_stack_transformer.training.setup import TrainingSetup, open_setup
 from full_stack_transformer.training.tuning import tune

@@ -26,8 +26,8 @@ from full_stack_transformer.tasks.opening import OpenedTask, open_task
 from full_stack_transformer.tasks.task import Prediction, RowTask
 from full_stack_transformer.training.data.batches import BatchLoader, ValidationLoader
 from full_stack_transformer.training.data.rows import BaseDataModule
+from full_stack_transformer.training.experiments import is_main_process
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.processes import is_main_process
 from full_stack_transformer.training.run import train_setup
 from full_stack_transformer.training.setup import TrainingSetup, open_setup, rows_setup
 

@@ -44,8 +44,11 @@ from full_stack_transformer.training.checkpoints import (
     VALIDATION_IS_DUE_KEY,
     link_checkpoint,
 )
-from full_stack_transformer.training.module import TrainingModule, validation_metrics
-from full_stack_transformer.training.processes import greatest
+from full_stack_transformer.training.module import (
+    TrainingModule,
+    greatest,
+    validation_metrics,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The model directory: the best model so far, complete at every moment."""
+"""The model directory: always the complete best model so far."""
 
 import contextlib
 import logging
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 class ExportModel(pl.Callback):
-    """Puts the model in the place of the one before when its validation is better: a lower loss,
-    or what --metric_for_best_model names.
+    """Replaces the model directory after each validation with a better result: a lower loss, or a better
+    --metric_for_best_model.
 
     Args:
         target: the model directory.
         task: what the model learned.
-        tokenizer_directory: files that are copied into it.
+        tokenizer_directory: its files are copied into the model directory.
         experiment: NAME/VERSION, for the description.
-        dataset_description: the same.
+        dataset_description: for the description.
         arguments: options of the training, for the model card.
-        fields: what else the description says.
+        fields: more fields of the description.
     """
 
     def __init__(
@@ -65,24 +65,24 @@ class ExportModel(pl.Callback):
         """Optimizer steps and validation loss of each validation."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Note what the model is, while the weights are whole."""
+        """Describe the model while this process has whole weights."""
         assert isinstance(pl_module, TrainingModule)
         config = pl_module.backbone.config
         self._model_facts = {
             "model_type": config.model_type,
             "num_parameters": num_parameters(pl_module.backbone),
         }
-        with contextlib.suppress(ModelError):  # not every architecture has a limit
+        with contextlib.suppress(ModelError):  # some architectures have no limit
             self._model_facts["context_length"] = context_length(config)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export when the validation has improved.
+        """Export if the validation result is better.
 
         Raises:
             MachineError: the disk is full or cannot be written; the previous model is intact.
         """
         found = validation_metrics(trainer)
-        # Written so that NaN is no improvement.
+        # NaN is not better.
         is_best = self.best is None or found.decisive < self.best.decisive
         is_best = is_best and found.decisive < float("inf")
         self.curve.append((found.step, found.loss))
@@ -99,12 +99,12 @@ class ExportModel(pl.Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a training that is resumed must know: plain values alone."""
+        """The best result and the curve, as plain values."""
         best = None if self.best is None else asdict(self.best)
         return {"best": best, "curve": [list(point) for point in self.curve]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best model and the curve of earlier runs."""
+        """Restore what `state_dict` returned."""
         best = state_dict["best"]
         self.best = None if best is None else ValidationMetrics(**best)
         self.curve = [(step, loss) for step, loss in state_dict["curve"]]
@@ -113,7 +113,7 @@ class ExportModel(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: ValidationMetrics
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        # By every process: one that holds a part of the weights gives it to the one that writes.
+        # In every process: each that has a part of the weights sends it to the one that writes.
         weights = trainer.strategy.lightning_module_state_dict()
         if not trainer.is_global_zero:
             return

@@ -35,7 +35,7 @@ _SECONDS_PER_SIDE = 0.12
 
 @dataclass(frozen=True)
 class Reading:
-    """What the meter shows at one moment, over all runs of a training that was resumed."""
+    """The totals at a moment, over all runs of a resumed training."""
 
     num_tokens: int
     """Input tokens that are not padding, of all processes."""
@@ -60,12 +60,12 @@ class Meter(pl.Callback):
 
     def __init__(self, *, num_context_tokens: int) -> None:
         self.loss = torch.zeros(())
-        """Mean cross entropy of the last optimizer step, in nats; of several processes this one's part
-        times their number."""
+        """Mean cross entropy of the last optimizer step, in nats; with several processes the part of this
+        process times their number."""
         self.smoothed_loss = torch.zeros(())
-        """Mean of those of the last steps, newer ones weighing more."""
+        """Mean over the last steps; newer ones have more weight."""
         self.first = Reading(0, 0.0)
-        """The end of this run's first step: compilation and allocation lie before it."""
+        """At the end of this run's first step, after compilation and allocation."""
         self._num_context_tokens = num_context_tokens
         self._earlier = Reading(0, 0.0)
         self._num_tokens = torch.zeros((), dtype=torch.int64)
@@ -78,28 +78,28 @@ class Meter(pl.Callback):
         self._paused_at: float | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Count what a token costs, while the weights are whole."""
+        """Count the FLOPs of a token while this process has whole weights."""
         assert isinstance(pl_module, TrainingModule)
         try:
             self._flops_per_token = flops_per_token(pl_module.backbone, self._num_context_tokens)
-        except AttributeError:  # an architecture without attention heads: trained all the same
+        except AttributeError:  # an architecture without attention heads
             self._flops_per_token = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure what the device can do, then start the clock."""
+        """Measure the peak of the device, then start the clock."""
         device = pl_module.device
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._loss_of_batches = torch.zeros((), device=device)
         self._world_size = trainer.world_size
         self._step, self._batch_index = trainer.global_step, -1
         peak = measure_matmul_peak(device, _dtype_of(trainer))
-        # The processes measure at the same time: of a processor that they share each finds its part.
+        # The processes measure at the same time: each finds its part of a processor that they share.
         self._utilization_of_rate = self._flops_per_token / peak / self._world_size
         self.first = self._earlier
         self._started = time.monotonic()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """End the pause of a validation."""
+        """Continue after the pause of a validation."""
         if self._paused_at is not None:
             self._started += time.monotonic() - self._paused_at
             self._paused_at = None
@@ -155,23 +155,23 @@ class Meter(pl.Callback):
         )
 
     def utilization(self, tokens_per_second: float) -> float:
-        """Part of the measured peak of all devices that a rate means, 0 to 1; 0 where it is unknown."""
+        """Fraction of the measured peak of all devices for this rate, 0 to 1; 0 if unknown."""
         return tokens_per_second * self._utilization_of_rate
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals, for a training that is resumed."""
+        """The totals, for a resumed training."""
         reading = self.read()
         return {"num_tokens": reading.num_tokens, "seconds": reading.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the totals of earlier runs."""
+        """Continue from the totals of earlier runs."""
         self._earlier = Reading(state_dict["num_tokens"], state_dict["seconds"])
 
 
 def num_input_tokens(batch: Batch) -> Tensor:
     """Input tokens of a batch that are not padding, as a scalar on its device.
 
-    These are the targets and the first token of each sample, which is none.
+    These are the targets, and the first token of each sample, which is not a target.
     """
     if "attention_mask" in batch:
         return batch["attention_mask"].sum()
@@ -179,7 +179,7 @@ def num_input_tokens(batch: Batch) -> Tensor:
     num_targets = (labels != IGNORED_LABEL).sum()
     if "document_ids" not in batch:  # a sample a row
         return num_targets + len(labels)
-    # A sample has two tokens at least, so a row that ends without a target ends with padding.
+    # A sample has at least two tokens, so a row that ends without a target ends with padding.
     has_padding = labels[:, -1] == IGNORED_LABEL
     return num_targets + (batch["document_ids"][:, -1] + 1 - has_padding.long()).sum()
 
@@ -187,7 +187,7 @@ def num_input_tokens(batch: Batch) -> Tensor:
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest square matrix product on `device`: under half a second on two cores.
 
-    The best of many repetitions, since anything else that runs can only slow one down.
+    The best of many repetitions, since other load can only slow one down.
     """
     sides = _SIDES_ON_CPU if device.type == "cpu" else _SIDES_ON_ACCELERATOR
     return max(_measure_matmul(side, device, dtype) for side in sides)
@@ -198,7 +198,7 @@ def _measure_matmul(side: int, device: torch.device, dtype: torch.dtype) -> floa
     left, right = (
         torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2)
     )
-    out = left @ right  # chooses the kernel, and allocates
+    out = left @ right  # selects the kernel, and allocates
     _wait_for(device)
     best, deadline = float("inf"), time.perf_counter() + _SECONDS_PER_SIDE
     while (started := time.perf_counter()) < deadline:
@@ -218,9 +218,9 @@ def _wait_for(device: torch.device) -> None:
 def flops_per_token(backbone: Backbone, num_context_tokens: int) -> float:
     """FLOPs of the forward and backward pass for one token, by PaLM's count: 6 N + 12 L H Q T.
 
-    N are the matrices that multiply activations: all but embedding tables, and the output head also where
-    it is tied to one. L layers, H heads, Q width of a head, T tokens of context: attention counts in full,
-    though half of it is masked, and nothing that is computed twice counts twice.
+    N counts the weights of matrices that multiply activations: all but embedding tables, and the output head
+    even if it is tied to a table. L layers, H heads, Q width of a head, T tokens of context: attention counts
+    in full, though half of it is masked, and recomputation does not count.
 
     Args:
         backbone: a decoder with `num_hidden_layers`, `num_attention_heads` and `hidden_size` in its config.

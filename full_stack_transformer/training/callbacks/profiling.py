@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.profilers import Profiler
 from torch.autograd.profiler import profile
 
 from full_stack_transformer.storage import write_json
-from full_stack_transformer.training.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +113,9 @@ class StepProfiler(Profiler):
             self._stop_operators()
             self._wall_seconds += self._marked - self._began
 
+    @rank_zero_only
     def describe(self) -> None:
         """Log and write the result; Lightning calls this at the end."""
-        if not is_main_process():
-            return
         if not self._num_measured:
             logger.info(
                 "the training was too short to profile: %d steps, of which the first %d are not counted",
