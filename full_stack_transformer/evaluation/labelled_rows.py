@@ -162,8 +162,8 @@ def _write(
     write_text(directory / "predictions.jsonl", _as_lines(lines))
     rightness = [task.is_right(*pair) for pair in zip(rows, predictions, strict=True)]
     worst = sorted(
-        (number for number in range(len(rows)) if rightness[number] < _RIGHT),
-        key=lambda number: rightness[number],
+        (index for index in range(len(rows)) if rightness[index] < _RIGHT),
+        key=lambda index: rightness[index],
     )[:_NUM_WORST]
     errors = [{"place": rows[n].get(PLACE), "rightness": rightness[n], **lines[n]} for n in worst]
     write_text(directory / "worst_errors.jsonl", _as_lines(errors))
@@ -221,8 +221,8 @@ def confusion_picture(labels: Sequence[str], confusion: Sequence[Sequence[int]])
         f'<text x="{margin}" y="14">predicted</text>',
         f'<text x="4" y="{margin - 8}">expected</text>',
     ]
-    for number, name in enumerate(names):
-        middle = margin + number * _CELL + _CELL / 2
+    for index, name in enumerate(names):
+        middle = margin + index * _CELL + _CELL / 2
         parts.append(f'<text x="{margin - 6}" y="{middle + 4}" text-anchor="end">{name}</text>')
         parts.append(
             f'<text transform="translate({middle + 4},{margin - 6}) rotate(-90)">{name}</text>'

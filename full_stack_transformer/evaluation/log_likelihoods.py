@@ -74,24 +74,24 @@ def log_likelihoods(spans: Sequence[TokenSpan], runner: Runner) -> list[LogLikel
     found = [LogLikelihood(0.0, True)] * len(spans)
     # Spans of similar length are computed together.
     order = sorted(
-        (number for number, span in enumerate(spans) if span.num_targets),
-        key=lambda number: len(spans[number].token_ids),
+        (index for index, span in enumerate(spans) if span.num_targets),
+        key=lambda index: len(spans[index].token_ids),
     )
     lengths = [len(span.token_ids) for span in spans]
-    for numbers in _groups(order, lengths, runner.num_slots):
+    for indices in _groups(order, lengths, runner.num_slots):
         work = [
-            SlotWork(slot, 0, spans[number].token_ids[:-1], num_logits=spans[number].num_targets)
-            for slot, number in enumerate(numbers)
+            SlotWork(slot, 0, spans[index].token_ids[:-1], num_logits=spans[index].num_targets)
+            for slot, index in enumerate(indices)
         ]
         rows = runner.run(work).float().log_softmax(-1)
         end = 0
-        for number in numbers:
-            span = spans[number]
+        for index in indices:
+            span = spans[index]
             scores = rows[end : end + span.num_targets]
             end += span.num_targets
             targets = torch.tensor(span.token_ids[-span.num_targets :], device=scores.device)
             chosen = scores.gather(1, targets[:, None])[:, 0]
-            found[number] = LogLikelihood(
+            found[index] = LogLikelihood(
                 float(chosen.double().sum()), bool((scores.argmax(-1) == targets).all())
             )
     return found
@@ -101,12 +101,12 @@ def _groups(order: Sequence[int], lengths: Sequence[int], num_slots: int) -> Ite
     """Indices of texts of these lengths that are computed together, a few at once."""
     group: list[int] = []
     num_tokens = 0
-    for number in order:
-        length = lengths[number]
+    for index in order:
+        length = lengths[index]
         if group and (num_tokens + length > _MAX_TOKENS_AT_ONCE or len(group) == num_slots):
             yield group
             group, num_tokens = [], 0
-        group.append(number)
+        group.append(index)
         num_tokens += length
     if group:
         yield group

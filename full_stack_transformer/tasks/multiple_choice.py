@@ -1,7 +1,7 @@
 """Which of several texts goes on with a text, or answers it.
 
-Rows: `text`, `choices`: list of texts, `label`: number of the right one, from 0.
-Predictions: {"choice": number, "scores": [probability of each]}.
+Rows: `text`, `choices`: list of texts, `label`: index of the right one, from 0.
+Predictions: {"choice": index, "scores": [probability of each]}.
 
 An encoder has a head that scores a pair of texts. A causal model has none, and needs none: a choice scores
 the mean log-likelihood of its tokens after the text, which training raises for the right choice.
@@ -160,7 +160,7 @@ class MultipleChoice(RowTask):
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each row: lists of its choices' tokens."""
         features = []
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             text = field(row, "text", str, self.name)
             choices = texts_of(row, "choices", self.name)
             if len(choices) < 2:
@@ -170,7 +170,7 @@ class MultipleChoice(RowTask):
             feature: Feature = {name: [one[name] for one in encoded] for name in encoded[0]}
             if row.get("label") is not None:
                 feature["labels"] = _label(row, len(choices))
-            features.append({**feature, "row": number})
+            features.append({**feature, "row": index})
         return features
 
     def length(self, feature: Feature) -> int:
@@ -200,14 +200,14 @@ class MultipleChoice(RowTask):
         return batch
 
     def forward(self, backbone: Any, batch: Batch) -> Tensor:
-        """Scores (B, C); -inf for a choice that is none."""
+        """Scores (B, C); -inf where a row has fewer choices."""
         inputs = {name: batch[name] for name in self.input_names}
         scores = (
             self._likelihoods(backbone, batch) if self.by_likelihood else backbone(**inputs).logits
         )
         places = torch.arange(scores.shape[1], device=scores.device)
-        is_none = places >= batch["num_choices"][:, None]
-        masked: Tensor = scores.float().masked_fill(is_none, float("-inf"))
+        is_missing = places >= batch["num_choices"][:, None]
+        masked: Tensor = scores.float().masked_fill(is_missing, float("-inf"))
         return masked
 
     def loss_sum(self, scores: Tensor, batch: Batch) -> Tensor:
@@ -217,7 +217,7 @@ class MultipleChoice(RowTask):
     def predictions(
         self, rows: Sequence[Row], features: Sequence[Feature], scores: Sequence[Tensor]
     ) -> list[Prediction]:
-        """As the module says."""
+        """The most likely choice of each row."""
         return [
             {
                 "choice": int(logits.argmax()),
@@ -232,7 +232,7 @@ class MultipleChoice(RowTask):
         found = classification_metrics(
             [_label(row, most) for row in rows],
             [one["choice"] for one in predictions],
-            [str(number) for number in range(most)],
+            [str(index) for index in range(most)],
         )
         return Metrics({"accuracy": found.accuracy})
 
@@ -291,8 +291,8 @@ class MultipleChoice(RowTask):
             ignore_index=IGNORED_LABEL,
             reduction="none",
         )
-        numbers = (labels != IGNORED_LABEL).sum(-1).clamp(min=1)
-        scores: Tensor = -losses.sum(-1) / numbers
+        num_tokens = (labels != IGNORED_LABEL).sum(-1).clamp(min=1)
+        scores: Tensor = -losses.sum(-1) / num_tokens
         return scores.view(batch["input_ids"].shape[:2])
 
 
@@ -329,7 +329,7 @@ def _label(row: Row, num_choices: int) -> int:
         label = -1
     if not 0 <= label < num_choices:
         raise RowError(
-            f"{place(row)}the label should be the number of a choice, 0 to {num_choices - 1}, found "
+            f"{place(row)}the label should be the index of a choice, 0 to {num_choices - 1}, found "
             f"{row.get('label')!r}"
         )
     return label

@@ -178,11 +178,11 @@ class SentenceEmbedding(RowTask):
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each row: `texts`, the tokens of one text or of both."""
         features = []
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             texts = [self.encode_pair(field(row, "text", str, self.name), None)]
             if row.get("text_pair") is not None:
                 texts.append(self.encode_pair(field(row, "text_pair", str, self.name), None))
-            feature: Feature = {"texts": texts, "row": number}
+            feature: Feature = {"texts": texts, "row": index}
             if row.get("label") is not None:
                 feature["labels"] = _number(row) / self._greatest_label
             features.append(feature)
@@ -204,9 +204,9 @@ class SentenceEmbedding(RowTask):
         """Tensors (B, N, T), N = 2 where any of the texts has a pair; then one without is there twice."""
         num_texts = max(len(feature["texts"]) for feature in features)
         texts = [
-            feature["texts"][min(number, len(feature["texts"]) - 1)]
+            feature["texts"][min(index, len(feature["texts"]) - 1)]
             for feature in features
-            for number in range(num_texts)
+            for index in range(num_texts)
         ]
         batch: Batch = {}
         for name in self.input_names:
@@ -235,7 +235,7 @@ class SentenceEmbedding(RowTask):
         return vectors.view(len(batch["input_ids"]), num_texts * num_times, -1)
 
     def loss_sum(self, scores: Tensor, batch: Batch) -> Tensor:
-        """As the module says."""
+        """SimCSE or the cosine loss, as the module says."""
         first, second = scores[:, 0], scores[:, -1]
         if self.loss == "cosine":
             return cosine_losses(first, second, batch["labels"]).sum()

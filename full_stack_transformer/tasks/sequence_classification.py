@@ -50,7 +50,7 @@ _PROBLEM_TYPES: dict[ProblemType, str] = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
-_LEAST_PROBABILITY = 0.5
+_MIN_PROBABILITY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class SequenceClassification(RowTask):
         super().__init__(tokenizer, options)
         self.labels = list(labels)
         self.problem_type = problem_type
-        self._id_of_label = {label: number for number, label in enumerate(labels)}
+        self._id_of_label = {label: index for index, label in enumerate(labels)}
 
     @classmethod
     def named(cls, row: Row) -> Row:
@@ -158,7 +158,7 @@ class SequenceClassification(RowTask):
         kind = kinds.get(config.problem_type or "")
         if kind is None:
             kind = "regression" if config.num_labels == 1 else "single_label"
-        labels = [config.id2label[number] for number in range(config.num_labels)]
+        labels = [config.id2label[index] for index in range(config.num_labels)]
         return cls(tokenizer, options, labels=labels, problem_type=kind)
 
     def config_fields(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class SequenceClassification(RowTask):
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each row."""
         features = []
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             text = field(row, "text", str, self.name)
             pair = row.get("text_pair")
             if pair is not None:
@@ -181,7 +181,7 @@ class SequenceClassification(RowTask):
             feature = self.encode_pair(text, pair)
             if row.get("label") is not None:
                 feature["labels"] = self._target(row)
-            features.append({**feature, "row": number})
+            features.append({**feature, "row": index})
         return features
 
     def collate(self, features: Sequence[Feature]) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ class SequenceClassification(RowTask):
     def predictions(
         self, rows: Sequence[Row], features: Sequence[Feature], scores: Sequence[Tensor]
     ) -> list[Prediction]:
-        """As the module says."""
+        """One for each text."""
         return [self._prediction(logits) for logits in scores]
 
     def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
@@ -273,7 +273,7 @@ class SequenceClassification(RowTask):
         if self.problem_type == "multi_label":
             scores = dict(zip(self.labels, logits.sigmoid().tolist(), strict=True))
             return {
-                "labels": [name for name, p in scores.items() if p >= _LEAST_PROBABILITY],
+                "labels": [name for name, p in scores.items() if p >= _MIN_PROBABILITY],
                 "scores": scores,
             }
         scores = dict(zip(self.labels, logits.softmax(-1).tolist(), strict=True))
@@ -287,13 +287,13 @@ class SequenceClassification(RowTask):
             return self._id(label, row)
         names = label if isinstance(label, list) else [label]
         ids = {self._id(name, row) for name in names}
-        return [float(number in ids) for number in range(len(self.labels))]
+        return [float(index in ids) for index in range(len(self.labels))]
 
     def _id(self, label: Any, row: Row) -> int:
         name = label_name(label)
         if name not in self._id_of_label:
             raise RowError(
-                f"{place(row)}the label {name!r} is none of the training rows' ({', '.join(self.labels)})"
+                f"{place(row)}unknown label {name!r}; the training rows have {', '.join(self.labels)}"
             )
         return self._id_of_label[name]
 
@@ -343,7 +343,7 @@ def _number(row: Row) -> float:
 
 
 def _as_number(label: Any) -> float | None:
-    """None of what is no number, which "nan" and "inf" are not."""
+    """The finite number that a label spells; None for everything else, "nan" and "inf" too."""
     try:
         number = float(label)
     except (TypeError, ValueError):

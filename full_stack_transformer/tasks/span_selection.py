@@ -124,7 +124,7 @@ class SpanSelection(RowTask):
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each window, with `offsets`: the characters of each token of the context, else None."""
         features: list[Feature] = []
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             question = field(row, "question", str, self.name).strip()
             context = field(row, "context", str, self.name)
             answer = _answer(row)
@@ -147,7 +147,7 @@ class SpanSelection(RowTask):
                 feature["offsets"] = offsets
                 if answer is not None:
                     feature["labels"] = _token_span(answer, offsets)
-                features.append({**feature, "row": number})
+                features.append({**feature, "row": index})
         return features
 
     def collate(self, features: Sequence[Feature]) -> Batch:
@@ -185,9 +185,9 @@ class SpanSelection(RowTask):
         candidates: list[list[_Candidate]] = [[] for _ in rows]
         no_answer = [float("inf")] * len(rows)
         for feature, logits in zip(features, scores, strict=True):
-            number = feature["row"]
-            candidates[number] += _candidates(logits, feature["offsets"])
-            no_answer[number] = min(no_answer[number], float(logits[0].sum()))
+            index = feature["row"]
+            candidates[index] += _candidates(logits, feature["offsets"])
+            no_answer[index] = min(no_answer[index], float(logits[0].sum()))
         return [
             _prediction(row["context"], found, none)
             for row, found, none in zip(rows, candidates, no_answer, strict=True)
@@ -258,7 +258,7 @@ def _answer(row: Row) -> tuple[int, int] | None:
     if start is None:
         start = row["context"].find(text)
         if start < 0:
-            raise RowError(f"{place(row)}the answer {text!r} does not stand in the context")
+            raise RowError(f"{place(row)}the answer {text!r} is not in the context")
     if start < 0 or row["context"][start : start + len(text)] != text:
         raise RowError(
             f"{place(row)}the answer {text!r} should stand at character {start} of the context; found "
@@ -309,8 +309,8 @@ def _candidates(logits: Tensor, offsets: Sequence[tuple[int, int] | None]) -> li
     """The best spans of a window: pairs of its best first and last tokens that may be one."""
     is_outside = torch.tensor([span is None or span[0] >= span[1] for span in offsets])
     inside = logits[: len(offsets)].masked_fill(is_outside[:, None], float("-inf"))
-    number = min(_NUM_ENDS, len(offsets))
-    starts, ends = (inside[:, side].topk(number).indices.tolist() for side in (0, 1))
+    count = min(_NUM_ENDS, len(offsets))
+    starts, ends = (inside[:, side].topk(count).indices.tolist() for side in (0, 1))
     found = []
     for start in starts:
         for end in ends:

@@ -69,7 +69,7 @@ class TokenLabelling(RowTask):
     ) -> None:
         super().__init__(tokenizer, options)
         self.labels = list(labels)
-        self._id_of_label = {label: number for number, label in enumerate(labels)}
+        self._id_of_label = {label: index for index, label in enumerate(labels)}
 
     @classmethod
     def named(cls, row: Row) -> Row:
@@ -106,7 +106,7 @@ class TokenLabelling(RowTask):
         options: WindowTaskOptions,
     ) -> Self:
         """Labels out of the config."""
-        labels = [config.id2label[number] for number in range(config.num_labels)]
+        labels = [config.id2label[index] for index in range(config.num_labels)]
         return cls(tokenizer, options, labels=labels)
 
     def config_fields(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class TokenLabelling(RowTask):
         """One for each window, with `word_tokens`: the token of each word that begins in it."""
         features: list[Feature] = []
         room = self.options.max_length - self.tokenizer.num_special_tokens_to_add()
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             text, spans = _text_and_words(row)
             labels = self._label_ids(row, len(spans)) if row.get("labels") is not None else None
             encoding = self.tokenizer(
@@ -144,7 +144,7 @@ class TokenLabelling(RowTask):
                     for word, token in reversed(feature["word_tokens"].items()):
                         targets[token] = labels[word]
                     feature["labels"] = targets
-                features.append({**feature, "row": number})
+                features.append({**feature, "row": index})
         return features
 
     def num_targets(self, feature: Feature) -> int:
@@ -219,11 +219,11 @@ class TokenLabelling(RowTask):
         return [
             {
                 "word": text[start:end],
-                "label": self.labels[words[number][1] if number in words else 0],
+                "label": self.labels[words[index][1] if index in words else 0],
                 "start": start,
                 "end": end,
             }
-            for number, (start, end) in enumerate(spans)
+            for index, (start, end) in enumerate(spans)
         ]
 
     def _label_ids(self, row: Row, num_words: int) -> list[int]:
@@ -236,8 +236,8 @@ class TokenLabelling(RowTask):
         unknown = sorted(set(names) - self._id_of_label.keys())
         if unknown:
             raise RowError(
-                f"{place(row)}the label {unknown[0]!r} is none of the training rows' "
-                f"({', '.join(self.labels)})"
+                f"{place(row)}unknown label {unknown[0]!r}; the training rows have "
+                f"{', '.join(self.labels)}"
             )
         return [self._id_of_label[name] for name in names]
 

@@ -198,10 +198,14 @@ def test_the_words_of_a_text_are_whole_in_every_script(text: str, words: list[st
         ("sequence_classification", {"text": 3}, "should have 'text', a str; found int there"),
         ("sequence_classification", {"title": "x", "body": "y"}, "the fields title, body$"),
         ("sequence_classification", {"text": "x", "text_pair": 3}, "'text_pair', a str; found int"),
-        ("sequence_classification", {"text": "x", "label": "stone"}, "'stone' is none of"),
+        (
+            "sequence_classification",
+            {"text": "x", "label": "stone"},
+            "unknown label 'stone'; the training",
+        ),
         ("token_labelling", {"words": ["a", 3], "labels": ["O", "O"]}, "list of str; found 3 in"),
         ("token_labelling", {"words": ["a", "b"], "labels": ["O"]}, "1 labels and 2 words"),
-        ("token_labelling", {"words": ["a"], "labels": ["X"]}, "'X' is none of"),
+        ("token_labelling", {"words": ["a"], "labels": ["X"]}, "unknown label 'X'"),
         ("multiple_choice", {"text": "a", "choices": ["b"]}, "two choices"),
         ("multiple_choice", {"text": "a", "choices": ["b", None]}, "list of str; found None in"),
         ("multiple_choice", {"text": "a", "choices": ["b", "c"], "label": 2}, "0 to 1, found 2"),
@@ -216,7 +220,7 @@ def test_the_words_of_a_text_are_whole_in_every_script(text: str, words: list[st
         (
             "span_selection",
             {"question": "a", "context": "bcd", "answers": [{"text": "x", "start": None}]},
-            "'x' does not stand in the context",
+            "'x' is not in the context",
         ),
         ("span_selection", {"question": "a", "context": "b", "answers": "b"}, "list of objects"),
         (
