@@ -1,17 +1,20 @@
 """From documents to the reply of a bot, through the real commands and processes."""
 
+import json
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.arguments.sampling import SamplingKeywords
+from full_stack_transformer.generation.text_generator import TextGenerator
 from tests.conftest import RunFst, write_documents
 from tests.fake_bot_api.process import running_fake_bot_api
 from tests.logged_process import LoggedProcess, running_service
@@ -69,8 +72,7 @@ def test_the_openai_client_gets_the_text_of_the_command(
         streamed = "".join(piece.choices[0].text for piece in pieces)
     printed = run_fst(
         *("generate", experiment, "--prompt", "The reader", "--max_new_tokens", "20"),
-        *("--seed", "4", "--temperature", "0.5", "--top_p", "1", "--repetition_penalty", "1"),
-        *("--device", "cpu"),
+        *("--seed", "4", "--temperature", "0.5", "--device", "cpu"),
     )
     assert printed.stdout == f"The reader{answer.choices[0].text}\n"
     assert streamed == answer.choices[0].text
@@ -101,10 +103,127 @@ def test_the_library_generates_what_the_service_does(url: str, experiment: Path)
     body = {"seed_text": "The corpus", "generation_max_len": 25, "seed": 11, "temperature": 0.8}
     [text] = httpx.post(f"{url}/generated_texts/", json=body, timeout=60).json()["texts"]
     generator = TextGenerator.open(experiment, device="cpu")
-    options = GenerationOptions(
-        max_new_tokens=25, seed=11, sampling=SamplingParameters(temperature=0.8)
+    given: SamplingKeywords = {"max_new_tokens": 25, "seed": 11, "temperature": 0.8}
+    assert generator.generate("The corpus", **given) == [text]
+
+
+# ---------------------------------------------------------------------- one seed, one text
+
+PROMPT, SEED = "The reader", 11
+EXPLICIT: SamplingKeywords = {
+    "max_new_tokens": 30,
+    "temperature": 0.9,
+    "top_k": 40,
+    "top_p": 0.9,
+    "repetition_penalty": 1.2,
+}
+
+
+@pytest.fixture(scope="module")
+def exact_url(experiment: Path) -> Iterator[str]:
+    """A service that computes as training does."""
+    with running_service(experiment, "--weights_dtype", "float32") as (url, process):
+        yield url
+        assert process.stop() == 0
+
+
+def _texts_over_http(url: str, given: dict[str, Any]) -> dict[str, str]:
+    length: dict[str, Any] = {"max_tokens": given["max_new_tokens"]} if given else {}
+    others = {name: value for name, value in given.items() if name != "max_new_tokens"}
+    body = {"model": "road/0", "prompt": PROMPT, "seed": SEED, **length, **others}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    sdk: dict[str, Any] = {
+        name: others.pop(name) for name in ("temperature", "top_p") if name in others
+    }
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        pieces = client.completions.create(
+            model="road/0",
+            prompt=PROMPT,
+            seed=SEED,
+            stream=True,
+            extra_body=others,
+            **length,
+            **sdk,
+        )
+        streamed = "".join(piece.choices[0].text for piece in pieces)
+    native: dict[str, Any] = {"seed_text": PROMPT, "seed": SEED, **sdk, **others}
+    native |= {"generation_max_len": given["max_new_tokens"]} if given else {}
+    texts = httpx.post(f"{url}/generated_texts/", json=native, timeout=60).json()["texts"]
+    return {"whole": answer["choices"][0]["text"], "streamed": streamed, "native": texts[0]}
+
+
+def _text_of_the_bot(url: str, given: dict[str, Any]) -> str:
+    with running_fake_bot_api() as telegram:
+        bot = BotProcess(bot_command(url, telegram.url), telegram.token)
+        try:
+            bot.start()
+            settings = {"seed": SEED, **given}
+            for number, (name, value) in enumerate(settings.items(), start=1):
+                name = "length" if name == "max_new_tokens" else name
+                telegram.write(7, f"/settings {name} {value}")
+                telegram.bot_messages(7, at_least=number)
+            telegram.write(7, PROMPT)
+            message = telegram.bot_messages(7, at_least=len(settings) + 1)[-1]
+            assert bot.stop() == 0
+        finally:
+            bot.kill()
+    text: str = message["text"]
+    return text.removeprefix(PROMPT)
+
+
+@pytest.mark.parametrize("given", [{}, EXPLICIT], ids=["model-decides", "explicit"])
+def test_one_seed_gives_one_text_at_every_door(
+    given: dict[str, Any], exact_url: str, experiment: Path, run_fst: RunFst
+) -> None:
+    generator = TextGenerator.open(experiment, device="cpu", weights_dtype="float32")
+    [text] = generator.generate(PROMPT, seed=SEED, **given)
+    assert len(text) > 10
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    printed = run_fst(
+        *("generate", experiment, "--prompt", PROMPT, "--seed", str(SEED), *words),
+        *("--device", "cpu", "--weights_dtype", "float32"),
     )
-    assert generator.generate("The corpus", options) == [text]
+    assert printed.stdout == f"{PROMPT}{text}\n", printed.stderr
+    expected = {"whole": text, "streamed": text, "native": text}
+    assert _texts_over_http(exact_url, given) == expected
+    assert _text_of_the_bot(exact_url, given) == text.rstrip()
+
+
+def test_samples_of_a_training_are_what_the_model_generates(experiment: Path) -> None:
+    generator = TextGenerator.open(experiment, device="cpu", weights_dtype="float32")
+    step = generator.model.description["step"]
+    lines = (experiment / "generated.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [sample for line in lines if (sample := json.loads(line))["step"] == step]
+    assert [sample["seed"] for sample in samples] == [0, 1]
+    texts = [sample["text"] for sample in samples]
+    assert generator.generate("", seed=0, num_return_sequences=2) == texts
+
+
+@pytest.mark.parametrize("given", [{}, EXPLICIT], ids=["model-decides", "explicit"])
+def test_one_seed_gives_one_answer_in_every_chat(
+    given: dict[str, Any], experiment: Path, run_fst: RunFst, tmp_path: Path
+) -> None:
+    directory = tmp_path / "chatting"
+    shutil.copytree(experiment / "model", directory)
+    template = "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template + "{{ bos_token }}")
+    generator = TextGenerator.open(directory, device="cpu", weights_dtype="float32")
+    message = {"role": "user", "content": "Hello?"}
+    answer = generator.chat([{"role": "user", "content": "Hello?"}], seed=SEED, **given)
+    assert len(answer) > 10
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    printed = run_fst(
+        *("generate", directory, "--interactive", "--seed", str(SEED), *words),
+        *("--device", "cpu", "--weights_dtype", "float32"),
+        stdin="Hello?\n",
+    )
+    assert printed.stdout == f"{answer}\n"
+    body = {"messages": [message], "seed": SEED, **given}
+    body |= {"max_tokens": body.pop("max_new_tokens")} if given else {}
+    with running_service(directory, "--weights_dtype", "float32") as (url, process):
+        asked = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        assert process.stop() == 0
+    assert asked["choices"][0]["message"]["content"] == answer
 
 
 def test_the_demo_walks_the_road_and_serves_when_typed_again(

@@ -63,6 +63,15 @@ FORBIDDEN = {
         *{"evaluation", "telegram"},
     },
 }
+# What a folder of a room must never import: http/ knows no model, workers/ no HTTP.
+FORBIDDEN_FOLDERS = {
+    "serving.http": (
+        *("serving.routes", "serving.workers", "generation", "modelling", "tasks"),
+        *("tokenization", "torch", "transformers"),
+    ),
+    "serving.workers": ("serving.http", "serving.routes", "starlette", "fastapi"),
+    "serving.routes": ("socket", "uvicorn", "h11"),
+}
 
 # What a folder of the bot may import of the bot: updates -> conversation -> sending -> state.
 TELEGRAM = {
@@ -108,6 +117,17 @@ def test_a_module_imports_only_what_its_room_may(module: str) -> None:
             assert room in ROOMS_WITH_METRICS, f"{module} imports {imported}"
         elif package in ROOM_OF_PACKAGE:
             assert room == ROOM_OF_PACKAGE[package], f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN_FOLDERS)
+def test_a_folder_imports_only_what_it_may(folder: str) -> None:
+    modules = [name for name in MODULES if name.startswith(f"{NAME}.{folder}.")]
+    assert modules
+    for module in modules:
+        for imported in _imports(MODULES[module]):
+            inside = imported.removeprefix(f"{NAME}.")
+            for forbidden in FORBIDDEN_FOLDERS[folder]:
+                assert not f"{inside}.".startswith(f"{forbidden}."), f"{module} imports {imported}"
 
 
 def test_there_are_no_cycles() -> None:

@@ -36,6 +36,8 @@ def test_every_option_has_help(name: str, run_fst: RunFst) -> None:
         if not field.name.startswith("_"):
             assert f"--{field.name}" in done.stdout
             owner = next(cls for cls in options.__mro__ if field.name in cls.__annotations__)
+            if "help" in field.metadata:
+                continue
             declaration = inspect.getsource(owner).split(f"    {field.name}: ")[1]
             assert declaration.split("\n")[1].strip().startswith('"""'), field.name
 

@@ -7,9 +7,8 @@ from typing import Literal
 from full_stack_transformer.arguments.checks import (
     at_least,
     between,
-    check_sampling,
-    parsed_logit_bias,
 )
+from full_stack_transformer.arguments.sampling import MoreSamplingOptions, SamplingOptions
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.tasks.catalogue import TaskName
 
@@ -158,11 +157,9 @@ class EvaluateArguments(LabelledRowsOptions, ContinuedTextsOptions, ModelAndData
 
 
 @dataclass(frozen=True)
-class GenerateArguments:
+class GenerateArguments(SamplingOptions, MoreSamplingOptions, ModelArguments):
     """Continue a prompt and print the text as it is generated."""
 
-    model: Path
-    """Model directory, experiment directory or .ckpt file."""
     _: KW_ONLY
     prompt: str | None = None
     """Text to continue. Without --prompt and --prompt_file it is read from standard input."""
@@ -171,39 +168,11 @@ class GenerateArguments:
     interactive: bool = False
     """Read and answer line by line: a chat if the model has a chat template, else one growing text. /reset
     starts over, /seed N seeds the next answer, Ctrl-C stops an answer, /quit or Ctrl-D exits."""
-    max_new_tokens: int = 128
-    """Tokens to add, at most."""
-    min_new_tokens: int = 0
-    """Tokens to add before the text may end."""
-    temperature: float = 0.7
-    """Randomness: 0 always takes the likeliest token, 1 follows the model's probabilities."""
-    top_k: int = 0
-    """Choose among the so many likeliest tokens; 0 for all."""
-    top_p: float = 0.95
-    """Choose among the likeliest tokens that together have this probability."""
-    min_p: float = 0.0
-    """Choose among tokens with at least this part of the likeliest one's probability; 0 for all."""
-    typical_p: float = 1.0
-    """Choose among the tokens of the most typical surprise that together have this probability."""
-    repetition_penalty: float = 1.1
-    """Divides the scores of tokens that already occurred; 1 for none."""
-    presence_penalty: float = 0.0
-    """Subtracted from the scores of tokens that are in the new text."""
-    frequency_penalty: float = 0.0
-    """Subtracted from the scores of tokens for each time that they are in the new text."""
-    logit_bias: tuple[str, ...] = ()
-    """ID=VALUE: added to the score of this token id; may be repeated."""
     num_return_sequences: int = 1
     """Number of independent continuations."""
-    stop: tuple[str, ...] = ()
-    """End before this text; may be repeated."""
-    ignored_words: tuple[str, ...] = ()
-    """Text that must never appear; may be repeated."""
     log_probabilities: int | None = None
     """Instead of the text, print each token as a line of JSON with its log-probability and those of the N
     most likely tokens."""
-    seed: int | None = None
-    """Seed of the first continuation, the next ones follow it; without it a random one, which is logged."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
     weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -212,20 +181,10 @@ class GenerateArguments:
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
-        check_sampling(self)
+        self.sampling()
         at_least(self, 1, "num_return_sequences")
-        at_least(self, 0, "top_k", "min_new_tokens")
-        between(self, 0, 1, "min_p")
-        between(self, 1e-6, 1, "typical_p")
-        between(self, -100, 100, "presence_penalty", "frequency_penalty")
-        self.logit_biases()
-        for name in ("seed", "log_probabilities"):
-            if getattr(self, name) is not None:
-                at_least(self, 0, name)
-        if self.min_new_tokens > self.max_new_tokens:
-            raise UsageError(
-                f"--min_new_tokens {self.min_new_tokens} is above --max_new_tokens {self.max_new_tokens}"
-            )
+        if self.log_probabilities is not None:
+            at_least(self, 0, "log_probabilities")
         if self.prompt is not None and self.prompt_file is not None:
             raise UsageError("pass either --prompt or --prompt_file, not both")
         if self.interactive and self.num_return_sequences > 1:
@@ -236,7 +195,3 @@ class GenerateArguments:
             raise UsageError("--interactive prints texts; omit --log_probabilities")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise UsageError("--interactive reads lines; omit --prompt and --prompt_file")
-
-    def logit_biases(self) -> dict[int, float]:
-        """--logit_bias by token id."""
-        return parsed_logit_bias(self.logit_bias)

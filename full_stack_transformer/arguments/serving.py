@@ -4,8 +4,9 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from full_stack_transformer.arguments.checks import at_least, between, check_sampling
+from full_stack_transformer.arguments.checks import at_least, between
 from full_stack_transformer.arguments.models import ModelArguments
+from full_stack_transformer.arguments.sampling import SamplingOptions
 from full_stack_transformer.errors import UsageError
 
 
@@ -96,7 +97,7 @@ class ServeArguments(EngineOptions, AccessOptions, LimitOptions, ModelArguments)
 
 
 @dataclass(frozen=True)
-class TelegramBotArguments:
+class TelegramBotArguments(SamplingOptions):
     """Answer Telegram messages with texts of a model; pending replies are stored in SQLite."""
 
     _: KW_ONLY
@@ -116,16 +117,6 @@ class TelegramBotArguments:
     mode: Literal["auto", "continue", "chat"] = "auto"
     """Default mode of a chat: continue a message, or answer it. auto: chat if the service reports a chat
     template, else continue."""
-    max_new_tokens: int = 80
-    """Tokens in a text, at most, before a chat changes it."""
-    temperature: float = 0.7
-    """Randomness, before a chat changes it: 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Choose among the so many likeliest tokens; 0 for all."""
-    top_p: float = 0.95
-    """Choose among the likeliest tokens that together have this probability."""
-    repetition_penalty: float = 1.1
-    """Divides the scores of tokens that already occurred; 1 for none."""
     allowed_ids: tuple[int, ...] = ()
     """ID of a user or chat that may use the bot; may be repeated. Without any, everybody may."""
     admin_ids: tuple[int, ...] = ()
@@ -146,8 +137,8 @@ class TelegramBotArguments:
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
-        check_sampling(self)
-        at_least(self, 0, "top_k", "max_tokens_per_day")
+        self.sampling()
+        at_least(self, 0, "max_tokens_per_day")
         between(self, 0, 65535, "webhook_port")
         if self.monitoring_port is not None:
             between(self, 0, 65535, "monitoring_port")

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from full_stack_transformer.arguments.sampling import SamplingParameters, as_keywords
 from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.bootstrap import Interval, bootstrap_intervals
 from full_stack_transformer.generation.open_engine import open_engine
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.metrics.texts import (
     Overlap,
     distinct,
@@ -77,21 +77,16 @@ def evaluate_generation(
         DatasetError: no sample is long enough.
     """
     prompts, expected = _halves(model, corpus, num_texts, max_new_tokens)
-    options = GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingParameters(temperature=temperature),
-        seed=seed,
-        over_length="clip",
-    )
+    sampling = SamplingParameters(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     engine = open_engine(model.backbone, num_slots=_TEXTS_AT_ONCE, weights_dtype="float32")
     generator = TextGenerator(model, engine=engine)
-    texts = continue_texts(generator, prompts, options)
+    texts = continue_texts(generator, prompts, sampling)
     metrics, intervals = _measure(texts, expected, seed=seed, num_resamples=num_resamples)
     return ContinuedTexts(len(texts), max_new_tokens, temperature, metrics, intervals)
 
 
 def continue_texts(
-    generator: TextGenerator, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    generator: TextGenerator, prompts: Sequence[Sequence[int]], sampling: SamplingParameters
 ) -> list[str]:
     """The continuation of each prompt, several at once; each one as it would be alone."""
     texts = [""] * len(prompts)
@@ -100,7 +95,7 @@ def continue_texts(
     while waiting or running:
         while waiting and len(running) < _TEXTS_AT_ONCE:
             index = waiting.pop()
-            running[index] = generator.stream(prompts[index], options)
+            running[index] = generator.stream(prompts[index], clips=True, **as_keywords(sampling))
         # All streams share the engine: each step of one is a step of all.
         for index, stream in list(running.items()):
             piece = next(stream, None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.evaluation.continued_texts import continue_texts
 from full_stack_transformer.evaluation.log_likelihoods import (
     continuation_span,
@@ -18,8 +19,7 @@ from full_stack_transformer.evaluation.log_likelihoods import (
 from full_stack_transformer.generation.open_engine import open_engine, open_runner
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
 from full_stack_transformer.generation.runners.torch import Runner
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.model_directory import OpenedModel
 
@@ -69,24 +69,24 @@ class HarnessModel(LM):
         texts = []
         for request in requests:
             prompt, wishes = request.args
-            options = self._options(wishes)
+            sampling = self._sampling(wishes)
             prompt_ids = self._model.tokenizer.encode_prompt(prompt)
-            room = max(1, self._max_length - options.max_new_tokens)
-            texts += continue_texts(self._generator, [prompt_ids[-room:]], options)
+            room = max(1, self._max_length - sampling.max_new_tokens)
+            texts += continue_texts(self._generator, [prompt_ids[-room:]], sampling)
         return texts
 
-    def _options(self, wishes: dict[str, Any]) -> GenerationOptions:
+    def _sampling(self, wishes: dict[str, Any]) -> SamplingParameters:
         until = wishes.get("until") or []
         until = [until] if isinstance(until, str) else until
         temperature = float(wishes.get("temperature") or 0.0) if wishes.get("do_sample") else 0.0
         max_new_tokens = int(wishes.get("max_gen_toks", _MAX_NEW_TOKENS))
-        return GenerationOptions(
+        return SamplingParameters(
             # Half of the context stays for the prompt.
             max_new_tokens=min(max_new_tokens, self._max_length // 2),
-            sampling=SamplingParameters(temperature=temperature, top_p=wishes.get("top_p", 1.0)),
-            stop=tuple(one for one in until if one),
+            temperature=temperature,
+            top_p=wishes.get("top_p", 1.0),
+            stop=tuple(text for text in until if text),
             seed=0,
-            over_length="clip",
         )
 
     # Opened when they are first needed; most tasks ask one kind of question.

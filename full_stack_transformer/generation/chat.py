@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -34,9 +34,8 @@ _TEMPLATE_FILE_NAME = "chat_template.jinja"
 _CONFIG_FILE_NAME = "tokenizer_config.json"
 
 
-@dataclass(frozen=True)
-class ChatMessage:
-    """One turn."""
+class ChatMessage(TypedDict):
+    """One turn, as chat templates read it."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -72,14 +71,13 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the messages.
         """
-        if continues and not messages[-1].content.strip():  # nothing has begun
+        if continues and not messages[-1]["content"].strip():  # nothing has begun
             messages, continues = messages[:-1], False
         if self.is_plain:
-            plain = [ChatMessage(one.role, one.content.strip()) for one in messages]
-            dicts = [_as_dict(one) for one in plain]
-            rendered = self._render(dicts, tokenizer, add_generation_prompt=not continues)
+            plain = [_with_content(message, message["content"].strip()) for message in messages]
+            rendered = self._render(plain, tokenizer, add_generation_prompt=not continues)
             if continues:
-                rendered = rendered.removesuffix("\n") + _space_behind(messages[-1].content)
+                rendered = rendered.removesuffix("\n") + _space_behind(messages[-1]["content"])
             return tokenizer.encode_prompt(rendered)
         token_ids: list[int] = []
         for piece in self._pieces(
@@ -89,20 +87,27 @@ class ChatTemplate:
         return token_ids
 
     def stop_ids(self, tokenizer: DocumentTokenizer) -> frozenset[int]:
-        """The control token that the template puts behind an answer, where it has one."""
+        """The control token that the template writes after an answer, where it has one."""
         if self.is_plain:
             return frozenset()
         answer = secrets.token_hex(8)
-        example = [ChatMessage("user", "?"), ChatMessage("assistant", answer)]
+        example: list[ChatMessage] = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": answer},
+        ]
         try:
             pieces = list(self._pieces(example, tokenizer, add_generation_prompt=False))
         except RequestError:
             return frozenset()
-        places = [
-            place for place, one in enumerate(pieces) if isinstance(one, str) and answer in one
+        found = [
+            index
+            for index, piece in enumerate(pieces)
+            if isinstance(piece, str) and answer in piece
         ]
-        behind = [one for one in pieces[places[-1] + 1 :] if isinstance(one, int)] if places else []
-        return frozenset(behind[:1])
+        if not found:
+            return frozenset()
+        after = [piece for piece in pieces[found[-1] + 1 :] if isinstance(piece, int)]
+        return frozenset(after[:1])
 
     def _pieces(
         self,
@@ -117,31 +122,31 @@ class ChatTemplate:
         # control tokens are found. White space around a text stays visible: templates strip it.
         mark = secrets.token_hex(16)
         marked = [
-            _as_dict(ChatMessage(one.role, _marked(one.content, f"<{mark}:{number}>")))
-            for number, one in enumerate(messages)
+            _with_content(message, _marked(message["content"], f"<{mark}:{index}>"))
+            for index, message in enumerate(messages)
         ]
         rendered = self._render(marked, tokenizer, add_generation_prompt=add_generation_prompt)
         last = f"<{mark}:{len(messages) - 1}>"
         if continues and last in rendered:
             rendered = rendered[: rendered.rindex(last) + len(last)]
-            rendered += _space_behind(messages[-1].content)
+            rendered += _space_behind(messages[-1]["content"])
         for piece in tokenizer.split_markup(rendered):
             if isinstance(piece, int):
                 yield piece
                 continue
-            for number, message in enumerate(messages):
-                text = tokenizer.normalize(message.content.strip())
-                piece = piece.replace(f"<{mark}:{number}>", text)
+            for index, message in enumerate(messages):
+                text = tokenizer.normalize(message["content"].strip())
+                piece = piece.replace(f"<{mark}:{index}>", text)
             if mark in piece.lower():
                 raise RequestError(
-                    "the chat template changes the texts of messages, by more than taking white space off "
-                    "their ends; such a template cannot be used here"
+                    "the chat template changes the texts of messages, not only white space at their ends; "
+                    "such a template cannot be used here"
                 )
             yield piece
 
     def _render(
         self,
-        messages: list[dict[str, str]],
+        messages: Sequence[ChatMessage],
         tokenizer: DocumentTokenizer,
         *,
         add_generation_prompt: bool = True,
@@ -154,9 +159,8 @@ class ChatTemplate:
                 eos_token=tokenizer.end,
                 pad_token=tokenizer.pad,
             )
-        except (
-            Exception
-        ) as error:  # a template is a program of somebody else and can raise anything
+        # A template is a program of somebody else and can raise anything.
+        except Exception as error:
             raise RequestError(f"the chat template refuses these messages: {error}") from error
 
 
@@ -167,7 +171,7 @@ def load_chat_template(directory: Path) -> ChatTemplate:
     """The template of a model directory; the plain one where it has none.
 
     Raises:
-        ModelError: the template is no text, or no Jinja.
+        ModelError: the template is not a text, or not valid Jinja.
     """
     file, config = directory / _TEMPLATE_FILE_NAME, directory / _CONFIG_FILE_NAME
     source: Any = None
@@ -176,7 +180,8 @@ def load_chat_template(directory: Path) -> ChatTemplate:
     elif config.is_file():
         source = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
     if isinstance(source, list):  # several, for chats with and without tools
-        source = next((one["template"] for one in source if one.get("name") == "default"), source)
+        named = [entry for entry in source if entry.get("name") == "default"]
+        source = named[0]["template"] if named else source
     if source is None:
         return PLAIN_TEMPLATE
     try:
@@ -184,7 +189,7 @@ def load_chat_template(directory: Path) -> ChatTemplate:
             raise ModelError(f"{directory}: chat_template should be one text, found {source!r:.60}")
         _compiled(source)
     except TemplateError as error:
-        raise ModelError(f"{directory}: the chat template is no Jinja: {error}") from error
+        raise ModelError(f"{directory}: the chat template is not valid Jinja: {error}") from error
     return ChatTemplate(source)
 
 
@@ -200,8 +205,8 @@ def _compiled(source: str) -> Template:
     return environment.from_string(source)
 
 
-def _as_dict(message: ChatMessage) -> dict[str, str]:
-    return {"role": message.role, "content": message.content}
+def _with_content(message: ChatMessage, content: str) -> ChatMessage:
+    return {"role": message["role"], "content": content}
 
 
 def _marked(content: str, mark: str) -> str:

@@ -1,23 +1,28 @@
-"""`fst generate`: continue a prompt and print the text while it is made."""
+"""`fst generate`: continue a prompt and print the text while it is generated, or talk to a model."""
 
+import contextlib
 import json
 import logging
 import secrets
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from full_stack_transformer.arguments.models import GenerateArguments
-from full_stack_transformer.errors import InputError, UsageError
-from full_stack_transformer.generation.continuation import TextPiece
-from full_stack_transformer.generation.interactive import Session
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.arguments.sampling import SamplingKeywords
+from full_stack_transformer.errors import InputError, RequestError, UsageError
+from full_stack_transformer.generation.chat import ChatMessage
+from full_stack_transformer.generation.continuation import Piece
+from full_stack_transformer.generation.requests import MAX_RANDOM_SEED
+from full_stack_transformer.generation.text_generator import TextGenerator, as_text_token
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 logger = logging.getLogger(__name__)
 
 _BETWEEN_SEQUENCES = "---\n"
+_HELP = "/reset starts over, /seed N seeds the next answer, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def generate(arguments: GenerateArguments) -> None:
@@ -32,17 +37,28 @@ def generate(arguments: GenerateArguments) -> None:
     generator = TextGenerator.open(
         arguments.model, device=arguments.device, weights_dtype=arguments.weights_dtype
     )
-    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    options = _options(arguments, seed)
+    given = arguments.sampling()
     if arguments.interactive:
-        Session(generator, options, seed=arguments.seed).run()
+        Session(generator, given).run()
         return
-    pieces = generator.pieces(prompt, options, num_return_sequences=arguments.num_return_sequences)
+    given["seed"] = seed = _seed_of(given)
+    pieces = generator.pieces(
+        prompt,
+        num_return_sequences=arguments.num_return_sequences,
+        num_log_probabilities=arguments.log_probabilities,
+        clips=True,
+        **given,
+    )
     if arguments.log_probabilities is None:
         _print_texts(prompt, pieces, arguments.num_return_sequences)
     else:
-        _print_tokens(pieces)
+        _print_tokens(pieces, generator.model.tokenizer)
     logger.info("model %s, seed %d", generator.model.name, seed)
+
+
+def _seed_of(given: SamplingKeywords) -> int:
+    seed = given.get("seed")
+    return secrets.randbelow(MAX_RANDOM_SEED) if seed is None else seed
 
 
 def _read_prompt(arguments: GenerateArguments) -> str:
@@ -66,30 +82,7 @@ def _read_file(path: Path) -> str:
         raise InputError(f"--prompt_file {path} is no UTF-8: {error}") from error
 
 
-def _options(arguments: GenerateArguments, seed: int) -> GenerationOptions:
-    return GenerationOptions(
-        max_new_tokens=arguments.max_new_tokens,
-        min_new_tokens=arguments.min_new_tokens,
-        sampling=SamplingParameters(
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            min_p=arguments.min_p,
-            typical_p=arguments.typical_p,
-            repetition_penalty=arguments.repetition_penalty,
-            presence_penalty=arguments.presence_penalty,
-            frequency_penalty=arguments.frequency_penalty,
-            logit_bias=arguments.logit_biases(),
-        ),
-        stop=arguments.stop,
-        ignored_words=arguments.ignored_words,
-        num_log_probabilities=arguments.log_probabilities,
-        seed=seed,
-        over_length="clip",
-    )
-
-
-def _print_texts(prompt: str, pieces: Iterable[tuple[int, TextPiece]], num_sequences: int) -> None:
+def _print_texts(prompt: str, pieces: Iterable[tuple[int, Piece]], num_sequences: int) -> None:
     """The continuations in their order; one that is ahead of its turn waits."""
     waiting = [""] * num_sequences
     is_over = [False] * num_sequences
@@ -108,10 +101,112 @@ def _print_texts(prompt: str, pieces: Iterable[tuple[int, TextPiece]], num_seque
         sys.stdout.flush()
 
 
-def _print_tokens(pieces: Iterable[tuple[int, TextPiece]]) -> None:
+def _print_tokens(pieces: Iterable[tuple[int, Piece]], tokenizer: DocumentTokenizer) -> None:
     """A line of JSON for each token."""
     for index, piece in pieces:
-        if piece.token is not None:
-            line = {"sequence": index, **asdict(piece.token)}
+        for scored in piece.scored:  # one at most: each event is a piece
+            token = as_text_token(scored, piece.decoded, tokenizer)
+            line = {"sequence": index, **asdict(token)}
             sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
             sys.stdout.flush()
+
+
+class Session:
+    """A chat where the model has a template for it; else one text that both sides continue.
+
+    Args:
+        generator: what answers.
+        given: the sampling parameters; a seed is that of the first answer, the next ones add one each.
+    """
+
+    def __init__(self, generator: TextGenerator, given: SamplingKeywords) -> None:
+        self._generator = generator
+        self._given = given
+        self._is_chat = not generator.template.is_plain
+        self._messages: list[ChatMessage] = []
+        self._text = ""
+
+    def run(self) -> None:
+        """Read and answer until the end of input."""
+        kind = "a chat" if self._is_chat else "a text that you and the model continue in turn"
+        logger.info("model %s: %s; %s", self._generator.model.name, kind, _HELP)
+        with contextlib.suppress(EOFError):
+            while True:
+                line = _read_line()
+                if line == "/quit":
+                    return
+                if line.startswith("/"):
+                    self._run_command(line)
+                elif line or self._text:
+                    self._answer(line)
+
+    def _run_command(self, line: str) -> None:
+        command, _, value = line.partition(" ")
+        if command == "/reset":
+            self._messages, self._text = [], ""
+            logger.info("started over")
+        elif command == "/seed" and value.strip().isdecimal():
+            self._given["seed"] = int(value)
+        elif command == "/seed":
+            seed = self._given.get("seed")
+            logger.info("the next seed is %s", "a random one" if seed is None else seed)
+        else:
+            logger.info("unknown command %s; %s", command, _HELP)
+
+    def _answer(self, line: str) -> None:
+        messages: list[ChatMessage] = [*self._messages, {"role": "user", "content": line}]
+        text = self._text + line
+        if self._is_chat:
+            pieces = self._generator.stream_chat(messages, clips=True, **self._given)
+        else:
+            pieces = self._generator.stream(text, clips=True, **self._given)
+        try:
+            answer = _print_until_stopped(pieces)
+        except RequestError as error:
+            logger.info("%s; /reset starts over", error)
+            return
+        if (seed := self._given.get("seed")) is not None:
+            self._given["seed"] = seed + 1
+        # A stopped answer counts as far as it got.
+        if self._is_chat:
+            self._messages = [*messages, {"role": "assistant", "content": answer}]
+        else:
+            self._text = text + answer
+
+
+def _read_line() -> str:
+    """The next line.
+
+    Raises:
+        EOFError: there is none.
+    """
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "").rstrip()
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")  # the line is given up, as in a shell
+
+
+def _print_until_stopped(pieces: Iterator[str]) -> str:
+    """Print the pieces up to their end or Ctrl-C; what was printed."""
+    answer = ""
+    with _interrupts() as interrupts:
+        for piece in pieces:
+            answer += piece
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            if interrupts:
+                break
+    sys.stdout.write("\n")
+    return answer
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C adds to, instead of an exception in the middle of a step of the engine."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,6 +1,6 @@
 """The text side of one request: tokens to text as they arrive, up to a stop string.
 
-    engine --TokenEvent--> Continuation --TextPiece--> whoever reads
+    engine --TokenEvent--> Continuation --Piece--> whoever reads
 
 Whoever runs the engine uses it: `TextGenerator`, in the caller's thread, or the service's worker. Knows
 nothing of HTTP and of models.
@@ -9,40 +9,39 @@ nothing of HTTP and of models.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from full_stack_transformer.errors import FullStackTransformerError
 from full_stack_transformer.generation.engine import FinishReason, TokenEvent
 from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """One of the likeliest tokens in a place."""
-
-    token_id: int
-    text: str
-    log_probability: float
-
-
-@dataclass(frozen=True)
-class TextToken:
-    """A token with its text and the natural logarithm of its probability."""
-
-    token_id: int
-    text: str
-    """What the token adds to the text: nothing before the last token of a character, which has all of it."""
-    log_probability: float
-    alternatives: tuple[Alternative, ...]
-    """The likeliest tokens in its place."""
-
-
-@dataclass(frozen=True)
-class TextPiece:
-    """A piece of a continuation, in the order of its tokens."""
+class Piece:
+    """A piece of a continuation, or all of it; the last one has a finish reason."""
 
     text: str
     finish_reason: FinishReason | None = None
-    token: TextToken | None = None
-    """The token that released it, where log-probabilities were asked for."""
+    num_tokens: int = 0
+    scored: tuple[ScoredToken, ...] = ()
+    """The tokens with their log-probabilities, where those were asked for."""
+    scored_prompt: tuple[ScoredToken, ...] = ()
+    decoded: str = ""
+    """The text of the tokens, before any of it is held back or cut off for a stop string."""
+    problem: FullStackTransformerError | None = None
+    """Why the continuation ends with "error"."""
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a continuation as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        pieces[-1].finish_reason,
+        sum(piece.num_tokens for piece in pieces),
+        tuple(token for piece in pieces for token in piece.scored),
+        tuple(token for piece in pieces for token in piece.scored_prompt),
+        "".join(piece.decoded for piece in pieces),
+        pieces[-1].problem,
+    )
 
 
 class Continuation:
@@ -55,35 +54,41 @@ class Continuation:
 
     def __init__(self, tokenizer: DocumentTokenizer, stop: Sequence[str] = ()) -> None:
         self.num_tokens = 0
-        self.finish_reason: FinishReason | None = None
-        self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer)
         self._stop = [text for text in stop if text]
         self._held_back = ""
 
-    def push(self, event: TokenEvent) -> TextPiece:
-        """The text that this event releases; `finish_reason` is set on the last piece.
+    def push(self, *events: TokenEvent) -> Piece:
+        """The text that these events release; events after the end are ignored.
 
-        A piece with "stop" may come before the engine's end: the caller then cancels the request and
-        ignores the events that are left of the same step.
+        A piece with "stop" may come before the engine's end: the caller then cancels the request.
         """
-        new_text = ""
+        pieces: list[Piece] = []
+        for event in events:
+            pieces.append(self._push(event))
+            if pieces[-1].finish_reason is not None:
+                break
+        return pieces[0] if len(pieces) == 1 else joined(pieces)
+
+    def _push(self, event: TokenEvent) -> Piece:
+        decoded, num_tokens = "", 0
         if event.token_id is not None:
-            self.num_tokens += 1
-            new_text += self._stream.push(event.token_id)
+            num_tokens = 1
+            decoded += self._stream.push(event.token_id)
         if event.finish_reason is not None:
-            new_text += self._stream.finish()
-        token = as_text_token(event.scored, new_text, self._tokenizer) if event.scored else None
-        text = self._held_back + new_text
+            decoded += self._stream.finish()
+        self.num_tokens += num_tokens
+        text, reason = self._held_back + decoded, event.finish_reason
         cut = self._first_stop(text)
         if cut is not None:
-            self._held_back, self.finish_reason = "", "stop"
-            return TextPiece(text[:cut], "stop", token)
-        self.finish_reason = event.finish_reason
-        num_held = 0 if event.finish_reason is not None else self._num_possible_stop(text)
-        released = len(text) - num_held
-        self._held_back = text[released:]
-        return TextPiece(text[:released], event.finish_reason, token)
+            released, reason = cut, "stop"
+            self._held_back = ""
+        else:
+            num_held = 0 if reason is not None else self._num_possible_stop(text)
+            released = len(text) - num_held
+            self._held_back = text[released:]
+        scored = () if event.scored is None else (event.scored,)
+        return Piece(text[:released], reason, num_tokens, scored, event.scored_prompt, decoded)
 
     def _first_stop(self, text: str) -> int | None:
         found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
@@ -98,21 +103,3 @@ class Continuation:
                     longest = length
                     break
         return longest
-
-
-def as_text_token(scored: ScoredToken, text: str, tokenizer: DocumentTokenizer) -> TextToken:
-    """A scored token with its text, and with those of its alternatives."""
-    return TextToken(
-        scored.token_id,
-        text,
-        scored.log_probability,
-        tuple(
-            Alternative(token_id, _shown(token_id, tokenizer), log_probability)
-            for token_id, log_probability in scored.alternatives
-        ),
-    )
-
-
-def _shown(token_id: int, tokenizer: DocumentTokenizer) -> str:
-    """The token alone as text; the name of a control token."""
-    return tokenizer.decode([token_id]) or tokenizer.backend.id_to_token(token_id) or ""

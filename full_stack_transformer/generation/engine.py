@@ -22,12 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.errors import RequestError
-from full_stack_transformer.generation.guessing import guess_from_text
 from full_stack_transformer.generation.runners.torch import Runner, SlotWork
 from full_stack_transformer.generation.sampling import (
     History,
-    SamplingParameters,
     ScoredToken,
     adjusted_scores,
     draw,
@@ -43,6 +42,9 @@ _MIN_REUSED_TOKENS = 16
 # processor has no spare time for guesses that fail.
 _MAX_GUESSED_TOKENS, _MAX_REQUESTS_WITH_GUESSES = 6, 2
 
+# Tokens that must have occurred together before, for what followed them there to be a guess.
+_GUESSED_FROM_TOKENS = 3
+
 _NO_UNIFORM = torch.zeros(1, dtype=torch.float64)
 
 FinishReason = Literal["stop", "length", "error"]
@@ -53,17 +55,14 @@ class TokenRequest:
     """What to generate."""
 
     prompt_ids: Sequence[int]
-    max_new_tokens: int
     sampling: SamplingParameters
-    seed: int
+    """The engine follows all but `stop` and `ignored_words`, which concern texts."""
     stop_ids: frozenset[int] = frozenset()
     """A token of these ends the request and is not part of the result."""
-    min_new_tokens: int = 0
-    """Before so many new tokens none of `stop_ids` can be chosen."""
     forbids: Callable[[Sequence[int]], bool] | None = None
     """Called with the new tokens so far and a candidate at their end; true takes the candidate back."""
     num_log_probabilities: int | None = None
-    """Report each new token's log-probability and so many alternatives."""
+    """Report each new token's log-probability and those of so many alternatives."""
     num_prompt_log_probabilities: int | None = None
     """Report those of the prompt's tokens after the first one too, with the first event."""
 
@@ -153,7 +152,7 @@ class Engine:
             RequestError: prompt and new tokens do not fit into the context, or an id is none of the model's.
         """
         self._check_ids(request.prompt_ids, (*request.sampling.logit_bias, *request.stop_ids))
-        num_prompt, num_new = len(request.prompt_ids), request.max_new_tokens
+        num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
         if num_new == 0 and request.num_prompt_log_probabilities is None:
             raise RequestError("no new token is asked for; ask for one at least")
         if num_prompt + num_new > self.max_length:
@@ -179,14 +178,20 @@ class Engine:
         assert self._free_slots, "the caller must look at num_free_slots"
         request_id = self._next_id
         self._next_id += 1
-        token_ids = torch.zeros(len(request.prompt_ids) + request.max_new_tokens, dtype=torch.long)
-        token_ids[: len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
+        num_prompt, sampling = len(request.prompt_ids), request.sampling
+        token_ids = torch.zeros(num_prompt + sampling.max_new_tokens, dtype=torch.long)
+        token_ids[:num_prompt] = torch.tensor(request.prompt_ids)
+        generator = torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
         self._running[request_id] = _Running(
             request=request,
             slot=self._take_slot(request.prompt_ids),
-            generator=torch.Generator().manual_seed(request.seed),
+            generator=generator,
             token_ids=token_ids,
-            num_tokens=len(request.prompt_ids),
+            num_tokens=num_prompt,
         )
         return request_id
 
@@ -324,9 +329,14 @@ class Engine:
         ids = running.token_ids[running.num_read : running.num_tokens].tolist()
         guesses: list[int] = []
         if self._guesses and num_decoding <= _MAX_REQUESTS_WITH_GUESSES:
-            room = running.num_prompt + running.request.max_new_tokens - running.num_tokens - 1
+            room = (
+                running.num_prompt
+                + running.request.sampling.max_new_tokens
+                - running.num_tokens
+                - 1
+            )
             known = running.token_ids[: running.num_tokens]
-            guesses = guess_from_text(known, min(room, _MAX_GUESSED_TOKENS))
+            guesses = _guess_from_text(known, min(room, _MAX_GUESSED_TOKENS))
         return SlotWork(
             running.slot, running.num_read, [*ids, *guesses], num_logits=1 + len(guesses)
         )
@@ -357,7 +367,7 @@ class Engine:
                     events.append(self._end_broken(key))
                 elif running.is_reading:
                     continue
-                elif running.request.max_new_tokens:
+                elif running.request.sampling.max_new_tokens:
                     open_requests.append((key, row, []))
                 else:
                     events.append(self._end_after_prompt(key, running))
@@ -432,7 +442,7 @@ class Engine:
         running.token_ids[running.num_tokens] = token_id
         running.num_tokens += 1
         reason: FinishReason | None = None
-        if running.num_new == request.max_new_tokens:
+        if running.num_new == request.sampling.max_new_tokens:
             reason = "length"
             self.cancel(key)
         scored = None
@@ -455,6 +465,24 @@ def _score_prompt(running: _Running, start: int, logits: Tensor) -> None:
     running.scored_prompt += score_tokens(logits[: len(following)], following, num_alternatives)
 
 
+def _guess_from_text(token_ids: Tensor, max_guesses: int) -> list[int]:
+    """What followed the newest tokens (tokens,) where they last occurred together before.
+
+    Prompt lookup: Saxena 2023; Leviathan et al. 2023 for why checking guesses changes nothing.
+    """
+    num_tokens = len(token_ids)
+    if max_guesses < 1 or num_tokens <= _GUESSED_FROM_TOKENS:
+        return []
+    newest = token_ids[-_GUESSED_FROM_TOKENS:]
+    windows = token_ids[:-1].unfold(0, _GUESSED_FROM_TOKENS, 1)
+    positions = (windows == newest).all(dim=1).nonzero()
+    if not len(positions):
+        return []
+    after = int(positions[-1]) + _GUESSED_FROM_TOKENS
+    guesses: list[int] = token_ids[after : after + max_guesses].tolist()
+    return guesses
+
+
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
     """Tokens at the beginning that two sequences share."""
     length = min(len(first), len(second))
@@ -465,7 +493,7 @@ def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _history(running: _Running) -> History:
     request = running.request
-    is_early = running.num_new < request.min_new_tokens
+    is_early = running.num_new < request.sampling.min_new_tokens
     return History(
         running.token_ids[: running.num_tokens],
         running.num_prompt,

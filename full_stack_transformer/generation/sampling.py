@@ -1,8 +1,10 @@
 """From logits to token ids: pure functions, vectorised over requests that each have their own parameters.
 
     logits (requests, vocabulary)
-      -> penalties, bias, ids out of the question   adjusted_scores
-      -> temperature -> top-k -> top-p -> min-p -> typical-p -> one id per request   draw
+      -> repetition penalty (Keskar et al. 2019, section 4.1), presence and frequency penalty, bias,
+         ids that are forbidden                            adjusted_scores
+      -> temperature -> top-k -> top-p (Holtzman et al. 2020, section 3.1) -> min-p (Nguyen et al. 2024)
+         -> typical-p (Meister et al. 2022) -> one id per request   draw
 
 A draw inverts the cumulative distribution: in the order of the ids where every token may be drawn, else in
 the order of falling scores, equal ones by their ids. Mostly the few likeliest tokens decide the latter, so
@@ -10,11 +12,13 @@ only those are sorted; where they do not, the whole vocabulary is, with the same
 its own random number, so its tokens do not depend on its neighbours.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from full_stack_transformer.arguments.sampling import SamplingParameters
 
 # Likeliest tokens that are looked at before the whole vocabulary is: sorting 50,257 scores takes 20 times
 # as long as finding 256 of them.
@@ -23,32 +27,6 @@ _NUM_CANDIDATES = 256
 _BLOCK_SIZE = 256
 # Likeliest ids of which a request is asked at once whether it forbids them.
 _MIN_IDS_TO_ASK = 16
-
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """How one request chooses its tokens."""
-
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Choose among the k likeliest; 0 for all. Equals of the last of them stay."""
-    top_p: float = 1.0
-    """Choose among the likeliest that together have this probability (Holtzman et al. 2020, section 3.1)."""
-    min_p: float = 0.0
-    """Choose among those with at least this part of the likeliest one's probability (Nguyen et al. 2024)."""
-    typical_p: float = 1.0
-    """Choose among those whose surprise is nearest the expected one and that together have this
-    probability (Meister et al. 2022)."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative scores of tokens of prompt and text (Keskar et al. 2019,
-    section 4.1)."""
-    presence_penalty: float = 0.0
-    """Subtracted from the score of tokens that are in the new text."""
-    frequency_penalty: float = 0.0
-    """Subtracted from the score of tokens for each time that they are in the new text."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the scores of these ids."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +89,7 @@ def _is_adjusted(parameters: SamplingParameters) -> bool:
 
 
 def _penalize_repetition(scores: Tensor, token_ids: Tensor, penalty: float) -> None:
-    """Change the scores (vocabulary,) of `token_ids`; one that occurs often is changed once."""
+    """Divide positive and multiply negative scores (vocabulary,) of `token_ids`, once for each id."""
     occurred = scores[token_ids]
     scores[token_ids] = torch.where(occurred > 0, occurred / penalty, occurred * penalty)
 

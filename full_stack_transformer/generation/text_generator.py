@@ -1,39 +1,34 @@
 """Text in, text out, with a model in the caller's thread: generate, stream, chat, score, embed.
 
-    options + prompt --as_token_request--> engine --tokens--> Continuation --text-->
+    prompt, parameters --Conventions--> TokenRequest --engine--> tokens --Continuation--> text
 
 Knows nothing of HTTP.
 """
 
 import math
-import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from full_stack_transformer.errors import ModelError, RequestError
+from full_stack_transformer.arguments.sampling import SamplingKeywords, SamplingParameters
+from full_stack_transformer.errors import ModelError
 from full_stack_transformer.generation.chat import (
     PLAIN_TEMPLATE,
     ChatMessage,
     ChatTemplate,
     load_chat_template,
 )
-from full_stack_transformer.generation.continuation import (
-    Continuation,
-    TextPiece,
-    TextToken,
-    as_text_token,
-)
+from full_stack_transformer.generation.continuation import Continuation, Piece
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
-from full_stack_transformer.generation.ignored_words import IgnoredWords
 from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.generation.requests import Conventions
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
 from full_stack_transformer.generation.runners.torch import TorchRunner
-from full_stack_transformer.generation.sampling import SamplingParameters
+from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.modelling.model_directory import (
     OpenedModel,
     find_model_directory,
@@ -41,30 +36,26 @@ from full_stack_transformer.modelling.model_directory import (
 )
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
-_MAX_RANDOM_SEED = 2**32
-_GREEDY = SamplingParameters(temperature=0)
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of the most likely tokens in a place."""
+
+    token_id: int
+    text: str
+    log_probability: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How to continue a text."""
+@dataclass(frozen=True)
+class TextToken:
+    """A token with its text and the natural logarithm of its probability."""
 
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    """No end token is drawn before so many tokens; a stop string may still end the text."""
-    sampling: SamplingParameters = field(default_factory=SamplingParameters)
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these."""
-    stop_ids: frozenset[int] = frozenset()
-    """The text ends before the first of these tokens, beside those that the model ends with."""
-    ignored_words: tuple[str, ...] = ()
-    """None of these ever appears, also not across token borders."""
-    num_log_probabilities: int | None = None
-    """Give each token's log-probability and so many alternatives; none for neither."""
-    seed: int | None = None
-    """The same seed gives the same text; none draws one."""
-    over_length: Literal["refuse", "clip"] = "refuse"
-    """clip: make fewer tokens where the context has less room."""
+    token_id: int
+    text: str
+    """What the token adds to the text: nothing before the last token of a character, which has all of it."""
+    log_probability: float
+    alternatives: tuple[Alternative, ...]
+    """The most likely tokens in its place."""
 
 
 @dataclass(frozen=True)
@@ -85,70 +76,36 @@ class ScoredText:
         return math.exp(-self.log_likelihood / max(1, len(self.tokens)))
 
 
-def as_token_request(
-    prompt: str | Sequence[int],
-    options: GenerationOptions,
-    tokenizer: DocumentTokenizer,
-    *,
-    end_ids: frozenset[int],
-    max_length: int,
-) -> TokenRequest:
-    """The engine's view of a request.
+def as_text_token(scored: ScoredToken, text: str, tokenizer: DocumentTokenizer) -> TextToken:
+    """A scored token with its text, and with those of its alternatives."""
 
-    Args:
-        prompt: the beginning of a document, or token ids.
-        options: how to continue it.
-        tokenizer: of the model.
-        end_ids: of the model; see `find_end_ids`.
-        max_length: tokens of the context.
+    def shown(token_id: int) -> str:  # the token alone; a control token by its name
+        return tokenizer.decode([token_id]) or tokenizer.backend.id_to_token(token_id) or ""
 
-    Raises:
-        RequestError: the prompt alone fills the context.
-    """
-    prompt_ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-    room = max_length - len(prompt_ids)
-    if room < 1:
-        raise RequestError(
-            f"the model's context is {max_length} tokens, but the prompt has {len(prompt_ids)}; shorten it"
-        )
-    max_new_tokens = options.max_new_tokens
-    if options.over_length == "clip":
-        max_new_tokens = min(max_new_tokens, room)
-    ignored = IgnoredWords(options.ignored_words, prompt_ids, tokenizer)
-    return TokenRequest(
-        prompt_ids=prompt_ids,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=options.min_new_tokens,
-        sampling=options.sampling,
-        seed=secrets.randbelow(_MAX_RANDOM_SEED) if options.seed is None else options.seed,
-        stop_ids=options.stop_ids | end_ids,
-        forbids=ignored.forbid if any(options.ignored_words) else None,
-        num_log_probabilities=options.num_log_probabilities,
+    return TextToken(
+        scored.token_id,
+        text,
+        scored.log_probability,
+        tuple(
+            Alternative(token_id, shown(token_id), log_probability)
+            for token_id, log_probability in scored.alternatives
+        ),
     )
-
-
-def find_end_ids(model: OpenedModel) -> frozenset[int]:
-    """Tokens that end a text: those of the tokenizer, and what the model's own settings name."""
-    tokenizer = model.tokenizer
-    settings = model.backbone.generation_config
-    named = settings.eos_token_id if settings is not None else None
-    others: list[int | None] = named if isinstance(named, list) else [named]
-    # transformers' defaults may name a token of another vocabulary.
-    known = range(model.backbone.get_input_embeddings().num_embeddings)
-    ours = {tokenizer.end_id, tokenizer.begin_id, tokenizer.pad_id}
-    return frozenset(ours | {one for one in others if one is not None and one in known})
 
 
 class TextGenerator:
     """Continues texts with a model, in the caller's thread; one thread at a time.
 
     >>> generator = TextGenerator.open("data/experiments/nietzsche/0")
-    >>> generator.generate("What is good?", num_return_sequences=2)
+    >>> generator.generate("What is good?", max_new_tokens=40, temperature=0.7, seed=1)
     >>> generator.score("Man is something that shall be overcome.").perplexity
+
+    The keywords are those of `SamplingParameters`; what is left out the model's generation_config.json
+    decides.
 
     Args:
         model: what computes and its tokenizer.
-        num_slots: texts that are made at once.
+        num_slots: texts that are generated at once.
         engine: none for one on the model as it is now, through PyTorch; its weights must not change while
             the generator is used.
         template: how a chat becomes tokens.
@@ -164,7 +121,7 @@ class TextGenerator:
     ) -> None:
         self.model = model
         self.template = template
-        self._end_ids = find_end_ids(model)
+        self._conventions = Conventions.of(model, template)
         self._engine = engine or Engine(TorchRunner(model.backbone, num_slots=num_slots))
         # Of requests under way whose events nobody has read yet: several streams may share the engine.
         self._inboxes: dict[int, list[TokenEvent]] = {}
@@ -193,60 +150,66 @@ class TextGenerator:
 
     def generate(
         self,
-        prompt: str,
-        options: GenerationOptions = GenerationOptions(),
+        prompt: str | Sequence[int],
         *,
         num_return_sequences: int = 1,
+        clips: bool = False,
+        **given: Unpack[SamplingKeywords],
     ) -> list[str]:
         """Independent continuations of `prompt`, without it; the second has the seed after the first's."""
         texts = [""] * num_return_sequences
-        for index, piece in self.pieces(prompt, options, num_return_sequences=num_return_sequences):
+        for index, piece in self.pieces(
+            prompt, num_return_sequences=num_return_sequences, clips=clips, **given
+        ):
             texts[index] += piece.text
         return [self.model.tokenizer.after_decoding(text) for text in texts]
 
     def stream(
         self,
         prompt: str | Sequence[int],
-        options: GenerationOptions = GenerationOptions(),
+        *,
+        clips: bool = False,
+        **given: Unpack[SamplingKeywords],
     ) -> Iterator[str]:
-        """Pieces of one continuation of `prompt`, as they are made."""
-        for _, piece in self.pieces(prompt, options):
+        """Pieces of one continuation of `prompt`, as they are generated."""
+        for _, piece in self.pieces(prompt, clips=clips, **given):
             if piece.text:
                 yield piece.text
 
     def pieces(
         self,
         prompt: str | Sequence[int],
-        options: GenerationOptions = GenerationOptions(),
         *,
         num_return_sequences: int = 1,
-    ) -> Iterator[tuple[int, TextPiece]]:
-        """Pieces of all continuations, as they are made, with the number of their continuation.
+        num_log_probabilities: int | None = None,
+        clips: bool = False,
+        is_chat: bool = False,
+        **given: Unpack[SamplingKeywords],
+    ) -> Iterator[tuple[int, Piece]]:
+        """Pieces of all continuations, as they are generated, with the index of their continuation.
+
+        Args: as `Conventions.requests`.
 
         Raises:
             RequestError: it does not fit into the context.
-            ModelError: the model computed scores that are no numbers.
+            ModelError: the model computed scores that are NaN or infinite.
         """
-        first_seed = secrets.randbelow(_MAX_RANDOM_SEED) if options.seed is None else options.seed
-        waiting = [
-            (
-                index,
-                as_token_request(
-                    prompt,
-                    replace(options, seed=first_seed + index),
-                    self.model.tokenizer,
-                    end_ids=self._end_ids,
-                    max_length=self._engine.max_length,
-                ),
-            )
-            for index in range(num_return_sequences)
-        ]
+        requests = self._conventions.requests(
+            prompt,
+            given,
+            max_length=self._engine.max_length,
+            num_sequences=num_return_sequences,
+            is_chat=is_chat,
+            clips=clips,
+            num_log_probabilities=num_log_probabilities,
+        )
+        waiting = list(enumerate(requests))
         running: dict[int, tuple[int, Continuation]] = {}
         try:
             while waiting or running:
                 while waiting and self._engine.num_free_slots:
                     index, request = waiting.pop(0)
-                    continuation = Continuation(self.model.tokenizer, options.stop)
+                    continuation = Continuation(self.model.tokenizer, request.sampling.stop)
                     running[self._start(request)] = (index, continuation)
                 if not any(self._inboxes[key] for key in running):
                     self._step()
@@ -256,7 +219,9 @@ class TextGenerator:
                         if piece.finish_reason is not None:
                             self._end(key)
                             del running[key]
-                        yield index, _checked(piece)
+                        if piece.finish_reason == "error":
+                            raise _broken_model()
+                        yield index, piece
                         if piece.finish_reason is not None:
                             break  # what came after a stop string is not wanted
         finally:
@@ -266,32 +231,34 @@ class TextGenerator:
     # ------------------------------------------------------------------ chat
 
     def chat(
-        self, messages: Sequence[ChatMessage], options: GenerationOptions = GenerationOptions()
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        clips: bool = False,
+        **given: Unpack[SamplingKeywords],
     ) -> str:
         """The answer to the last message."""
-        return "".join(self.stream_chat(messages, options)).rstrip()
+        return "".join(self.stream_chat(messages, clips=clips, **given))
 
     def stream_chat(
-        self, messages: Sequence[ChatMessage], options: GenerationOptions = GenerationOptions()
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        clips: bool = False,
+        **given: Unpack[SamplingKeywords],
     ) -> Iterator[str]:
-        """Pieces of the answer to the last message, as they are made.
+        """Pieces of the answer to the last message, as they are generated.
 
         Raises:
             RequestError: the template refuses the messages, or they do not fit into the context.
         """
-        tokenizer = self.model.tokenizer
-        prompt_ids = self.template.encode(messages, tokenizer)
-        options = replace(
-            options,
-            stop=options.stop + self.template.stops,
-            stop_ids=options.stop_ids | self.template.stop_ids(tokenizer),
-        )
-        has_begun = False
-        for text in self.stream(prompt_ids, options):
-            shown = text if has_begun else text.lstrip()
-            has_begun = has_begun or bool(shown)
-            if shown:
-                yield shown
+        prompt_ids = self.template.encode(messages, self.model.tokenizer)
+        strips = self._conventions.strips_answers()
+        for _, piece in self.pieces(prompt_ids, is_chat=True, clips=clips, **given):
+            text = piece.text.lstrip() if strips else piece.text
+            strips = strips and not text
+            if text:
+                yield text
 
     # ------------------------------------------------------------------ measure
 
@@ -300,16 +267,14 @@ class TextGenerator:
 
         Raises:
             RequestError: the text does not fit into the context.
-            ModelError: the model computed scores that are no numbers.
+            ModelError: the model computed scores that are NaN or infinite.
         """
         tokenizer = self.model.tokenizer
         prompt_ids = tokenizer.encode_prompt(text)
         key = self._start_when_free(
             TokenRequest(
                 prompt_ids=prompt_ids,
-                max_new_tokens=0,
-                sampling=_GREEDY,
-                seed=0,
+                sampling=SamplingParameters(max_new_tokens=0, temperature=0, seed=0),
                 num_prompt_log_probabilities=num_alternatives,
             )
         )
@@ -345,7 +310,8 @@ class TextGenerator:
         while not self._engine.num_free_slots:
             self._step()
         states = self._engine.hidden_states(sequences)
-        means = [(one[1:] if len(one) > 1 else one).mean(dim=0).cpu().numpy() for one in states]
+        words = [state[1:] if len(state) > 1 else state for state in states]
+        means = [state.mean(dim=0).cpu().numpy() for state in words]
         width: int = self.model.backbone.config.hidden_size
         return np.stack(means) if means else np.zeros((0, width), np.float32)
 
@@ -375,12 +341,6 @@ class TextGenerator:
     def _end(self, key: int) -> None:
         self._engine.cancel(key)
         self._inboxes.pop(key, None)
-
-
-def _checked(piece: TextPiece) -> TextPiece:
-    if piece.finish_reason == "error":
-        raise _broken_model()
-    return piece
 
 
 def _broken_model() -> ModelError:

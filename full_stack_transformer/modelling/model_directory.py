@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer.arguments.sampling import FOR_SMALL_MODELS
 from full_stack_transformer.errors import MachineError, ModelError
 from full_stack_transformer.modelling.backbones import backbone_of_config, load_backbone
 from full_stack_transformer.storage import (
@@ -78,7 +79,9 @@ def save_model_directory(
     try:
         backbone.save_pretrained(partial, state_dict=weights)
         if backbone.can_generate():
-            GenerationConfig.from_model_config(backbone.config).save_pretrained(partial)
+            settings = GenerationConfig.from_model_config(backbone.config)
+            settings.update(do_sample=True, **FOR_SMALL_MODELS)
+            settings.save_pretrained(partial)
         for file in tokenizer_directory.iterdir():
             shutil.copyfile(file, partial / file.name)
         write_json(partial / DESCRIPTION_FILE_NAME, description)

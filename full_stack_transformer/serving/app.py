@@ -5,11 +5,13 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -25,32 +27,34 @@ from full_stack_transformer.errors import (
     ServiceUnavailableError,
     UnknownModelError,
 )
-from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
-from full_stack_transformer.serving.http.guard import Guard, RequestFacts, error_response
-from full_stack_transformer.serving.http.keys import ApiKeys
-from full_stack_transformer.serving.http.prometheus import Metrics
-from full_stack_transformer.serving.routes.generation import (
-    ClientGoneError,
-    Wanted,
-    check_room,
-    encode,
-    options_of_texts,
-    submitted,
-    token_requests,
-    wait_for_texts,
+from full_stack_transformer.serving.http.bodies import InvalidBodyError
+from full_stack_transformer.serving.http.guard import (
+    Guard,
+    HttpMetrics,
+    RequestFacts,
+    error_response,
 )
-from full_stack_transformer.serving.routes.openai import make_openai_router
-from full_stack_transformer.serving.routes.playground import make_playground_router
+from full_stack_transformer.serving.http.keys import ApiKeys
+from full_stack_transformer.serving.routes.answering import ClientGoneError
+from full_stack_transformer.serving.routes.chats import add_chat_route
+from full_stack_transformer.serving.routes.completions import (
+    add_completion_route,
+    make_native_router,
+)
+from full_stack_transformer.serving.routes.embeddings import add_embedding_route
+from full_stack_transformer.serving.routes.playground import (
+    make_playground_router,
+    playground_files,
+)
 from full_stack_transformer.serving.routes.tasks import make_task_router
 from full_stack_transformer.serving.schemas import (
-    GeneratedTextsRequest,
-    GeneratedTextsResponse,
     Health,
     Readiness,
     Version,
 )
-from full_stack_transformer.serving.workers.engine_worker import EngineWorker
-from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.engine_worker import EngineWorker, describe
+from full_stack_transformer.serving.workers.models import AnyServed, ServedModels
+from full_stack_transformer.serving.workers.prometheus import WorkerMetrics
 from full_stack_transformer.serving.workers.task_worker import TaskWorker
 
 # Every class of error that a request can end with, the most special first.
@@ -83,7 +87,8 @@ def make_app(
     models: ServedModels,
     worker: EngineWorker,
     task_worker: TaskWorker,
-    metrics: Metrics,
+    metrics: WorkerMetrics,
+    registry: CollectorRegistry,
     options: AppOptions,
 ) -> ASGIApp:
     """The application around models and their workers; the server that runs it stops the workers."""
@@ -113,18 +118,25 @@ def make_app(
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_surprise)
-    _add_native_routes(app, models)
-    _add_operating_routes(app, models, metrics)
+    _add_operating_routes(app, models, registry)
+    app.include_router(make_native_router(models))
     task_router = make_task_router(models)
     app.include_router(task_router)
-    app.include_router(make_openai_router(models))
+    app.include_router(_make_openai_router(models))
     app.include_router(make_playground_router())
     task_paths = frozenset(route.path for route in task_router.routes if isinstance(route, Route))
+
+    def at_end(tickets: list[Any]) -> dict[str, Any]:
+        metrics.forget(tickets)
+        return describe(tickets)
+
     return Guard(
         app,
         keys=options.keys,
         allowed_origins=options.allowed_origins,
-        metrics=metrics,
+        open_paths=playground_files(),
+        metrics=HttpMetrics(registry),
+        at_end=at_end,
         early_answer=_make_early_answer(models, worker, task_worker, task_paths),
     )
 
@@ -153,32 +165,47 @@ def _make_early_answer(
     return early_answer
 
 
-def _add_native_routes(app: FastAPI, models: ServedModels) -> None:
-    @app.post(
-        "/generated_texts/",
-        tags=["native"],
-        response_model=GeneratedTextsResponse,
-        openapi_extra=body_schema(GeneratedTextsRequest),
-    )
-    @app.post("/generated_texts", include_in_schema=False)
-    async def generated_texts(request: Request) -> GeneratedTextsResponse:
-        """Continue a text; fewer tokens than asked for where the context has less room."""
-        body = await parse_body(request, GeneratedTextsRequest)
-        model = models.find(body.model)
-        check_room(request, model, body.num_return_sequences)
-        prompt_ids = await encode(model, body.seed_text)
-        options = options_of_texts(body)
-        wanted = [
-            Wanted(one)
-            for one in token_requests(model, prompt_ids, options, body.num_return_sequences)
-        ]
-        with submitted(request, model, wanted) as exchange:
-            texts = await wait_for_texts(exchange, request)
-        restore = model.tokenizer.after_decoding
-        return GeneratedTextsResponse(texts=[restore(text.text) for text in texts])
+class ModelCard(BaseModel):
+    """One entry of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "full_stack_transformer"
 
 
-def _add_operating_routes(app: FastAPI, models: ServedModels, metrics: Metrics) -> None:
+class ModelList(BaseModel):
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+def _make_openai_router(models: ServedModels) -> APIRouter:
+    """The routes below `/v1`."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"])
+
+    @router.get("/models")
+    async def list_models() -> ModelList:
+        """The models that are served."""
+        return ModelList(data=[_card(model) for model in models.all])
+
+    @router.get("/models/{name:path}")
+    async def retrieve_model(name: str) -> ModelCard:
+        """One of the models."""
+        return _card(models.find_any(name))
+
+    add_completion_route(router, models)
+    add_chat_route(router, models)
+    add_embedding_route(router, models)
+    return router
+
+
+def _card(model: AnyServed) -> ModelCard:
+    return ModelCard(id=model.name, created=model.loaded_at)
+
+
+def _add_operating_routes(app: FastAPI, models: ServedModels, registry: CollectorRegistry) -> None:
     worker: EngineWorker = app.state.worker
     task_worker: TaskWorker = app.state.task_worker
 
@@ -211,8 +238,8 @@ def _add_operating_routes(app: FastAPI, models: ServedModels, metrics: Metrics) 
 
     @app.get("/metrics", tags=["operations"], response_class=Response)
     async def show_metrics() -> Response:
-        """Figures for Prometheus, under the names of vLLM and TGI."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        """Metrics for Prometheus, under the names of vLLM and TGI."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

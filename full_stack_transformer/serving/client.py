@@ -1,7 +1,7 @@
 """The service seen from Python: one method per route, errors of our own tree.
 
 Knows the schemas and HTTP; nothing of models. The Telegram bot stands on it, and streams from any
-OpenAI-compatible server: what it asks for beyond OpenAI's fields is left out while it is neutral.
+OpenAI-compatible server.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.errors import (
     ServiceError,
     ServiceRefusedError,
@@ -41,28 +42,19 @@ _LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """How a text shall be made, in OpenAI's words and two additions."""
+    """How to generate a text, in OpenAI's words and two additions; None leaves it to the server."""
 
     model: str
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
 
     def body(self) -> dict[str, Any]:
-        """What is sent: OpenAI's own fields always, the additions only where they change something.
-
-        `temperature` and `top_p` are never left to the server: vLLM takes its defaults for them from
-        the model's generation_config.json.
-        """
-        neutral = {"top_k": 0, "repetition_penalty": 1.0, "seed": None}
-        told = {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in neutral or value != neutral[name]
-        }
+        """What is sent."""
+        told = {name: value for name, value in asdict(self).items() if value is not None}
         # People read it in /why: what is asked for comes before how.
         return {
             name: told.pop(name) for name in ("model", "prompt", "messages") if name in told
@@ -108,6 +100,9 @@ class ModelDescription:
     """Our own service's description of the model directory; empty for other servers."""
     has_chat_template: bool = False
     """Whether the model was made for conversation, as far as the server tells."""
+    default_length: int | None = None
+    """New tokens to ask for where a chat has not said how many; none where the server's own default is
+    that of the model, as with our service."""
 
 
 class ServiceClient:
@@ -177,7 +172,9 @@ class ServiceClient:
         try:
             version = await self._call("GET", "/version", _OurVersion)
         except ServiceError:  # another OpenAI-compatible server
-            return ModelDescription(model, {}, await self._converses(model))
+            return ModelDescription(
+                *(model, {}, await self._converses(model)), SamplingParameters().max_new_tokens
+            )
         return ModelDescription(model, version.description, version.has_chat_template(model))
 
     async def _converses(self, model: str) -> bool:

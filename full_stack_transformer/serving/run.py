@@ -1,16 +1,19 @@
 """`fst serve`: open models, listen, say where, and end well."""
 
 import contextlib
+import json
 import logging
 import resource
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from full_stack_transformer import __version__
@@ -19,9 +22,7 @@ from full_stack_transformer.errors import MachineError
 from full_stack_transformer.modelling.model_directory import find_model_directory
 from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.http.connections import protocol_with
-from full_stack_transformer.serving.http.json_log import log_json_lines
 from full_stack_transformer.serving.http.keys import ApiKeys, read_api_keys
-from full_stack_transformer.serving.http.prometheus import Metrics
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
 from full_stack_transformer.serving.workers.models import (
     OpeningOptions,
@@ -29,6 +30,7 @@ from full_stack_transformer.serving.workers.models import (
     ServedModels,
     open_served,
 )
+from full_stack_transformer.serving.workers.prometheus import WorkerMetrics
 from full_stack_transformer.serving.workers.task_models import ServedTask
 from full_stack_transformer.serving.workers.task_worker import MAX_BATCH_ROWS, TaskWorker
 
@@ -52,13 +54,14 @@ def serve(arguments: ServeArguments) -> int:
         UsageError: the keys cannot be read.
     """
     if arguments.log_format == "json":
-        log_json_lines()
+        _log_json_lines()
     # A wrong path or key file is said before the port is taken.
     sources = _sources(arguments)
     keys = read_api_keys(arguments.api_keys_file)
     listener = _listen(arguments.host, arguments.port)
     models = _open_models(arguments, sources)
-    metrics = Metrics()
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
     queue_size = arguments.max_queue_size
     worker = EngineWorker(max_queue_size=queue_size, on_piece=metrics.on_piece)
     task_worker = TaskWorker(max_queue_size=queue_size, on_batch=metrics.on_task_batch)
@@ -69,7 +72,7 @@ def serve(arguments: ServeArguments) -> int:
         max_body_bytes=arguments.max_body_bytes,
         watches=arguments.watch,
     )
-    app = make_app(models, worker, task_worker, metrics, options)
+    app = make_app(models, worker, task_worker, metrics, registry, options)
     # Its warnings are one for each malformed request: anybody could fill the disk with them.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     sys.setswitchinterval(_SECONDS_OF_INTERPRETER)
@@ -220,3 +223,29 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it, or pass --port"
         ) from error
     return listener
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object for each record: time, level, message, and what is known of a request, never texts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        moment = datetime.fromtimestamp(record.created, tz=UTC)
+        line = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _log_json_lines() -> None:
+    """Let the root logger's handlers write JSON lines, with one for each request."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_JsonLines())
+    # Lines of requests are records of the level debug, so that text logs stay quiet.
+    logging.getLogger("full_stack_transformer.serving.http.guard").setLevel(logging.DEBUG)

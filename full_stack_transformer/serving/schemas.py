@@ -2,21 +2,20 @@
 
 Parsed with `model_validate_json` in strict mode; NaN, infinities and unknown fields are refused. Fields of
 OpenAI's that change nothing here are accepted and ignored, by name. Knows nothing of models or of the web
-framework; what OpenAI's routes answer stands in answers.py.
+framework; what OpenAI's routes answer stands beside each route.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from full_stack_transformer.arguments.sampling import DECLARED, MAX_LOGIT_BIAS, SamplingKeywords
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
 
 MAX_TEXT_CHARACTERS = 200_000
 MAX_PROMPT_TOKENS = 131_072
-MAX_NEW_TOKENS = 131_072
 MAX_PROMPTS = 64
 MAX_SEQUENCES = 16
-MAX_SEED = 2**63 - 1
 MAX_MESSAGES = 1000
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -29,9 +28,27 @@ TokenIds = Annotated[
 IgnoredWords = Annotated[list[ShortText], Field(max_length=64, fail_fast=True)]
 
 
-def _unit(name: str) -> dict[str, JsonValue]:
-    """For pages that draw a form from the schema."""
-    return {"x-unit": name}
+# OpenAI's names, and those of the native route, for the parameters that have others there.
+_PARAMETER_OF_FIELD = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "generation_max_len": "max_new_tokens",
+}
+
+
+def _sampling(name: str, **changed: Any) -> Any:
+    """A sampling parameter with its meaning and bounds; left out or null, the model decides.
+
+    `x-unit` is for pages that draw a form from the schema.
+    """
+    declared = DECLARED[name].metadata
+    bounds: dict[str, Any] = {}
+    if "least" in declared:
+        bounds = {"gt" if declared["above"] else "ge": declared["least"], "le": declared["most"]}
+    if name.endswith("_tokens") or name == "top_k":
+        bounds["json_schema_extra"] = {"x-unit": "tokens"}
+    return Field(**({"default": None, "description": declared["help"]} | bounds | changed))
 
 
 class Body(BaseModel):
@@ -40,42 +57,43 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, frozen=True)
 
 
-class GeneratedTextsRequest(Body):
+class _SamplingBody(Body):
+    """A body with sampling parameters."""
+
+    def given(self) -> SamplingKeywords:
+        """The sampling parameters that the body gives, under their own names."""
+        given: dict[str, Any] = {}
+        for field in type(self).model_fields:
+            name, value = _PARAMETER_OF_FIELD.get(field, field), getattr(self, field)
+            if name in DECLARED and value is not None:
+                given[name] = value
+        if "stop" in given:
+            stop = given["stop"]
+            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "ignored_words" in given:
+            given["ignored_words"] = tuple(given["ignored_words"])
+        if "logit_bias" in given:
+            biases = given["logit_bias"]
+            given["logit_bias"] = {int(token_id): value for token_id, value in biases.items()}
+        return cast(SamplingKeywords, given)
+
+
+class GeneratedTextsRequest(_SamplingBody):
     """Body of `POST /generated_texts/`."""
 
     seed_text: Text = Field(
         default="", description="Text to continue; empty starts a new document."
     )
-    ignored_words: IgnoredWords = Field(
-        default_factory=list, description="Words that must not appear."
-    )
-    generation_max_len: int = Field(
-        default=64, ge=1, le=MAX_NEW_TOKENS, description="Tokens to add, at most."
-    )
-    temperature: float = Field(
-        default=0.7,
-        ge=0,
-        le=100,
-        description="0 takes the likeliest token, 1 the model's probabilities.",
-    )
-    top_k: int = Field(
-        default=0, ge=0, le=1_000_000, description="Choose among the k likeliest tokens; 0 for all."
-    )
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Choose among the likeliest tokens of this probability.",
-    )
-    repetition_penalty: float = Field(
-        default=1.0, gt=0, le=10, description="Divides the scores of tokens that already occurred."
-    )
+    ignored_words: IgnoredWords | None = _sampling("ignored_words")
+    generation_max_len: int | None = _sampling("max_new_tokens")
+    temperature: float | None = _sampling("temperature")
+    top_k: int | None = _sampling("top_k")
+    top_p: float | None = _sampling("top_p")
+    repetition_penalty: float | None = _sampling("repetition_penalty")
     num_return_sequences: int = Field(
-        default=1, ge=1, le=MAX_SEQUENCES, description="Independent continuations."
+        default=1, ge=1, le=MAX_SEQUENCES, description="Number of independent continuations."
     )
-    seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="The same seed gives the same texts."
-    )
+    seed: int | None = _sampling("seed")
     model: ShortText | None = Field(
         default=None, description="Name of a model of /v1/models; the first one without it."
     )
@@ -113,99 +131,47 @@ class ResponseFormat(Body):
     )
 
 
-class _OpenAIBody(Body):
+class OpenAIBody(_SamplingBody):
     """What completions and chats share; null always means the default."""
 
     model: ShortText | None = None
-    temperature: float | None = Field(
-        default=1.0,
-        ge=0,
-        le=100,
-        description="Randomness: 0 takes the likeliest token, 1 follows the model's probabilities.",
-    )
-    top_p: float | None = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Choose among the likeliest tokens that together have this probability.",
-    )
-    presence_penalty: float | None = Field(
-        default=0.0,
-        ge=-2,
-        le=2,
-        description="Subtracted from the scores of tokens that are in the new text.",
-    )
-    frequency_penalty: float | None = Field(
-        default=0.0,
-        ge=-2,
-        le=2,
-        description="Subtracted from the score of a token for each time that it is in the new text.",
-    )
+    temperature: float | None = _sampling("temperature")
+    top_p: float | None = _sampling("top_p")
+    presence_penalty: float | None = _sampling("presence_penalty")
+    frequency_penalty: float | None = _sampling("frequency_penalty")
     logit_bias: (
         Annotated[
             dict[
                 Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")],
-                Annotated[float, Field(ge=-100, le=100)],
+                Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)],
             ],
             Field(max_length=1024),
         ]
         | None
-    ) = Field(default=None, description="Token ids and what is added to their scores.")
+    ) = _sampling("logit_bias")
     n: int | None = Field(
         default=1,
         ge=1,
         le=MAX_SEQUENCES,
-        description="Independent continuations.",
-        json_schema_extra=_unit("texts"),
+        description="Number of independent continuations.",
+        json_schema_extra={"x-unit": "texts"},
     )
     stop: Annotated[list[ShortText], Field(max_length=16, fail_fast=True)] | ShortText | None = (
-        Field(default=None, description="End before any of these texts.")
+        _sampling("stop")
     )
-    seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="The same seed gives the same text again."
-    )
+    seed: int | None = _sampling("seed")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = Field(
-        default=None, description="A form that the text is held to."
+        default=None, description="A format that the text follows."
     )
     # Additions
-    top_k: int = Field(
-        default=0,
-        ge=0,
-        le=1_000_000,
-        description="Choose among so many of the likeliest tokens; 0 for all.",
-        json_schema_extra=_unit("tokens"),
-    )
-    min_p: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Choose among tokens with at least this part of the likeliest one's probability.",
-    )
-    typical_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Choose among the tokens of the most typical surprise that together have this "
-        "probability.",
-    )
-    repetition_penalty: float = Field(
-        default=1.0,
-        gt=0,
-        le=10,
-        description="Divides the scores of tokens that already occurred; 1 for none.",
-    )
-    ignored_words: IgnoredWords = Field(
-        default_factory=list, description="Texts that must not appear."
-    )
-    min_tokens: int = Field(
-        default=0,
-        ge=0,
-        le=MAX_NEW_TOKENS,
-        description="Tokens to add before the text may end.",
-        json_schema_extra=_unit("tokens"),
-    )
+    top_k: int | None = _sampling("top_k")
+    min_p: float | None = _sampling("min_p")
+    typical_p: float | None = _sampling("typical_p")
+    repetition_penalty: float | None = _sampling("repetition_penalty")
+    ignored_words: IgnoredWords | None = _sampling("ignored_words")
+    min_tokens: int | None = _sampling("min_new_tokens")
     # Accepted and ignored
     user: Text | None = Field(default=None, description="Accepted and ignored.")
     metadata: dict[str, Any] | None = Field(default=None, description="Accepted and ignored.")
@@ -220,17 +186,12 @@ class _OpenAIBody(Body):
         return self.n or 1
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the number of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionRequest(_OpenAIBody):
+class CompletionRequest(OpenAIBody):
     """Body of `POST /v1/completions`, as OpenAI defines it, with additions."""
 
     prompt: (
@@ -239,12 +200,10 @@ class CompletionRequest(_OpenAIBody):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(default="", description="A text, token ids, or a list of either.")
-    max_tokens: int | None = Field(
-        default=16,
+    max_tokens: int | None = _sampling(
+        "max_new_tokens",
         ge=0,
-        le=MAX_NEW_TOKENS,
-        description="Tokens to add, at most; 0 only to score a text, with echo.",
-        json_schema_extra=_unit("tokens"),
+        description="Maximum number of new tokens; 0 only to score a text, with echo.",
     )
     best_of: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
     echo: bool | None = False
@@ -274,27 +233,17 @@ class ChatMessage(Body):
         return "".join(part.text for part in self.content)
 
 
-class ChatCompletionRequest(_OpenAIBody):
+class ChatCompletionRequest(OpenAIBody):
     """Body of `POST /v1/chat/completions`, as OpenAI defines it, with the same additions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_NEW_TOKENS,
-        description="Tokens of the answer, at most; without it as many as the context has room for.",
-        json_schema_extra=_unit("tokens"),
-    )
-    max_completion_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_NEW_TOKENS,
-        description="OpenAI's newer name of max_tokens.",
-        json_schema_extra=_unit("tokens"),
+    max_tokens: int | None = _sampling("max_new_tokens")
+    max_completion_tokens: int | None = _sampling(
+        "max_new_tokens", description="OpenAI's newer name of max_tokens."
     )
     continue_final_message: bool = Field(
         default=False,
-        description="An addition: the last message is an answer that has begun; go on with it.",
+        description="An addition: the last message is the beginning of an answer; continue it.",
     )
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -358,6 +307,10 @@ class ServedModelFacts(BaseModel):
     form: dict[str, Any] | None = Field(
         default=None,
         description="Route, fields and words of a form for this model; null for one that continues texts.",
+    )
+    sampling: dict[str, float] = Field(
+        default_factory=dict,
+        description="Sampling parameters of a request that leaves them out.",
     )
     num_swaps: int = Field(description="How often --watch has replaced it.")
     loaded_at: int = Field(description="Seconds since 1970.")

@@ -135,7 +135,7 @@ def _check_url(flag: str, url: str) -> None:
 
 def _default_settings(arguments: TelegramBotArguments) -> Settings:
     """The settings of a chat that never changed them."""
-    if arguments.max_new_tokens > MAX_LENGTH:
+    if (arguments.max_new_tokens or 0) > MAX_LENGTH:
         raise UsageError(
             f"--max_new_tokens must be at most {MAX_LENGTH}, found {arguments.max_new_tokens}"
         )

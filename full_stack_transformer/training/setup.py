@@ -85,7 +85,8 @@ class TrainingSetup:
         arguments = self.arguments
         if not self.task.generates:
             return []
-        samples = SampleParameters(num_samples=arguments.num_generated_samples, seed=arguments.seed)
+        sampling = dataclasses.replace(SampleParameters().sampling, seed=arguments.seed)
+        samples = SampleParameters(num_samples=arguments.num_generated_samples, sampling=sampling)
         return [SampleTexts(directory, self.task.tokenizer, samples)]
 
     def description_fields(self) -> dict[str, Any]:

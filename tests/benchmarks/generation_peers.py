@@ -58,13 +58,13 @@ Generate = Callable[[Prompts, int], Generated]
 
 def load_ours(job: Job) -> Generate:
     """The engine, on the C++ decoder where it runs."""
+    from full_stack_transformer.arguments.sampling import SamplingParameters
     from full_stack_transformer.generation.engine import Engine, TokenRequest
     from full_stack_transformer.generation.runners.native.decoder import (
         NativeRunner,
         why_not_native,
     )
     from full_stack_transformer.generation.runners.torch import Runner, TorchRunner
-    from full_stack_transformer.generation.sampling import SamplingParameters
 
     backbone = _load_backbone(job, dtype="float32")
     problem = why_not_native(backbone)
@@ -85,11 +85,11 @@ def load_ours(job: Job) -> Generate:
     del backbone
     # No guessing: with random weights the text repeats itself, and every guess would come true.
     engine = Engine(runner, guesses=False)
-    greedy = SamplingParameters(temperature=0)
 
     def generate(prompts: Prompts, num_new: int) -> Generated:
+        greedy = SamplingParameters(max_new_tokens=num_new, temperature=0, seed=0)
         streams = {
-            engine.add(TokenRequest(prompt, num_new, greedy, seed=0)): number
+            engine.add(TokenRequest(prompt, greedy)): number
             for number, prompt in enumerate(prompts)
         }
         result = Generated([[] for _ in prompts], [[] for _ in prompts])

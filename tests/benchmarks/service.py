@@ -175,19 +175,20 @@ import json, sys, time
 from pathlib import Path
 from full_stack_transformer.generation.engine import TokenRequest
 from full_stack_transformer.generation.open_engine import open_engine
-from full_stack_transformer.generation.sampling import SamplingParameters
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.modelling.model_directory import open_model
 job = json.load(sys.stdin)
 model = open_model(Path(job["model"]), device="cpu")
 engine = open_engine(model.backbone, num_slots=32, weights_dtype="bfloat16")
 rates = {}
+greedy = SamplingParameters(max_new_tokens=64, temperature=0, seed=0)
 for num_clients in (1, *job["num_clients"]):
     prompts = [model.tokenizer.encode_prompt(text) for text in job["prompts"][: num_clients * 2]]
     job["prompts"] = job["prompts"][len(prompts):] + job["prompts"][:len(prompts)]
     started, num_tokens = time.perf_counter(), 0
     while prompts or engine.num_running:
         while prompts and engine.num_running < num_clients:
-            engine.add(TokenRequest(prompts.pop(), 64, SamplingParameters(temperature=0), seed=0))
+            engine.add(TokenRequest(prompts.pop(), greedy))
         num_tokens += sum(event.token_id is not None for event in engine.step())
     rates[num_clients] = {"tokens_per_second": round(num_tokens / (time.perf_counter() - started), 1)}
 print(json.dumps(rates))

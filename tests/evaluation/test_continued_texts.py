@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from full_stack_transformer.arguments.models import EvaluateArguments
+from full_stack_transformer.arguments.sampling import SamplingParameters, as_keywords
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.continued_texts import (
@@ -13,21 +14,18 @@ from full_stack_transformer.evaluation.continued_texts import (
     evaluate_generation,
 )
 from full_stack_transformer.evaluation.run import evaluate
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.model_directory import open_model
 
 
 def test_texts_continued_together_equal_those_continued_alone(model_dir: Path) -> None:
     model = open_model(model_dir, device="cpu")
     generator = TextGenerator(model, num_slots=3)
-    options = GenerationOptions(
-        max_new_tokens=7, sampling=SamplingParameters(temperature=1), seed=5
-    )
+    sampling = SamplingParameters(max_new_tokens=7, temperature=1, seed=5)
     texts = [f"The reader learns {number} " + "and " * number for number in range(11)]
     prompts = [model.tokenizer.encode_prompt(text) for text in texts]
-    alone = [generator.generate(text, options)[0] for text in texts]
-    assert continue_texts(generator, prompts, options) == alone
+    alone = [generator.generate(text, **as_keywords(sampling))[0] for text in texts]
+    assert continue_texts(generator, prompts, sampling) == alone
 
 
 def test_the_figures_say_how_the_texts_differ(model_dir: Path, dataset: DatasetDirectory) -> None:

@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
 from full_stack_transformer.generation.runners.native.decoder import NativeRunner, why_not_native
 from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
-from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.modelling.backbones import new_backbone
 
 VOCABULARY, CONTEXT = 300, 128
@@ -116,6 +118,22 @@ class RememberingRunner:
             hash(tuple(token_ids[-3:])) if len(token_ids) % 7 else str(token_ids)
         )
         return torch.tensor([numbers.gauss(0, 3) for _ in range(self.vocab_size)])
+
+
+def token_request(
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingParameters,
+    seed: int,
+    *,
+    min_new_tokens: int = 0,
+    **others: Any,
+) -> TokenRequest:
+    """A request with this length and seed."""
+    sampling = replace(
+        sampling, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed
+    )
+    return TokenRequest(prompt_ids, sampling, **others)
 
 
 def run_requests(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[int]]:

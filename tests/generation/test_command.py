@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from full_stack_transformer.arguments.models import GenerateArguments
+from full_stack_transformer.arguments.sampling import SamplingKeywords
 from full_stack_transformer.errors import InputError, UsageError
 from full_stack_transformer.generation import command
 from full_stack_transformer.generation.chat import ChatMessage
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.generation.engine import TokenRequest
+from full_stack_transformer.generation.text_generator import TextGenerator
 from tests.conftest import RunFst
 
 PROMPT = "The reader"
@@ -96,13 +98,13 @@ def test_sequences_made_at_once_are_printed_in_order(
 def test_every_option_reaches_the_engine(
     model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[GenerationOptions] = []
+    seen: list[TokenRequest] = []
 
-    def pieces(self: TextGenerator, prompt: str, options: GenerationOptions, **_: Any) -> Any:
-        seen.append(options)
-        return iter(())
+    def start(self: TextGenerator, request: TokenRequest) -> int:
+        seen.append(request)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(TextGenerator, "pieces", pieces)
+    monkeypatch.setattr(TextGenerator, "_start", start)
     given: dict[str, Any] = {
         "temperature": 0.5,
         "top_k": 7,
@@ -115,11 +117,11 @@ def test_every_option_reaches_the_engine(
     }
     bias = {"logit_bias": ("11=-100", "12=2.5")}
     others = {"min_new_tokens": 3, "stop": ("a", "b"), "ignored_words": ("c",), "seed": 9}
-    _printed(capsys, _arguments(model_dir, prompt=PROMPT, **given, **bias, **others))
-    [options] = seen
-    sampling = dataclasses.asdict(options.sampling)
-    assert sampling == {**given, "logit_bias": {11: -100.0, 12: 2.5}}
-    assert {name: getattr(options, name) for name in others} == others
+    with pytest.raises(KeyboardInterrupt):
+        _printed(capsys, _arguments(model_dir, prompt=PROMPT, **given, **bias, **others))
+    [request] = seen
+    others |= {"max_new_tokens": 12, "logit_bias": {11: -100.0, 12: 2.5}}
+    assert dataclasses.asdict(request.sampling) == {**given, **others}
 
 
 def test_log_probabilities_are_lines_of_json(
@@ -135,8 +137,8 @@ def test_log_probabilities_are_lines_of_json(
         values = [one["log_probability"] for one in line["alternatives"]]
         assert len(values) == 3 and values == sorted(values, reverse=True)
         assert line["log_probability"] <= values[0]
-    options = command._options(arguments, seed=5)
-    assert texts == exact.generate(PROMPT, options, num_return_sequences=2)
+    given = arguments.sampling()
+    assert texts == exact.generate(PROMPT, num_return_sequences=2, **given)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_log_probabilities_are_lines_of_json(
         ({"logit_bias": ("11",)}, "--logit_bias must be ID=VALUE"),
         ({"logit_bias": ("a=1",)}, "--logit_bias must be ID=VALUE"),
         ({"logit_bias": ("11=nan",)}, "--logit_bias must be between -100 and 100"),
-        ({"min_p": 2.0}, "--min_p must be between 0 and 1"),
+        ({"min_p": 2.0}, "--min_p must be a number from 0 to 1"),
         ({"typical_p": 0.0}, "--typical_p"),
         ({"presence_penalty": 200.0}, "--presence_penalty"),
         ({"min_new_tokens": 13}, "--min_new_tokens 13 is above --max_new_tokens 12"),
@@ -201,12 +203,12 @@ def _session(
 def _text_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models write every character that breaks lines; these tests count lines."""
     breaks = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-    before = command._options
+    before = GenerateArguments.sampling
 
-    def options(arguments: GenerateArguments, seed: int) -> GenerationOptions:
-        return dataclasses.replace(before(arguments, seed), ignored_words=tuple(breaks))
+    def sampling(arguments: GenerateArguments) -> SamplingKeywords:
+        return {**before(arguments), "ignored_words": tuple(breaks)}
 
-    monkeypatch.setattr(command, "_options", options)
+    monkeypatch.setattr(GenerateArguments, "sampling", sampling)
 
 
 @pytest.mark.usefixtures("_text_of_one_line")
@@ -221,7 +223,8 @@ def test_a_session_goes_on_with_one_text(
     first, second, again, more = _session(monkeypatch, capsys, arguments, lines)
 
     def expected(text: str, seed: int) -> str:
-        return "".join(exact.stream(text, command._options(arguments, seed)))
+        given: SamplingKeywords = {**arguments.sampling(), "seed": seed}
+        return "".join(exact.stream(text, clips=True, **given))
 
     assert first == again == expected("The reader", 5)
     assert second == expected(f"The reader{first} learns", 6)
@@ -242,10 +245,11 @@ def test_a_session_is_a_chat_where_the_model_has_a_template(
     for seed, (line, answer) in enumerate(
         zip(["hello", "why"], [answers[0], *answers[2:]], strict=True), start=5
     ):
-        messages.append(ChatMessage("user", line))
-        pieces = generator.stream_chat(messages, command._options(arguments, seed))
+        messages.append(ChatMessage(role="user", content=line))
+        given: SamplingKeywords = {**arguments.sampling(), "seed": seed}
+        pieces = generator.stream_chat(messages, clips=True, **given)
         assert "".join(pieces) == answer
-        messages.append(ChatMessage("assistant", answer))
+        messages.append(ChatMessage(role="assistant", content=answer))
 
 
 @pytest.mark.usefixtures("_text_of_one_line")
@@ -256,8 +260,8 @@ def test_ctrl_c_stops_an_answer_and_the_session_goes_on(
     whole = _session(monkeypatch, capsys, arguments, ["The reader"])[0]
     stream = TextGenerator.stream
 
-    def interrupted(self: TextGenerator, *words: Any) -> Iterator[str]:
-        for number, piece in enumerate(stream(self, *words)):
+    def interrupted(self: TextGenerator, *words: Any, **given: Any) -> Iterator[str]:
+        for number, piece in enumerate(stream(self, *words, **given)):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGINT)
             yield piece
@@ -280,7 +284,7 @@ def test_a_text_that_has_become_too_long_is_said(
     with caplog.at_level(logging.INFO):
         _session(monkeypatch, capsys, _arguments(model_dir, interactive=True), ["word " * 200])
     assert "context is 128 tokens" in caplog.text
-    assert "/reset begins anew" in caplog.text
+    assert "/reset starts over" in caplog.text
 
 
 def test_a_session_of_piped_lines_ends_with_them(run_fst: RunFst, model_dir: Path) -> None:

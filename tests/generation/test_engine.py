@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.generation import engine as engine_module
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
 from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
-from full_stack_transformer.generation.sampling import SamplingParameters
 from tests.generation.small_models import (
     CONTEXT,
     GREEDY,
@@ -29,6 +29,7 @@ from tests.generation.small_models import (
     run_events,
     run_requests,
     small_backbone,
+    token_request,
     tokens_of,
 )
 
@@ -69,7 +70,9 @@ def _run_in_company(engine: Engine, requests: Sequence[TokenRequest]) -> list[li
             running[engine.add(request)] = number
         if engine.num_free_slots and numbers.random() < 0.3:
             prompt = [numbers.randrange(3, VOCABULARY) for _ in range(numbers.randint(1, 90))]
-            company.append(engine.add(TokenRequest(prompt, 9, SAMPLED, seed=numbers.randrange(99))))
+            company.append(
+                engine.add(token_request(prompt, 9, SAMPLED, seed=numbers.randrange(99)))
+            )
         if company and numbers.random() < 0.2:
             engine.cancel(company.pop(numbers.randrange(len(company))))
         for event in engine.step():
@@ -100,7 +103,7 @@ def test_greedy_equals_transformers_whatever_joins_and_leaves(
     kind: str, shape: str, num_prompts: int, max_new_tokens: int
 ) -> None:
     requests = [
-        TokenRequest(prompt, max_new_tokens, GREEDY, seed=0)
+        token_request(prompt, max_new_tokens, GREEDY, seed=0)
         for prompt in random_prompts(num_prompts)
     ]
     ours = _run_in_company(Engine(make_runner(kind, shape, num_slots=5)), requests)
@@ -113,7 +116,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(
     new_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = (random_prompts(40)[-1] * 9)[:100]
-    request = TokenRequest(prompt, max_new_tokens=8, sampling=GREEDY, seed=0)
+    request = token_request(prompt, max_new_tokens=8, sampling=GREEDY, seed=0)
     whole = run_requests(Engine(new_runner(1)), [request])
     monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 7)
     assert run_requests(Engine(new_runner(1)), [request]) == whole
@@ -121,7 +124,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_company(new_runner: MakeRunner) -> None:
     requests = [
-        TokenRequest(prompt, max_new_tokens=10, sampling=SAMPLED, seed=number)
+        token_request(prompt, max_new_tokens=10, sampling=SAMPLED, seed=number)
         for number, prompt in enumerate(random_prompts(32))
     ]
     together = run_requests(Engine(new_runner(32)), requests)
@@ -137,7 +140,7 @@ def test_guessing_changes_no_token(new_runner: MakeRunner, sampling: SamplingPar
     """Prompts that repeat themselves, so that what followed before is guessed, rightly and wrongly."""
     sampling = replace(sampling, repetition_penalty=0.8)
     requests = [
-        TokenRequest(
+        token_request(
             (prompt[:9] * 5)[:40],
             max_new_tokens=24,
             sampling=sampling,
@@ -160,7 +163,7 @@ def test_guessing_changes_no_token(new_runner: MakeRunner, sampling: SamplingPar
 
 
 def test_right_guesses_save_steps() -> None:
-    request = TokenRequest([5, 6, 7, 8] * 5, 40, GREEDY, seed=0)
+    request = token_request([5, 6, 7, 8] * 5, 40, GREEDY, seed=0)
     counts = []
     for guesses in (True, False):
         engine = Engine(_RepeatingRunner(period=4), guesses=guesses)
@@ -189,7 +192,7 @@ class _RepeatingRunner(RememberingRunner):
 
 
 def test_a_chat_that_goes_on_is_not_read_again(new_runner: MakeRunner) -> None:
-    first = TokenRequest(random_prompts(3)[2], 10, GREEDY, seed=0)
+    first = token_request(random_prompts(3)[2], 10, GREEDY, seed=0)
     engine = Engine(new_runner(3))
     [answer] = run_requests(engine, [first])
     longer = replace(first, prompt_ids=[*first.prompt_ids, *answer, 9, 8, 7])
@@ -202,7 +205,7 @@ def test_a_chat_that_goes_on_is_not_read_again(new_runner: MakeRunner) -> None:
 
 def test_samples_of_one_prompt_read_it_once(new_runner: MakeRunner) -> None:
     prompt = (random_prompts(3)[1] * 9)[:80]
-    requests = [TokenRequest(prompt, 8, SAMPLED, seed=seed) for seed in range(5)]
+    requests = [token_request(prompt, 8, SAMPLED, seed=seed) for seed in range(5)]
     engine = Engine(new_runner(5))
     together = run_requests(engine, requests)
     assert engine.num_reused_tokens == 4 * 79
@@ -214,8 +217,8 @@ def test_a_step_that_fails_leaves_nothing_wrong_behind() -> None:
     prompt = list(range(30))
     runner = _FailingRunner(num_slots=1)
     engine = Engine(runner)
-    run_requests(engine, [TokenRequest(prompt, 5, GREEDY, seed=0)])
-    other = TokenRequest([*prompt[:20], *prompt[25:], 1, 2, 3], 5, GREEDY, seed=0)
+    run_requests(engine, [token_request(prompt, 5, GREEDY, seed=0)])
+    other = token_request([*prompt[:20], *prompt[25:], 1, 2, 3], 5, GREEDY, seed=0)
     expected = run_requests(Engine(RememberingRunner(1)), [other])
     runner.is_failing = True
     key = engine.add(other)
@@ -250,7 +253,7 @@ def _any_requests(numbers: random.Random, count: int) -> Iterator[TokenRequest]:
     for number in range(count):
         own = [numbers.choice(vocabulary) for _ in range(numbers.randint(1, 12))]
         forbidden = numbers.choice(vocabulary)
-        yield TokenRequest(
+        yield token_request(
             prompt_ids=[*shared[: numbers.choice((0, 0, 18, 30, 40))], *own],
             max_new_tokens=numbers.randint(1, 10),
             sampling=SamplingParameters(temperature=numbers.choice((0.0, 0.3, 1.0))),
@@ -309,7 +312,7 @@ def test_schedules_of_adding_and_cancelling_mix_nothing_up(
 
 
 def test_a_stop_token_ends_and_is_left_out(new_runner: MakeRunner) -> None:
-    request = TokenRequest(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
+    request = token_request(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
     [tokens] = run_requests(Engine(new_runner(1)), [request])
     stopping = replace(request, stop_ids=frozenset({tokens[4]}))
     first = tokens.index(tokens[4])
@@ -318,14 +321,14 @@ def test_a_stop_token_ends_and_is_left_out(new_runner: MakeRunner) -> None:
 
 def test_nothing_ends_a_request_before_its_minimum(new_runner: MakeRunner) -> None:
     everything = frozenset(range(VOCABULARY)) - {7, 8}
-    request = TokenRequest([5, 6], 10, SAMPLED, seed=0, stop_ids=everything, min_new_tokens=6)
+    request = token_request([5, 6], 10, SAMPLED, seed=0, stop_ids=everything, min_new_tokens=6)
     [events] = run_events(Engine(new_runner(1)), [request])
     assert len(tokens_of(events)) >= 6
     assert set(tokens_of(events)) <= {7, 8}
 
 
 def test_forbidden_tokens_are_drawn_again(new_runner: MakeRunner) -> None:
-    request = TokenRequest(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
+    request = token_request(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
     [tokens] = run_requests(Engine(new_runner(1)), [request])
     forbidding = replace(request, forbids=lambda new_ids: new_ids[-1] in set(tokens))
     [others] = run_requests(Engine(new_runner(1)), [forbidding])
@@ -344,7 +347,7 @@ def test_what_is_allowed_is_drawn_as_if_the_rest_did_not_exist() -> None:
     counts = torch.zeros(40)
     engine = Engine(runner)
     for seed in range(400):
-        request = TokenRequest(
+        request = token_request(
             [3], 1, SamplingParameters(), seed, forbids=lambda new_ids: new_ids[-1] % 2 == 0
         )
         [[token_id]] = run_requests(engine, [request])
@@ -358,14 +361,14 @@ def test_scores_that_are_no_numbers_end_a_request_with_an_error_and_no_token(
     value: float, sampling: SamplingParameters
 ) -> None:
     engine = Engine(_BreakingRunner(value))
-    broken = engine.add(TokenRequest([5, 6], 5, sampling, seed=0))
-    sound = engine.add(TokenRequest([5, 7], 5, sampling, seed=0))
+    broken = engine.add(token_request([5, 6], 5, sampling, seed=0))
+    sound = engine.add(token_request([5, 7], 5, sampling, seed=0))
     events = [*engine.step(), *engine.step()]
     assert TokenEvent(broken, None, "error") in events
     assert all(event.token_id is None for event in events if event.request_id == broken)
     assert tokens_of([event for event in events if event.request_id == sound])
     assert [] in engine._held  # nobody goes on from what was broken
-    scored = TokenRequest([5, 6, 7], 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
+    scored = token_request([5, 6, 7], 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
     engine = Engine(_BreakingRunner(value))
     assert run_events(engine, [scored]) == [[TokenEvent(0, None, "error")]]
 
@@ -388,7 +391,7 @@ def test_weights_that_are_no_numbers_are_noticed() -> None:
     with torch.no_grad():
         backbone.get_input_embeddings().weight[6] = float("nan")
     engine = Engine(TorchRunner(backbone, num_slots=1))
-    request = TokenRequest([5, 6], 5, GREEDY, seed=0)
+    request = token_request([5, 6], 5, GREEDY, seed=0)
     assert run_events(engine, [request]) == [[TokenEvent(0, None, "error")]]
 
 
@@ -407,7 +410,7 @@ def test_what_can_never_be_generated_is_refused(
 ) -> None:
     engine = Engine(make_runner("torch", num_slots=1))
     with pytest.raises(RequestError, match=message):
-        engine.add(TokenRequest(prompt, max_new_tokens, GREEDY, seed=0))
+        engine.add(token_request(prompt, max_new_tokens, GREEDY, seed=0))
     assert engine.num_free_slots == 1
 
 
@@ -417,7 +420,7 @@ def test_what_can_never_be_generated_is_refused(
 def test_log_probabilities_are_those_of_the_model(new_runner: MakeRunner) -> None:
     """Of the prompt's tokens and of the new ones, before any penalty or temperature."""
     prompt = random_prompts(5)[4][:40]
-    request = TokenRequest(
+    request = token_request(
         prompt, 6, SAMPLED, seed=1, num_log_probabilities=3, num_prompt_log_probabilities=2
     )
     runner = new_runner(1)
@@ -438,7 +441,7 @@ def test_log_probabilities_are_those_of_the_model(new_runner: MakeRunner) -> Non
 def test_a_prompt_is_scored_without_a_new_token(new_runner: MakeRunner) -> None:
     engine = Engine(new_runner(1))
     for prompt in ([5], list(range(3, 3 + CONTEXT))):
-        request = TokenRequest(prompt, 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
+        request = token_request(prompt, 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
         [[event]] = run_events(engine, [request])
         assert (event.token_id, event.finish_reason) == (None, "length")
         assert [one.token_id for one in event.scored_prompt] == prompt[1:]
@@ -459,14 +462,14 @@ def test_hidden_states_are_those_after_the_last_norm(
             output = small_backbone(shape)(torch.tensor([prompt]), output_hidden_states=True)
         torch.testing.assert_close(states, output.hidden_states[-1][0], atol=1e-4, rtol=1e-4)
     # What the slots hold now serves those who come after.
-    request = TokenRequest([*prompts[-1], 5], 5, GREEDY, seed=0)
+    request = token_request([*prompts[-1], 5], 5, GREEDY, seed=0)
     assert run_requests(engine, [request])[0] == _generated(
         small_backbone(shape), request.prompt_ids, 5
     )
 
 
 def test_hidden_states_leave_requests_under_way_alone(new_runner: MakeRunner) -> None:
-    requests = [TokenRequest(prompt, 9, GREEDY, seed=0) for prompt in random_prompts(2)]
+    requests = [token_request(prompt, 9, GREEDY, seed=0) for prompt in random_prompts(2)]
     expected = run_requests(Engine(new_runner(3)), requests)
     engine = Engine(new_runner(3))
     keys = [engine.add(request) for request in requests]

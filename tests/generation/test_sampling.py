@@ -27,10 +27,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.generation import sampling
 from full_stack_transformer.generation.sampling import (
     History,
-    SamplingParameters,
     adjusted_scores,
     draw,
     score_tokens,

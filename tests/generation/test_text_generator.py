@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from full_stack_transformer.arguments.sampling import (
+    SamplingKeywords,
+    SamplingParameters,
+    as_keywords,
+)
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.generation.chat import ChatMessage
-from full_stack_transformer.generation.continuation import Continuation
+from full_stack_transformer.generation.continuation import Continuation, Piece
 from full_stack_transformer.generation.engine import TokenEvent
-from full_stack_transformer.generation.ignored_words import IgnoredWords
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import (
-    GenerationOptions,
-    TextGenerator,
-    as_token_request,
-    find_end_ids,
-)
+from full_stack_transformer.generation.requests import Conventions, IgnoredWords
+from full_stack_transformer.generation.text_generator import TextGenerator
 
-OPTIONS = GenerationOptions(max_new_tokens=30, seed=7)
+NEUTRAL = as_keywords(SamplingParameters(max_new_tokens=30, seed=7))
+GREEDY: SamplingKeywords = {**NEUTRAL, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +32,31 @@ def generator(model_dir: Path) -> TextGenerator:
 
 
 def test_a_seed_gives_the_same_text_and_sequences_differ(generator: TextGenerator) -> None:
-    texts = generator.generate("The reader", OPTIONS, num_return_sequences=3)
-    assert texts == generator.generate("The reader", OPTIONS, num_return_sequences=3)
+    texts = generator.generate("The reader", num_return_sequences=3, **NEUTRAL)
+    assert texts == generator.generate("The reader", num_return_sequences=3, **NEUTRAL)
     assert len(set(texts)) == 3
 
 
 def test_a_stream_adds_up_to_the_text(generator: TextGenerator) -> None:
-    pieces = list(generator.stream("The reader", OPTIONS))
+    pieces = list(generator.stream("The reader", **NEUTRAL))
     assert len(pieces) > 5
-    assert "".join(pieces) == generator.generate("The reader", OPTIONS)[0]
+    assert "".join(pieces) == generator.generate("The reader", **NEUTRAL)[0]
 
 
 def test_a_reader_that_stops_listening_frees_the_slot(generator: TextGenerator) -> None:
-    stream = generator.stream("The reader", OPTIONS)
+    stream = generator.stream("The reader", **NEUTRAL)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert generator._engine.num_running == 0
 
 
 def test_the_text_ends_before_a_stop_string(generator: TextGenerator) -> None:
-    [text] = generator.generate("The reader", OPTIONS)
+    [text] = generator.generate("The reader", **NEUTRAL)
     for start in range(2, len(text) - 3, 3):
         stop = text[start : start + 3]
-        options = GenerationOptions(max_new_tokens=30, seed=7, stop=(stop,))
-        assert generator.generate("The reader", options) == [text[: text.find(stop)]]
-        assert "".join(generator.stream("The reader", options)) == text[: text.find(stop)]
+        given: SamplingKeywords = {**NEUTRAL, "stop": (stop,)}
+        assert generator.generate("The reader", **given) == [text[: text.find(stop)]]
+        assert "".join(generator.stream("The reader", **given)) == text[: text.find(stop)]
 
 
 def test_half_a_stop_string_at_the_end_is_text(generator: TextGenerator) -> None:
@@ -73,18 +73,16 @@ def test_a_long_prompt_is_refused_or_clipped(generator: TextGenerator) -> None:
     prompt = "word " * 30
     num_prompt = len(generator.model.tokenizer.encode_prompt(prompt))
     assert 60 < num_prompt < 128
-    many = GenerationOptions(max_new_tokens=100, seed=1)
     with pytest.raises(RequestError, match=f"prompt has {num_prompt} and 100 new ones"):
-        generator.generate(prompt, many)
-    clipped = GenerationOptions(max_new_tokens=100, seed=1, over_length="clip")
-    assert generator.generate(prompt, clipped)[0]
+        generator.generate(prompt, max_new_tokens=100, seed=1)
+    assert generator.generate(prompt, max_new_tokens=100, seed=1, clips=True)[0]
+    assert generator.generate(prompt, seed=1)[0]  # the default is 128 tokens
     with pytest.raises(RequestError, match="shorten it"):
-        generator.generate("word " * 200, clipped)
+        generator.generate("word " * 200, seed=1, clips=True)
 
 
 def test_control_text_in_a_prompt_stays_text(generator: TextGenerator) -> None:
-    greedy = GenerationOptions(max_new_tokens=5, sampling=SamplingParameters(temperature=0))
-    generator.generate("[DOC_END][PAD]", greedy)
+    generator.generate("[DOC_END][PAD]", max_new_tokens=5, temperature=0)
     ids = generator.model.tokenizer.encode_prompt("[DOC_END][PAD]")
     assert len(ids) > 5
 
@@ -95,9 +93,9 @@ def test_control_text_in_a_prompt_stays_text(generator: TextGenerator) -> None:
 def test_streams_may_be_read_in_turn(model_dir: Path) -> None:
     """Also more streams than slots: whoever reads lets all go on."""
     generator = TextGenerator.open(model_dir, device="cpu", num_slots=2)
-    many = [replace(OPTIONS, seed=seed) for seed in range(5)]
-    expected = [generator.generate("The reader", options)[0] for options in many]
-    streams = [generator.stream("The reader", options) for options in many]
+    many: list[SamplingKeywords] = [{**NEUTRAL, "seed": seed} for seed in range(5)]
+    expected = [generator.generate("The reader", **given)[0] for given in many]
+    streams = [generator.stream("The reader", **given) for given in many]
     texts = [""] * 5
     while streams:
         for number, stream in enumerate(streams):
@@ -115,12 +113,11 @@ def test_a_generator_on_a_model_that_is_trained_follows_its_weights(
     """As training uses it: made anew, on the backbone itself."""
     backbone = copy.deepcopy(generator.model.backbone)
     model = replace(generator.model, backbone=backbone)
-    options = replace(OPTIONS, sampling=SamplingParameters(temperature=0))
-    before = TextGenerator(model, num_slots=1).generate("The reader", options)
+    before = TextGenerator(model, num_slots=1).generate("The reader", **GREEDY)
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.mul_(-1.5)
-    after = TextGenerator(model, num_slots=1).generate("The reader", options)
+    after = TextGenerator(model, num_slots=1).generate("The reader", **GREEDY)
     assert before != after
     assert backbone.dtype == torch.float32
     assert all(parameter.requires_grad for parameter in backbone.parameters())
@@ -133,24 +130,28 @@ def test_a_generator_on_a_model_that_is_trained_follows_its_weights(
 def test_ignored_words_never_appear(generator: TextGenerator, num_sequences: int) -> None:
     """One sequence alone is made with guesses, several without."""
     words = ("e", "th", " ", "é", "🙂")
-    options = GenerationOptions(max_new_tokens=60, seed=1, ignored_words=words)
+    given: SamplingKeywords = {
+        **NEUTRAL,
+        "max_new_tokens": 60,
+        "seed": 1,
+        "ignored_words": words,
+    }
     prompt = "abc abc abc abc abc"
-    texts = generator.generate(prompt, options, num_return_sequences=num_sequences)
+    texts = generator.generate(prompt, num_return_sequences=num_sequences, **given)
     for text in texts:
         assert text
-        assert not any(word in text for word in options.ignored_words)
-    together = replace(options, seed=1)
-    assert generator.generate(prompt, together)[0] == texts[0]
+        assert not any(word in text for word in words)
+    assert generator.generate(prompt, **given)[0] == texts[0]
 
 
 def test_ignored_words_never_appear_across_the_borders_of_tokens(generator: TextGenerator) -> None:
     """Every three letters of an ordinary text, which tokens spell in many ways, are forbidden in turn."""
     prompt = "The reader learns"
-    [text] = generator.generate(prompt, OPTIONS)
+    [text] = generator.generate(prompt, **NEUTRAL)
     for start in range(0, len(text) - 3, 3):
         word = text[start : start + 3]
-        options = replace(OPTIONS, ignored_words=(word,))
-        other = "".join(generator.stream(prompt, options))
+        given: SamplingKeywords = {**NEUTRAL, "ignored_words": (word,)}
+        other = "".join(generator.stream(prompt, **given))
         assert word not in prompt[-2:] + other
         assert other[:1] == text[:1] or start < 4
 
@@ -175,8 +176,8 @@ def test_a_word_that_begins_in_the_prompt_is_ignored_too(generator: TextGenerato
 
 
 def test_words_of_the_prompt_itself_may_stay(generator: TextGenerator) -> None:
-    options = replace(OPTIONS, ignored_words=("reader",))
-    assert generator.generate("The reader", options)[0]
+    given: SamplingKeywords = {**NEUTRAL, "ignored_words": ("reader",)}
+    assert generator.generate("The reader", **given)[0]
 
 
 # ------------------------------------------------------------------ ends
@@ -184,26 +185,27 @@ def test_words_of_the_prompt_itself_may_stay(generator: TextGenerator) -> None:
 
 def test_a_minimum_of_tokens_holds_back_the_end(generator: TextGenerator) -> None:
     end_id = generator.model.tokenizer.end_id
-    eager = SamplingParameters(temperature=0, logit_bias={end_id: 1000.0})
-    options = GenerationOptions(max_new_tokens=30, sampling=eager)
-    assert generator.generate("The", options) == [""]
-    patient = replace(options, min_new_tokens=7, num_log_probabilities=0)
-    tokens = [piece.token for _, piece in generator.pieces("The", patient) if piece.token]
-    assert len(tokens) == 7
+    eager: SamplingKeywords = {**GREEDY, "logit_bias": {end_id: 1000.0}}
+    assert generator.generate("The", **eager) == [""]
+    patient: SamplingKeywords = {**eager, "min_new_tokens": 7}
+    pieces = generator.pieces("The", num_log_probabilities=0, **patient)
+    assert sum(len(piece.scored) for _, piece in pieces) == 7
 
 
-def test_a_token_that_the_caller_names_ends_the_text(generator: TextGenerator) -> None:
-    tokens = [
-        piece.token
-        for _, piece in generator.pieces("The", replace(OPTIONS, num_log_probabilities=0))
-        if piece.token
-    ]
-    fifth = tokens[5].token_id
-    stopping = replace(OPTIONS, stop_ids=frozenset({fifth}), num_log_probabilities=0)
-    pieces = [piece for _, piece in generator.pieces("The", stopping)]
-    expected = [one.token_id for one in tokens]
-    assert [one.token.token_id for one in pieces if one.token] == expected[: expected.index(fifth)]
-    assert pieces[-1].finish_reason == "stop"
+def test_a_token_that_the_template_names_ends_an_answer(model_dir: Path) -> None:
+    generator = TextGenerator.open(model_dir, device="cpu")
+
+    def pieces() -> list[Piece]:
+        found = generator.pieces("The", is_chat=True, num_log_probabilities=0, **NEUTRAL)
+        return [piece for _, piece in found]
+
+    expected = [token.token_id for piece in pieces() for token in piece.scored]
+    fifth = expected[5]
+    generator._conventions = replace(generator._conventions, answer_end_ids=frozenset({fifth}))
+    ended = pieces()
+    ids = [token.token_id for piece in ended for token in piece.scored]
+    assert ids == expected[: expected.index(fifth)]
+    assert ended[-1].finish_reason == "stop"
 
 
 def test_the_end_tokens_that_the_model_names_end_a_text(generator: TextGenerator) -> None:
@@ -211,9 +213,7 @@ def test_the_end_tokens_that_the_model_names_end_a_text(generator: TextGenerator
     backbone.generation_config.eos_token_id = [40, 41, 100_000]
     model = replace(generator.model, backbone=backbone)
     tokenizer = generator.model.tokenizer
-    request = as_token_request(
-        "The", OPTIONS, tokenizer, end_ids=find_end_ids(model), max_length=128
-    )
+    [request] = Conventions.of(model).requests("The", NEUTRAL, max_length=128)
     ours = {tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id}
     assert request.stop_ids == ours | {40, 41}
 
@@ -221,12 +221,12 @@ def test_the_end_tokens_that_the_model_names_end_a_text(generator: TextGenerator
 def test_nothing_of_a_step_is_kept_after_a_stop_string(generator: TextGenerator) -> None:
     """Several tokens of one step: a guess that was right may lie behind the stop string."""
     tokenizer = generator.model.tokenizer
-    options = replace(OPTIONS, sampling=SamplingParameters(temperature=0), max_new_tokens=60)
+    given: SamplingKeywords = {**GREEDY, "max_new_tokens": 60}
     prompt = "one two three. one two three. one two"
-    [text] = generator.generate(prompt, options)
+    [text] = generator.generate(prompt, **given)
     for stop in sorted({text[start : start + 2] for start in range(len(text) - 2)}):
-        stopping = replace(options, stop=(stop,))
-        assert generator.generate(prompt, stopping) == [text[: text.find(stop)]]
+        stopping: SamplingKeywords = {**given, "stop": (stop,)}
+        assert generator.generate(prompt, **stopping) == [text[: text.find(stop)]]
     assert tokenizer.after_decoding(text) == text
 
 
@@ -283,9 +283,9 @@ def test_what_does_not_fit_is_neither_scored_nor_embedded(generator: TextGenerat
 
 def test_scoring_and_embedding_wait_for_a_free_slot(model_dir: Path) -> None:
     generator = TextGenerator.open(model_dir, device="cpu", num_slots=1)
-    expected = generator.generate("The reader", OPTIONS)[0]
+    expected = generator.generate("The reader", **NEUTRAL)[0]
     scored, vectors = generator.score("The"), generator.embed(["The"])
-    stream = generator.stream("The reader", OPTIONS)
+    stream = generator.stream("The reader", **NEUTRAL)
     text = next(stream)
     assert generator.score("The") == scored
     assert np.array_equal(generator.embed(["The"]), vectors)
@@ -298,12 +298,13 @@ def test_scoring_and_embedding_wait_for_a_free_slot(model_dir: Path) -> None:
 def test_a_chat_without_a_template_ends_where_the_user_would_speak(
     generator: TextGenerator,
 ) -> None:
-    messages = [ChatMessage("user", "What is good?")]
+    messages = [ChatMessage(role="user", content="What is good?")]
     prompt = "User: What is good?\nAssistant:"
-    options = replace(OPTIONS, max_new_tokens=40)
-    [text] = generator.generate(prompt, replace(options, stop=("\nUser:", "\nSystem:")))
-    assert generator.chat(messages, options) == text.strip()
-    assert "".join(generator.stream_chat(messages, options)) == text.lstrip()
+    given: SamplingKeywords = {**NEUTRAL, "max_new_tokens": 40}
+    stopping: SamplingKeywords = {**given, "stop": ("\nUser:", "\nSystem:")}
+    [text] = generator.generate(prompt, **stopping)
+    assert generator.chat(messages, **given) == text.lstrip()
+    assert "".join(generator.stream_chat(messages, **given)) == text.lstrip()
 
 
 def test_a_chat_follows_the_template_of_the_model(
@@ -319,5 +320,6 @@ def test_a_chat_follows_the_template_of_the_model(
     tokenizer = chatting.model.tokenizer
     question = tokenizer.encode_text("What is good?")
     ids = [tokenizer.begin_id, *question, tokenizer.end_id, tokenizer.begin_id]
-    expected = "".join(chatting.stream(ids, OPTIONS))
-    assert chatting.chat([ChatMessage("user", "What is good?")], OPTIONS) == expected.strip()
+    expected = "".join(chatting.stream(ids, **NEUTRAL))
+    messages = [ChatMessage(role="user", content="What is good?")]
+    assert chatting.chat(messages, **NEUTRAL) == expected

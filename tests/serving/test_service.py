@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from full_stack_transformer import __version__
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.arguments.sampling import SamplingParameters, as_keywords
+from full_stack_transformer.generation.text_generator import TextGenerator
 from tests.conftest import RunFst
 from tests.logged_process import running_service
 
@@ -48,9 +48,16 @@ def test_texts_are_those_of_the_library(http: httpx.Client, generator: TextGener
     body |= {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
     answer = http.post("/generated_texts/", json=body)
     assert answer.status_code == 200
-    sampling = SamplingParameters(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.1)
-    options = GenerationOptions(max_new_tokens=20, sampling=sampling, seed=3)
-    expected = generator.generate("The reader", options, num_return_sequences=2)
+    sampling = SamplingParameters(
+        max_new_tokens=20,
+        temperature=0.9,
+        top_k=50,
+        top_p=0.9,
+        repetition_penalty=1.1,
+        seed=3,
+    )
+    given = as_keywords(sampling)
+    expected = generator.generate("The reader", num_return_sequences=2, **given)
     assert answer.json() == {"texts": expected}
 
 
@@ -68,8 +75,7 @@ def test_ignored_words_never_appear(http: httpx.Client) -> None:
 def test_the_openai_client_completes(client: openai.OpenAI, generator: TextGenerator) -> None:
     [model] = client.models.list().data
     assert model.id == "tiny-model"
-    options = GenerationOptions(max_new_tokens=16, seed=5)
-    expected = generator.generate("A small model", options)[0]
+    expected = generator.generate("A small model", max_new_tokens=16, seed=5)[0]
     answer = client.completions.create(
         model=model.id, prompt="A small model", max_tokens=16, seed=5
     )
@@ -223,9 +229,8 @@ def test_clients_at_once_get_what_they_would_get_alone(
     for thread in threads:
         thread.join()
     for number, text in texts.items():
-        sampling = SamplingParameters(temperature=0.7)
-        options = GenerationOptions(max_new_tokens=30, sampling=sampling, seed=number)
-        assert text == generator.generate(f"Number {number}", options)[0]
+        expected = generator.generate(f"Number {number}", max_new_tokens=30, seed=number)
+        assert [text] == expected
     assert len(texts) == 5
 
 

@@ -184,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(503, "busy")
         elif prompt in service.refusals:
             self._refuse(service.refusals[prompt], f"cannot serve {prompt!r}")
-        elif _size(request) + request.max_tokens > service.context:
+        elif _size(request) + (request.max_tokens or 0) > service.context:
             self._refuse(400, f"the context is {service.context} tokens")
         else:
             self._stream(request, failure, hold)

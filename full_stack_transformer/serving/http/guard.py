@@ -10,20 +10,18 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from full_stack_transformer.errors import AccessError
 from full_stack_transformer.serving.http.keys import ApiKeys
-from full_stack_transformer.serving.http.prometheus import Metrics
-from full_stack_transformer.serving.routes.playground import playground_files
 from full_stack_transformer.serving.schemas import ErrorDetail, ErrorResponse
-from full_stack_transformer.serving.workers.engine_worker import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,24 @@ class RequestFacts:
     status: int = 0
     num_bytes: int = 0
     error_kind: str | None = None
-    tickets: list[Ticket] = field(default_factory=list)
+    tickets: list[Any] = field(default_factory=list)
+    """What the application computes for it; the guard only hands it on."""
+
+
+class HttpMetrics:
+    """Prometheus metrics of requests and answers."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.answers = Counter(
+            "fst_http_requests",
+            "Answers by route and status.",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.errors = Counter(
+            "fst_errors", "Answers that were errors, by their kind.", ["kind"], registry=registry
+        )
+        self.under_way = Gauge("fst_http_tasks", "HTTP requests under way.", registry=registry)
 
 
 class Guard:
@@ -67,7 +82,9 @@ class Guard:
         app: the application.
         keys: what opens it.
         allowed_origins: sites whose pages may ask from a browser; "*" for all.
-        metrics: counts answers.
+        open_paths: paths that need no key, in addition to /health.
+        metrics: counts requests and answers.
+        at_end: told of the tickets of each request at its end; returns what the log says of them.
         early_answer: an answer to a POST to a path while nothing can be taken there; what it costs decides
             how many requests too many the service stands.
     """
@@ -78,14 +95,17 @@ class Guard:
         *,
         keys: ApiKeys,
         allowed_origins: Sequence[str],
-        metrics: Metrics,
+        open_paths: Iterable[str],
+        metrics: HttpMetrics,
+        at_end: Callable[[list[Any]], dict[str, Any]],
         early_answer: Callable[[str, RequestFacts], Response | None],
     ) -> None:
         self._app = app
         self._keys = keys
-        self._open_paths = OPEN_PATHS.union(playground_files())
+        self._open_paths = OPEN_PATHS.union(open_paths)
         self._origins = frozenset(allowed_origins)
         self._metrics = metrics
+        self._at_end = at_end
         self._early_answer = early_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,14 +138,14 @@ class Guard:
                 facts.num_bytes += len(message.get("body", b""))
             await send(message)
 
-        self._metrics.on_task(1)
+        self._metrics.under_way.inc()
         try:
             answer = self._preflight(scope, headers) or self._refusal(scope, headers, facts)
             if answer is None and scope["method"] == "POST":
                 answer = self._early_answer(scope["path"], facts)
             await (answer or self._app)(scope, receive, send_guarded)
         finally:
-            self._metrics.on_task(-1)
+            self._metrics.under_way.dec()
             self._note(scope, facts)
 
     def _refusal(self, scope: Scope, headers: Headers, facts: RequestFacts) -> Response | None:
@@ -182,32 +202,23 @@ class Guard:
 
     def _note(self, scope: Scope, facts: RequestFacts) -> None:
         """One line and the counters; a request without an answer is one whose client went away."""
-        route = getattr(scope.get("route"), "path", "none")
-        self._metrics.forget(facts.tickets)
-        self._metrics.on_answer(route, facts.status or 499, facts.error_kind)
-        logger.debug("request", extra={"facts": _line(route, scope, facts)})
-
-
-def _line(route: str, scope: Scope, facts: RequestFacts) -> dict[str, Any]:
-    times = [ticket.times for ticket in facts.tickets]
-    started = [one.started - one.submitted for one in times if one.started]
-    first = [one.first_token - one.submitted for one in times if one.first_token]
-    return {
-        "request_id": facts.request_id,
-        "key": facts.key,
-        "method": scope["method"] if scope["method"].isalpha() else "other",
-        "route": route,
-        "model": facts.tickets[0].model_name if facts.tickets else None,
-        "status": facts.status or 499,
-        "error": facts.error_kind,
-        "seconds": round(time.monotonic() - facts.started, 6),
-        "seconds_in_queue": round(max(started), 6) if started else None,
-        "seconds_to_first_token": round(min(first), 6) if first else None,
-        "num_texts": len(times),
-        "prompt_tokens": sum(len(ticket.request.prompt_ids) for ticket in facts.tickets),
-        "new_tokens": sum(ticket.continuation.num_tokens for ticket in facts.tickets),
-        "answer_bytes": facts.num_bytes,
-    }
+        route, status = getattr(scope.get("route"), "path", "none"), facts.status or 499
+        details = self._at_end(facts.tickets)
+        self._metrics.answers.labels(route, str(status)).inc()
+        if facts.error_kind is not None:
+            self._metrics.errors.labels(facts.error_kind).inc()
+        line = {
+            "request_id": facts.request_id,
+            "key": facts.key,
+            "method": scope["method"] if scope["method"].isalpha() else "other",
+            "route": route,
+            "status": status,
+            "error": facts.error_kind,
+            "seconds": round(time.monotonic() - facts.started, 6),
+            **details,
+            "answer_bytes": facts.num_bytes,
+        }
+        logger.debug("request", extra={"facts": line})
 
 
 def error_response(

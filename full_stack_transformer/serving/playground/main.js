@@ -301,6 +301,7 @@ function chooseModel() {
   byId("tab-chat").disabled = !canChat;
   byId("tab-chat").title = canChat ? "" : "This model came without a chat template";
   if (!canChat && desk === chat) openMode("notebook");
+  parameters?.useModel(chosen);
   openTask(chosen);
   byId("notebook").hidden = isOther(chosen) || desk !== notebook;
   drawButtons();
@@ -556,7 +557,7 @@ async function begin() {
   }
   if (card.models.some((one) => one.model === wanted)) byId("model").value = wanted;
   chooseModel();
-  parameters = new Parameters(schemas[notebook.path], { contextTokens: model().context_tokens, onChange: changed });
+  parameters = new Parameters(schemas[notebook.path], { model: model(), onChange: changed });
   if (session.parameters) parameters.set(session.parameters);
   drawButtons();
   card.watch();

@@ -8,14 +8,17 @@ const OWN = new Set(["prompt", "messages", "model", "stream", "stream_options", 
 const FIRST = ["max_tokens", "temperature", "top_p", "repetition_penalty", "n", "seed", "stop"];
 // Where a slider ends that would be useless up to the bound; the number beside it goes further.
 const SLIDER_ENDS = { temperature: 2, top_k: 200, repetition_penalty: 2, n: 8, min_tokens: 256 };
-const START = { max_tokens: 64, temperature: 0.7, top_p: 0.95, repetition_penalty: 1.1 };
+// The service's names of parameters that have others in the body.
+const NAME_AT_MODEL = { max_tokens: "max_new_tokens", min_tokens: "min_new_tokens" };
 const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
   "frequency_penalty"];
+const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, typical_p: 1, repetition_penalty: 1, presence_penalty: 0,
+  frequency_penalty: 0 };
 export const PRESETS = {
-  balanced: { label: "Balanced", values: { temperature: 0.7, top_p: 0.95, repetition_penalty: 1.1 } },
-  precise: { label: "Precise: the likeliest token", values: { temperature: 0, repetition_penalty: 1.1 } },
-  inventive: { label: "Inventive", values: { temperature: 1.1, min_p: 0.05, repetition_penalty: 1.05 } },
-  model: { label: "The model's own probabilities", values: { temperature: 1 } },
+  model: { label: "The model's own settings", values: {} },
+  precise: { label: "Precise: the most likely token", values: { ...NEUTRAL, temperature: 0, repetition_penalty: 1.1 } },
+  inventive: { label: "Inventive", values: { ...NEUTRAL, temperature: 1.1, min_p: 0.05, repetition_penalty: 1.05 } },
+  neutral: { label: "The model's own probabilities", values: NEUTRAL },
 };
 
 // One field of the schema, without the "or null" that OpenAI's clients may send.
@@ -29,23 +32,35 @@ function fieldOf(name, schema) {
     least: kind.minimum ?? kind.exclusiveMinimum,
     isAbove: kind.exclusiveMinimum !== undefined,
     most: kind.maximum,
-    standard: schema.default ?? null,
+    schemaDefault: schema.default ?? null,
+    standard: null,
     meaning: schema.description ?? "",
     unit: schema["x-unit"] ?? "",
   };
 }
 
 export class Parameters {
-  // `schema` of a route's body; onChange() after each change by the user.
-  constructor(schema, { contextTokens, onChange }) {
-    this.contextTokens = contextTokens;
+  // `schema` of a route's body; `model` as /version describes it; onChange() after each change by the user.
+  constructor(schema, { model, onChange }) {
+    this.contextTokens = model.context_tokens;
     this.onChange = onChange;
     this.fields = Object.entries(schema.properties)
       .filter(([name, one]) => !OWN.has(name) && !/ignored\.|^Refused/.test(one.description ?? ""))
       .map(([name, one]) => fieldOf(name, one));
     this.inputs = new Map();
     this.draw();
-    this.set(START);
+    this.useModel(model);
+    this.set({});
+  }
+
+  // What the model does with a parameter that is left out; what nobody has changed follows it.
+  useModel(model) {
+    const chosen = this.values();
+    for (const field of this.fields) {
+      field.standard = model.sampling[NAME_AT_MODEL[field.name] ?? field.name] ?? field.schemaDefault;
+      if (!(field.name in chosen)) this.put(field.name, field.standard);
+    }
+    this.showPreset();
   }
 
   draw() {
@@ -152,7 +167,7 @@ export class Parameters {
     this.preset.value = found?.[0] ?? "own";
   }
 
-  // What was chosen, without what the service would do anyway.
+  // What was chosen, without what the model does anyway.
   values() {
     const chosen = {};
     for (const [name, { field, input }] of this.inputs) {

@@ -8,8 +8,6 @@ const COMMAND = {
   presence_penalty: "presence_penalty", frequency_penalty: "frequency_penalty", seed: "seed",
 };
 const REPEATED = { stop: "stop", ignored_words: "ignored_words" };
-// Its own defaults differ from the service's, so these are always said.
-const SAID = { max_tokens: 16, temperature: 1, top_p: 1, repetition_penalty: 1 };
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
@@ -54,7 +52,7 @@ function command(body, path) {
   if (body.messages) return `fst generate ${quoted(path)} --interactive`;
   const words = ["fst generate", quoted(path), "--prompt", quoted(body.prompt)];
   for (const [name, option] of Object.entries(COMMAND)) {
-    const value = body[name] ?? SAID[name];
+    const value = body[name];
     if (value !== undefined) words.push(`--${option}`, String(value));
   }
   for (const [name, option] of Object.entries(REPEATED)) {

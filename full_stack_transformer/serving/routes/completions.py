@@ -1,69 +1,113 @@
-"""`/v1/completions`: texts continued, scored, or both."""
+"""`/v1/completions`: texts continued, scored, or both; and the native `/generated_texts/`."""
 
-import asyncio
 import dataclasses
-import time
-import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel
 
-from full_stack_transformer.serving.http.bodies import InvalidBodyError
-from full_stack_transformer.serving.routes.generation import (
-    Exchange,
-    FinishedText,
-    Wanted,
+from full_stack_transformer.generation.continuation import Piece
+from full_stack_transformer.generation.engine import TokenRequest
+from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
+from full_stack_transformer.serving.routes.answering import (
+    OpenAIAnswer,
+    Usage,
     check_room,
     encode,
-    options_of_openai,
     submit,
-    submitted,
-    token_requests,
     wait_for_texts,
 )
-from full_stack_transformer.serving.routes.log_probabilities import (
-    CompletionLogprobsWriter,
-    cut_at,
-    joined,
-)
-from full_stack_transformer.serving.routes.streams import EventStream
+from full_stack_transformer.serving.routes.token_texts import texts_of
 from full_stack_transformer.serving.schemas import (
-    ChatCompletionRequest,
     CompletionRequest,
-    ResponseFormat,
+    GeneratedTextsRequest,
+    GeneratedTextsResponse,
 )
-from full_stack_transformer.serving.workers.constraints import (
-    Constraint,
-    any_of,
-    grammar_of,
-    make_vocabulary,
-)
-from full_stack_transformer.serving.workers.engine_worker import Piece
-from full_stack_transformer.serving.workers.models import ServedModel
+from full_stack_transformer.serving.workers.models import ServedModel, ServedModels
+from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 
-async def answer_completion(
-    request: Request, body: CompletionRequest, model: ServedModel
-) -> Response:
-    """The answer, streamed or whole.
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities in the form of completions: one entry for each token in every list."""
 
-    Raises:
-        RequestError: it can never be given.
-        ServiceUnavailableError: not now.
-    """
-    _check(body)
-    answer = _Answer(body, model)
-    check_room(request, model, len(answer.prompts) * answer.num_candidates)
-    prompt_ids = [await encode(model, prompt) for prompt in answer.prompts]
-    wanted = await with_format(model, answer.wanted(prompt_ids), body.response_format)
-    if body.stream:
-        exchange = submit(request, model, wanted)
-        return answer.streamed(exchange)
-    with submitted(request, model, wanted) as exchange:
-        texts = await wait_for_texts(exchange, request)
-    return JSONResponse(answer.whole(texts))
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One continuation, or a piece of it when streamed."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionResponse(BaseModel):
+    """Answer of `POST /v1/completions`, whole or one piece of the stream; for the documentation."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+def make_native_router(models: ServedModels) -> APIRouter:
+    """The native route."""
+    router = APIRouter(tags=["native"])
+
+    @router.post(
+        "/generated_texts/",
+        response_model=GeneratedTextsResponse,
+        openapi_extra=body_schema(GeneratedTextsRequest),
+    )
+    @router.post("/generated_texts", include_in_schema=False)
+    async def generated_texts(request: Request) -> GeneratedTextsResponse:
+        """Continue a text; fewer tokens than asked for where the context has less room."""
+        body = await parse_body(request, GeneratedTextsRequest)
+        model = models.find(body.model)
+        check_room(request, model, body.num_return_sequences)
+        wanted = model.conventions.requests(
+            await encode(model, body.seed_text),
+            body.given(),
+            max_length=model.engine.max_length,
+            num_sequences=body.num_return_sequences,
+            clips=True,
+        )
+        with submit(request, model, wanted) as exchange:
+            texts = await wait_for_texts(exchange, request)
+        restore = model.tokenizer.after_decoding
+        return GeneratedTextsResponse(texts=[restore(text.text) for text in texts])
+
+    return router
+
+
+def add_completion_route(router: APIRouter, models: ServedModels) -> None:
+    """OpenAI's route."""
+
+    @router.post(
+        "/completions",
+        response_model=CompletionResponse,
+        openapi_extra=body_schema(CompletionRequest),
+    )
+    async def complete(request: Request) -> Response:
+        """Continue a text; with `stream` as server-sent events."""
+        body = await parse_body(request, CompletionRequest)
+        model = models.find(body.model)
+        _check(body)
+        answer = _CompletionAnswer(body, model)
+        check_room(request, model, len(answer.prompts) * answer.num_candidates)
+        prompt_ids = [await encode(model, prompt) for prompt in answer.prompts]
+        return await answer.send(
+            request, answer.wanted(prompt_ids), num_prompt_tokens=sum(map(len, prompt_ids))
+        )
 
 
 def _check(body: CompletionRequest) -> None:
@@ -79,75 +123,67 @@ def _check(body: CompletionRequest) -> None:
         raise InvalidBodyError(
             "best_of: the best ones are only known at the end; do not stream", "best_of"
         )
-    check_stream_options(body)
 
 
-def check_stream_options(body: CompletionRequest | ChatCompletionRequest) -> None:
-    """Refuse options of a stream for what is no stream."""
-    if body.stream_options is not None and not body.stream:
-        raise InvalidBodyError("stream_options: only possible with stream", "stream_options")
-
-
-class _Answer:
+class _CompletionAnswer(OpenAIAnswer):
     """One request on its way to an answer."""
 
     def __init__(self, body: CompletionRequest, model: ServedModel) -> None:
+        super().__init__(
+            body, model, prefix="cmpl", kind="text_completion", chunk_kind="text_completion"
+        )
         self.prompts = _prompts(body)
         self.num_candidates = max(body.num_choices, body.best_of or 1)
         self._body = body
-        self._model = model
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model.name,
-        }
         self._prompt_ids: list[list[int]] = []
-        self._num_new_tokens = 0
+        self._writers: dict[int, _LogprobsWriter] = {}
 
-    def wanted(self, prompt_ids: list[list[int]]) -> list[Wanted]:
+    def wanted(self, prompt_ids: list[list[int]]) -> list[TokenRequest]:
         """The candidates of the first prompt, then those of the second …"""
-        body, self._prompt_ids = self._body, prompt_ids
-        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        self._prompt_ids = prompt_ids
+        return [one for ids in prompt_ids for one in self._candidates(ids)]
+
+    def _candidates(self, prompt_ids: list[int]) -> list[TokenRequest]:
+        body, given = self._body, self._body.given()
         num_scored = body.logprobs
         if num_scored is None and self.num_candidates > body.num_choices:
             num_scored = 0  # to tell which are the best
-        options = options_of_openai(body, max_tokens, num_scored)
-        wanted = []
-        for ids in prompt_ids:
-            requests = token_requests(self._model, ids, options, self.num_candidates)
-            for number, one in enumerate(requests):
-                scores_prompt = body.echo and number == 0
-                num_prompt = body.logprobs if scores_prompt else None
-                if not max_tokens:
-                    num_prompt = num_prompt or 0
-                one = dataclasses.replace(one, num_prompt_log_probabilities=num_prompt)
-                wanted.append(Wanted(one, body.stops))
-        return wanted
+        only_scores = body.max_tokens == 0
+        if only_scores:
+            given["max_new_tokens"] = None
+        first, *others = self._model.conventions.requests(
+            prompt_ids,
+            given,
+            max_length=self._model.engine.max_length,
+            num_sequences=self.num_candidates,
+            num_log_probabilities=num_scored,
+        )
+        if body.echo and body.logprobs is not None:
+            first = dataclasses.replace(first, num_prompt_log_probabilities=body.logprobs)
+        return [_without_new_tokens(one) if only_scores else one for one in (first, *others)]
 
-    def whole(self, texts: list[FinishedText]) -> dict[str, Any]:
-        """The answer at once."""
+    def choices(self, texts: list[Piece]) -> list[dict[str, Any]]:
+        """The best candidates of each prompt."""
         choices: list[dict[str, Any]] = []
-        for number in range(len(self.prompts)):
-            first = number * self.num_candidates
+        for prompt_index in range(len(self.prompts)):
+            first = prompt_index * self.num_candidates
             candidates = texts[first : first + self.num_candidates]
             scored_prompt = candidates[0].scored_prompt
             if self.num_candidates > self._body.num_choices:
                 candidates = sorted(candidates, key=_mean_log_probability, reverse=True)
             for text in candidates[: self._body.num_choices]:
-                text.scored_prompt = scored_prompt
-                choices.append(self._choice(len(choices), number, text))
-        self._num_new_tokens = sum(text.num_tokens for text in texts)
-        return {**self._head, "choices": choices, "usage": self._usage()}
+                text = dataclasses.replace(text, scored_prompt=scored_prompt)
+                choices.append(self._choice(len(choices), prompt_index, text))
+        return choices
 
-    def _choice(self, index: int, prompt_number: int, text: FinishedText) -> dict[str, Any]:
-        before = self._echoed(prompt_number)
+    def _choice(self, index: int, prompt_index: int, text: Piece) -> dict[str, Any]:
+        before = self._echoed(prompt_index)
         logprobs = None
         if self._body.logprobs is not None:
-            writer = self._writer()
-            parts = [*self._prompt_logprobs(writer, prompt_number, text.scored_prompt)]
-            logprobs = joined(
-                *parts, cut_at(len(before) + len(text.text), writer.scored(text.scored))
+            writer = _LogprobsWriter(self._model.tokenizer)
+            parts = self._prompt_logprobs(writer, prompt_index, text.scored_prompt)
+            logprobs = _joined(
+                *parts, _cut_at(len(before) + len(text.text), writer.scored(text.scored))
             )
         return {
             "index": index,
@@ -156,103 +192,48 @@ class _Answer:
             "finish_reason": text.finish_reason,
         }
 
-    def streamed(self, exchange: Exchange) -> EventStream:
-        """The answer piece by piece."""
-        writers = [self._writer() for _ in exchange.tickets]
-        num_sent = [0 for _ in exchange.tickets]
-
-        def chunk_of(number: int, piece: Piece) -> dict[str, Any] | None:
-            self._num_new_tokens += piece.num_tokens
-            prompt_number = number // self.num_candidates
-            text, parts = piece.text, []
-            is_held_back = not text and not piece.scored and piece.finish_reason is None
-            if is_held_back and num_sent[number]:
-                return None
-            if not num_sent[number]:
-                text = self._echoed(prompt_number) + text
-                parts += self._prompt_logprobs(writers[number], prompt_number, piece.scored_prompt)
-            num_sent[number] += 1
-            parts.append(writers[number].scored(piece.scored))
-            return self._chunk(
-                {
-                    "index": number,
-                    "text": text,
-                    "logprobs": None if self._body.logprobs is None else joined(*parts),
-                    "finish_reason": piece.finish_reason,
-                }
-            )
-
-        return EventStream(exchange, chunk_of, last=self._last)
-
-    def _last(self) -> list[dict[str, Any]]:
-        if not self._body.includes_usage:
-            return []
-        return [{**self._head, "choices": [], "usage": self._usage()}]
-
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = {**self._head, "choices": [choice]}
-        return chunk | {"usage": None} if self._body.includes_usage else chunk
-
-    def _writer(self) -> CompletionLogprobsWriter:
-        return CompletionLogprobsWriter(self._model.tokenizer, self._model.token_texts)
+    def streamed_choice(
+        self, index: int, text: str, piece: Piece, *, is_first: bool
+    ) -> dict[str, Any]:
+        """What is new of a choice; the first piece has the prompt where it is echoed."""
+        parts = []
+        if is_first:
+            self._writers[index] = _LogprobsWriter(self._model.tokenizer)
+            prompt_index = index // self.num_candidates
+            text = self._echoed(prompt_index) + text
+            parts += self._prompt_logprobs(self._writers[index], prompt_index, piece.scored_prompt)
+        parts.append(self._writers[index].scored(piece.scored))
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None if self._body.logprobs is None else _joined(*parts),
+            "finish_reason": piece.finish_reason,
+        }
 
     def _prompt_logprobs(
-        self, writer: CompletionLogprobsWriter, prompt_number: int, scored: Sequence[Any]
+        self, writer: "_LogprobsWriter", prompt_index: int, scored: Sequence[ScoredToken]
     ) -> list[dict[str, list[Any]]]:
         if not self._body.echo or self._body.logprobs is None:
             return []
-        ids = self._prompt_ids[prompt_number]
+        ids = self._prompt_ids[prompt_index]
         # The token that begins a document was put before a text here; it is no part of what was sent.
-        is_text = isinstance(self.prompts[prompt_number], str)
+        is_text = isinstance(self.prompts[prompt_index], str)
         return [*([] if is_text else [writer.unscored(ids[0])]), writer.scored(scored)]
 
-    def _echoed(self, prompt_number: int) -> str:
+    def _echoed(self, prompt_index: int) -> str:
         if not self._body.echo:
             return ""
-        prompt = self.prompts[prompt_number]
+        prompt = self.prompts[prompt_index]
         return prompt if isinstance(prompt, str) else self._model.tokenizer.decode(prompt)
 
-    def _usage(self) -> dict[str, int]:
-        num_prompt = sum(map(len, self._prompt_ids))
-        return usage(num_prompt, self._num_new_tokens)
 
-
-def usage(num_prompt_tokens: int, num_new_tokens: int) -> dict[str, int]:
-    """Tokens read and made."""
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_new_tokens,
-        "total_tokens": num_prompt_tokens + num_new_tokens,
-    }
-
-
-async def with_format(
-    model: ServedModel, wanted: list[Wanted], response_format: ResponseFormat | None
-) -> list[Wanted]:
-    """The same continuations, each held to the format.
-
-    Raises:
-        RequestError: the format cannot be followed.
-    """
-    if response_format is None or response_format.type == "text":
-        return wanted
-    # Compiling a large schema takes a second.
-    return await asyncio.to_thread(_held, model, wanted, response_format)
-
-
-def _held(
-    model: ServedModel, wanted: list[Wanted], response_format: ResponseFormat
-) -> list[Wanted]:
-    grammar = grammar_of(response_format)
-    vocabulary = make_vocabulary(model.tokenizer)
-    held = []
-    for one in wanted:
-        constraint = Constraint(grammar, vocabulary, one.request.stop_ids)
-        forbids = any_of(one.request.forbids, constraint.forbids)
-        held.append(
-            dataclasses.replace(one, request=dataclasses.replace(one.request, forbids=forbids))
-        )
-    return held
+def _without_new_tokens(request: TokenRequest) -> TokenRequest:
+    """Only to score the prompt."""
+    return dataclasses.replace(
+        request,
+        sampling=dataclasses.replace(request.sampling, max_new_tokens=0, min_new_tokens=0),
+        num_prompt_log_probabilities=request.num_prompt_log_probabilities or 0,
+    )
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -264,5 +245,57 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _mean_log_probability(text: FinishedText) -> float:
-    return sum(one.log_probability for one in text.scored) / max(1, len(text.scored))
+def _mean_log_probability(text: Piece) -> float:
+    return sum(token.log_probability for token in text.scored) / max(1, len(text.scored))
+
+
+class _LogprobsWriter:
+    """Log-probabilities in the form of completions, piece by piece; offsets count the choice's characters."""
+
+    def __init__(self, tokenizer: DocumentTokenizer) -> None:
+        self._texts = texts_of(tokenizer)
+        self._stream = TextStream(tokenizer)
+        self._offset = 0
+
+    def unscored(self, token_id: int) -> dict[str, list[Any]]:
+        """A first token: nothing comes before it that could make it likely."""
+        return self._lists([(token_id, None, None)])
+
+    def scored(self, tokens: Sequence[ScoredToken]) -> dict[str, list[Any]]:
+        """The next tokens."""
+        return self._lists(
+            [(token.token_id, token.log_probability, self._alternatives(token)) for token in tokens]
+        )
+
+    def _alternatives(self, token: ScoredToken) -> dict[str, float]:
+        found: dict[str, float] = {}
+        # From the most likely down: of several tokens with one text the first counts.
+        for token_id, log_probability in token.alternatives:
+            found.setdefault(self._texts.text(token_id), log_probability)
+        return found
+
+    def _lists(
+        self, tokens: list[tuple[int, float | None, dict[str, float] | None]]
+    ) -> dict[str, list[Any]]:
+        offsets = []
+        for token_id, _, _ in tokens:
+            offsets.append(self._offset)
+            self._offset += len(self._stream.push(token_id))
+        return {
+            "tokens": [self._texts.text(token_id) for token_id, _, _ in tokens],
+            "token_logprobs": [value for _, value, _ in tokens],
+            "top_logprobs": [alternatives for _, _, alternatives in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _joined(*parts: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Parts of one text's log-probabilities, one after the other."""
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return {name: [entry for part in parts for entry in part[name]] for name in names}
+
+
+def _cut_at(length: int, lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Without the tokens that begin after a text of `length` characters, which a stop text cut off."""
+    num_kept = sum(1 for offset in lists["text_offset"] if offset < length)
+    return {name: values[:num_kept] for name, values in lists.items()}

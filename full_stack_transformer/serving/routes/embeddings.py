@@ -7,20 +7,59 @@ tokens; the token that begins a document is the same in all texts, and counts wh
 import base64
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from fastapi import Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from torch import Tensor
 
 from full_stack_transformer.errors import RequestError
-from full_stack_transformer.serving.http.bodies import InvalidBodyError
-from full_stack_transformer.serving.routes.generation import encode, unless_gone
+from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
+from full_stack_transformer.serving.routes.answering import encode, unless_gone
 from full_stack_transformer.serving.schemas import EmbeddingRequest
 from full_stack_transformer.serving.workers.models import AnyServed, ServedModels
 from full_stack_transformer.serving.workers.task_models import ServedTask
 from full_stack_transformer.tasks.catalogue import EMBEDDING_TASK
+
+
+class Embedding(BaseModel):
+    """The vector of one text; base64 holds float32, little-endian."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """Answer of `POST /v1/embeddings`, for the documentation: the route writes the same without it."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+def add_embedding_route(router: APIRouter, models: ServedModels) -> None:
+    """OpenAI's route."""
+
+    @router.post(
+        "/embeddings",
+        response_model=EmbeddingResponse,
+        openapi_extra=body_schema(EmbeddingRequest),
+    )
+    async def embed_inputs(request: Request) -> Response:
+        """A vector of length one for each text: the model's own, or the mean of its last states."""
+        body = await parse_body(request, EmbeddingRequest)
+        return await answer_embeddings(request, body, find_embedding(models, body.model))
 
 
 def find_embedding(models: ServedModels, name: str | None) -> AnyServed:

@@ -18,6 +18,12 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
+@lru_cache(maxsize=8)
+def texts_of(tokenizer: DocumentTokenizer) -> "TokenTexts":
+    """Those of one vocabulary, which are remembered."""
+    return TokenTexts(tokenizer)
+
+
 class TokenTexts:
     """Texts and bytes of the tokens of one vocabulary."""
 

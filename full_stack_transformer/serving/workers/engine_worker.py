@@ -10,7 +10,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -19,31 +20,18 @@ from full_stack_transformer.errors import (
     RequestError,
     ServiceUnavailableError,
 )
-from full_stack_transformer.generation.continuation import Continuation
-from full_stack_transformer.generation.engine import Engine, FinishReason, TokenEvent, TokenRequest
-from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.generation.continuation import Continuation, Piece
+from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
 from full_stack_transformer.serving.workers.thread import WorkerThread, busy, call_on, settle
 
 logger = logging.getLogger(__name__)
 
 _MODEL_FAILED = "the model failed on this request"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step did for one continuation; the last one has a finish reason."""
-
-    text: str
-    finish_reason: FinishReason | None = None
-    num_tokens: int = 0
-    scored: tuple[ScoredToken, ...] = ()
-    scored_prompt: tuple[ScoredToken, ...] = ()
-    problem: FullStackTransformerError | None = None
-    """Why the continuation ends with "error"."""
+_BROKEN_SCORES = "the model computed scores that are NaN or infinite"
 
 
 class Mailbox:
-    """Pieces of the continuations of one HTTP request, with their numbers; read on the event loop."""
+    """Pieces of the continuations of one HTTP request, with their indices; read on the event loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -306,7 +294,9 @@ class EngineWorker(WorkerThread):
                 events.setdefault(event.request_id, []).append(event)
             for request_id, some in events.items():
                 ticket = self._running[engine, request_id]
-                piece = _piece_of(ticket.continuation, some)
+                piece = ticket.continuation.push(*some)
+                if piece.finish_reason == "error":
+                    piece = replace(piece, problem=ServiceUnavailableError(_BROKEN_SCORES))
                 if piece.finish_reason is not None:
                     self._release((engine, request_id))
                     self._note_end(ticket)
@@ -344,24 +334,16 @@ class EngineWorker(WorkerThread):
             ticket.mailbox.put(ticket.number, piece)
 
 
-def _piece_of(continuation: Continuation, events: list[TokenEvent]) -> Piece:
-    """All that a step did for one continuation; what comes after its end is ignored."""
-    text = ""
-    scored: list[ScoredToken] = []
-    scored_prompt: list[ScoredToken] = []
-    num_before = continuation.num_tokens
-    reason: FinishReason | None = None
-    for event in events:
-        released = continuation.push(event)
-        text += released.text
-        if event.scored is not None:
-            scored.append(event.scored)
-        scored_prompt += event.scored_prompt
-        reason = released.finish_reason
-        if reason is not None:
-            break
-    problem = None
-    if reason == "error":
-        problem = ServiceUnavailableError("the model computed scores that are no numbers")
-    num_tokens = continuation.num_tokens - num_before
-    return Piece(text, reason, num_tokens, tuple(scored), tuple(scored_prompt), problem)
+def describe(tickets: Sequence[Ticket]) -> dict[str, Any]:
+    """Sizes and times of the continuations of one HTTP request, for its line in the log."""
+    times = [ticket.times for ticket in tickets]
+    started = [one.started - one.submitted for one in times if one.started]
+    first = [one.first_token - one.submitted for one in times if one.first_token]
+    return {
+        "model": tickets[0].model_name if tickets else None,
+        "seconds_in_queue": round(max(started), 6) if started else None,
+        "seconds_to_first_token": round(min(first), 6) if first else None,
+        "num_texts": len(times),
+        "prompt_tokens": sum(len(ticket.request.prompt_ids) for ticket in tickets),
+        "new_tokens": sum(ticket.continuation.num_tokens for ticket in tickets),
+    }

@@ -9,28 +9,26 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from full_stack_transformer.arguments.sampling import NUMERIC, SamplingParameters
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     ModelError,
     RequestError,
     UnknownModelError,
 )
-from full_stack_transformer.generation.chat import ChatTemplate, load_chat_template
+from full_stack_transformer.generation.chat import load_chat_template
 from full_stack_transformer.generation.engine import Engine, TokenRequest
 from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.generation.requests import Conventions
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import find_end_ids
 from full_stack_transformer.modelling.model_directory import (
     OpenedModel,
     find_model_directory,
     open_model,
 )
-from full_stack_transformer.serving.routes.token_texts import TokenTexts
 from full_stack_transformer.serving.schemas import ServedModelFacts
 from full_stack_transformer.serving.workers.facts import facts_of
 from full_stack_transformer.serving.workers.task_models import ServedTask, open_served_task
@@ -43,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _MAX_TRIES_TO_OPEN = 5
+# Sampling parameters that every model has a value of.
+_SHOWN = tuple(name for name in NUMERIC if name != "seed")
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class ServedModel:
     path: Path
     signature: object
     """Tells one content of the directory from the next."""
-    tokenizer: DocumentTokenizer
     description: dict[str, Any]
     engine: Engine
-    chat_template: ChatTemplate
-    end_ids: frozenset[int]
-    """Tokens that end a text."""
-    turn_end_ids: frozenset[int]
-    """Tokens that end an answer in a chat, beside those."""
+    conventions: Conventions
     loaded_at: int
     num_swaps: int = 0
+
+    @property
+    def tokenizer(self) -> DocumentTokenizer:
+        """That of the model."""
+        return self.conventions.tokenizer
 
     @property
     def facts(self) -> ServedModelFacts:
@@ -81,14 +81,10 @@ class ServedModel:
             self,
             context_tokens=self.engine.max_length,
             computed_by=self.engine.computed_by,
-            has_chat_template=not self.chat_template.is_plain,
+            has_chat_template=not self.conventions.template.is_plain,
             control_tokens=self.tokenizer.control_tokens,
+            sampling={name: getattr(self.conventions.defaults, name) for name in _SHOWN},
         )
-
-    @cached_property
-    def token_texts(self) -> TokenTexts:
-        """Texts of single tokens."""
-        return TokenTexts(self.tokenizer)
 
 
 AnyServed = ServedModel | ServedTask
@@ -243,12 +239,9 @@ def _open_once(
         name=name or opened.name,
         path=path,
         signature=signature,
-        tokenizer=opened.tokenizer,
         description=opened.description,
         engine=engine,
-        chat_template=template,
-        end_ids=find_end_ids(opened),
-        turn_end_ids=template.stop_ids(opened.tokenizer),
+        conventions=Conventions.of(opened, template),
         loaded_at=int(time.time()),
     )
 
@@ -280,7 +273,7 @@ def _check_end_ids(opened: OpenedModel, path: Path) -> None:
 def _make_one_token(opened: OpenedModel, engine: Engine, path: Path) -> None:
     """What is broken is better known before the first request; and this warms up what is slow once."""
     prompt = opened.tokenizer.encode_prompt("A")[: engine.max_length - 1]
-    engine.add(TokenRequest(prompt, 1, SamplingParameters(temperature=0), seed=0))
+    engine.add(TokenRequest(prompt, SamplingParameters(max_new_tokens=1, temperature=0)))
     while engine.num_running:
         for event in engine.step():
             if event.finish_reason == "error":

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from full_stack_transformer.arguments.sampling import MAX_SEED
 from full_stack_transformer.errors import ServiceRefusedError, ServiceUnavailableError
 from full_stack_transformer.serving.client import (
     ModelDescription,
@@ -21,7 +22,7 @@ from full_stack_transformer.serving.client import (
     WantedAnswer,
     WantedContinuation,
 )
-from full_stack_transformer.serving.schemas import MAX_SEED, MAX_TEXT_CHARACTERS
+from full_stack_transformer.serving.schemas import MAX_TEXT_CHARACTERS
 from full_stack_transformer.telegram.conversation.lanes import PostponedError
 from full_stack_transformer.telegram.monitoring import Metrics
 from full_stack_transformer.telegram.sending.delivery import ChatMovedError, Courier
@@ -120,7 +121,7 @@ class Writer:
         try:
             async with asyncio.TaskGroup() as group:
                 for index, draft in enumerate(drafts):
-                    request = _request(reply, conversation, described.model, index)
+                    request = _request(reply, conversation, described, index)
                     grown = show if index == 0 else _do_nothing
                     group.create_task(self._fill(draft, request, grown))
         except ExceptionGroup as group_error:
@@ -374,11 +375,13 @@ def _do_nothing() -> None:
     pass
 
 
-def _request(reply: Reply, conversation: list[Reply], model: str, index: int) -> Wanted:
+def _request(
+    reply: Reply, conversation: list[Reply], described: ModelDescription, index: int
+) -> Wanted:
     settings = reply.settings
     sampling: dict[str, Any] = {
-        "model": model,
-        "max_tokens": settings.length,
+        "model": described.model,
+        "max_tokens": described.default_length if settings.length is None else settings.length,
         "temperature": settings.temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,
@@ -403,7 +406,7 @@ def _shortened(request: Wanted) -> Wanted | None:
     and servers do not report their context length in a common way. The oldest turns are removed first;
     then the larger of two parts is cut, the beginning of the text or the number of new tokens.
     """
-    length = request.max_tokens
+    length = request.max_tokens or 0  # 0: the service fits its default length into the context
     if isinstance(request, WantedAnswer):
         if len(request.messages) > 1:
             # A conversation begins with the user, so turns are removed in pairs.

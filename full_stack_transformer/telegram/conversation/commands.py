@@ -28,7 +28,7 @@ from full_stack_transformer.telegram.sending.formatting import (
     settings_keyboard,
     text_pieces,
 )
-from full_stack_transformer.telegram.state.settings import with_value
+from full_stack_transformer.telegram.state.settings import number_as_text, with_value
 from full_stack_transformer.telegram.state.store import Job, Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES, Words
 
@@ -158,15 +158,17 @@ def _explanation(reply: Reply, words: Words) -> str:
     request = reply.requests[reply.shown]
     known = [f"{name} {value}" for name, value in reply.checkpoint.items() if name != "path"]
     settings = asdict(reply.settings)
-    shown = {name: settings[name] for name in words.fields if name != "seed"}
-    shown["length"] = request.get("max_tokens", shown["length"])
+    values = {name: settings[name] for name in words.fields if name != "seed"}
+    values["length"] = request.get("max_tokens", values["length"])
     return words.why.format(
         model=reply.model or "?",
         checkpoint=f" ({', '.join(known)})" if known else "",
         mode=reply.mode,
         seed=request["seed"],
         finish=reply.finish,
-        settings=", ".join(f"{words.fields[name]} {value:g}" for name, value in shown.items()),
+        settings=", ".join(
+            f"{words.fields[name]} {number_as_text(values[name])}" for name in values
+        ),
     )
 
 
@@ -183,17 +185,12 @@ def _commands_for(reply: Reply, words: Words, service_url: str) -> list[tuple[st
 
 
 def _generate_command(model: str, request: dict[str, Any]) -> str:
-    options = {
-        "prompt": request["prompt"],
-        "max_new_tokens": request["max_tokens"],
-        "temperature": request["temperature"],
-        "top_k": request.get("top_k", 0),
-        "top_p": request["top_p"],
-        "repetition_penalty": request.get("repetition_penalty", 1.0),
-        "seed": request["seed"],
-    }
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    options = {"prompt": request["prompt"], "max_new_tokens": request.get("max_tokens")}
+    options |= {name: request.get(name) for name in names}
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     # With an equals sign, as a prompt that begins with a hyphen would be taken for an option.
-    return shlex.join(["fst", "generate", model, *(f"--{k}={v}" for k, v in options.items())])
+    return shlex.join(["fst", "generate", model, *given])
 
 
 class OwnMessages:

@@ -25,6 +25,7 @@ from full_stack_transformer.telegram.state.settings import (
     NUMERIC_FIELDS,
     PRESETS,
     Settings,
+    number_as_text,
     preset_of,
 )
 from full_stack_transformer.telegram.state.store import Reply
@@ -292,7 +293,7 @@ def settings_keyboard(words: Words, user_id: int, settings: Settings) -> InlineK
         ]
     ]
     for name in NUMERIC_FIELDS:
-        label = f"{words.fields[name]}: {getattr(settings, name):g}"
+        label = f"{words.fields[name]}: {number_as_text(getattr(settings, name))}"
         rows.append([button("−", name, "-"), button(label, name, "0"), button("+", name, "+")])
     seed = words.random_seed if settings.seed is None else str(settings.seed)
     rows.append([button(f"{words.fields['seed']}: {seed}", "seed", "0")])

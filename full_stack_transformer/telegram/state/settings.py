@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from full_stack_transformer.serving.schemas import MAX_SEED
+from full_stack_transformer.arguments.sampling import DECLARED, MAX_SEED, problem_with
 
 Mode = Literal["auto", "continue", "chat"]
 MODES: tuple[Mode, ...] = ("auto", "continue", "chat")
@@ -19,11 +19,12 @@ class Settings:
 
     mode: Mode = "auto"
     """auto: chat if the model has a chat template, else continue."""
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 0.95
-    repetition_penalty: float = 1.1
-    length: int = 80
+    # None: the model's generation_config.json decides.
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    length: int | None = None
     """Maximum number of new tokens in a text."""
     variants: int = 1
     seed: int | None = None
@@ -51,20 +52,24 @@ _STEPS: dict[str, tuple[float, ...]] = {
     "length": (20, 40, 80, 120, 160, 240, 320, 480, 640, MAX_LENGTH),
     "variants": tuple(range(1, MAX_VARIANTS + 1)),
 }
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "temperature": (0, 2),
-    "top_k": (0, 100_000),
-    "top_p": (0.01, 1),
-    "repetition_penalty": (0.5, 2),
-    "length": (1, MAX_LENGTH),
-    "variants": (1, MAX_VARIANTS),
+# Stricter than the bounds of `SamplingParameters`, or not part of it.
+_OWN_BOUNDS = {"temperature": (0, 2), "length": (1, MAX_LENGTH), "variants": (1, MAX_VARIANTS)}
+# Shown, and typed by users, for values that the model decides.
+AUTO = "auto"
+# What the buttons step from while the model decides.
+_TYPICAL: dict[str, float] = {
+    "temperature": 0.7,
+    "top_k": 0,
+    "top_p": 0.95,
+    "repetition_penalty": 1.1,
+    "length": 80,
 }
 _INTEGERS = ("top_k", "length", "variants")
 
 # Presets change only how random the sampling is.
 PRESETS: dict[str, dict[str, Any]] = {
     "precise": {"temperature": 0.2, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.1},
-    "balanced": {"temperature": 0.7, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.1},
+    "balanced": {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": None},
     "creative": {"temperature": 1.1, "top_k": 0, "top_p": 0.98, "repetition_penalty": 1.05},
 }
 
@@ -77,9 +82,16 @@ def preset_of(settings: Settings) -> str | None:
     return None
 
 
+def number_as_text(value: float | None) -> str:
+    """A number of the settings as text."""
+    return AUTO if value is None else f"{value:g}"
+
+
 def stepped(settings: Settings, name: str, direction: int) -> Settings:
     """The settings with the next value up (1) or down (-1); unchanged at either end."""
     value = getattr(settings, name)
+    if value is None:
+        value = _TYPICAL[name]
     beyond = [step for step in _STEPS[name] if (step - value) * direction > 0]
     if not beyond:
         return settings
@@ -97,18 +109,29 @@ def with_value(settings: Settings, name: str, text: str) -> Settings | str:
         return _with_seed(settings, text)
     if name not in NUMERIC_FIELDS:
         return " | ".join((*NUMERIC_FIELDS, "seed", "mode", *PRESETS))
-    low, high = _BOUNDS[name]
-    needs_integer = name in _INTEGERS
-    expected = f"{name} {low:g} … {high:g}"
+    if text == AUTO and name != "variants":
+        removed: dict[str, Any] = {name: None}
+        return replace(settings, **removed)
+    expected = f"{name} {_bounds_as_text(name)}"
     try:
         value = float(text.replace(",", ".")[:20])
     except ValueError:
         return expected
-    if not math.isfinite(value) or not low <= value <= high:
+    if not math.isfinite(value) or (name in _INTEGERS and value != int(value)):
         return expected
-    if needs_integer and value != int(value):
-        return expected
-    return _with_number(settings, name, value)
+    changed = _with_number(settings, name, value)
+    if name in _OWN_BOUNDS:
+        low, high = _OWN_BOUNDS[name]
+        return changed if low <= value <= high else expected
+    return expected if problem_with(name, getattr(changed, name)) else changed
+
+
+def _bounds_as_text(name: str) -> str:
+    if name in _OWN_BOUNDS:
+        low, high = _OWN_BOUNDS[name]
+        return f"{low:g} … {high:g}"
+    bounds = DECLARED[name].metadata
+    return f"{'> ' if bounds['above'] else ''}{bounds['least']:g} … {bounds['most']:g}"
 
 
 def _with_number(settings: Settings, name: str, value: float) -> Settings:

@@ -10,7 +10,7 @@ import logging
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,16 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from full_stack_transformer.arguments.sampling import (
+    FOR_SMALL_MODELS,
+    NUMERIC,
+    SamplingParameters,
+    as_keywords,
+    as_number,
+    complete,
+)
 from full_stack_transformer.errors import FullStackTransformerError, InputError
-from full_stack_transformer.generation.sampling import SamplingParameters
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.storage import read_json, write_text
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
@@ -38,16 +45,10 @@ _MAX_SLOTS = 8
 # Each process holds a part of each weight, so that one alone would wait for the others for ever.
 _SHARDED_STRATEGIES = (FSDPStrategy, ModelParallelStrategy)
 
-# name -> smallest and largest value; whole numbers where the smallest is one
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "max_new_tokens": (1, 1_000_000),
-    "temperature": (0.0, 100.0),
-    "top_k": (0, 10_000_000),
-    "top_p": (1e-6, 1.0),
-    "repetition_penalty": (1e-6, 10.0),
-    "num_samples": (0, 64),
-    "seed": (0, 2**63 - 1),
-}
+_MAX_SAMPLES = 64
+# Sampling parameters in the file to edit and in each sample; others only where they are not neutral.
+_SHOWN = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+_DEFAULTS = complete(FOR_SMALL_MODELS, SamplingParameters(seed=0))
 
 
 @dataclass(frozen=True)
@@ -56,34 +57,20 @@ class SampleParameters:
 
     prompts: tuple[str, ...] = ("",)
     """Beginnings of texts; the empty one begins a document."""
-    max_new_tokens: int = 128
-    """Tokens to add, at most; fewer where the model's context has less room."""
-    temperature: float = 0.7
-    """Randomness: 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Choose among the so many likeliest tokens; 0 for all."""
-    top_p: float = 0.95
-    """Choose among the likeliest tokens that together have this probability."""
-    repetition_penalty: float = 1.1
-    """Divides the scores of tokens that already occurred; 1 for none."""
     num_samples: int = 2
     """Continuations of each prompt; 0 for none."""
-    seed: int = 0
-    """Seed of the first continuation; the next ones follow it."""
+    sampling: SamplingParameters = _DEFAULTS
+    """Those of the exported model. The seed is that of the first continuation; the next ones add one each."""
 
-    def generation_options(self) -> GenerationOptions:
-        """As the generator takes them."""
-        return GenerationOptions(
-            max_new_tokens=self.max_new_tokens,
-            sampling=SamplingParameters(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                repetition_penalty=self.repetition_penalty,
-            ),
-            seed=self.seed,
-            over_length="clip",
-        )
+    def shown(self) -> dict[str, Any]:
+        """The sampling parameters without the seed."""
+        neutral = asdict(SamplingParameters())
+        values = asdict(self.sampling)
+        return {
+            name: value
+            for name, value in values.items()
+            if name in _SHOWN or (value != neutral[name] and name != "seed")
+        }
 
 
 @dataclass(frozen=True)
@@ -151,19 +138,20 @@ class SampleTexts(pl.Callback):
             return []
         model = OpenedModel("training", module.backbone, self._tokenizer, {})
         generator = TextGenerator(model, num_slots=min(parameters.num_samples, _MAX_SLOTS))
-        shown = asdict(parameters)
-        for name in ("prompts", "num_samples", "seed"):
-            del shown[name]
-        return [
-            Sample(parameters.seed + index, {"prompt": prompt, **shown}, text)
-            for prompt in parameters.prompts
-            for index, text in enumerate(
-                generator.generate(
-                    prompt,
-                    parameters.generation_options(),
-                    num_return_sequences=parameters.num_samples,
-                )
+        texts = {
+            prompt: generator.generate(
+                prompt,
+                num_return_sequences=parameters.num_samples,
+                clips=True,
+                **as_keywords(parameters.sampling),
             )
+            for prompt in parameters.prompts
+        }
+        first_seed = parameters.sampling.seed or 0
+        return [
+            Sample(first_seed + index, {"prompt": prompt, **parameters.shown()}, text)
+            for prompt in parameters.prompts
+            for index, text in enumerate(texts[prompt])
         ]
 
     def _write(self, trainer: pl.Trainer, samples: Sequence[Sample]) -> None:
@@ -186,40 +174,50 @@ class SampleTexts(pl.Callback):
 
 def write_parameters(path: Path, parameters: SampleParameters) -> None:
     """Write the file that a person then edits."""
-    write_text(path, json.dumps(asdict(parameters), indent=2, ensure_ascii=False) + "\n")
+    content = {
+        "prompts": parameters.prompts,
+        **parameters.shown(),
+        "num_samples": parameters.num_samples,
+        "seed": parameters.sampling.seed,
+    }
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_parameters(path: Path) -> SampleParameters:
     """Read the file; what it does not name has its default.
 
     Raises:
-        InputError: it is missing, no JSON object, or holds a name or value that cannot be.
+        InputError: it is missing, no JSON object, or holds an unknown name or an invalid value.
     """
     content = read_json(path)
-    known = [field.name for field in fields(SampleParameters)]
+    known = ["prompts", "num_samples", *NUMERIC]
     unknown = sorted(content.keys() - set(known))
     if unknown:
-        raise InputError(f"{path}: {unknown[0]!r} is none of {', '.join(known)}")
+        raise InputError(f"{path}: unknown name {unknown[0]!r}; expected one of {', '.join(known)}")
+    default = SampleParameters()
     try:
-        checked = {name: _checked(name, value) for name, value in content.items()}
+        numbers = {name: as_number(name, content[name]) for name in NUMERIC if name in content}
+        return SampleParameters(
+            prompts=_checked_prompts(content.get("prompts", list(default.prompts))),
+            num_samples=_checked_count(content.get("num_samples", default.num_samples)),
+            sampling=replace(default.sampling, **numbers),
+        )
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    return SampleParameters(**checked)
 
 
-def _checked(name: str, value: object) -> Any:
-    if name == "prompts":
-        if not isinstance(value, list) or not all(isinstance(prompt, str) for prompt in value):
-            raise ValueError(f"prompts must be a list of texts, found {value!r}")
-        return tuple(value)
-    least, most = _BOUNDS[name]
-    is_whole = isinstance(least, int)
-    kind = "a whole number" if is_whole else "a number"
-    is_kind = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
-    # Not by `math.isfinite`, which an integer beyond all floats breaks: NaN is not between either.
-    if not is_kind or not least <= value <= most:  # type: ignore[operator]
-        raise ValueError(f"{name} must be {kind} from {least:g} to {most:g}, found {value!r}")
-    return value if is_whole else float(value)  # type: ignore[arg-type]
+def _checked_prompts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(prompt, str) for prompt in value):
+        raise ValueError(f"prompts must be a list of texts, found {value!r}")
+    return tuple(value)
+
+
+def _checked_count(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= _MAX_SAMPLES:
+        raise ValueError(
+            f"num_samples must be a whole number from 0 to {_MAX_SAMPLES}, found {value!r}"
+        )
+    return value
 
 
 def as_markdown(sample: Sample) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError
-from full_stack_transformer.generation.engine import Engine, TokenRequest
+from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.runners.native import library
 from full_stack_transformer.generation.runners.native.decoder import (
@@ -33,6 +33,7 @@ from tests.generation.small_models import (
     random_prompts,
     run_requests,
     small_backbone,
+    token_request,
 )
 
 DTYPES: tuple[WeightsDtype, ...] = ("float32", "bfloat16", "int8")
@@ -359,7 +360,7 @@ def _failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 def test_where_it_cannot_be_compiled_pytorch_generates_aloud(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    request = TokenRequest([5, 6, 7], 9, GREEDY, seed=0)
+    request = token_request([5, 6, 7], 9, GREEDY, seed=0)
     expected = run_requests(Engine(make_runner("torch")), [request])
     with caplog.at_level(logging.INFO):
         engine = open_engine(small_backbone("llama"), num_slots=1, weights_dtype="float32")

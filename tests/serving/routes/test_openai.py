@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pytest
 
-from full_stack_transformer.generation.text_generator import GenerationOptions, TextGenerator
+from full_stack_transformer.generation.text_generator import TextGenerator
 
 MODEL = "tiny-model"
 MESSAGES: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello?"}]
@@ -49,9 +49,10 @@ def test_several_prompts_have_their_choices_in_order(client: openai.OpenAI) -> N
 
 
 def test_the_best_of_several_are_the_likeliest(client: openai.OpenAI) -> None:
-    every = _complete(client, seed=1, n=6, logprobs=0).choices
+    neutral: Any = {"temperature": 1, "top_p": 1, "extra_body": {"repetition_penalty": 1.0}}
+    every = _complete(client, seed=1, n=6, logprobs=0, **neutral).choices
     means = {choice.text: float(np.mean(choice.logprobs.token_logprobs)) for choice in every}
-    best = _complete(client, seed=1, n=2, best_of=6).choices
+    best = _complete(client, seed=1, n=2, best_of=6, **neutral).choices
     assert [choice.text for choice in best] == sorted(means, key=means.__getitem__)[:-3:-1]
     with pytest.raises(openai.BadRequestError, match="best_of"):
         _complete(client, n=3, best_of=2)
@@ -153,9 +154,10 @@ def test_the_model_takes_its_turn_in_a_chat(
         top_logprobs=2,
     )
     [choice] = answer.choices
-    options = GenerationOptions(max_new_tokens=12, seed=4, stop=("\nUser:", "\nSystem:"))
+    stop = ("\nUser:", "\nSystem:")
     prompt = "System: Be short.\nUser: Hello?\nAssistant:"
-    assert choice.message.content == generator.generate(prompt, options)[0].lstrip()
+    [text] = generator.generate(prompt, max_new_tokens=12, seed=4, stop=stop)
+    assert choice.message.content == text.lstrip()
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
     assert len(choice.logprobs.content) == 12

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.errors import RequestError, ServiceBusyError, ServiceUnavailableError
-from full_stack_transformer.generation.continuation import Continuation
+from full_stack_transformer.generation.continuation import Continuation, Piece
 from full_stack_transformer.generation.engine import TokenRequest
-from full_stack_transformer.generation.sampling import SamplingParameters
 from full_stack_transformer.serving.workers.engine_worker import (
     EngineWorker,
     Mailbox,
-    Piece,
     Ticket,
 )
 from full_stack_transformer.serving.workers.models import OpeningOptions, ServedModel, open_served
@@ -65,7 +64,8 @@ def _ticket(
     gate: Gate | None = None,
 ) -> Ticket:
     forbids = None if gate is None else gate.forbids
-    request = TokenRequest([1, 5, 6], num_tokens, SamplingParameters(), seed=1, forbids=forbids)
+    sampling = SamplingParameters(max_new_tokens=num_tokens, seed=1)
+    request = TokenRequest([1, 5, 6], sampling, forbids=forbids)
     continuation = Continuation(model.tokenizer, ())
     deadline = time.monotonic() + seconds
     return Ticket(model.name, model.engine, request, continuation, mailbox, 0, deadline)

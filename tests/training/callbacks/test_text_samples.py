@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from full_stack_transformer.arguments.sampling import as_keywords
 from full_stack_transformer.datasets.description import DatasetDirectory
 from full_stack_transformer.errors import InputError
 from full_stack_transformer.generation.text_generator import TextGenerator
@@ -30,7 +31,8 @@ from full_stack_transformer.training.callbacks.text_samples import (
 )
 from tests.training.small_training import SmallTraining
 
-_FEW = SampleParameters(prompts=("The", ""), max_new_tokens=6, num_samples=2, seed=5)
+_SAMPLING = replace(SampleParameters().sampling, max_new_tokens=6, seed=5)
+_FEW = SampleParameters(prompts=("The", ""), num_samples=2, sampling=_SAMPLING)
 
 
 def _lines(directory: Path) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def test_each_validation_writes_what_the_generator_gives(
     # The weights of the end are those of the last validation: the plain way gives the same texts.
     generator = TextGenerator(training.opened_model())
     for first, prompt in ((4, "The"), (6, "")):
-        texts = generator.generate(prompt, _FEW.generation_options(), num_return_sequences=2)
+        texts = generator.generate(prompt, num_return_sequences=2, **as_keywords(_SAMPLING))
         assert texts == [line["text"] for line in lines[first : first + 2]]
 
 
@@ -150,7 +152,7 @@ def test_long_lines_are_broken_and_markdown_is_not_read() -> None:
         ({"temperature": "hot"}, "temperature must be a number from 0 to 100, found 'hot'"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"temperature": 10**400}, "temperature must be"),
-        ({"top_p": 0}, "top_p must be a number from 1e-06 to 1, found 0"),
+        ({"top_p": 0}, "top_p must be a number above 0 to 1, found 0"),
         ({"top_k": 2.5}, "top_k must be a whole number from 0"),
         ({"num_samples": True}, "num_samples must be a whole number from 0 to 64, found True"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1"),
@@ -158,7 +160,10 @@ def test_long_lines_are_broken_and_markdown_is_not_read() -> None:
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"prompts": "one"}, "prompts must be a list of texts, found 'one'"),
         ({"prompts": [1]}, "prompts must be a list of texts"),
-        ({"temprature": 1}, "'temprature' is none of prompts, max_new_tokens"),
+        (
+            {"temprature": 1},
+            "unknown name 'temprature'; expected one of prompts, num_samples, max_new_tokens",
+        ),
     ],
     ids=str,
 )
@@ -172,12 +177,14 @@ def test_what_cannot_be_is_refused(
 
 
 def test_parameters_come_back(tmp_path: Path) -> None:
-    parameters = SampleParameters(prompts=("a", "ä"), temperature=0.0, top_k=3, seed=2**40)
+    sampling = replace(SampleParameters().sampling, temperature=0.0, top_k=3, seed=2**40)
+    parameters = SampleParameters(prompts=("a", "ä"), sampling=sampling)
     write_parameters(tmp_path / "x.json", parameters)
     assert read_parameters(tmp_path / "x.json") == parameters
     write_json(tmp_path / "x.json", {"temperature": 1})
-    assert read_parameters(tmp_path / "x.json") == SampleParameters(temperature=1.0)
-    assert asdict(SampleParameters())["temperature"] == 0.7
+    default = SampleParameters().sampling
+    assert read_parameters(tmp_path / "x.json").sampling == replace(default, temperature=1.0)
+    assert default.temperature == 0.7
 
 
 def test_lines_after_a_step_are_dropped(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prometheus metrics under the names and labels that vLLM and TGI made known; dashboards work here.
+"""Prometheus metrics of the workers, under the names and labels of vLLM and TGI, so their dashboards work.
 
 https://docs.vllm.ai/en/stable/usage/metrics.html, https://huggingface.co/docs/text-generation-inference
 What has no such name begins with `fst_`.
@@ -7,11 +7,12 @@ What has no such name begins with `fst_`.
 import time
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from full_stack_transformer.serving.workers.engine_worker import EngineWorker, Piece, Ticket
+from full_stack_transformer.generation.continuation import Piece
+from full_stack_transformer.serving.workers.engine_worker import EngineWorker, Ticket
 
 _FIRST_TOKEN_SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -77,44 +78,31 @@ class _Families:
         self.success = counter("vllm:request_success", "Texts that ended.", "finished_reason")
 
 
-class Metrics:
-    """All metrics of one service; updated on the event loop."""
+class WorkerMetrics:
+    """The metrics of what workers compute; updated on the event loop."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._families = _Families(self.registry)
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._families = _Families(registry)
         self._of_model: dict[str, _ModelMetrics] = {}
-        self._requests = Counter(
-            "fst_http_requests",
-            "Answers by route and status.",
-            ["route", "status"],
-            registry=self.registry,
-        )
-        self._errors = Counter(
-            "fst_errors",
-            "Answers that were errors, by their kind.",
-            ["kind"],
-            registry=self.registry,
-        )
         self._task_rows = Counter(
             "fst_task_rows",
             "Rows that models of other tasks than generating computed.",
             ["model_name"],
-            registry=self.registry,
+            registry=self._registry,
         )
         self._task_seconds = Histogram(
             "fst_task_batch_seconds",
             "Seconds that a batch of such rows took.",
             ["model_name"],
             buckets=_REQUEST_SECONDS,
-            registry=self.registry,
+            registry=self._registry,
         )
-        self._tasks = Gauge("fst_http_tasks", "HTTP requests under way.", registry=self.registry)
         self._last_token: dict[Ticket, float] = {}
 
     def watch_worker(self, worker: EngineWorker, model_names: Sequence[str]) -> None:
         """Report its queues whenever the metrics are read."""
-        self.registry.register(_WorkerGauges(worker, model_names))
+        self._registry.register(_WorkerGauges(worker, model_names))
 
     def on_piece(self, ticket: Ticket, piece: Piece) -> None:
         """Count what a step did for one continuation."""
@@ -150,21 +138,11 @@ class Metrics:
         self._task_rows.labels(model_name).inc(num_rows)
         self._task_seconds.labels(model_name).observe(seconds)
 
-    def on_task(self, change: int) -> None:
-        """An HTTP request has begun (1) or ended (-1), streams and waiting ones among them."""
-        self._tasks.inc(change)
-
     def forget(self, tickets: list[Ticket]) -> None:
         """Their request has ended, however far they came."""
         for ticket in tickets:
             if self._last_token.pop(ticket, None) is not None:
                 self._families.success.labels(ticket.model_name, "abort").inc()
-
-    def on_answer(self, route: str, status: int, error_kind: str | None) -> None:
-        """Count an answer."""
-        self._requests.labels(route, str(status)).inc()
-        if error_kind is not None:
-            self._errors.labels(error_kind).inc()
 
 
 class _WorkerGauges(Collector):
