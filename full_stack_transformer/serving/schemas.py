@@ -7,20 +7,20 @@ framework; what OpenAI's routes answer stands beside each route.
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 
 from full_stack_transformer.arguments.sampling import DECLARED, MAX_LOGIT_BIAS, SamplingKeywords
+from full_stack_transformer.tasks import routes
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
+from full_stack_transformer.tasks.routes import Body, ShortText, Text
 
-MAX_TEXT_CHARACTERS = 200_000
+# What the routes of tasks keep to as well.
+MAX_TEXT_CHARACTERS, MAX_PROMPTS = routes.MAX_TEXT_CHARACTERS, routes.MAX_TEXTS
 MAX_PROMPT_TOKENS = 131_072
-MAX_PROMPTS = 64
 MAX_SEQUENCES = 16
 MAX_MESSAGES = 1000
 _MAX_TOKEN_ID = 2**31 - 1
 
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARACTERS)]
-ShortText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]],
     Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
@@ -49,12 +49,6 @@ def _sampling(name: str, **changed: Any) -> Any:
     if name.endswith("_tokens") or name == "top_k":
         bounds["json_schema_extra"] = {"x-unit": "tokens"}
     return Field(**({"default": None, "description": declared["help"]} | bounds | changed))
-
-
-class Body(BaseModel):
-    """What every body keeps to."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, frozen=True)
 
 
 class _SamplingBody(Body):
