@@ -1,7 +1,7 @@
 """Text samples at each validation: into generated.jsonl, TensorBoard and the log.
 
-A sample is an ornament: nothing that goes wrong with it ends or disturbs the training. It draws from
-generators of its own, computes no gradients and leaves every module in the mode in which it was.
+An error in a sample never ends or changes the training. Sampling has its own random generators, computes no
+gradients, and restores the mode of each module.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ PARAMETERS_FILE_NAME = "text_generator_params.json"
 _MAX_LOGGED_CHARACTERS = 200
 _COLUMNS_IN_TENSORBOARD = 100
 _MAX_SLOTS = 8
-# Each process holds a part of each weight, so that one alone would wait for the others for ever.
+# Each process holds a part of each weight: one process alone would wait for the others for ever.
 _SHARDED_STRATEGIES = (FSDPStrategy, ModelParallelStrategy)
 
 _MAX_SAMPLES = 64
@@ -53,10 +53,10 @@ _DEFAULTS = complete(FOR_SMALL_MODELS, SamplingParameters(seed=0))
 
 @dataclass(frozen=True)
 class SampleParameters:
-    """What is continued, and how."""
+    """The prompts and how they are continued."""
 
     prompts: tuple[str, ...] = ("",)
-    """Beginnings of texts; the empty one begins a document."""
+    """Beginnings of texts; an empty prompt starts a document."""
     num_samples: int = 2
     """Continuations of each prompt; 0 for none."""
     sampling: SamplingParameters = _DEFAULTS
@@ -75,7 +75,7 @@ class SampleParameters:
 
 @dataclass(frozen=True)
 class Sample:
-    """A continuation and what it was drawn with: one line of generated.jsonl, beside the step."""
+    """A continuation with its seed and parameters; with the step a line of generated.jsonl."""
 
     seed: int
     parameters: dict[str, Any]
@@ -84,12 +84,12 @@ class Sample:
 
 
 class SampleTexts(pl.Callback):
-    """Continues the prompts of text_generator_params.json, which is read anew each time.
+    """Continues the prompts of text_generator_params.json, which is read at each validation.
 
     Args:
         directory: the experiment directory.
-        tokenizer: the one of the dataset.
-        defaults: what the file holds at the start.
+        tokenizer: of the dataset.
+        defaults: initial content of the file.
     """
 
     def __init__(
@@ -102,18 +102,18 @@ class SampleTexts(pl.Callback):
         self._is_active = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the file to edit, unless a run that is resumed has one."""
+        """Write the file to edit, unless a resumed run has one."""
         self._is_active = trainer.is_global_zero
         if not self._is_active:
             return
         if isinstance(trainer.strategy, _SHARDED_STRATEGIES):
-            logger.warning("there are no text samples: no device has all weights of the model")
+            logger.warning("no text samples: no device has all weights of the model")
             self._is_active = False
         elif not self._parameters_file.exists():
             write_parameters(self._parameters_file, self._parameters)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write samples of the model as it is now."""
+        """Write samples of the current model."""
         if not self._is_active:
             return
         assert isinstance(pl_module, TrainingModule)
@@ -123,14 +123,14 @@ class SampleTexts(pl.Callback):
                 samples = self._generate(pl_module)
             if samples:
                 self._write(trainer, samples)
-        except Exception as error:  # whatever it is: a training is worth more than its samples
+        except Exception as error:  # an error in a sample must not end the training
             logger.warning("no text samples of step %s: %s", f"{trainer.global_step:,}", error)
 
     def _read_parameters(self) -> None:
         try:
             self._parameters = read_parameters(self._parameters_file)
         except FullStackTransformerError as error:
-            logger.warning("%s; the text samples keep the parameters of before", error)
+            logger.warning("%s; the text samples keep the previous parameters", error)
 
     def _generate(self, module: TrainingModule) -> list[Sample]:
         parameters = self._parameters
@@ -221,7 +221,7 @@ def _checked_count(value: object) -> int:
 
 
 def as_markdown(sample: Sample) -> str:
-    """A sample for TensorBoard: as it is, but for lines that would run out of the picture."""
+    """A sample for TensorBoard, with long lines wrapped."""
     text = sample.parameters["prompt"] + sample.text
     broken = [
         part for line in text.splitlines() for part in textwrap.wrap(line, _COLUMNS_IN_TENSORBOARD) or [""]
@@ -231,9 +231,9 @@ def as_markdown(sample: Sample) -> str:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Take lines of steps after `step` out of generated.jsonl, and a line that a kill cut short.
+    """Remove lines of steps after `step` from generated.jsonl, and an incomplete last line.
 
-    A training that is resumed from `step` writes them again. A missing file is left missing.
+    A training that resumes from `step` writes them again. Does nothing if the file is missing.
     """
     if not file.is_file():
         return
@@ -254,7 +254,7 @@ def _is_up_to(line: str, step: int) -> bool:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the `with`; every part is then in its own mode again."""
+    """Evaluation mode inside the `with`; then each module has its former mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

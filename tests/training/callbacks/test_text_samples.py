@@ -113,7 +113,7 @@ def test_a_broken_file_is_named_and_the_last_good_one_counts(
         training.fit(_samples(dataset, tmp_path, _FEW))
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert "temperature must be a number from 0 to 100, found -1" in warnings[0]
-    assert "keep the parameters of before" in warnings[0]
+    assert "keep the previous parameters" in warnings[0]
     assert "should be a JSON object" in warnings[1]
     assert "no text samples of step 6: the model's context is 64 tokens" in warnings[2]
     assert len(warnings) == 3
