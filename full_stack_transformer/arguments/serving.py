@@ -96,8 +96,47 @@ class ServeArguments(EngineOptions, AccessOptions, LimitOptions, ModelArguments)
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BotAccessOptions:
+    """Access."""
+
+    allowed_ids: tuple[int, ...] = ()
+    """ID of a user or chat that may use the bot; may be repeated. Without any, everybody may."""
+    admin_ids: tuple[int, ...] = ()
+    """ID of a user without limits, who may use /allow and /deny; may be repeated."""
+    max_tokens_per_day: int = 0
+    """Maximum number of new tokens per user and day (UTC); 0 for no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelegramApiOptions:
+    """Telegram API."""
+
+    telegram_api_base: str = "https://api.telegram.org"
+    """URL of the Bot API server, such as a local one."""
+    webhook_url: str | None = None
+    """Public https URL at which Telegram delivers updates; without it the bot polls. The environment
+    variable TELEGRAM_WEBHOOK_SECRET must hold a secret of at least 16 letters, digits, - or _."""
+    webhook_host: str = "127.0.0.1"
+    """Address on which the webhook listens, behind a proxy with a certificate."""
+    webhook_port: int = 8443
+    """Port on which the webhook listens; 0 for any free one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitoringOptions:
+    """Monitoring."""
+
+    monitoring_port: int | None = None
+    """Port on 127.0.0.1 for /health and Prometheus /metrics; 0 for any free one. Off by default."""
+    log_texts: bool = False
+    """Log prompts and texts, and say so in /privacy; by default only their lengths are logged."""
+
+
 @dataclass(frozen=True)
-class TelegramBotArguments(SamplingOptions):
+class TelegramBotArguments(
+    SamplingOptions, BotAccessOptions, TelegramApiOptions, MonitoringOptions
+):
     """Answer Telegram messages with texts of a model; pending replies are stored in SQLite."""
 
     _: KW_ONLY
@@ -110,30 +149,11 @@ class TelegramBotArguments(SamplingOptions):
     """Device of the service of --checkpoint: auto, cpu, cuda, mps."""
     token_file: Path | None = None
     """File with the bot's token; without it the environment variable TELEGRAM_BOT_TOKEN is read."""
-    telegram_api_base: str = "https://api.telegram.org"
-    """URL of the Bot API server, such as a local one."""
     database: Path = Path("data/telegram_bot.sqlite3")
     """SQLite file for pending replies, settings and conversations; each bot needs its own."""
     mode: Literal["auto", "continue", "chat"] = "auto"
     """Default mode of a chat: continue a message, or answer it. auto: chat if the service reports a chat
     template, else continue."""
-    allowed_ids: tuple[int, ...] = ()
-    """ID of a user or chat that may use the bot; may be repeated. Without any, everybody may."""
-    admin_ids: tuple[int, ...] = ()
-    """ID of a user without limits, who may use /allow and /deny; may be repeated."""
-    max_tokens_per_day: int = 0
-    """Maximum number of new tokens per user and day (UTC); 0 for no limit."""
-    webhook_url: str | None = None
-    """Public https URL at which Telegram delivers updates; without it the bot polls. The environment
-    variable TELEGRAM_WEBHOOK_SECRET must hold a secret of at least 16 letters, digits, - or _."""
-    webhook_host: str = "127.0.0.1"
-    """Address on which the webhook listens, behind a proxy with a certificate."""
-    webhook_port: int = 8443
-    """Port on which the webhook listens; 0 for any free one."""
-    monitoring_port: int | None = None
-    """Port on 127.0.0.1 for /health and Prometheus /metrics; 0 for any free one. Off by default."""
-    log_texts: bool = False
-    """Log prompts and texts, and say so in /privacy; by default only their lengths are logged."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
