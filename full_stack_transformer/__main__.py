@@ -31,34 +31,22 @@ if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
-# name, options, "module:function" that takes them; in the order of the pipeline
+# name, options, module whose main(options) runs it; in the order of the pipeline
 COMMANDS: tuple[tuple[str, type, str], ...] = (
-    (
-        "collect_documents",
-        data.CollectDocumentsArguments,
-        "document_sources.collect:collect_documents",
-    ),
-    ("prepare_dataset", data.PrepareDatasetArguments, "preparation.prepare:prepare_dataset"),
-    ("verify_dataset", data.VerifyDatasetArguments, "datasets.verify:verify_dataset"),
-    (
-        "check_tokenizer",
-        data.CheckTokenizerArguments,
-        "tokenization.check_tokenizer:check_tokenizer",
-    ),
-    ("train", training.TrainArguments, "training.run:train"),
-    ("run_experiment", training.RunExperimentArguments, "training.run:run_experiment"),
-    (
-        "average_checkpoints",
-        models.AverageCheckpointsArguments,
-        "modelling.averaging:average_checkpoints",
-    ),
-    ("whiten", models.WhitenArguments, "modelling.embedding.whitening:whiten"),
-    ("evaluate", models.EvaluateArguments, "evaluation.run:evaluate"),
-    ("generate", models.GenerateArguments, "generation.command:generate"),
-    ("serve", serving.ServeArguments, "serving.run:serve"),
-    ("telegram_bot", serving.TelegramBotArguments, "telegram.run:run_bot"),
-    ("tensorboard", training.TensorboardArguments, "training.tensorboard:show_curves"),
-    ("demo", data.DemoArguments, "document_sources.demo:run_demo"),
+    ("collect_documents", data.CollectDocumentsArguments, "document_sources.collect"),
+    ("prepare_dataset", data.PrepareDatasetArguments, "preparation.prepare"),
+    ("verify_dataset", data.VerifyDatasetArguments, "datasets.verify"),
+    ("check_tokenizer", data.CheckTokenizerArguments, "tokenization.check_tokenizer"),
+    ("train", training.TrainArguments, "training.run"),
+    ("run_experiment", training.RunExperimentArguments, "training.run"),
+    ("average_checkpoints", models.AverageCheckpointsArguments, "modelling.averaging"),
+    ("whiten", models.WhitenArguments, "modelling.embedding.whitening"),
+    ("evaluate", models.EvaluateArguments, "evaluation.run"),
+    ("generate", models.GenerateArguments, "generation.command"),
+    ("serve", serving.ServeArguments, "serving.run"),
+    ("telegram_bot", serving.TelegramBotArguments, "telegram.run"),
+    ("tensorboard", training.TensorboardArguments, "training.tensorboard"),
+    ("demo", data.DemoArguments, "document_sources.demo"),
 )
 
 # With any command: print its options and their values, and run nothing.
@@ -157,10 +145,10 @@ def _make_app() -> App:
     )
     app["--help"].group = "Help"
     app["--version"].group = "Help"
-    for order, (name, options, target) in enumerate(COMMANDS):
+    for order, (name, options, module_name) in enumerate(COMMANDS):
         summary = (options.__doc__ or "").strip()
         app.command(
-            _runner(options, target),
+            _runner(options, module_name),
             name=name,
             help=summary,
             sort_key=order,
@@ -234,13 +222,12 @@ class _GroupedHelp:
         return entry.copy(negative_names=tuple(names))
 
 
-def _runner(options: type, target: str) -> Callable[..., Any]:
-    """A function that takes `options` from cyclopts, imports `target` and calls it."""
+def _runner(options: type, module_name: str) -> Callable[..., Any]:
+    """A function that takes `options` from cyclopts, imports the module and calls its `main`."""
 
     def runner(given: Any) -> Any:
-        module_name, function_name = target.split(":")
         module = importlib.import_module(f"full_stack_transformer.{module_name}")
-        return getattr(module, function_name)(options() if given is None else given)
+        return module.main(options() if given is None else given)
 
     runner.__annotations__["given"] = Annotated[options, Parameter(name="*")]
     if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(options)):

@@ -16,7 +16,7 @@ from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
-from full_stack_transformer.preparation.prepare import prepare_dataset
+from full_stack_transformer.preparation.prepare import main as prepare_dataset
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -80,11 +80,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert not imported & heavy
 
 
-@pytest.mark.parametrize("target", [target for _, _, target in COMMANDS])
-def test_every_command_exists(target: str) -> None:
-    module_name, function_name = target.split(":")
+@pytest.mark.parametrize("module_name", [module_name for _, _, module_name in COMMANDS])
+def test_every_command_exists(module_name: str) -> None:
     path = REPOSITORY / "full_stack_transformer" / f"{module_name.replace('.', '/')}.py"
-    assert f"\ndef {function_name}(" in path.read_text(encoding="utf-8")
+    assert "\ndef main(arguments: " in path.read_text(encoding="utf-8")
 
 
 def test_every_script_calls_its_command() -> None:
@@ -126,7 +125,7 @@ def _parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
 
     class Module:
         @staticmethod
-        def prepare_dataset(given: object) -> None:
+        def main(given: object) -> None:
             parsed.append(given)
 
     monkeypatch.setattr("importlib.import_module", lambda name: Module)

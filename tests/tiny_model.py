@@ -11,7 +11,7 @@ from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.description import open_dataset
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
-from full_stack_transformer.preparation.prepare import prepare_dataset
+from full_stack_transformer.preparation.prepare import main as prepare_dataset
 from tests.conftest import write_documents
 
 

@@ -35,7 +35,7 @@ _MAX_STRAY_FILES = 20  # of a whole foreign folder a count is enough
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def verify_dataset(arguments: VerifyDatasetArguments) -> None:
+def main(arguments: VerifyDatasetArguments) -> None:
     """Check every file of a dataset directory.
 
     Raises:

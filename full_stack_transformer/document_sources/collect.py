@@ -54,7 +54,7 @@ class _Files:
         self.num_train += not document.is_for_validation
 
 
-def collect_documents(arguments: CollectDocumentsArguments) -> Path:
+def main(arguments: CollectDocumentsArguments) -> Path:
     """Write the two files of a source, both or none, and return their directory.
 
     With --task, write labelled rows.

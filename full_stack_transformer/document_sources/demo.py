@@ -31,7 +31,7 @@ class StepFailedError(FullStackTransformerError):
     """A command of the demo failed and has shown its own error."""
 
 
-def run_demo(arguments: DemoArguments) -> int:
+def main(arguments: DemoArguments) -> int:
     """Run all steps, list the files, and serve until Ctrl-C.
 
     Raises:

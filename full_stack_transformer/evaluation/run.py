@@ -31,7 +31,7 @@ from full_stack_transformer.tasks.task import CorpusTask
 logger = logging.getLogger(__name__)
 
 
-def evaluate(arguments: EvaluateArguments) -> None:
+def main(arguments: EvaluateArguments) -> None:
     """Print the metrics as JSON.
 
     Raises:

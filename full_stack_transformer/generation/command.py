@@ -25,7 +25,7 @@ _BETWEEN_SEQUENCES = "---\n"
 _HELP = "/reset starts over, /seed N seeds the next answer, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
-def generate(arguments: GenerateArguments) -> None:
+def main(arguments: GenerateArguments) -> None:
     """Print the prompt and its continuations, token by token.
 
     Raises:

@@ -44,7 +44,7 @@ _MODEL_FILE_NAMES = {
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
-def average_checkpoints(arguments: AverageCheckpointsArguments) -> Path:
+def main(arguments: AverageCheckpointsArguments) -> Path:
     """Write the mean of the models, with equal weights, and return its directory.
 
     Raises:

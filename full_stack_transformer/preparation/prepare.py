@@ -44,7 +44,7 @@ TOKENIZER_DIRECTORY_NAME = "tokenizer"
 _MAX_COMPARED_CHARACTERS = 1 << 16
 
 
-def prepare_dataset(arguments: PrepareDatasetArguments) -> Path:
+def main(arguments: PrepareDatasetArguments) -> Path:
     """Write a new version of the dataset and return its directory.
 
     Raises:

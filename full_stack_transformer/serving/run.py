@@ -45,7 +45,7 @@ _WANTED_FILES = 16_384
 _FILES_BESIDE_CONNECTIONS = 128
 
 
-def serve(arguments: ServeArguments) -> int:
+def main(arguments: ServeArguments) -> int:
     """Serve until SIGTERM or Ctrl-C; requests under way are finished, or told why not.
 
     Raises:

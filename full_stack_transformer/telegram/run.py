@@ -39,7 +39,7 @@ _MAX_PAUSE_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
-def run_bot(arguments: TelegramBotArguments) -> int:
+def main(arguments: TelegramBotArguments) -> int:
     """Answer Telegram messages until SIGTERM or SIGINT, and return the exit code.
 
     Raises:

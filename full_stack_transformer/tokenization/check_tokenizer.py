@@ -21,7 +21,7 @@ from full_stack_transformer.tokenization.encoders import (
 logger = logging.getLogger(__name__)
 
 
-def check_tokenizer(arguments: CheckTokenizerArguments) -> None:
+def main(arguments: CheckTokenizerArguments) -> None:
     """Log the properties of a tokenizer that passes all checks.
 
     Raises:

@@ -16,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.machine import multiplies_bfloat16
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
@@ -64,24 +64,16 @@ _LIGHTNING_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"
 _EXIT_CODE_OF_SIGNAL = 128
 
 
-def train(arguments: TrainArguments) -> Path | int:
-    """Train, and return the experiment directory, or an exit code if a signal interrupted it.
+def main(arguments: TrainArguments) -> Path | int:
+    """`fst train` and `fst run_experiment`: the experiment directory, or an exit code after a signal.
 
     Raises:
-        UsageError: the options contradict each other, the machine or the training to resume.
+        UsageError: the options contradict each other, the machine or the training to resume, or name a class
+            that cannot be imported or is not of the expected kind.
         DatasetError: --dataset_dir is not a dataset directory, or has no validation samples.
         ModelError: --model_path cannot be opened.
         TrainingError: the loss is no longer a number.
         MachineError: a checkpoint cannot be written.
-    """
-    return train_setup(open_setup(arguments))
-
-
-def run_experiment(arguments: RunExperimentArguments) -> Path | int:
-    """`train` with your own data set, model or task class.
-
-    Raises:
-        UsageError: a class cannot be imported, or is not of the expected kind.
     """
     return train_setup(open_setup(arguments))
 

@@ -8,7 +8,7 @@ from full_stack_transformer.arguments.training import TensorboardArguments
 from full_stack_transformer.errors import InputError
 
 
-def show_curves(arguments: TensorboardArguments) -> NoReturn:
+def main(arguments: TensorboardArguments) -> NoReturn:
     """Become TensorBoard, until Ctrl-C.
 
     Raises:

@@ -268,7 +268,7 @@ def run_ours(job: Job) -> dict[str, Any]:
     if job.stub_sha256:
         setattr(hashlib, "sha256", _NoHash)  # noqa: B010 — mypy refuses the assignment
     from full_stack_transformer.arguments.data import PrepareDatasetArguments
-    from full_stack_transformer.preparation.prepare import prepare_dataset
+    from full_stack_transformer.preparation.prepare import main as prepare_dataset
 
     arguments = PrepareDatasetArguments(
         documents_train_file=(Path(job.documents),),

@@ -13,7 +13,7 @@ import pytest
 
 from full_stack_transformer.arguments.data import VerifyDatasetArguments
 from full_stack_transformer.datasets import verify
-from full_stack_transformer.datasets.verify import verify_dataset
+from full_stack_transformer.datasets.verify import main as verify_dataset
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.storage import file_facts
 from tests.conftest import RunFst

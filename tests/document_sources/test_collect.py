@@ -26,7 +26,7 @@ def _collect_these(
     arguments = CollectDocumentsArguments(
         "python_docs", documents_root=root, end_of_document=end_of_document
     )
-    return collect.collect_documents(arguments)
+    return collect.main(arguments)
 
 
 def test_each_document_ends_with_the_delimiter_in_the_file_of_its_side(
@@ -74,7 +74,7 @@ def test_a_source_that_fails_half_way_leaves_the_old_files(
 
     monkeypatch.setitem(collect._SOURCES, "python_docs", failing)
     with pytest.raises(MachineError, match="no network"):
-        collect.collect_documents(CollectDocumentsArguments("python_docs", documents_root=tmp_path))
+        collect.main(CollectDocumentsArguments("python_docs", documents_root=tmp_path))
     assert (directory / "train.txt").read_text("utf-8") == "old\n[END]\n"
     assert (directory / "valid.txt").read_text("utf-8") == "older\n[END]\n"
 

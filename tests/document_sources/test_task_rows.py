@@ -12,7 +12,7 @@ import pytest
 
 from full_stack_transformer.arguments.data import CollectDocumentsArguments
 from full_stack_transformer.document_sources import docstrings, task_rows
-from full_stack_transformer.document_sources.collect import collect_documents
+from full_stack_transformer.document_sources.collect import main as collect_documents
 from full_stack_transformer.document_sources.docstrings import (
     Docstring,
     SeenTexts,

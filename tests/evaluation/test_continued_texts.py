@@ -13,7 +13,7 @@ from full_stack_transformer.evaluation.continued_texts import (
     continue_texts,
     evaluate_generation,
 )
-from full_stack_transformer.evaluation.run import evaluate
+from full_stack_transformer.evaluation.run import main as evaluate
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.model_directory import open_model
 

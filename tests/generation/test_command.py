@@ -52,7 +52,7 @@ def _arguments(model_dir: Path, **options: Any) -> GenerateArguments:
 
 
 def _printed(capsys: pytest.CaptureFixture[str], arguments: GenerateArguments) -> str:
-    command.generate(arguments)
+    command.main(arguments)
     return capsys.readouterr().out
 
 
@@ -167,10 +167,10 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 def test_a_prompt_that_cannot_be_read_is_named(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     with pytest.raises(InputError, match=r"--prompt_file .*No such file"):
-        command.generate(_arguments(model_dir, prompt_file=file))
+        command.main(_arguments(model_dir, prompt_file=file))
     file.write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match=r"--prompt_file .* is no UTF-8"):
-        command.generate(_arguments(model_dir, prompt_file=file))
+        command.main(_arguments(model_dir, prompt_file=file))
 
 
 # ------------------------------------------------------------------ a session of lines

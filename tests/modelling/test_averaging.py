@@ -14,7 +14,7 @@ from torch import Tensor
 from full_stack_transformer import __main__
 from full_stack_transformer.arguments.models import AverageCheckpointsArguments
 from full_stack_transformer.errors import ModelError, UsageError
-from full_stack_transformer.modelling.averaging import average_checkpoints
+from full_stack_transformer.modelling.averaging import main as average_checkpoints
 from full_stack_transformer.modelling.model_directory import open_model
 
 

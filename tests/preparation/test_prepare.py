@@ -20,7 +20,7 @@ from full_stack_transformer.documents.blocks import ReadingOptions
 from full_stack_transformer.errors import DatasetError, DocumentsError, UsageError
 from full_stack_transformer.preparation import journal
 from full_stack_transformer.preparation.encoding import EncodedBlock, Workers
-from full_stack_transformer.preparation.prepare import prepare_dataset
+from full_stack_transformer.preparation.prepare import main as prepare_dataset
 from full_stack_transformer.storage import versions
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 from tests.conftest import SHARED_DATA

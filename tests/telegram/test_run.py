@@ -11,7 +11,9 @@ from full_stack_transformer.telegram.run import (
     SECRET_VARIABLE,
     TOKEN_VARIABLE,
     hide_from_logs,
-    run_bot,
+)
+from full_stack_transformer.telegram.run import (
+    main as run_bot,
 )
 
 TOKEN = "42:very-secret"

@@ -18,7 +18,7 @@ from full_stack_transformer.tasks.opening import open_task
 from full_stack_transformer.tasks.sequence_classification import SequenceClassification
 from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.hugging_face_trainer import to_hf_trainer
-from full_stack_transformer.training.run import run_experiment
+from full_stack_transformer.training.run import main as run_experiment
 from full_stack_transformer.training.trainer import Trainer
 from tests.tasks.small_tasks import small_rows, small_task, small_tokenizer
 from tests.training.own_classes import OwnRows, OwnTask

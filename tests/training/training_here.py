@@ -17,7 +17,7 @@ from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.module import TrainingModule
-from full_stack_transformer.training.run import train
+from full_stack_transformer.training.run import main as train
 
 # Dropout everywhere: what a step draws must not depend on the steps before.
 GPT2_WITH_DROPOUT = {

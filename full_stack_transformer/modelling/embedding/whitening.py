@@ -140,7 +140,7 @@ def whitening_dense(whitening: Whitening) -> Dense:
     )
 
 
-def whiten(arguments: WhitenArguments) -> Path:
+def main(arguments: WhitenArguments) -> Path:
     """Write the whitened model and return its directory.
 
     Raises:

@@ -27,8 +27,10 @@ from full_stack_transformer.modelling.embedding.head import (
 )
 from full_stack_transformer.modelling.embedding.whitening import (
     fit_whitening,
-    whiten,
     whitening_dense,
+)
+from full_stack_transformer.modelling.embedding.whitening import (
+    main as whiten,
 )
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.tasks.opening import open_task
