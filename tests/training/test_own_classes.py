@@ -136,7 +136,7 @@ def test_a_shape_of_another_model_is_refused(tmp_path: Path) -> None:
         experiments_root=tmp_path,
         **_QUICK,
     )
-    with pytest.raises(ModelError, match="tiny describes a model of the type 'modernbert', Bert"):
+    with pytest.raises(ModelError, match="tiny describes a model of type 'modernbert', but Bert"):
         run_experiment(arguments)
 
 
