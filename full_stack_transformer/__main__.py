@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from full_stack_transformer.errors import (
     FullStackTransformerError,
     MissingExtraError,
     UsageError,
+    install_command,
 )
 from full_stack_transformer.machine import restart_with_kept_memory
 
@@ -100,6 +102,13 @@ def run(argv: list[str]) -> int:
         if _SHOW_ALL in argv:
             return _show_all_options(app, [word for word in argv if word != _SHOW_ALL], config)
         result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.UnusedCliTokensError as error:
+        unused = " ".join(map(shlex.quote, error.unused_tokens or ()))
+        return _complain(
+            f"too many arguments without an option: {unused}; quote a text that has spaces. "
+            f"See: fst {_known_command(argv)}--help",
+            2,
+        )
     except cyclopts.CycloptsError as error:
         return _complain(f"{error} See: fst {_known_command(argv)}--help", 2)
     except FullStackTransformerError as error:
@@ -241,7 +250,8 @@ def _runner(options: type, module_name: str) -> Callable[..., Any]:
 def _normalize(argv: list[str]) -> list[str]:
     """Accept `prepare-dataset` for `prepare_dataset` and `--strip_lines false` for `--strip_lines=false`.
 
-    For training also accept the option names of other trainers.
+    Also `help COMMAND` for `COMMAND --help`, and `-p` for `--prompt`. For training also accept the
+    option names of other trainers.
     """
     words: list[str] = []
     for word in argv:
@@ -250,8 +260,12 @@ def _normalize(argv: list[str]) -> list[str]:
             words[-1] += f"={word.lower()}"
         else:
             words.append(word)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     if words and not words[0].startswith("-"):
         words[0] = words[0].replace("-", "_")
+    if words[:1] == ["generate"]:
+        words = ["--prompt" if word == "-p" else word for word in words]
     return translate(words) if _is_training(words) else words
 
 
@@ -312,7 +326,7 @@ def _missing_extra(error: ModuleNotFoundError) -> Exception:
     extra = _EXTRA_OF_PACKAGE[package]
     return MissingExtraError(
         f"this command needs the package {package}, which is not installed; "
-        f"install it with: pip install -c constraints.txt -e '.[{extra}]'"
+        f"install it with: {install_command(extra)}"
     )
 
 

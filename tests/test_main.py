@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer import __main__, __version__
+from full_stack_transformer import __main__, __version__, errors
 from full_stack_transformer.__main__ import COMMANDS
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.errors import install_command
 from tests.conftest import RunFst
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -177,6 +178,11 @@ def test_options_win_over_the_config_file(
     ("words", "exit_code", "message"),
     [
         (["trian"], 2, 'Did you mean "train"'),
+        (["help", "trian"], 2, 'Did you mean "train"'),
+        (["train", "data"], 2, "too many arguments without an option: data;"),
+        (["generate", "none", "one text", "other"], 2, "option: other; quote a text"),
+        (["generate", "none", "a text"], 1, "none should be a model directory"),
+        (["generate", "none", "-p", "a text"], 1, "none should be a model directory"),
         (["train", "--dataset_dir", "x", "--learning_rat", "1"], 2, "--learning_rate"),
         (["train"], 2, "--dataset_dir"),
         (["train", "--warmup_ratio", "0.1"], 2, "use instead: --num_warmup_steps"),
@@ -234,6 +240,20 @@ def test_the_saved_options_of_earlier_versions_are_read(run_fst: RunFst, tmp_pat
     (tmp_path / "arguments.json").write_text('{"dataset_dir": "x", "temperature": 0.25}')
     done = run_fst("train", "--config", "arguments.json", "--show_all_args", cwd=tmp_path)
     assert re.search(r"^simcse_temperature +0.25 +arguments.json$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", [["help", "train"], ["help"], ["help", "prepare-dataset"]])
+def test_help_is_a_command_too(words: list[str], run_fst: RunFst) -> None:
+    assert run_fst(*words).stdout == run_fst(*words[1:], "--help").stdout != ""
+
+
+def test_the_install_command_fits_the_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout has constraints.txt; an installed package has none beside it."""
+    assert install_command("data") == "pip install -c constraints.txt -e '.[data]'"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "full_stack_transformer" / "errors.py"))
+    assert install_command("data") == "pip install 'full_stack_transformer[data]'"
 
 
 def test_a_metric_without_its_library_names_the_extra() -> None:

@@ -24,6 +24,14 @@ class ModelArguments:
 
 
 @dataclass(frozen=True)
+class ModelAndPromptArguments(ModelArguments):
+    """A model and a text that it continues."""
+
+    prompt: str | None = None
+    """Text to continue, also as -p. Without --prompt and --prompt_file it is read from standard input."""
+
+
+@dataclass(frozen=True)
 class ModelAndDataArguments(ModelArguments):
     """A model and data to evaluate it on."""
 
@@ -157,12 +165,10 @@ class EvaluateArguments(LabelledRowsOptions, ContinuedTextsOptions, ModelAndData
 
 
 @dataclass(frozen=True)
-class GenerateArguments(SamplingOptions, MoreSamplingOptions, ModelArguments):
+class GenerateArguments(SamplingOptions, MoreSamplingOptions, ModelAndPromptArguments):
     """Continue a prompt and print the text as it is generated."""
 
     _: KW_ONLY
-    prompt: str | None = None
-    """Text to continue. Without --prompt and --prompt_file it is read from standard input."""
     prompt_file: Path | None = None
     """UTF-8 file with the text to continue."""
     interactive: bool = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
-from full_stack_transformer.errors import DocumentsError, MissingExtraError
+from full_stack_transformer.errors import DocumentsError, MissingExtraError, install_command
 
 EncodingErrors = Literal["error", "replace"]
 
@@ -144,7 +144,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"{path} needs the package zstandard, which is not installed; "
-                "install it with: pip install -c constraints.txt -e '.[data]'"
+                f"install it with: {install_command('data')}"
             ) from error
         return io.BufferedReader(_ZstdFile(raw, zstandard.ZstdDecompressor()))
     return raw

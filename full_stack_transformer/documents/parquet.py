@@ -10,7 +10,7 @@ from full_stack_transformer.documents.blocks import (
     Documents,
     ReadingOptions,
 )
-from full_stack_transformer.errors import DocumentsError, MissingExtraError
+from full_stack_transformer.errors import DocumentsError, MissingExtraError, install_command
 
 _ROWS_AT_ONCE = 256
 
@@ -53,7 +53,7 @@ class Parquet:
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"{path} needs the package pyarrow, which is not installed; "
-                "install it with: pip install -c constraints.txt -e '.[data]'"
+                f"install it with: {install_command('data')}"
             ) from error
         field = self._options.text_field
         try:

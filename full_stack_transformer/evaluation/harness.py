@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.errors import InputError, MissingExtraError
+from full_stack_transformer.errors import InputError, MissingExtraError, install_command
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
 from full_stack_transformer.modelling.model_directory import open_model
 
@@ -96,7 +96,7 @@ def _import_harness() -> None:
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"--harness needs the package {error.name}, which is not installed; install it with: "
-            "pip install -c constraints.txt -e '.[harness]'"
+            f"{install_command('harness')}"
         ) from error
 
 

@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from full_stack_transformer.documents.blocks import ending, open_decompressed
-from full_stack_transformer.errors import DocumentsError, MissingExtraError, RowError
+from full_stack_transformer.errors import (
+    DocumentsError,
+    MissingExtraError,
+    RowError,
+    install_command,
+)
 
 Row = Mapping[str, Any]
 
@@ -174,7 +179,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"{path} needs the package pyarrow, which is not installed; "
-            "install it with: pip install -c constraints.txt -e '.[data]'"
+            f"install it with: {install_command('data')}"
         ) from error
     index = 0
     try:

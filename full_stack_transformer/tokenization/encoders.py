@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from full_stack_transformer.errors import MissingExtraError, TokenizerError
+from full_stack_transformer.errors import MissingExtraError, TokenizerError, install_command
 from full_stack_transformer.machine import resident_bytes
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def choose_encoder(
             return reference
         raise MissingExtraError(
             "--tokenizer_backend gigatoken: the package gigatoken is not installed; "
-            "install it with: pip install -c constraints.txt -e '.[data]'"
+            f"install it with: {install_command('data')}"
         )
     problem = "it is not a byte-level BPE with GPT-2's pattern"
     if is_plain_byte_level(backend):

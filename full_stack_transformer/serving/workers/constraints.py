@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.errors import MissingExtraError, RequestError
+from full_stack_transformer.errors import MissingExtraError, RequestError, install_command
 from full_stack_transformer.serving.schemas import ResponseFormat
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
@@ -123,6 +123,6 @@ def _llguidance() -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             "response_format needs the package llguidance on the service's machine; install it with: "
-            "pip install -c constraints.txt -e '.[constraints]'"
+            f"{install_command('constraints')}"
         ) from error
     return llguidance
