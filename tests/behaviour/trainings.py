@@ -202,7 +202,7 @@ def _train_simcse(work: Path) -> Facts:
         "dataset_dir": "rows/sentence_embedding",
         "embedding_loss": "simcse",
         "pooling": "cls",
-        "temperature": 0.1,
+        "simcse_temperature": 0.1,
         "model_path": "experiments/masked_lm/0/model",
     }
     return _train(work, "simcse", {**_ROWS, **own})
