@@ -1,10 +1,13 @@
-"""The HTTP application: native routes, the OpenAI-compatible ones, and one handler for all errors."""
+"""The HTTP application: its routes, the page that talks to the models, and one handler for all errors."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+import gzip
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request
@@ -29,12 +32,12 @@ from full_stack_transformer.errors import (
 )
 from full_stack_transformer.serving.http.bodies import InvalidBodyError
 from full_stack_transformer.serving.http.guard import (
+    ApiKeys,
     Guard,
     HttpMetrics,
     RequestFacts,
     error_response,
 )
-from full_stack_transformer.serving.http.keys import ApiKeys
 from full_stack_transformer.serving.routes.answering import ClientGoneError
 from full_stack_transformer.serving.routes.chats import add_chat_route
 from full_stack_transformer.serving.routes.completions import (
@@ -42,10 +45,6 @@ from full_stack_transformer.serving.routes.completions import (
     make_native_router,
 )
 from full_stack_transformer.serving.routes.embeddings import add_embedding_route
-from full_stack_transformer.serving.routes.playground import (
-    make_playground_router,
-    playground_files,
-)
 from full_stack_transformer.serving.routes.tasks import make_task_router
 from full_stack_transformer.serving.schemas import (
     Health,
@@ -70,6 +69,28 @@ STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = 
 )
 _CODE_OF_STATUS = {404: "model_not_found", 429: "queue_full"}
 _CLIENT_HAS_GONE = 499  # nginx's number; nobody reads it
+
+
+_PAGE_DIRECTORY = Path(__file__).with_name("playground")
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# Nothing from elsewhere, nothing inside the markup, no page around it.
+_PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,7 @@ def make_app(
     task_router = make_task_router(models)
     app.include_router(task_router)
     app.include_router(_make_openai_router(models))
-    app.include_router(make_playground_router())
+    app.include_router(_make_playground_router())
     task_paths = frozenset(route.path for route in task_router.routes if isinstance(route, Route))
 
     def at_end(tickets: list[Any]) -> dict[str, Any]:
@@ -281,3 +302,62 @@ async def _answer_surprise(request: Request, error: Exception) -> Response:
     """A bug of ours: the log has the traceback, the client a sentence."""
     request.state.facts.error_kind = "server_error"
     return error_response(500, "server_error", RequestError("the service failed on this request"))
+
+
+# ---------------------------------------------------------------------- the page
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """One file of the page that talks to the models, as it is sent."""
+
+    body: bytes
+    zipped: bytes
+    media_type: str
+    tag: str
+
+
+@cache
+def playground_files() -> Mapping[str, PageFile]:
+    """Files by their paths; a path that is not here does not exist, so none can leave the directory."""
+    found = {}
+    for path in sorted(_PAGE_DIRECTORY.iterdir()):
+        if path.suffix not in _MEDIA_TYPES:
+            continue
+        body = path.read_bytes()
+        # Weak: the zipped body is another one.
+        tag = f'W/"{hashlib.sha256(body).hexdigest()[:32]}"'
+        file = PageFile(body, gzip.compress(body, mtime=0), _MEDIA_TYPES[path.suffix], tag)
+        found["/" if path.name == "index.html" else f"/playground/{path.name}"] = file
+    return found
+
+
+def _make_playground_router() -> APIRouter:
+    """A route for each file of the page.
+
+    The page holds no data and needs no key; what it asks for does. Everything that it shows comes from the
+    routes that other clients use too.
+    """
+    router = APIRouter(include_in_schema=False)
+    for path, file in playground_files().items():
+        router.add_api_route(path, _sender(file), methods=["GET", "HEAD"])
+    return router
+
+
+def _sender(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
+    async def send_file(request: Request) -> Response:
+        headers = {
+            "etag": file.tag,
+            # Kept by the browser, but asked for each time: a new service has a new page.
+            "cache-control": "no-cache",
+            "content-security-policy": _PAGE_POLICY,
+            "vary": "accept-encoding",
+        }
+        if file.tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        body = file.body
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            body, headers["content-encoding"] = file.zipped, "gzip"
+        return Response(body, headers=headers, media_type=file.media_type)
+
+    return send_file

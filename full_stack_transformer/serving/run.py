@@ -22,16 +22,16 @@ from full_stack_transformer.errors import MachineError
 from full_stack_transformer.modelling.model_directory import find_model_directory
 from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.http.connections import protocol_with
-from full_stack_transformer.serving.http.keys import ApiKeys, read_api_keys
+from full_stack_transformer.serving.http.guard import ApiKeys, read_api_keys
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
 from full_stack_transformer.serving.workers.models import (
     OpeningOptions,
     ServedModel,
     ServedModels,
+    ServedTask,
     open_served,
 )
 from full_stack_transformer.serving.workers.prometheus import WorkerMetrics
-from full_stack_transformer.serving.workers.task_models import ServedTask
 from full_stack_transformer.serving.workers.task_worker import MAX_BATCH_ROWS, TaskWorker
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.serving.routes.playground import playground_files
+from full_stack_transformer.serving.app import playground_files
 from tests.benchmarks.machine import NUM_CORES, commit, processor
 from tests.logged_process import running_service
 from tests.serving.browser import running_browser, visit

@@ -1,6 +1,10 @@
 """What computes logits for the engine: any backbone of transformers through PyTorch, with a cache of slots.
 
 A runner knows tokens, slots and positions, and nothing of requests. `native/` holds another one.
+
+    SlotWork --TorchRunner--> ids, positions, AttentionMasks, SlotCache --backbone--> logits
+
+In shapes: Q queries, K keys of a slot. The index of a key in its slot is its position in the text.
 """
 
 from collections.abc import Sequence
@@ -9,11 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from full_stack_transformer.generation.runners.attention_masks import AttentionMasks
-from full_stack_transformer.generation.runners.slot_cache import SlotCache
+from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.backbones import context_length
+
+_FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 @dataclass(frozen=True)
@@ -129,3 +136,128 @@ class TorchRunner:
             "attention_mask": self._masks.make(positions, num_keys),
             "past_key_values": self._cache,
         }
+
+
+class AttentionMasks:
+    """Builds the masks of a model: which keys each query sees, for each kind of attention layer.
+
+    Args:
+        config: of the model.
+        dtype: in which it computes.
+
+    Raises:
+        ModelError: the model has layers that are none of the known kinds.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._window: int | None = getattr(config, "sliding_window", None)
+        self._chunk: int | None = getattr(config, "attention_chunk_size", None)
+        named = getattr(config, "layer_types", None)
+        alone = _SLIDING if self._window else _FULL
+        self._kinds = sorted(set(named)) if named else [alone]
+        # Models whose layers differ take a mask for each kind, by its name.
+        self._is_single = not named or self._kinds == [_FULL]
+        unknown = [kind for kind in self._kinds if kind not in (_FULL, _SLIDING, _CHUNKED)]
+        if unknown:
+            raise ModelError(
+                f"{config.model_type} has layers of {unknown[0]}, which keep something else than keys and "
+                "values; such a model cannot be generated with here"
+            )
+
+    def make(self, positions: Tensor, num_keys: int) -> Tensor | dict[str, Tensor]:
+        """Masks (rows, 1, Q, K): 0 where a query may look, -inf elsewhere.
+
+        Args:
+            positions: (rows, Q) of the queries.
+            num_keys: K.
+        """
+        masks = {kind: self._mask(kind, positions, num_keys) for kind in self._kinds}
+        return masks[self._kinds[0]] if self._is_single else masks
+
+    def _mask(self, kind: str, positions: Tensor, num_keys: int) -> Tensor:
+        keys = torch.arange(num_keys, device=positions.device)[None, None, None, :]
+        queries = positions[:, None, :, None]
+        allowed = keys <= queries
+        if kind == _SLIDING and self._window:
+            allowed &= keys > queries - self._window
+        elif kind == _CHUNKED and self._chunk:
+            allowed &= keys // self._chunk == queries // self._chunk
+        mask = torch.zeros(allowed.shape, device=positions.device, dtype=self._dtype)
+        return mask.masked_fill(~allowed, -torch.inf)
+
+
+class SlotCache(Cache):
+    """Keys and values of the requests under way (slots, heads, max_length, head size), allocated once.
+
+    Fits any transformers model through its cache interface: before a forward pass the runner says which
+    slots the rows of the batch belong to and which positions they write.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, max_length: int) -> None:
+        self.num_slots = num_slots
+        self.max_length = max_length
+        self.slots = torch.zeros(0, dtype=torch.long)
+        self.positions = torch.zeros(0, 0, dtype=torch.long)
+        self.length = 0
+        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+
+    def select(self, slots: Tensor, positions: Tensor) -> int:
+        """Say what the next forward pass computes; returns the number of keys that it will see.
+
+        Args:
+            slots: (rows,) the slot of each row.
+            positions: (rows, queries) the position of each new token in its slot.
+        """
+        self.slots, self.positions = slots, positions
+        self.length = int(positions.max()) + 1
+        return self.length
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Let slot `target` hold the first tokens of `source`."""
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                stored[target, :, :num_tokens] = stored[source, :, :num_tokens]
+
+
+class _SlotLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate, now that heads, size and type are known."""
+        cache = self._cache
+        shape = (cache.num_slots, key_states.shape[1], cache.max_length)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (rows, heads, queries, size); return all up to the longest row."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots, positions, length = self._cache.slots, self._cache.positions, self._cache.length
+        # Indices around a slice put the indexed dimensions first: (rows, queries, heads, size).
+        self.keys[slots[:, None], :, positions] = key_states.transpose(1, 2)
+        self.values[slots[:, None], :, positions] = value_states.transpose(1, 2)
+        if len(slots) == 1:
+            slot = int(slots)
+            return self.keys[slot : slot + 1, :, :length], self.values[slot : slot + 1, :, :length]
+        return self.keys[slots, :, :length], self.values[slots, :, :length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the mask covers, and the first of them."""
+        return self._cache.length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens stored; positions are always given, so nothing may depend on it."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Tokens that fit into a slot."""
+        return self._cache.max_length

@@ -6,12 +6,16 @@ Denies by default: what is open without a key is a list of exact paths. Logs siz
 texts. Pure ASGI, so that streams pass through it piece by piece.
 """
 
+import hashlib
+import hmac
 import logging
+import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -19,11 +23,16 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from full_stack_transformer.errors import AccessError
-from full_stack_transformer.serving.http.keys import ApiKeys
+from full_stack_transformer.errors import AccessError, UsageError
 from full_stack_transformer.serving.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
+
+KEYS_VARIABLE = "FST_API_KEYS"
+_MIN_KEY_CHARACTERS, _MAX_KEY_CHARACTERS = 16, 512
+_MAX_FILE_BYTES = 1 << 20
+# A line of the file may hold the digest instead of the key: sha256:… of `printf %s KEY | sha256sum`.
+_DIGEST_LINE = re.compile(r"sha256:([0-9a-f]{64})")
 
 OPEN_PATHS = frozenset(("/health",))
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -43,6 +52,79 @@ _PAGE_POLICY = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     b"img-src 'self' data:; frame-ancestors 'none'",
 )
+
+
+class ApiKeys:
+    """The keys that open the service, kept as digests and compared in constant time.
+
+    Args:
+        digests: SHA-256 of each key; none leaves the service open.
+    """
+
+    def __init__(self, digests: frozenset[bytes]) -> None:
+        self._digests = sorted(digests)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may ask."""
+        return not self._digests
+
+    @property
+    def num_keys(self) -> int:
+        """Number of different keys."""
+        return len(self._digests)
+
+    def find(self, authorization: bytes) -> str | None:
+        """A short name of the key in an Authorization header; none when it opens nothing.
+
+        Every digest is compared, in constant time, so that no timing tells how near a guess was.
+        """
+        scheme, _, key = authorization.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        found = None
+        for known in self._digests:
+            if hmac.compare_digest(digest, known):
+                found = known.hex()[:8]
+        return found if scheme.lower() == b"bearer" else None
+
+
+def read_api_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys:
+    """The keys of a file (one a line, # begins a comment) and of the environment (separated by commas).
+
+    Raises:
+        UsageError: the file cannot be read or holds no key, or a key is too short to be one.
+    """
+    digests = {
+        _digest(word.strip(), KEYS_VARIABLE)
+        for word in environment.get(KEYS_VARIABLE, "").split(",")
+        if word.strip()
+    }
+    if file is not None:
+        try:
+            with file.open(encoding="utf-8") as opened:
+                lines = opened.read(_MAX_FILE_BYTES).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise UsageError(f"--api_keys_file {file} cannot be read: {reason}") from None
+        keys = [key for line in lines if (key := line.partition("#")[0].strip())]
+        if not keys:
+            # An empty file must not open the service to everybody.
+            raise UsageError(f"--api_keys_file {file} holds no key; put one on each line")
+        digests |= {_digest(key, f"--api_keys_file {file}") for key in keys}
+    return ApiKeys(frozenset(digests))
+
+
+def _digest(key: str, source: str) -> bytes:
+    if given := _DIGEST_LINE.fullmatch(key):
+        return bytes.fromhex(given.group(1))
+    is_plain = key.isascii() and key.isprintable() and " " not in key
+    if not is_plain or not _MIN_KEY_CHARACTERS <= len(key) <= _MAX_KEY_CHARACTERS:
+        # Without the key itself: it may be a real one with a slip.
+        raise UsageError(
+            f"{source}: a key must have {_MIN_KEY_CHARACTERS} to {_MAX_KEY_CHARACTERS} plain characters "
+            "without spaces; make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+    return hashlib.sha256(key.encode()).digest()
 
 
 @dataclass

@@ -13,7 +13,7 @@ from full_stack_transformer.generation.continuation import Piece
 from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
 from full_stack_transformer.serving.routes.answering import OpenAIAnswer, Usage, check_room
-from full_stack_transformer.serving.routes.token_texts import TokenTexts, texts_of
+from full_stack_transformer.serving.routes.log_probabilities import chat_logprobs
 from full_stack_transformer.serving.schemas import ChatCompletionRequest
 from full_stack_transformer.serving.workers.models import ServedModel, ServedModels
 
@@ -170,25 +170,4 @@ class _ChatAnswer(OpenAIAnswer):
         }
 
     def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        return (
-            chat_logprobs(scored, texts_of(self._model.tokenizer)) if self._has_logprobs else None
-        )
-
-
-def chat_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> dict[str, Any]:
-    """Log-probabilities in the form of chats."""
-
-    def entry(token_id: int, log_probability: float) -> dict[str, Any]:
-        return {
-            "token": texts.text(token_id),
-            "logprob": log_probability,
-            "bytes": texts.bytes_of(token_id),
-        }
-
-    return {
-        "content": [
-            entry(token.token_id, token.log_probability)
-            | {"top_logprobs": [entry(*alternative) for alternative in token.alternatives]}
-            for token in tokens
-        ]
-    }
+        return chat_logprobs(scored, self._model.tokenizer) if self._has_logprobs else None

@@ -20,14 +20,17 @@ from full_stack_transformer.serving.routes.answering import (
     submit,
     wait_for_texts,
 )
-from full_stack_transformer.serving.routes.token_texts import texts_of
+from full_stack_transformer.serving.routes.log_probabilities import (
+    LogprobsWriter,
+    cut_at,
+    joined,
+)
 from full_stack_transformer.serving.schemas import (
     CompletionRequest,
     GeneratedTextsRequest,
     GeneratedTextsResponse,
 )
 from full_stack_transformer.serving.workers.models import ServedModel, ServedModels
-from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 
 class CompletionLogprobs(BaseModel):
@@ -136,7 +139,7 @@ class _CompletionAnswer(OpenAIAnswer):
         self.num_candidates = max(body.num_choices, body.best_of or 1)
         self._body = body
         self._prompt_ids: list[list[int]] = []
-        self._writers: dict[int, _LogprobsWriter] = {}
+        self._writers: dict[int, LogprobsWriter] = {}
 
     def wanted(self, prompt_ids: list[list[int]]) -> list[TokenRequest]:
         """The candidates of the first prompt, then those of the second …"""
@@ -180,10 +183,10 @@ class _CompletionAnswer(OpenAIAnswer):
         before = self._echoed(prompt_index)
         logprobs = None
         if self._body.logprobs is not None:
-            writer = _LogprobsWriter(self._model.tokenizer)
+            writer = LogprobsWriter(self._model.tokenizer)
             parts = self._prompt_logprobs(writer, prompt_index, text.scored_prompt)
-            logprobs = _joined(
-                *parts, _cut_at(len(before) + len(text.text), writer.scored(text.scored))
+            logprobs = joined(
+                *parts, cut_at(len(before) + len(text.text), writer.scored(text.scored))
             )
         return {
             "index": index,
@@ -198,7 +201,7 @@ class _CompletionAnswer(OpenAIAnswer):
         """What is new of a choice; the first piece has the prompt where it is echoed."""
         parts = []
         if is_first:
-            self._writers[index] = _LogprobsWriter(self._model.tokenizer)
+            self._writers[index] = LogprobsWriter(self._model.tokenizer)
             prompt_index = index // self.num_candidates
             text = self._echoed(prompt_index) + text
             parts += self._prompt_logprobs(self._writers[index], prompt_index, piece.scored_prompt)
@@ -206,12 +209,12 @@ class _CompletionAnswer(OpenAIAnswer):
         return {
             "index": index,
             "text": text,
-            "logprobs": None if self._body.logprobs is None else _joined(*parts),
+            "logprobs": None if self._body.logprobs is None else joined(*parts),
             "finish_reason": piece.finish_reason,
         }
 
     def _prompt_logprobs(
-        self, writer: "_LogprobsWriter", prompt_index: int, scored: Sequence[ScoredToken]
+        self, writer: LogprobsWriter, prompt_index: int, scored: Sequence[ScoredToken]
     ) -> list[dict[str, list[Any]]]:
         if not self._body.echo or self._body.logprobs is None:
             return []
@@ -247,55 +250,3 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 def _mean_log_probability(text: Piece) -> float:
     return sum(token.log_probability for token in text.scored) / max(1, len(text.scored))
-
-
-class _LogprobsWriter:
-    """Log-probabilities in the form of completions, piece by piece; offsets count the choice's characters."""
-
-    def __init__(self, tokenizer: DocumentTokenizer) -> None:
-        self._texts = texts_of(tokenizer)
-        self._stream = TextStream(tokenizer)
-        self._offset = 0
-
-    def unscored(self, token_id: int) -> dict[str, list[Any]]:
-        """A first token: nothing comes before it that could make it likely."""
-        return self._lists([(token_id, None, None)])
-
-    def scored(self, tokens: Sequence[ScoredToken]) -> dict[str, list[Any]]:
-        """The next tokens."""
-        return self._lists(
-            [(token.token_id, token.log_probability, self._alternatives(token)) for token in tokens]
-        )
-
-    def _alternatives(self, token: ScoredToken) -> dict[str, float]:
-        found: dict[str, float] = {}
-        # From the most likely down: of several tokens with one text the first counts.
-        for token_id, log_probability in token.alternatives:
-            found.setdefault(self._texts.text(token_id), log_probability)
-        return found
-
-    def _lists(
-        self, tokens: list[tuple[int, float | None, dict[str, float] | None]]
-    ) -> dict[str, list[Any]]:
-        offsets = []
-        for token_id, _, _ in tokens:
-            offsets.append(self._offset)
-            self._offset += len(self._stream.push(token_id))
-        return {
-            "tokens": [self._texts.text(token_id) for token_id, _, _ in tokens],
-            "token_logprobs": [value for _, value, _ in tokens],
-            "top_logprobs": [alternatives for _, _, alternatives in tokens],
-            "text_offset": offsets,
-        }
-
-
-def _joined(*parts: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Parts of one text's log-probabilities, one after the other."""
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return {name: [entry for part in parts for entry in part[name]] for name in names}
-
-
-def _cut_at(length: int, lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Without the tokens that begin after a text of `length` characters, which a stop text cut off."""
-    num_kept = sum(1 for offset in lists["text_offset"] if offset < length)
-    return {name: values[:num_kept] for name, values in lists.items()}

@@ -19,8 +19,7 @@ from full_stack_transformer.errors import RequestError
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
 from full_stack_transformer.serving.routes.answering import encode, unless_gone
 from full_stack_transformer.serving.schemas import EmbeddingRequest
-from full_stack_transformer.serving.workers.models import AnyServed, ServedModels
-from full_stack_transformer.serving.workers.task_models import ServedTask
+from full_stack_transformer.serving.workers.models import AnyServed, ServedModels, ServedTask
 from full_stack_transformer.tasks.catalogue import EMBEDDING_TASK
 
 

@@ -8,9 +8,11 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from full_stack_transformer.arguments.sampling import NUMERIC, SamplingParameters
 from full_stack_transformer.errors import (
@@ -27,14 +29,14 @@ from full_stack_transformer.generation.runners.native.decoder import WeightsDtyp
 from full_stack_transformer.modelling.model_directory import (
     OpenedModel,
     find_model_directory,
+    name_of_model,
     open_model,
 )
 from full_stack_transformer.serving.schemas import ServedModelFacts
-from full_stack_transformer.serving.workers.facts import facts_of
-from full_stack_transformer.serving.workers.task_models import ServedTask, open_served_task
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
-from full_stack_transformer.tasks.opening import task_class_of
+from full_stack_transformer.tasks.opening import OpenedTask, open_task, task_class_of
 from full_stack_transformer.tasks.routes import Route
+from full_stack_transformer.tasks.task import RowTask
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,19 +57,45 @@ class OpeningOptions:
     max_length: int | None
 
 
-@dataclass(frozen=True, eq=False)
-class ServedModel:
-    """One model, ready to generate."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Served:
+    """A model that is served, whatever its task."""
 
     name: str
     path: Path
+    """What was opened."""
     signature: object
     """Tells one content of the directory from the next."""
     description: dict[str, Any]
+    """That of the model directory."""
+    loaded_at: int = field(default_factory=lambda: int(time.time()))
+    num_swaps: int = 0
+
+    def _facts(self, **others: Any) -> ServedModelFacts:
+        """What `/version` says of it; `others` are the fields that depend on its kind."""
+        description = self.description
+        return ServedModelFacts(
+            model=self.name,
+            checkpoint=self.path.name,
+            step=_number(description.get("step"), int),
+            validation_loss=_number(description.get("validation_loss"), float),
+            num_swaps=self.num_swaps,
+            loaded_at=self.loaded_at,
+            description=description,
+            **others,
+        )
+
+
+def _number(value: object, kind: type) -> Any:
+    return value if isinstance(value, (int, kind)) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ServedModel(_Served):
+    """One model, ready to generate."""
+
     engine: Engine
     conventions: Conventions
-    loaded_at: int
-    num_swaps: int = 0
 
     @property
     def tokenizer(self) -> DocumentTokenizer:
@@ -77,14 +105,53 @@ class ServedModel:
     @property
     def facts(self) -> ServedModelFacts:
         """What people may know of it."""
-        return facts_of(
-            self,
+        return self._facts(
             context_tokens=self.engine.max_length,
             computed_by=self.engine.computed_by,
             has_chat_template=not self.conventions.template.is_plain,
             control_tokens=self.tokenizer.control_tokens,
             sampling={name: getattr(self.conventions.defaults, name) for name in _SHOWN},
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ServedTask(_Served):
+    """One model, ready to predict."""
+
+    opened: OpenedTask
+
+    @property
+    def task(self) -> RowTask:
+        """What it does."""
+        return self.opened.row_task
+
+    @property
+    def makes_vectors(self) -> bool:
+        """Whether its predictions are vectors of texts."""
+        return any(route.needs_vectors for route in self.task.routes)
+
+    @property
+    def facts(self) -> ServedModelFacts:
+        """What people may know of it."""
+        task = self.task
+        weights = next(self.opened.backbone.parameters())
+        return self._facts(
+            task=task.name,
+            context_tokens=task.options.max_length,
+            computed_by=f"PyTorch, {str(weights.dtype).removeprefix('torch.')} on {weights.device}",
+            control_tokens=task.control_tokens,
+            form=_shown(task),
+        )
+
+
+def _shown(task: RowTask) -> dict[str, Any]:
+    """The form of the task, whose hint names the mask of this model."""
+    if task.form is None:
+        return {}
+    form = asdict(task.form)
+    if task.control_tokens:
+        form["hint"] = form["hint"].replace("MASK", task.control_tokens[0])
+    return form
 
 
 AnyServed = ServedModel | ServedTask
@@ -217,8 +284,28 @@ def _open_any(
 ) -> AnyServed:
     if task_class_of(find_model_directory(path)).generates:
         return _open_once(name, path, options, signature)
-    return open_served_task(
-        *(name, path, signature), device=options.device, weights_dtype=options.weights_dtype
+    return _open_task(name, path, options, signature)
+
+
+def _open_task(
+    name: str | None, path: Path, options: OpeningOptions, signature: object
+) -> ServedTask:
+    """Open a model of another task than generating.
+
+    Raises:
+        ModelError: it cannot be opened, or not with weights of this type.
+    """
+    if options.weights_dtype == "int8":
+        raise ModelError(f"{path}: int8 is for models that generate; pass --weights_dtype auto")
+    dtype = torch.bfloat16 if options.weights_dtype == "bfloat16" else torch.float32
+    opened = open_task(path, device=options.device, dtype=dtype)
+    _ = opened.row_task  # a model without rows is refused now, not by its first request
+    return ServedTask(
+        name=name or name_of_model(find_model_directory(path)),
+        path=path,
+        signature=signature,
+        description=opened.description,
+        opened=opened,
     )
 
 
@@ -242,7 +329,6 @@ def _open_once(
         description=opened.description,
         engine=engine,
         conventions=Conventions.of(opened, template),
-        loaded_at=int(time.time()),
     )
 
 

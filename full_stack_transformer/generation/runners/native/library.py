@@ -1,7 +1,7 @@
 """Compiles decoder.cpp once for this processor and opens it. Knows nothing of models.
 
-The library lies in the user's cache directory under a name that depends on the source, the compiler and the
-processor, so that a new version or another machine compiles anew; that takes some fifteen seconds.
+The library is kept in the user's cache directory. Its name depends on the source with its headers, the
+compiler and the processor, so another version or machine compiles again, which takes about 15 seconds.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ _NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"
 
 
 class DecoderShape(ctypes.Structure):
-    """The sizes of a decoder, as decoder.cpp declares them."""
+    """The sizes of a decoder, as model.h declares them."""
 
     _fields_ = [
         *(
@@ -102,7 +102,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def _compile(path: Path) -> None:
-    logger.info("compiling the decoder for this processor, once; it takes a quarter of a minute")
+    logger.info("compiling the C++ decoder for this processor, once; this takes about 15 seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler = _compiler()
     assert compiler is not None, "the caller asks why_not first"
@@ -125,7 +125,8 @@ def _compiler() -> str | None:
 
 
 def _fingerprint() -> str:
-    parts = (_SOURCE.read_bytes(), *map(str.encode, (*_FLAGS, str(_compiler()), platform.node())))
+    parts = tuple(path.read_bytes() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))))
+    parts = (*parts, *map(str.encode, (*_FLAGS, str(_compiler()), platform.node())))
     parts = (*parts, " ".join(sorted(processor_features())).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

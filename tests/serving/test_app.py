@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from full_stack_transformer.serving.routes.playground import playground_files
+from full_stack_transformer.serving.app import playground_files
 from tests.serving.conftest import KeyedService
 
 FILES = playground_files()

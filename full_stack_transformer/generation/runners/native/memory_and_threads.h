@@ -1,0 +1,113 @@
+// Memory that grows on demand, and threads that share pieces of work. Knows nothing of numbers and of models.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace {
+
+template <class Value>
+class Buffer {  // 64-byte aligned, not initialized, grows on demand
+ public:
+  explicit Buffer(size_t size = 0) { reserve(size); }
+  Value* reserve(size_t size) {
+    if (size > size_) {
+      size_ = size;
+      const size_t bytes = (size * sizeof(Value) + 63) / 64 * 64;
+      data_.reset(static_cast<Value*>(std::aligned_alloc(64, bytes)));
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_.get();
+  }
+  Value* get() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(void* pointer) const { std::free(pointer); }
+  };
+  std::unique_ptr<Value, Free> data_;
+  size_t size_ = 0;
+};
+
+// Threads that wait for the next piece of work by spinning for a while: a step has some eighty pieces of a
+// few microseconds, and waking a sleeping thread takes fifty.
+class Pool {
+ public:
+  explicit Pool(int num_threads) {
+    for (int number = 1; number < num_threads; ++number) {
+      threads_.emplace_back([this] { serve(); });
+    }
+  }
+
+  ~Pool() {
+    is_over_ = true;
+    round_.fetch_add(1);
+    round_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+
+  // Calls work(0) … work(count - 1), each once, on all threads.
+  void run(int count, const std::function<void(int)>& work) {
+    if (count == 1 || threads_.empty()) {
+      for (int item = 0; item < count; ++item) work(item);
+      return;
+    }
+    work_ = &work;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    is_open_.store(true);
+    round_.fetch_add(1);
+    round_.notify_all();
+    take();
+    // Only those that have come in are waited for: on a busy machine a thread may not run for milliseconds.
+    is_open_.store(false);
+    for (int spins = 0; num_inside_.load() > 0; ++spins) {
+      if (spins < 2000) {
+        _mm_pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  void take() {
+    for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*work_)(item);
+  }
+
+  void serve() {
+    uint32_t seen = 0;
+    while (true) {
+      for (int spins = 0; round_.load(std::memory_order_acquire) == seen && spins < 20000; ++spins) {
+        _mm_pause();
+      }
+      round_.wait(seen, std::memory_order_acquire);
+      seen = round_.load(std::memory_order_acquire);
+      if (is_over_) return;
+      // Come in first, look second: whoever finds it open is waited for.
+      num_inside_.fetch_add(1);
+      if (is_open_.load()) take();
+      num_inside_.fetch_sub(1);
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  const std::function<void(int)>* work_ = nullptr;
+  int count_ = 0;
+  std::atomic<int> next_{0}, num_inside_{0};
+  std::atomic<bool> is_open_{false};
+  std::atomic<uint32_t> round_{0};
+  std::atomic<bool> is_over_{false};
+};
+
+}  // namespace
