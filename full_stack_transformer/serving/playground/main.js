@@ -1,69 +1,79 @@
-// The page: which mode, which model, what the buttons and keys do, and what is remembered.
+// The page: which mode, which model, and what the buttons and keys do.
 
 import * as alternatives from "./alternatives.js";
+import { chooseColour, showAppearance } from "./appearance.js";
 import { Chat } from "./chat.js";
 import { byId, count, eachFrame, make } from "./elements.js";
 import { Candidate, fill } from "./generation.js";
-import { exported, imported, openHistory } from "./history.js";
 import { ModelCard } from "./model_card.js";
 import { Notebook } from "./notebook.js";
 import { Parameters } from "./parameters.js";
-import { recipesOf } from "./recipes.js";
+import { copyRecipe, showRecipes } from "./recipes.js";
 import { askJson } from "./service.js";
+import { Sessions } from "./sessions.js";
 import { isOther, openTask } from "./tasks.js";
+import { Undo } from "./undo.js";
 import * as variants from "./variants.js";
 
-const MAX_UNDO = 200;
-const TYPING_MILLISECONDS = 800;
-const SAVE_MILLISECONDS = 400;
 const ENDS = { stop: "came to an end", length: "max_tokens reached", stopped: "stopped by you" };
 
 const card = new ModelCard({ onModels: drawModels });
-const hooks = { onEdit: changed, beforeEdit: rememberTyping, onToken: pointAt };
+const undo = new Undo({ take: texts, put: showTexts, onChange: drawButtons });
+const sessions = new Sessions({ take: describeSession, show: showSession, onProblem: drawProblem });
+const hooks = { onEdit: changed, beforeEdit: () => undo.rememberTyping(), onToken: pointAt };
 const notebook = new Notebook(hooks);
 const chat = new Chat({ ...hooks, onAct: actOnMessage });
 let desk = notebook;
 let parameters = null;
-let history = null;
-let session = null;
 let running = null; // the AbortController of what is being generated
-let undone = { past: [], future: [] };
-let typedAt = 0;
 let lastSeed = null;
 let lastRequest = null;
-let saving = 0;
 
-// ------------------------------------------------------------------ undo
+// ------------------------------------------------------------------ what is on the page
 
-function remember() {
-  undone.past.push({ mode: desk.mode, content: desk.snapshot() });
-  if (undone.past.length > MAX_UNDO) undone.past.shift();
-  undone.future = [];
-  typedAt = 0;
-  drawButtons();
+function texts() {
+  return { mode: desk.mode, content: desk.snapshot() };
 }
 
-function rememberTyping() {
-  const now = performance.now();
-  if (now - typedAt > TYPING_MILLISECONDS) remember();
-  typedAt = now;
-}
-
-function travel(from, to) {
-  const entry = from.pop();
-  if (!entry || running) return;
+function showTexts(entry) {
   variants.close();
   alternatives.hide();
-  to.push({ mode: desk.mode, content: desk.snapshot() });
-  if (entry.mode !== desk.mode) session.base = null;
+  if (entry.mode !== desk.mode) sessions.current.base = null;
   openMode(entry.mode);
   desk.restore(entry.content);
-  typedAt = 0;
   changed();
 }
 
-const undo = () => travel(undone.past, undone.future);
-const redo = () => travel(undone.future, undone.past);
+function changed() {
+  drawButtons();
+  sessions.touch({ isGrowing: Boolean(running) });
+}
+
+function describeSession() {
+  return {
+    mode: desk.mode, title: desk.title || "Untitled", model: byId("model").value, isEmpty: notebook.isEmpty && chat.isEmpty,
+    notebook: notebook.snapshot(), chat: chat.snapshot(), parameters: parameters?.state() ?? sessions.current.parameters,
+  };
+}
+
+function showSession(session) {
+  undo.clear();
+  notebook.restore(session.notebook);
+  chat.restore(session.chat);
+  if (card.models.some((one) => one.model === session.model)) byId("model").value = session.model;
+  openMode(session.mode);
+  if (card.models.length) chooseModel();
+  if (session.parameters) parameters?.set(session.parameters);
+  byId("state").textContent = "";
+  drawProblem(null);
+  drawButtons();
+}
+
+async function newSession() {
+  stop();
+  await sessions.new(desk.mode);
+  desk.focus();
+}
 
 // ------------------------------------------------------------------ generation
 
@@ -89,7 +99,7 @@ async function generate(content, { keepSeed = true } = {}) {
   const all = groups.flatMap((group) => group.candidates);
   lastSeed = seed;
   lastRequest = null;
-  session.base = desk.snapshot();
+  sessions.current.base = desk.snapshot();
   start();
   byId("settings").classList.remove("open");
   if (all.length > 1) variants.open(all, { onToken: pointAtVariant, keep: keepVariant });
@@ -139,20 +149,24 @@ function end() {
 
 const stop = () => running?.abort();
 
+function travel(direction) {
+  if (!running) undo[direction]();
+}
+
 function go() {
   if (!canStart()) return;
-  remember();
+  undo.remember();
   variants.close();
   const content = desk.begin();
   if (content) generate(content);
 }
 
 function again() {
-  if (!canStart() || !session.base) return;
-  remember();
+  if (!canStart() || !sessions.current.base) return;
+  undo.remember();
   if (!variants.isOpen()) {
     const draft = chat.composer.value;
-    desk.restore(session.base);
+    desk.restore(sessions.current.base);
     chat.composer.value = draft;
   }
   variants.close();
@@ -163,7 +177,7 @@ const canStart = () => !running && parameters && !isOther(model());
 
 function keepVariant(candidate) {
   stop();
-  remember();
+  undo.remember();
   desk.show(candidate);
   variants.close();
   changed();
@@ -172,7 +186,7 @@ function keepVariant(candidate) {
 
 function branch(view, mark, token, logprob) {
   if (running) return;
-  remember();
+  undo.remember();
   variants.close();
   desk.branch(view, mark, token, logprob);
   changed();
@@ -181,7 +195,7 @@ function branch(view, mark, token, logprob) {
 
 function actOnMessage(name, message) {
   if (!canStart()) return;
-  remember();
+  undo.remember();
   variants.close();
   if (name === "delete") chat.remove(message);
   else chat.cutAfter(message, { inclusive: name === "regenerate" });
@@ -192,13 +206,12 @@ function actOnMessage(name, message) {
 
 async function measure() {
   if (!canStart() || desk !== notebook || notebook.isEmpty) return;
-  remember();
+  undo.remember();
   start();
   byId("state").textContent = "Measuring …";
   try {
     const found = await notebook.measure(byId("model").value, parameters.numAlternatives, running.signal);
-    byId("colour").value = "probability";
-    drawColour();
+    chooseColour("probability");
     byId("state").replaceChildren(
       make("b", {}, `Perplexity ${found.perplexity.toFixed(2)}`),
       ` · ${found.bitsPerByte.toFixed(2)} bits per byte · ${count(found.numTokens, "token")}`);
@@ -256,10 +269,6 @@ function drawProblem(error) {
   byId("problem").textContent = error ? error.message : "";
 }
 
-function drawColour() {
-  document.body.dataset.colour = byId("colour").value;
-}
-
 const isNearEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - 160;
 
 function drawButtons() {
@@ -270,9 +279,9 @@ function drawButtons() {
   byId("go").firstChild.textContent = desk === chat ? "Send " : "Continue ";
   byId("stop").hidden = !running;
   byId("go").disabled = !parameters;
-  byId("again").disabled = Boolean(running) || !session?.base;
-  byId("undo").disabled = Boolean(running) || !undone.past.length;
-  byId("redo").disabled = Boolean(running) || !undone.future.length;
+  byId("again").disabled = Boolean(running) || !sessions.current?.base;
+  byId("undo").disabled = Boolean(running) || !undo.past.length;
+  byId("redo").disabled = Boolean(running) || !undo.future.length;
   byId("measure").hidden = desk !== notebook;
   byId("measure").disabled = Boolean(running) || !parameters || notebook.isEmpty;
 }
@@ -321,152 +330,15 @@ function openMode(mode) {
 function switchMode(mode) {
   if (running || desk.mode === mode || byId(`tab-${mode}`).disabled) return;
   openMode(mode);
-  session.base = null;
+  sessions.current.base = null;
   desk.focus();
   changed();
 }
 
-// ------------------------------------------------------------------ sessions
-
-const isNew = () => notebook.isEmpty && chat.isEmpty;
-
-function changed() {
-  drawButtons();
-  document.body.dataset.saved = "no";
-  clearTimeout(saving);
-  saving = setTimeout(save, running ? 4 * SAVE_MILLISECONDS : SAVE_MILLISECONDS);
-}
-
-async function save() {
-  clearTimeout(saving);
-  if (!session || (isNew() && !session.updated)) return;
-  Object.assign(session, {
-    mode: desk.mode, title: desk.title || "Untitled", updated: Date.now(), model: byId("model").value,
-    notebook: notebook.snapshot(), chat: chat.snapshot(), parameters: parameters?.state() ?? session.parameters,
-  });
-  try {
-    await history.put(session);
-    localStorage.setItem("fst.session", session.id);
-    document.body.dataset.saved = "yes";
-  } catch (error) {
-    drawProblem(new Error(`This browser does not keep the text: ${error.message}`));
-  }
-}
-
-function openSession(wanted) {
-  session = wanted ?? { id: crypto.randomUUID?.() ?? String(Math.random()), mode: desk.mode, updated: 0 };
-  undone = { past: [], future: [] };
-  notebook.restore(session.notebook);
-  chat.restore(session.chat);
-  if (card.models.some((one) => one.model === session.model)) byId("model").value = session.model;
-  openMode(session.mode);
-  if (card.models.length) chooseModel();
-  if (session.parameters) parameters?.set(session.parameters);
-  byId("state").textContent = "";
-  drawProblem(null);
-  drawButtons();
-}
-
-async function newSession() {
-  stop();
-  await save();
-  openSession(null);
-  localStorage.removeItem("fst.session");
-  desk.focus();
-}
-
-async function showHistory() {
-  await save();
-  const all = (await history.all()).sort((one, other) => other.updated - one.updated);
-  byId("sessions").replaceChildren(...all.map((one) => make("li", {},
-    make("button", {
-      className: "session", attributes: one.id === session.id ? { "aria-current": "true" } : {},
-      on: { click: () => { openSession(one); changed(); byId("history").close(); } },
-    }, make("b", {}, one.title), make("span", { className: "meaning" },
-      `${one.mode} · ${new Date(one.updated).toLocaleString()}`)),
-    make("button", {
-      className: "quiet", attributes: { "aria-label": `Delete ${one.title}` },
-      on: { click: () => forget(one) },
-    }, "Delete"))));
-  if (!all.length) byId("sessions").append(make("li", { className: "meaning" }, "Nothing yet."));
-  if (!byId("history").open) byId("history").showModal();
-}
-
-async function forget(one) {
-  await history.remove(one.id);
-  if (one.id === session.id) openSession(null);
-  await showHistory();
-}
-
-async function exportAll() {
-  await save();
-  const url = URL.createObjectURL(new Blob([exported(await history.all())], { type: "application/json" }));
-  const day = new Date().toISOString().slice(0, 10);
-  make("a", { href: url, download: `playground-${day}.json` }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-}
-
-async function importFile() {
-  const [file] = byId("import-file").files;
-  byId("import-file").value = "";
-  if (!file) return;
-  try {
-    for (const one of imported(await file.text())) await history.put(one);
-    await showHistory();
-  } catch (error) {
-    byId("history").close();
-    drawProblem(new Error(`${file.name} is no export of this page: ${error.message}`));
-  }
-}
-
-// ------------------------------------------------------------------ recipes
-
-function showRecipes() {
+function showCode() {
   const repeats = lastRequest?.path === desk.path && lastRequest.content === JSON.stringify(desk.snapshot());
   const body = repeats ? lastRequest.body : bodyOf(desk.preview());
-  const all = recipesOf(desk.path, body, card.find(body.model), sessionStorage.getItem("fst.key") !== null);
-  const choose = (name) => {
-    byId("recipe").textContent = all[name].text;
-    byId("recipe-note").textContent = `${repeats ? "Repeats the last answer. " : ""}${all[name].note}`;
-    for (const tab of byId("recipe-tabs").children) tab.ariaSelected = String(tab.textContent === name);
-  };
-  byId("recipe-tabs").replaceChildren(...Object.keys(all).map((name) =>
-    make("button", { attributes: { role: "tab" }, on: { click: () => choose(name) } }, name)));
-  choose("curl");
-  byId("copy").textContent = "Copy";
-  byId("recipes").showModal();
-}
-
-async function copyRecipe() {
-  const text = byId("recipe").textContent;
-  try {
-    await navigator.clipboard.writeText(text);
-    byId("copy").textContent = "Copied";
-  } catch {
-    // Only pages with TLS and those of this machine may write the clipboard.
-    getSelection().selectAllChildren(byId("recipe"));
-    byId("copy").textContent = "Press Ctrl C";
-  }
-}
-
-// ------------------------------------------------------------------ theme
-
-const THEMES = { "": ["◐", "as the system has it"], light: ["☀", "light"], dark: ["☾", "dark"] };
-
-function drawTheme() {
-  const [sign, name] = THEMES[document.documentElement.dataset.theme ?? ""];
-  byId("theme").textContent = sign;
-  byId("theme").ariaLabel = `Theme: ${name}`;
-}
-
-function nextTheme() {
-  const names = Object.keys(THEMES);
-  const now = document.documentElement.dataset.theme ?? "";
-  const next = names[(names.indexOf(now) + 1) % names.length];
-  if (next) document.documentElement.dataset.theme = next;
-  else delete document.documentElement.dataset.theme;
-  localStorage.setItem("fst.theme", next);
-  drawTheme();
+  showRecipes({ path: desk.path, body, model: card.find(body.model), repeats });
 }
 
 // ------------------------------------------------------------------ keys
@@ -483,8 +355,7 @@ function onKey(event) {
     else closeSettings();
   } else if (isCommand && event.key.toLowerCase() === "z" && event.target.className === "area") {
     event.preventDefault();
-    if (event.shiftKey) redo();
-    else undo();
+    travel(event.shiftKey ? "redo" : "undo");
   }
 }
 
@@ -500,20 +371,17 @@ function closeSettings() {
 
 function listen() {
   const clicks = {
-    go, stop, again, undo, redo, measure, new: newSession, theme: nextTheme, copy: copyRecipe, export: exportAll,
+    go, stop, again, measure, undo: () => travel("undo"), redo: () => travel("redo"), new: newSession, copy: copyRecipe,
+    export: () => sessions.exportAll(),
     "tab-notebook": () => switchMode("notebook"), "tab-chat": () => switchMode("chat"),
-    "history-button": showHistory, "recipes-button": showRecipes, "settings-button": toggleSettings, "settings-done": closeSettings,
+    "history-button": () => sessions.list(), "recipes-button": showCode, "settings-button": toggleSettings, "settings-done": closeSettings,
     import: () => byId("import-file").click(),
   };
   for (const [id, handler] of Object.entries(clicks)) byId(id).addEventListener("click", () => handler());
   for (const one of document.querySelectorAll("dialog .close")) one.addEventListener("click", () => one.closest("dialog").close());
-  byId("import-file").addEventListener("change", importFile);
+  byId("import-file").addEventListener("change", () => sessions.importFile());
   byId("model").addEventListener("change", () => { chooseModel(); changed(); });
   byId("message").addEventListener("input", changed);
-  byId("colour").addEventListener("change", () => {
-    drawColour();
-    localStorage.setItem("fst.colour", byId("colour").value);
-  });
   for (const id of ["tab-notebook", "tab-chat"]) {
     byId(id).addEventListener("keydown", (event) => {
       if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
@@ -522,7 +390,7 @@ function listen() {
     });
   }
   addEventListener("keydown", onKey);
-  addEventListener("pagehide", save);
+  addEventListener("pagehide", () => sessions.save());
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden && parameters) card.look().catch(() => {});
   });
@@ -540,14 +408,10 @@ async function readSchemas() {
 }
 
 async function begin() {
-  drawTheme();
-  byId("colour").value = localStorage.getItem("fst.colour") ?? "probability";
-  drawColour();
+  showAppearance();
   listen();
-  history = await openHistory();
-  const id = localStorage.getItem("fst.session");
-  openSession((await history.all()).find((one) => one.id === id));
-  const wanted = session.model;
+  await sessions.begin();
+  const wanted = sessions.current.model;
   try {
     await Promise.all([card.read(), readSchemas()]);
   } catch (error) {
@@ -558,7 +422,7 @@ async function begin() {
   if (card.models.some((one) => one.model === wanted)) byId("model").value = wanted;
   chooseModel();
   parameters = new Parameters(schemas[notebook.path], { model: model(), onChange: changed });
-  if (session.parameters) parameters.set(session.parameters);
+  if (sessions.current.parameters) parameters.set(sessions.current.parameters);
   drawButtons();
   card.watch();
   desk.focus();

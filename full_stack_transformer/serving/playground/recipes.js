@@ -1,4 +1,6 @@
-// The same request from a shell, from Python, and without the service.
+// The same request from a shell, from Python, and without the service: their texts, and the dialog with them.
+
+import { byId, make } from "./elements.js";
 
 const OPENAI = new Set(["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "n", "stop", "seed",
   "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "response_format", "echo", "best_of"]);
@@ -63,7 +65,7 @@ function command(body, path) {
 }
 
 // By the names of their tabs: {text, note}.
-export function recipesOf(path, body, model, hasKey) {
+function recipesOf(path, body, model, hasKey) {
   const directory = model.description.experiment ?? model.checkpoint;
   const key = hasKey ? "The key is read from FST_API_KEY. " : "";
   return {
@@ -74,4 +76,30 @@ export function recipesOf(path, body, model, hasKey) {
       note: `Without the service; write where ${directory} lies on your machine.${body.messages ? " Chats are interactive." : ""}`,
     },
   };
+}
+
+export function showRecipes({ path, body, model, repeats }) {
+  const all = recipesOf(path, body, model, sessionStorage.getItem("fst.key") !== null);
+  const choose = (name) => {
+    byId("recipe").textContent = all[name].text;
+    byId("recipe-note").textContent = `${repeats ? "Repeats the last answer. " : ""}${all[name].note}`;
+    for (const tab of byId("recipe-tabs").children) tab.ariaSelected = String(tab.textContent === name);
+  };
+  byId("recipe-tabs").replaceChildren(...Object.keys(all).map((name) =>
+    make("button", { attributes: { role: "tab" }, on: { click: () => choose(name) } }, name)));
+  choose("curl");
+  byId("copy").textContent = "Copy";
+  byId("recipes").showModal();
+}
+
+export async function copyRecipe() {
+  const text = byId("recipe").textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    byId("copy").textContent = "Copied";
+  } catch {
+    // Only pages with TLS and those of this machine may write the clipboard.
+    getSelection().selectAllChildren(byId("recipe"));
+    byId("copy").textContent = "Press Ctrl C";
+  }
 }
