@@ -251,7 +251,7 @@ def named_by_model(settings: object) -> SamplingParameters:
     named: dict[str, Any] = {name: getattr(settings, name, None) for name in _NAMED_BY_MODELS}
     if getattr(settings, "do_sample", None) is False:
         named["temperature"] = 0.0
-    # A file of somebody else may hold anything.
+    # A foreign file may hold anything.
     usable = {name: value for name, value in named.items() if problem_with(name, value) is None}
     return replace(SamplingParameters(), **usable)
 

@@ -1,6 +1,6 @@
 """`fst evaluate MODEL --harness TASK.yaml`: lm-evaluation-harness on a model, with its own engine, offline.
 
-    TASK.yaml ──lm-eval──> contexts, continuations ──our runner──> log-likelihoods ──lm-eval──> figures
+    TASK.yaml ──lm-eval──> contexts, continuations ──our runner──> log-likelihoods ──lm-eval──> metrics
                            prompts                 ──our engine──> texts
 
 The task file is the user's and local, and so are its data: paths in it are relative to its directory.
@@ -40,7 +40,7 @@ def run_harness(
     num_slots: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The figures of each task by name, with their standard errors, as lm-eval gives them.
+    """The metrics of each task by name, with their standard errors, as lm-eval gives them.
 
     Args:
         model_path: a causal language model.
@@ -85,8 +85,8 @@ def run_harness(
                     f"lm-evaluation-harness cannot run {task_file}: {type(error).__name__}: {error}"
                 ) from error
     return {
-        name: {key: value for key, value in figures.items() if isinstance(value, int | float)}
-        for name, figures in found["results"].items()
+        name: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        for name, metrics in found["results"].items()
     }
 
 

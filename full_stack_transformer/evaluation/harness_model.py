@@ -23,7 +23,7 @@ from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.model_directory import OpenedModel
 
-# What the harness makes where a task does not say.
+# Length of a text, if the task does not say.
 _MAX_NEW_TOKENS = 256
 
 
@@ -68,23 +68,23 @@ class HarnessModel(LM):
         """How each prompt goes on, up to its stop strings."""
         texts = []
         for request in requests:
-            prompt, wishes = request.args
-            sampling = self._sampling(wishes)
+            prompt, options = request.args
+            sampling = self._sampling(options)
             prompt_ids = self._model.tokenizer.encode_prompt(prompt)
             room = max(1, self._max_length - sampling.max_new_tokens)
             texts += continue_texts(self._generator, [prompt_ids[-room:]], sampling)
         return texts
 
-    def _sampling(self, wishes: dict[str, Any]) -> SamplingParameters:
-        until = wishes.get("until") or []
+    def _sampling(self, options: dict[str, Any]) -> SamplingParameters:
+        until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
-        temperature = float(wishes.get("temperature") or 0.0) if wishes.get("do_sample") else 0.0
-        max_new_tokens = int(wishes.get("max_gen_toks", _MAX_NEW_TOKENS))
+        temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
+        max_new_tokens = int(options.get("max_gen_toks", _MAX_NEW_TOKENS))
         return SamplingParameters(
             # Half of the context stays for the prompt.
             max_new_tokens=min(max_new_tokens, self._max_length // 2),
             temperature=temperature,
-            top_p=wishes.get("top_p", 1.0),
+            top_p=options.get("top_p", 1.0),
             stop=tuple(text for text in until if text),
             seed=0,
         )

@@ -1,6 +1,6 @@
 """Messages of a chat -> token ids, by the Jinja template of the model directory or a plain default.
 
-    messages --template--> markup, marks in the place of texts --control tokens found--> pieces
+    messages --template--> markup, marks in place of texts --control tokens found--> pieces
       --texts put in, encoded as text--> token ids
 
 Only the template can write control tokens: they are looked for before the texts of messages are put in.
@@ -51,7 +51,7 @@ class ChatTemplate:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer beside the end token."""
+        """Strings that end an answer, in addition to the end token."""
         return _PLAIN_STOPS if self.is_plain else ()
 
     def encode(
@@ -61,7 +61,7 @@ class ChatTemplate:
         *,
         continues: bool = False,
     ) -> list[int]:
-        """Token ids up to where the answer begins.
+        """Token ids up to the beginning of the answer.
 
         Args:
             messages: the chat so far.
@@ -159,7 +159,7 @@ class ChatTemplate:
                 eos_token=tokenizer.end,
                 pad_token=tokenizer.pad,
             )
-        # A template is a program of somebody else and can raise anything.
+        # A template is a foreign program and can raise anything.
         except Exception as error:
             raise RequestError(f"the chat template refuses these messages: {error}") from error
 

@@ -79,7 +79,7 @@ def _read_file(path: Path) -> str:
     except OSError as error:
         raise InputError(f"--prompt_file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompt_file {path} is no UTF-8: {error}") from error
+        raise InputError(f"--prompt_file {path} is not UTF-8: {error}") from error
 
 
 def _print_texts(prompt: str, pieces: Iterable[tuple[int, Piece]], num_sequences: int) -> None:
@@ -178,7 +178,7 @@ def _read_line() -> str:
     """The next line.
 
     Raises:
-        EOFError: there is none.
+        EOFError: the input has ended.
     """
     while True:
         try:

@@ -62,7 +62,7 @@ class TokenRequest:
     forbids: Callable[[Sequence[int]], bool] | None = None
     """Called with the new tokens so far and a candidate at their end; true takes the candidate back."""
     num_log_probabilities: int | None = None
-    """Report each new token's log-probability and those of so many alternatives."""
+    """Report the log-probability of each new token and of this many alternatives."""
     num_prompt_log_probabilities: int | None = None
     """Report those of the prompt's tokens after the first one too, with the first event."""
 
@@ -149,12 +149,13 @@ class Engine:
         """Refuse what can never be generated.
 
         Raises:
-            RequestError: prompt and new tokens do not fit into the context, or an id is none of the model's.
+            RequestError: prompt and new tokens do not fit into the context, or an id is not in the
+                vocabulary.
         """
         self._check_ids(request.prompt_ids, (*request.sampling.logit_bias, *request.stop_ids))
         num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
         if num_new == 0 and request.num_prompt_log_probabilities is None:
-            raise RequestError("no new token is asked for; ask for one at least")
+            raise RequestError("max_new_tokens is 0; ask for at least one token")
         if num_prompt + num_new > self.max_length:
             raise RequestError(
                 f"the model's context is {self.max_length} tokens, but the prompt has {num_prompt} and "
@@ -163,10 +164,10 @@ class Engine:
 
     def _check_ids(self, prompt_ids: Sequence[int], other_ids: Iterable[int]) -> None:
         if len(prompt_ids) == 0:
-            raise RequestError("the prompt has no tokens; expected one at least")
+            raise RequestError("the prompt has no tokens; expected at least one")
         ids, vocab_size = [*prompt_ids, *other_ids], self._runner.vocab_size
         if min(ids) < 0 or max(ids) >= vocab_size:
-            raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}")
+            raise RequestError(f"token ids must be between 0 and {vocab_size - 1}")
 
     def add(self, request: TokenRequest) -> int:
         """Start a request in a free slot and return its id.
@@ -223,8 +224,8 @@ class Engine:
             (tokens, hidden) of each sequence, after the last norm.
 
         Raises:
-            RequestError: a sequence is empty or does not fit into the context, or an id is none of the
-                model's.
+            RequestError: a sequence is empty or does not fit into the context, or an id is not in the
+                vocabulary.
         """
         assert self._free_slots, "the caller must look at num_free_slots"
         for sequence in sequences:
@@ -240,7 +241,7 @@ class Engine:
         return states
 
     def _read_whole(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Hidden states of as many sequences as there are free slots, at most."""
+        """Hidden states of sequences, at most one for each free slot."""
         parts: list[list[Tensor]] = [[] for _ in sequences]
         for start in range(0, max(map(len, sequences)), _PREFILL_CHUNK_TOKENS):
             numbers = [number for number, ids in enumerate(sequences) if len(ids) > start]
@@ -390,7 +391,7 @@ class Engine:
         return events
 
     def _forget_wrong_guesses(self, keys: Sequence[int]) -> None:
-        """What a slot holds behind the newest token but one was guessed wrongly."""
+        """Forget what slots hold after the token before the newest one: those guesses were wrong."""
         for key in keys:
             running = self._running.get(key)
             if running is not None and not running.is_reading:
@@ -421,7 +422,7 @@ class Engine:
         return events
 
     def _end_broken(self, key: int) -> TokenEvent:
-        """The model computed scores that are no numbers."""
+        """The model computed scores that are NaN or infinite."""
         running = self._running[key]
         self.cancel(key)
         # Nobody may go on from what the slot holds now.

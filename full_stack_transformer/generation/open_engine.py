@@ -1,4 +1,4 @@
-"""A model and the wishes of its user -> an engine on what computes fastest here."""
+"""Opens an engine for a model, on the fastest runner of this machine."""
 
 import logging
 from typing import Literal
@@ -19,8 +19,8 @@ from full_stack_transformer.modelling.backbones import context_length
 
 logger = logging.getLogger(__name__)
 
-# Part of the free memory that keys and values may take.
-_MAX_MEMORY_PART = 0.7
+# Fraction of the free memory that keys and values may take.
+_MAX_MEMORY_FRACTION = 0.7
 # Of logits read in pieces to those read at once, in bfloat16; what is computed wrong is about 1 off.
 _MAX_CACHE_ERROR = 0.1
 _TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +33,7 @@ def open_engine(
     weights_dtype: Literal["auto"] | WeightsDtype = "auto",
     max_length: int | None = None,
 ) -> Engine:
-    """An engine for up to `num_slots` requests at once; fewer where memory is short, aloud.
+    """An engine for up to `num_slots` requests at once; if memory is short, fewer, with a warning.
 
     Args:
         backbone: in evaluation mode, where it is to compute.
@@ -59,7 +59,7 @@ def open_engine(
 def open_runner(
     backbone: Backbone, *, num_slots: int, weights_dtype: WeightsDtype, max_length: int
 ) -> Runner:
-    """What computes fastest here with such weights.
+    """The fastest runner of this machine for weights of this type.
 
     Raises:
         ModelError: the weights cannot be had in that type here.
@@ -67,7 +67,7 @@ def open_runner(
     """
     problem = why_not_native(backbone)
     if problem is None:
-        # PyTorch only draws tokens then; its threads would wait for work by spinning beside the decoder's:
+        # PyTorch then only draws tokens; its threads would spin while they wait and slow down the decoder's:
         # 184 tokens/s with one of them, 121 with two.
         torch.set_num_threads(1)
         return NativeRunner(
@@ -131,7 +131,7 @@ def _fitting_slots(
     free_bytes = free_memory_bytes(backbone.device)
     if free_bytes is None:
         return num_slots
-    fitting = int(free_bytes * _MAX_MEMORY_PART) // slot_bytes
+    fitting = int(free_bytes * _MAX_MEMORY_FRACTION) // slot_bytes
     if fitting < 1:
         raise MachineError(
             f"a request of {max_length:,} tokens needs {slot_bytes / 1e6:,.0f} MB for its keys and values, "

@@ -77,7 +77,7 @@ class Conventions:
             is_chat: the prompt is a chat, what follows is an answer.
             clips: make fewer tokens where the context has less room for `max_new_tokens`; without it the
                 engine refuses the request. The model's default is always clipped.
-            num_log_probabilities: report each token's log-probability and those of so many alternatives.
+            num_log_probabilities: report the log-probability of each token and of this many alternatives.
 
         Raises:
             RequestError: the prompt alone fills the context, or a parameter is out of bounds.

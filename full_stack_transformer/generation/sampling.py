@@ -7,7 +7,7 @@
          -> typical-p (Meister et al. 2022) -> one id per request   draw
 
 A draw inverts the cumulative distribution: in the order of the ids where every token may be drawn, else in
-the order of falling scores, equal ones by their ids. Mostly the few likeliest tokens decide the latter, so
+the order of falling scores, equal ones by their ids. The few most likely tokens usually decide the latter, so
 only those are sorted; where they do not, the whole vocabulary is, with the same result. Each request brings
 its own random number, so its tokens do not depend on its neighbours.
 """
@@ -20,24 +20,24 @@ from torch import Tensor
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
 
-# Likeliest tokens that are looked at before the whole vocabulary is: sorting 50,257 scores takes 20 times
-# as long as finding 256 of them.
+# Most likely tokens that are examined before the whole vocabulary is: sorting 50,257 scores takes 20 times as
+# long as finding 256 of them.
 _NUM_CANDIDATES = 256
 # Ids whose weights are added up together, before the one is looked for among them.
 _BLOCK_SIZE = 256
-# Likeliest ids of which a request is asked at once whether it forbids them.
+# Most likely ids that a request is asked about at once, whether it forbids them.
 _MIN_IDS_TO_ASK = 16
 
 
 @dataclass(frozen=True)
 class History:
-    """What a request has seen and made so far."""
+    """What a request has read and generated so far."""
 
     token_ids: Tensor
     """(tokens,) of the prompt and the new text."""
     num_prompt_tokens: int
     forbidden_ids: Sequence[int] = ()
-    """Ids out of the question now, such as those that would end the text too early."""
+    """Ids that cannot be chosen now, such as those that would end the text too early."""
 
 
 def adjusted_scores(
@@ -117,23 +117,23 @@ def draw(scores: Tensor, parameters: Sequence[SamplingParameters], uniforms: Ten
         if one.temperature > 0 and not _is_unrestricted(one)
     ]
     for row in free:  # one by one: a row of a large vocabulary stays in the processor's cache
-        drawn[row] = _draw_among_all(_heated(scores[row], parameters[row]), float(uniforms[row]))
+        drawn[row] = _draw_among_all(_tempered(scores[row], parameters[row]), float(uniforms[row]))
     if bound:
         chosen = [parameters[row] for row in bound]
-        heated = torch.stack([_heated(scores[row], parameters[row]) for row in bound])
-        drawn[bound] = _draw_among_likeliest(heated, chosen, uniforms[bound])
+        tempered = torch.stack([_tempered(scores[row], parameters[row]) for row in bound])
+        drawn[bound] = _draw_among_most_likely(tempered, chosen, uniforms[bound])
     return drawn
 
 
-def _heated(scores: Tensor, parameters: SamplingParameters) -> Tensor:
+def _tempered(scores: Tensor, parameters: SamplingParameters) -> Tensor:
     """Scores (vocabulary,) divided by the temperature; the largest is 0."""
     # From the largest down: nothing overflows, however small the temperature.
     return (scores - scores.amax()).div_(max(parameters.temperature, 1e-30))
 
 
-def _draw_among_all(heated: Tensor, uniform: float) -> int:
+def _draw_among_all(tempered: Tensor, uniform: float) -> int:
     """One id, each as probable as its score (vocabulary,) says."""
-    weights = heated.exp_().cpu()
+    weights = tempered.exp_().cpu()
     num_whole = len(weights) // _BLOCK_SIZE * _BLOCK_SIZE
     sums = weights[:num_whole].view(-1, _BLOCK_SIZE).sum(dim=-1, dtype=torch.float64)
     rest = weights[num_whole:].sum(dtype=torch.float64)[None]
@@ -152,17 +152,17 @@ def _find(weights: Tensor, target: float) -> tuple[int, float]:
     return place, max(0.0, target - float(cumulative[place] - weights[place]))
 
 
-def _draw_among_likeliest(
-    heated: Tensor, parameters: Sequence[SamplingParameters], uniforms: Tensor
+def _draw_among_most_likely(
+    tempered: Tensor, parameters: Sequence[SamplingParameters], uniforms: Tensor
 ) -> Tensor:
-    """One id per request (requests,) among the likeliest, of which a parameter says how many there are."""
-    totals = torch.tensor([_total_weight(row) for row in heated], dtype=torch.float64)
-    num_candidates = min(_NUM_CANDIDATES, heated.shape[-1])
-    values, ids = _sorted(*heated.topk(num_candidates, dim=-1))
-    found = _Candidates(values, ids, totals, heated.shape[-1]).draw(parameters, uniforms)
+    """One id per request (requests,) among its most likely ones; the parameters say how many those are."""
+    totals = torch.tensor([_total_weight(row) for row in tempered], dtype=torch.float64)
+    num_candidates = min(_NUM_CANDIDATES, tempered.shape[-1])
+    values, ids = _sorted(*tempered.topk(num_candidates, dim=-1))
+    found = _Candidates(values, ids, totals, tempered.shape[-1]).draw(parameters, uniforms)
     for place in (found < 0).nonzero().flatten().tolist():
-        values, ids = _sorted(heated[place : place + 1], None)
-        everything = _Candidates(values, ids, totals[place : place + 1], heated.shape[-1])
+        values, ids = _sorted(tempered[place : place + 1], None)
+        everything = _Candidates(values, ids, totals[place : place + 1], tempered.shape[-1])
         found[place] = everything.draw(parameters[place : place + 1], uniforms[place : place + 1])
     return found
 
@@ -178,7 +178,7 @@ def draw_allowed(
     Args:
         scores: (vocabulary,) in fp32.
         parameters: of the request.
-        is_forbidden: asked of the likeliest ids first, and of no more than needed.
+        is_forbidden: asked of the most likely ids first, and of no more than needed.
         generator: of the request's random numbers.
     """
     scores = scores.clone()
@@ -217,13 +217,13 @@ def _sorted(values: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class _Candidates:
-    """The likeliest tokens of some requests, or all of them.
+    """The most likely tokens of some requests, or all tokens.
 
     Args:
         values: (requests, tokens) scores, falling.
         ids: (requests, tokens) of them.
-        totals: (requests,) weight of the whole vocabulary, where the likeliest token weighs 1.
-        vocab_size: number of tokens that there are.
+        totals: (requests,) weight of the whole vocabulary, where the most likely token weighs 1.
+        vocab_size: number of all tokens.
     """
 
     def __init__(self, values: Tensor, ids: Tensor, totals: Tensor, vocab_size: int) -> None:
@@ -297,7 +297,7 @@ class ScoredToken:
     token_id: int
     log_probability: float
     alternatives: tuple[tuple[int, float], ...]
-    """The likeliest ids in its place, and theirs."""
+    """The most likely ids in its place, and their log-probabilities."""
 
 
 def score_tokens(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> list[ScoredToken]:
@@ -306,7 +306,7 @@ def score_tokens(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> li
     Args:
         logits: (tokens, vocabulary).
         token_ids: (tokens,).
-        num_alternatives: likeliest ids to name beside each.
+        num_alternatives: number of most likely ids to report for each.
     """
     logits = logits.float()
     totals = logits.logsumexp(dim=-1)

@@ -95,7 +95,7 @@ _PAGE_POLICY = "; ".join(
 
 @dataclass(frozen=True)
 class AppOptions:
-    """What the application is told beside its models."""
+    """Options of the application."""
 
     keys: ApiKeys
     allowed_origins: Sequence[str] = ()
@@ -287,7 +287,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     """A route or method that does not exist."""
     assert isinstance(error, HTTPException)
     request.state.facts.error_kind = "not_found_error"
-    message = {404: "there is no such route; see /docs", 405: "this route knows other methods"}
+    message = {404: "no such route; see /docs", 405: "this route has other methods"}
     said = RequestError(message.get(error.status_code, "the request cannot be served"))
     return error_response(
         error.status_code, "not_found_error", said, headers=dict(error.headers or {})

@@ -1,4 +1,4 @@
-"""`fst serve`: open models, listen, say where, and end well."""
+"""`fst serve`: open models, listen, log the address, and shut down gracefully."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def main(arguments: ServeArguments) -> int:
     """
     if arguments.log_format == "json":
         _log_json_lines()
-    # A wrong path or key file is said before the port is taken.
+    # A wrong path or key file is reported before the port is taken.
     sources = _sources(arguments)
     keys = read_api_keys(arguments.api_keys_file)
     listener = _listen(arguments.host, arguments.port)
@@ -91,7 +91,7 @@ def _sources(arguments: ServeArguments) -> list[tuple[str | None, Path]]:
     """Names and paths of the models.
 
     Raises:
-        ModelError: there is none at one of them.
+        ModelError: one of the paths has no model.
     """
     sources: list[tuple[str | None, Path]] = [(arguments.served_model_name, arguments.model)]
     for word in arguments.more_models:
@@ -156,7 +156,7 @@ class _Server(uvicorn.Server):
 def _announce(
     listener: socket.socket, models: ServedModels, keys: ApiKeys, arguments: ServeArguments
 ) -> None:
-    """Say where, what and how; the first line has the address."""
+    """Log the models, the address and the keys."""
     host, port = listener.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 (only shown)
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

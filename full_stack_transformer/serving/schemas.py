@@ -1,8 +1,8 @@
-"""The bodies of the HTTP API: what a stranger may send, with bounds on everything.
+"""The bodies of the HTTP API: what clients may send, with bounds on everything.
 
 Parsed with `model_validate_json` in strict mode; NaN, infinities and unknown fields are refused. Fields of
 OpenAI's that change nothing here are accepted and ignored, by name. Knows nothing of models or of the web
-framework; what OpenAI's routes answer stands beside each route.
+framework; the answers of OpenAI's routes are declared with each route.
 """
 
 from typing import Annotated, Any, Literal, cast
@@ -100,7 +100,7 @@ class GeneratedTextsResponse(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream tells beside the text."""
+    """What a stream contains in addition to the text."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(default=None, description="Accepted and ignored.")
@@ -292,11 +292,11 @@ class ServedModelFacts(BaseModel):
     context_tokens: int
     computed_by: str
     has_chat_template: bool = Field(
-        default=False, description="Whether the model came with the form of its chats."
+        default=False, description="Whether the model has a chat template."
     )
     control_tokens: list[str] = Field(
         default_factory=list,
-        description="Names of tokens that are no text, as log-probabilities say.",
+        description="Names of the tokens that are not text, as log-probabilities name them.",
     )
     form: dict[str, Any] | None = Field(
         default=None,

@@ -169,7 +169,7 @@ def test_a_prompt_that_cannot_be_read_is_named(model_dir: Path, tmp_path: Path) 
     with pytest.raises(InputError, match=r"--prompt_file .*No such file"):
         command.main(_arguments(model_dir, prompt_file=file))
     file.write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match=r"--prompt_file .* is no UTF-8"):
+    with pytest.raises(InputError, match=r"--prompt_file .* is not UTF-8"):
         command.main(_arguments(model_dir, prompt_file=file))
 
 

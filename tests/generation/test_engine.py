@@ -402,7 +402,7 @@ def test_weights_that_are_no_numbers_are_noticed() -> None:
         ([5] * 100, 29, "context is 128 tokens, but the prompt has 100 and 29"),
         ([5, 300], 5, "between 0 and 299"),
         ([-1], 5, "between 0 and 299"),
-        ([5], 0, "no new token"),
+        ([5], 0, "max_new_tokens is 0"),
     ],
 )
 def test_what_can_never_be_generated_is_refused(

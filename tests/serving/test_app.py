@@ -12,7 +12,7 @@ from full_stack_transformer.serving.app import playground_files
 from tests.serving.conftest import KeyedService
 
 FILES = playground_files()
-DIRECTORY = Path(__file__).parents[3] / "full_stack_transformer" / "serving" / "playground"
+DIRECTORY = Path(__file__).parents[2] / "full_stack_transformer" / "serving" / "playground"
 
 
 def _ask(url: str | httpx.URL, *, method: str = "GET", **options: Any) -> httpx.Response:

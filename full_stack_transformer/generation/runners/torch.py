@@ -25,14 +25,14 @@ _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_atte
 
 @dataclass(frozen=True)
 class SlotWork:
-    """Tokens to read in one slot, behind those that it holds."""
+    """Tokens to read in one slot, after those that it holds."""
 
     slot: int
     start: int
     """Position of the first of them; what the slot holds from there on is forgotten."""
     token_ids: Sequence[int]
     num_logits: int = 1
-    """Logits are wanted after so many of the last tokens."""
+    """Number of last tokens whose logits are wanted."""
 
 
 class Runner(Protocol):
@@ -63,10 +63,10 @@ class Runner(Protocol):
 class TorchRunner:
     """Any causal language model of transformers whose layers keep keys and values, on any device.
 
-    The same work gives the same bits, but other work beside it or a prompt cut in another way may change the
-    last ones: matrix products add up in an order that depends on the shape. Then a token changes where two
-    scores, or a random number and a border between two tokens, are as near as that: about one in a million
-    in fp32.
+    The same work gives the same bits, but other work in the same step, or a prompt cut into other chunks,
+    may change the last ones: the order in which a matrix product adds up depends on its shape. Then a token
+    changes if two scores, or a random number and a border between two tokens, are that close: about one in
+    a million in fp32.
 
     Args:
         backbone: in evaluation mode.

@@ -2,7 +2,7 @@
 
 FastAPI's own parsing answers 500 to NaN or a lone surrogate, because its 422 repeats the input, and it
 reads a body of any size. So a route takes the raw request and parses here. The deadline for a body's
-arrival is protocol.py's.
+arrival is in connections.py.
 """
 
 import re
@@ -39,7 +39,7 @@ _NOT_SUPPORTED = frozenset(
 
 
 class InvalidBodyError(RequestError):
-    """A body that is not of the route's schema; the message never repeats it."""
+    """A body that does not fit the route's schema; the message never repeats it."""
 
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)
@@ -51,14 +51,14 @@ async def parse_body(request: Request, schema: type[_Body]) -> _Body:
 
     Raises:
         BodyTooLargeError: it has more bytes than the service reads.
-        InvalidBodyError: it is no JSON, or not of the schema.
+        InvalidBodyError: it is not JSON, or does not fit the schema.
     """
     raw = await _read(request, request.app.state.max_body_bytes)
     try:
         return schema.model_validate_json(raw)
     except ValidationError as error:
         if error.error_count() > _MAX_ERRORS:  # listing them would take longer than finding them
-            raise InvalidBodyError("body: holds too many faults to name one") from None
+            raise InvalidBodyError("body: has too many errors to name one") from None
         errors = error.errors(include_input=False, include_context=False, include_url=False)
         raise _as_invalid_body(errors[0], len(errors)) from None
     except ValueError:  # an integer of thousands of digits, among others
@@ -88,7 +88,7 @@ def _as_invalid_body(first: Any, num_errors: int) -> InvalidBodyError:
     # The name of an unknown field is the sender's own text; a plain word is safe to say back.
     if field is None or not all(_NAME.fullmatch(name) for name in names[:1]):
         if first["type"] == "extra_forbidden":
-            return InvalidBodyError("body: holds a field that this route does not know")
+            return InvalidBodyError("body: has a field that this route does not know")
         return InvalidBodyError(f"body: {first['msg'][:200]}")
     if field in _NOT_SUPPORTED and first["type"] == "extra_forbidden":
         return InvalidBodyError(f"{field}: not supported by this service; leave it out", field)

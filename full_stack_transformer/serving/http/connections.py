@@ -104,8 +104,8 @@ class DeadlineProtocol(H11Protocol):
         self._set_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are no HTTP."""
-        self._answer(400, "this is no HTTP/1.1 request, or its head is too large")
+        """Answer bytes that are not HTTP."""
+        self._answer(400, "not an HTTP/1.1 request, or its header is too large")
 
     def _unsupported_upgrade_warning(self) -> None:
         """Not worth a line in the log; the request is served as it is."""
@@ -219,7 +219,7 @@ class DeadlineProtocol(H11Protocol):
         self._deadline = self.loop.call_later(_SECONDS_TO_LINGER, self._end_lingering)
 
     def _client_has_said_all(self) -> bool:
-        """Whether the client announced that nothing comes behind this request, and all of it was read.
+        """Whether the client announced that nothing follows this request, and all of it was read.
 
         Then closing at once resets nothing. Lingering takes a quarter of the time of a refused request.
         """

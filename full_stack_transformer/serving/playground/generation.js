@@ -1,7 +1,7 @@
 // Continuations as they arrive: text, tokens with their probabilities, and marks that place both.
 //
 // A mark is {start, end, token, logprob, top, made}: a range of a text in UTF-16 units, the token that
-// wrote it, its log-probability, the alternatives [[text, logprob], …] from the likeliest down, and
+// wrote it, its log-probability, the alternatives [[text, logprob], …] from the most likely down, and
 // whether the model wrote it. A mark without `logprob` only says who wrote the range.
 
 import { events } from "./service.js";

@@ -86,7 +86,7 @@ function bodyOf(content) {
 
 const otherModels = () => (byId("other").value ? [byId("other").value] : []);
 
-// Streams what `content` asks for; one continuation goes in place, several beside each other.
+// Streams what `content` asks for; one continuation goes in place, several side by side.
 async function generate(content, { keepSeed = true } = {}) {
   const body = desk.withProbabilities(bodyOf(content), parameters.numAlternatives);
   const seed = keepSeed && body.seed !== undefined ? body.seed : Math.floor(Math.random() * 2 ** 31);

@@ -89,7 +89,7 @@ export class ModelCard {
     byId("note").hidden = false;
   }
 
-  // For ever, but only while somebody looks.
+  // Forever, but only while the page is visible.
   watch() {
     setInterval(() => {
       if (!document.hidden) this.look().catch(() => this.showLoad(null));

@@ -47,7 +47,7 @@ export class Notebook {
     this.view.set(text + candidate.text, [...marks, ...candidate.marks(text.length)]);
   }
 
-  // Another token in the place of `mark`, and nothing behind it.
+  // Another token in place of `mark`, and nothing after it.
   branch(view, mark, token, logprob) {
     const text = view.text.slice(0, mark.start) + token;
     const kept = view.marks.filter((one) => one.end <= mark.start);
@@ -71,7 +71,7 @@ export class Notebook {
     return !this.view.text;
   }
 
-  // Scores the whole text and tints all of it: its figures.
+  // Scores the whole text and tints all of it; returns its metrics.
   async measure(model, numAlternatives, signal) {
     const text = this.view.text;
     const body = { model, prompt: text, echo: true, max_tokens: 0, logprobs: Math.max(1, numAlternatives) };

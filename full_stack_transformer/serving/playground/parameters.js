@@ -6,7 +6,7 @@ import { byId, make } from "./elements.js";
 const OWN = new Set(["prompt", "messages", "model", "stream", "stream_options", "echo", "logprobs", "top_logprobs",
   "best_of", "continue_final_message"]);
 const FIRST = ["max_tokens", "temperature", "top_p", "repetition_penalty", "n", "seed", "stop"];
-// Where a slider ends that would be useless up to the bound; the number beside it goes further.
+// Where a slider ends that would be useless up to the bound; the number field goes further.
 const SLIDER_ENDS = { temperature: 2, top_k: 200, repetition_penalty: 2, n: 8, min_tokens: 256 };
 // The service's names of parameters that have others in the body.
 const NAME_AT_MODEL = { max_tokens: "max_new_tokens", min_tokens: "min_new_tokens" };

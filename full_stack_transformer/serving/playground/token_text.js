@@ -18,7 +18,7 @@ const isSame = (one, other) =>
   one === other || (one.start === other.start && one.end === other.end &&
     one.logprob === other.logprob && one.made === other.made);
 
-// What is left of marks after an edit: before it all, behind it only who wrote what.
+// What is left of marks after an edit: everything before it; after it, only who wrote what.
 function marksAfterEdit(marks, before, after) {
   const most = Math.min(before.length, after.length);
   let prefix = 0;

@@ -1,4 +1,4 @@
-// Several continuations of one text beside each other, of one model or of two.
+// Several continuations of one text side by side, of one model or of two.
 
 import { byId, make } from "./elements.js";
 import { TokenText } from "./token_text.js";

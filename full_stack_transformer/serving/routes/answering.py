@@ -49,7 +49,7 @@ _Answer = TypeVar("_Answer")
 
 
 class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 class Usage(BaseModel):
@@ -64,7 +64,7 @@ class Usage(BaseModel):
 
 
 async def encode(model: ServedModel, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of a prompt; long ones beside the event loop.
+    """Token ids of a prompt; long prompts are encoded in another thread.
 
     Raises:
         RequestError: it can never fit into the context.
@@ -90,7 +90,7 @@ def check_room(request: Request, model: ServedModel, num_texts: int) -> None:
     """
     if num_texts > _MAX_TICKETS:
         raise InvalidBodyError(
-            f"at most {_MAX_TICKETS} texts are generated for one request, {num_texts} were asked for"
+            f"at most {_MAX_TICKETS} texts can be generated for one request, found {num_texts}"
         )
     request.app.state.worker.check_room(model.engine, num_texts)
 
@@ -154,7 +154,7 @@ async def wait_for_texts(exchange: Exchange, request: Request) -> list[Piece]:
     """Each continuation as a whole.
 
     Raises:
-        ClientGoneError: nobody waits for the answer any more.
+        ClientGoneError: the client has disconnected.
         FullStackTransformerError: one of them failed.
     """
     pieces: list[list[Piece]] = [[] for _ in exchange.tickets]
@@ -178,7 +178,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _Answer]) -> _
     Handlers that do not stream are not cancelled by themselves, so the connection is watched here.
 
     Raises:
-        ClientGoneError: the client has gone.
+        ClientGoneError: the client has disconnected.
     """
     working = asyncio.ensure_future(work)
     # The body has been read, so the next message is that of the end.

@@ -65,7 +65,7 @@ def find_embedding(models: ServedModels, name: str | None) -> AnyServed:
     """The model of that name; without one the first for embeddings, else the first that generates.
 
     Raises:
-        UnknownModelError: there is none.
+        UnknownModelError: no model has this name.
         RequestError: it is for another task.
     """
     found = models.find_any(name)

@@ -135,7 +135,7 @@ class EngineWorker(WorkerThread):
         """Refuse what would not be taken now; cheap, for before the work of tokenizing.
 
         Raises:
-            RequestError: so many are never taken at once.
+            RequestError: this many are never taken at once.
             ServiceBusyError: the queue is full.
             ServiceUnavailableError: the service is stopping.
         """
@@ -143,7 +143,7 @@ class EngineWorker(WorkerThread):
         most = self._max_queue_size + engine.num_slots
         if num_tickets > most:
             raise RequestError(
-                f"at most {most} texts are generated at once, {num_tickets} were asked for"
+                f"at most {most} texts can be generated at once, found {num_tickets}"
             )
         num_ahead = sum(1 for ticket in tuple(self._waiting) if ticket.engine is engine)
         num_ahead += sum(1 for key in tuple(self._running) if key[0] is engine)
@@ -151,7 +151,7 @@ class EngineWorker(WorkerThread):
         if num_ahead + num_tickets > most:
             rounds = max(1, num_ahead - engine.num_slots) / engine.num_slots
             raise busy(
-                f"{num_ahead} requests are under way or waiting; try again later",
+                f"{num_ahead} requests are running or waiting; try again later",
                 rounds * self._seconds_per_ticket,
             )
 
@@ -207,7 +207,7 @@ class EngineWorker(WorkerThread):
                 self._read_one()
                 self._step()
             except Exception:
-                # One broken step must not leave every later client waiting for ever.
+                # One broken step must not leave every later client waiting forever.
                 logger.exception("a generation step failed; its requests are ended")
                 self._end_all(ServiceUnavailableError(_MODEL_FAILED))
 
@@ -272,7 +272,7 @@ class EngineWorker(WorkerThread):
                     self._finish_reading(reading, error)
                     return
                 except Exception:
-                    # Left where it is, it would be tried again for ever.
+                    # Left where it is, it would be tried again forever.
                     logger.exception("reading for hidden states failed; its request is ended")
                     self._finish_reading(reading, ServiceUnavailableError(_MODEL_FAILED))
                     return

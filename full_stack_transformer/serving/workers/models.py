@@ -191,14 +191,14 @@ class ServedModels:
         """The generating model of that name; the first one without a name.
 
         Raises:
-            UnknownModelError: there is none.
+            UnknownModelError: no model has this name.
             RequestError: it is for another task.
         """
         found = next(iter(self.generating), self.first) if name is None else self.find_any(name)
         if isinstance(found, ServedTask):
             raise RequestError(
-                f"{found.name} is a model for {found.task.name}, it does not continue texts; /docs "
-                "names the routes"
+                f"{found.name} is a model for {found.task.name}, it does not generate text; /docs "
+                "lists the routes"
             )
         return found
 
@@ -211,7 +211,7 @@ class ServedModels:
             task: the task that the route belongs to, for the error.
 
         Raises:
-            UnknownModelError: there is none.
+            UnknownModelError: no model has this name.
             RequestError: it is for another task.
         """
         those = [model for model in self.of_tasks if route in model.task.routes]
@@ -226,7 +226,7 @@ class ServedModels:
         """The model of that name; the first one without a name.
 
         Raises:
-            UnknownModelError: there is none.
+            UnknownModelError: no model has this name.
         """
         if name is None:
             return self.first
@@ -238,7 +238,7 @@ class ServedModels:
         return found
 
     async def watch(self) -> None:
-        """Replace models whose directory has changed, for ever."""
+        """Replace models whose directory has changed, until cancelled."""
         failed: dict[str, object] = {}
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -34,7 +34,7 @@ def test_a_prompt_of_ids_is_taken_as_it_is(client: openai.OpenAI, generator: Tex
     ids = generator.model.tokenizer.encode_prompt("The reader")
     as_text = _complete(client, prompt="The reader", seed=3).choices[0].text
     assert _complete(client, prompt=ids, seed=3).choices[0].text == as_text
-    with pytest.raises(openai.BadRequestError, match="token ids must lie between"):
+    with pytest.raises(openai.BadRequestError, match="token ids must be between"):
         _complete(client, prompt=[1, 99_999])
 
 
