@@ -292,7 +292,7 @@ def test_a_reload_keeps_the_history(tab: Visit, browser: Any, tmp_path: Path) ->
         (tmp_path / "wrong.json").write_text('{"format": "fst.playground/1", "sessions": [{}]}')
         other.page.get_by_role("button", name="History").click()
         other.page.locator("#import-file").set_input_files(tmp_path / "wrong.json")
-        other.page.get_by_text("wrong.json is no export of this page").wait_for()
+        other.page.get_by_text("wrong.json is not an export of this page").wait_for()
 
 
 def test_the_models_html_stays_text(tab: Visit) -> None:

@@ -57,7 +57,7 @@ export class Parameters {
   useModel(model) {
     const chosen = this.values();
     for (const field of this.fields) {
-      field.standard = model.sampling[NAME_AT_MODEL[field.name] ?? field.name] ?? field.schemaDefault;
+      field.standard = model.sampling?.[NAME_AT_MODEL[field.name] ?? field.name] ?? field.schemaDefault;
       if (!(field.name in chosen)) this.put(field.name, field.standard);
     }
     this.showPreset();

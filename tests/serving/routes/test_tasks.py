@@ -122,7 +122,7 @@ def test_the_version_names_tasks_and_the_mask(served: _Served) -> None:
         ("/answer", {"question": "", "context": "a"}, 422, "question"),
         ("/embed", {"texts": ["a"], "model": "masked_lm"}, 400, "sentence_embedding"),
         ("/v1/embeddings", {"input": [1, 2], "model": "sentence_embedding"}, 400, "token ids"),
-        ("/v1/completions", {"prompt": "a", "model": "masked_lm"}, 400, "does not continue"),
+        ("/v1/completions", {"prompt": "a", "model": "masked_lm"}, 400, "does not generate text"),
     ],
 )
 def test_what_is_impossible_is_said_clearly(
