@@ -22,10 +22,9 @@ from full_stack_transformer.generation.chat import (
     ChatTemplate,
     load_chat_template,
 )
-from full_stack_transformer.generation.continuation import Continuation, Piece
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
 from full_stack_transformer.generation.open_engine import open_engine
-from full_stack_transformer.generation.requests import Conventions
+from full_stack_transformer.generation.requests import Continuation, Conventions, Piece
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
 from full_stack_transformer.generation.runners.torch import TorchRunner
 from full_stack_transformer.generation.sampling import ScoredToken

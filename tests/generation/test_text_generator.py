@@ -17,9 +17,13 @@ from full_stack_transformer.arguments.sampling import (
 )
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.generation.chat import ChatMessage
-from full_stack_transformer.generation.continuation import Continuation, Piece
 from full_stack_transformer.generation.engine import TokenEvent
-from full_stack_transformer.generation.requests import Conventions, IgnoredWords
+from full_stack_transformer.generation.requests import (
+    Continuation,
+    Conventions,
+    IgnoredWords,
+    Piece,
+)
 from full_stack_transformer.generation.text_generator import TextGenerator
 
 NEUTRAL = as_keywords(SamplingParameters(max_new_tokens=30, seed=7))

@@ -21,8 +21,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from full_stack_transformer.errors import FullStackTransformerError, RequestError
-from full_stack_transformer.generation.continuation import Continuation, Piece, joined
 from full_stack_transformer.generation.engine import TokenRequest
+from full_stack_transformer.generation.requests import Continuation, Piece, joined
 from full_stack_transformer.serving.http.bodies import InvalidBodyError
 from full_stack_transformer.serving.schemas import (
     ErrorDetail,

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from full_stack_transformer.generation import chat as templates
-from full_stack_transformer.generation.continuation import Piece
+from full_stack_transformer.generation.requests import Piece
 from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
 from full_stack_transformer.serving.routes.answering import OpenAIAnswer, Usage, check_room

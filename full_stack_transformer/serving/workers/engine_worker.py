@@ -20,8 +20,8 @@ from full_stack_transformer.errors import (
     RequestError,
     ServiceUnavailableError,
 )
-from full_stack_transformer.generation.continuation import Continuation, Piece
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
+from full_stack_transformer.generation.requests import Continuation, Piece
 from full_stack_transformer.serving.workers.thread import WorkerThread, busy, call_on, settle
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from full_stack_transformer.generation.continuation import Piece
+from full_stack_transformer.generation.requests import Piece
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, Ticket
 
 _FIRST_TOKEN_SECONDS = (
