@@ -47,8 +47,8 @@ def test_the_help_of_train_has_groups_and_the_common_options_first(run_fst: RunF
     lines = run_fst("train", "--help", env={"COLUMNS": "100"}).stdout.splitlines()
     titles = {line.split("─ ")[1].split(" ─")[0]: i for i, line in enumerate(lines) if "╭" in line}
     assert [*titles] == [
-        *("Common options", "Data", "Model", "Optimization", "Schedule", "Validation", "Hardware"),
-        *("Output", "Masked language model", "Sequence classification"),
+        *("Common options", "Data", "Files of labelled rows", "Model", "Optimization", "Schedule"),
+        *("Validation", "Hardware", "Output", "Masked language model", "Sequence classification"),
         *("Span selection and token labelling", "Sentence embedding"),
     ]
     assert titles["Data"] <= 40, "the common options fit on one screen"

@@ -9,6 +9,42 @@ from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
 
+# What --delimiter may be called.
+_DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "\\t": "\t"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFileOptions:
+    """Files of labelled rows."""
+
+    text_column: tuple[str, ...] = ()
+    """Column with the text: its name or, in a table or CoNLL file, its number from 1; give the option
+    twice for pairs of texts. Default: found by its name."""
+    label_column: str | None = None
+    """Column with the label, in the same way."""
+    delimiter: str | None = None
+    """Character between the columns of a table: tab, comma, semicolon, pipe, space or the character
+    itself. Default: found in the file."""
+    header: bool | None = None
+    """Whether the first line of a table has the names of the columns; --no_header if it is a row. Default:
+    found in the file."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """Rows that cannot be read: stop with an error, or skip them and report how many."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for values that can never work."""
+        object.__setattr__(self, "text_column", tuple(self.text_column))  # JSON has lists
+        if self.delimiter is not None and len(self.delimiter_character or "") != 1:
+            raise UsageError(
+                f"--delimiter must be one character, or one of {', '.join(list(_DELIMITERS)[:5])}; found "
+                f"{self.delimiter!r}"
+            )
+
+    @property
+    def delimiter_character(self) -> str | None:
+        """What --delimiter stands for."""
+        return None if self.delimiter is None else _DELIMITERS.get(self.delimiter, self.delimiter)
+
 
 @dataclass(frozen=True)
 class CollectDocumentsArguments:

@@ -8,6 +8,7 @@ from full_stack_transformer.arguments.checks import (
     at_least,
     between,
 )
+from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.arguments.sampling import MoreSamplingOptions, SamplingOptions
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.tasks.catalogue import TaskName
@@ -132,7 +133,9 @@ class ContinuedTextsOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(LabelledRowsOptions, ContinuedTextsOptions, ModelAndDataArguments):
+class EvaluateArguments(
+    LabelledRowsOptions, RowFileOptions, ContinuedTextsOptions, ModelAndDataArguments
+):
     """Evaluate a model on samples or labelled rows and print the metrics of its task as JSON."""
 
     _: KW_ONLY
@@ -155,6 +158,7 @@ class EvaluateArguments(LabelledRowsOptions, ContinuedTextsOptions, ModelAndData
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
+        super().__post_init__()
         at_least(self, 1, "batch_size", "max_new_tokens")
         at_least(self, 0, "generation", "num_resamples")
         between(self, 0, 100, "temperature")

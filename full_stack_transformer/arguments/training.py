@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from full_stack_transformer.arguments.checks import at_least, between
+from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK, TaskName, check_task_name
@@ -203,6 +204,7 @@ class SentenceEmbeddingOptions:
 @dataclass(frozen=True)
 class TrainArguments(
     DataOptions,
+    RowFileOptions,
     ModelOptions,
     OptimizationOptions,
     ScheduleOptions,
@@ -256,6 +258,7 @@ class TrainArguments(
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
+        super().__post_init__()
         check_name(self.experiment_name, "--experiment_name")
         check_task_name(self.task)
         at_least(self, 4, "max_length")

@@ -16,8 +16,15 @@ from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.bootstrap import bootstrap_intervals
 from full_stack_transformer.modelling.backbones import backbone_of_config
 from full_stack_transformer.modelling.model_directory import find_model_directory
-from full_stack_transformer.rows.fields import named_rows, without_place
-from full_stack_transformer.rows.files import PLACE, Row, read_rows
+from full_stack_transformer.rows.fields import (
+    PLACE,
+    BadRows,
+    Row,
+    labelled_rows,
+    named_rows,
+    without_place,
+)
+from full_stack_transformer.rows.files import read_rows
 from full_stack_transformer.rows.splits import find_splits
 from full_stack_transformer.storage import make_directories, write_json, write_text
 from full_stack_transformer.tasks.opening import OpenedTask, open_task
@@ -47,10 +54,11 @@ def evaluate_rows(arguments: EvaluateArguments, cls: type[RowTask]) -> dict[str,
     opened = open_task(arguments.model, cls=cls, device=arguments.device)
     task = opened.row_task
     path, train_path = _paths(arguments)
-    rows = named_rows(read_rows(path), cls.named)
+    rows = _rows(path, arguments, task)
     if not rows:
         raise RowError(f"{path} has no rows")
     features = task.labelled_features(rows)
+    task.log_unknown_labels(rows, str(path))
     predictions = task.predict_features(
         rows, features, opened.backbone, batch_size=arguments.batch_size
     )
@@ -65,7 +73,7 @@ def evaluate_rows(arguments: EvaluateArguments, cls: type[RowTask]) -> dict[str,
         "intervals": _intervals(task, rows, predictions, arguments),
     }
     if train_path is not None and arguments.baselines:
-        found = _baselines(task, train_path, rows)
+        found = _baselines(task, train_path, rows, arguments)
         found["untrained"] = task.predict_features(
             rows, features, _untrained(opened, arguments), batch_size=arguments.batch_size
         )
@@ -88,15 +96,33 @@ def holds_rows(path: Path) -> bool:
     )
 
 
-def _baselines(task: RowTask, train_path: Path, rows: Sequence[Row]) -> dict[str, list[Prediction]]:
+def _rows(path: Path, arguments: EvaluateArguments, task: RowTask) -> list[Row]:
+    """The rows of a file under the names that the task reads."""
+    bad = BadRows(str(path), arguments.on_bad_row)
+    rows = read_rows(path, arguments, task.columns, has_words=task.reads_words)
+    known = task.class_names
+    found = named_rows(
+        rows, task.named, bad=bad, minus_one_is_label="-1" in known if known else None
+    )
+    if bad.action == "skip":
+        found = labelled_rows(found, task.has_label, bad)
+    bad.log()
+    return found
+
+
+def _baselines(
+    task: RowTask, train_path: Path, rows: Sequence[Row], arguments: EvaluateArguments
+) -> dict[str, list[Prediction]]:
     """Predictions that need no model, by the name of the baseline."""
-    train_rows = named_rows(read_rows(train_path), task.named)
+    train_rows = _rows(train_path, arguments, task)
     if not train_rows:
         raise RowError(
             f"{train_path} has no rows for the baselines to learn from; pass --no-baselines"
         )
-    task.labelled_features(train_rows)  # each has a label that the model knows
-    return task.baselines(train_rows, rows)
+    task.labelled_features(train_rows)
+    task.log_unknown_labels(train_rows, str(train_path))
+    known = [row for row in train_rows if not task.unknown_labels([row])]
+    return task.baselines(known, rows)
 
 
 def _paths(arguments: EvaluateArguments) -> tuple[Path, Path | None]:

@@ -1,16 +1,27 @@
 """Fields of labelled rows: reading one with a clear error, and the names that published data sets use.
 
 What a task reads, and which published data sets it knows, stands in the task's file. Here is what several
-tasks share: two texts and a label, as GLUE, IMDB, ATEC and dumps of Wikipedia name them.
+tasks share: two texts and a label, as GLUE, IMDB, ATEC and dumps of Wikipedia name them, and the choice of
+columns by --text_column and --label_column. Knows no files.
 """
 
+import dataclasses
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.rows.files import PLACE, Row
 
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+
+# Key of a row's place in its file, for errors; never written.
+PLACE = "_place"
 # The first pair whose first name is there is taken; the second name may be missing.
 _TEXTS = (
     ("text", "text_pair"),
@@ -32,21 +43,129 @@ WORDS = ("words", "tokens")
 WORD_LABELS = ("labels", "ner_tags", "tags", "pos_tags", "ner")
 # Everything that says what is right about a row, under all of its names.
 LABEL_NAMES = frozenset((*_LABELS, *WORD_LABELS, "gold", "answerKey", "answers"))
-# Values that mean "unknown": a test set whose labels are not published.
-_NO_LABEL = (None, -1, "-1", "")
+_OF_TEXTS = {name for pair in _TEXTS for name in pair if name is not None}
+# Names that a line of column names is recognised by.
+KNOWN_NAMES = frozenset((*_OF_TEXTS, *_LABELS, *WORDS, *WORD_LABELS, "context", "answers"))
+_BY_SPELLING = {name.casefold(): name for name in KNOWN_NAMES}
+# Fields that may differ between rows of the same texts: ids and labels.
+_NO_TEXTS = LABEL_NAMES | {PLACE, "", "id", "idx", "index", "guid"}
+_MINUS_ONE = (-1, "-1")
 
 
-def named_rows(rows: Iterable[Row], convert: Callable[[Row], Row]) -> list[Row]:
+@dataclass(frozen=True)
+class Columns:
+    """The names under which a task reads its texts and its label."""
+
+    texts: tuple[str, ...] = ("text", "text_pair")
+    label: str = "label"
+
+
+@dataclass
+class BadRows:
+    """What happens to rows that cannot be read: --on_bad_row.
+
+    Args:
+        source: the file, for the log.
+        action: stop or skip.
+    """
+
+    source: str
+    action: str = "stop"
+    errors: list[RowError] = dataclasses.field(default_factory=list)
+
+    def add(self, error: RowError) -> None:
+        """Raise the error, or count it.
+
+        Raises:
+            RowError: rows are not skipped.
+        """
+        if self.action != "skip":
+            raise RowError(f"{error}; correct it, or pass --on_bad_row skip to leave such rows out")
+        self.errors.append(error)
+
+    def log(self) -> None:
+        """Say how many rows were skipped, and why the first one was."""
+        if self.errors:
+            logger.warning(
+                "%s: skipped %s bad %s; the first: %s",
+                self.source,
+                f"{len(self.errors):,}",
+                "row" if len(self.errors) == 1 else "rows",
+                self.errors[0],
+            )
+
+
+def named_rows(
+    rows: Iterable[Row],
+    convert: Callable[[Row], Row],
+    *,
+    bad: BadRows | None = None,
+    minus_one_is_label: bool | None = None,
+) -> list[Row]:
     """The rows under the names that a task reads.
 
     Args:
         rows: as they were read.
         convert: of the task: one row under its names.
+        bad: takes rows that have no known names; without it the first one is an error.
+        minus_one_is_label: whether the label -1 is a class or a score, and does not stand for an unpublished
+            label. By default the rows decide: see `is_minus_one_label`.
 
     Raises:
         RowError: a row has no known names.
     """
-    return [_converted(row, convert) for row in rows]
+    found = []
+    for row in rows:
+        try:
+            found.append(_converted(row, convert))
+        except RowError as error:
+            if bad is None:
+                raise
+            bad.add(error)
+    if minus_one_is_label is None:
+        minus_one_is_label = is_minus_one_label(found)
+    return found if minus_one_is_label else list(map(_without_minus_one, found))
+
+
+def is_minus_one_label(rows: Iterable[Row]) -> bool:
+    """Whether the label -1 of these rows says something.
+
+    It does beside 0 and 1 alone, beside other negative numbers, and beside scores up to 1. Beside 0, 1 and 2,
+    beside names and where all labels are -1 it stands for a label that is not published (SNLI, GLUE's tests).
+    """
+    labels = {row["label"] for row in rows if isinstance(row.get("label"), str | int | float)}
+    numbers = [as_number(label) for label in labels if label not in _MINUS_ONE]
+    known = [number for number in numbers if number is not None]
+    if not known or len(known) < len(numbers):
+        return False
+    return min(known) < 0 or max(known) <= 1
+
+
+def has_minus_one(rows: Iterable[Row]) -> bool:
+    """Whether a row has the label -1."""
+    return any(map(_is_minus_one, rows))
+
+
+def _is_minus_one(row: Row) -> bool:
+    label = row.get("label")
+    return isinstance(label, str | int | float) and label in _MINUS_ONE
+
+
+def _without_minus_one(row: Row) -> Row:
+    if _is_minus_one(row):
+        return {name: value for name, value in row.items() if name != "label"}
+    return row
+
+
+def labelled_rows(rows: Iterable[Row], has_label: Callable[[Row], bool], bad: BadRows) -> list[Row]:
+    """The rows with a label; the others go to `bad`."""
+    found = []
+    for row in rows:
+        if has_label(row):
+            found.append(row)
+        else:
+            bad.add(RowError(f"{place(row)}no label"))
+    return found
 
 
 def _converted(row: Row, convert: Callable[[Row], Row]) -> Row:
@@ -60,30 +179,161 @@ def _converted(row: Row, convert: Callable[[Row], Row]) -> Row:
         ) from error
 
 
-def texts_and_label(row: Row) -> Row:
-    """`text`, `text_pair` and `label` under those names; other fields stay."""
-    for first, second in _TEXTS:
-        if first in row and (first != "question" or second in row):
-            found = {
-                key: value for key, value in row.items() if key not in (first, second, *_LABELS)
-            }
-            found["text"] = row[first]
-            if second is not None and row.get(second) is not None:
-                found["text_pair"] = row[second]
-            break
-    else:
-        raise missing_field(row, [name for name, _ in _TEXTS], "a text")
-    for name in _LABELS:
-        if name in row:
-            if not is_unknown(row[name]):
-                found["label"] = row[name]
-            break
+def columns_to_read(
+    names: Sequence[str],
+    options: RowFileOptions,
+    columns: Columns,
+    place: str,
+    *,
+    by_number: bool = False,
+) -> list[str | None]:
+    """The names under which the columns of a file are read, None for those that are left out.
+
+    Args:
+        names: as the file has them.
+        options: with --text_column and --label_column. Without them a known name in another spelling, such
+            as `Label`, becomes the known one.
+        columns: of the task.
+        place: the file and line, for errors.
+        by_number: whether "1" names the first column, as in tables.
+
+    Raises:
+        RowError: there is no such column.
+    """
+    if len(options.text_column) > len(columns.texts):
+        raise RowError(
+            f"--text_column is given {len(options.text_column)} times; this task reads "
+            f"{len(columns.texts)}: {', '.join(columns.texts)}"
+        )
+    chosen: dict[int, str] = {}
+    for target, name in zip(columns.texts, options.text_column, strict=False):
+        index = _index_of(name, names, by_number=by_number)
+        if index is None:
+            raise RowError(
+                f"{place} has no column {name!r} (--text_column); found {', '.join(names) or 'none'}"
+            )
+        chosen[index] = target
+    left_out = set(columns.texts) if options.text_column else set()
+    if options.label_column is not None:
+        left_out |= LABEL_NAMES
+        index = _index_of(options.label_column, names, by_number=by_number)
+        if index is not None:  # a test file may have none
+            chosen[index] = columns.label
+    found: list[str | None] = [
+        chosen.get(n, None if name in left_out else name) for n, name in enumerate(names)
+    ]
+    for number, spelled in enumerate(found):
+        known = _BY_SPELLING.get(_folded(spelled)) if spelled and number not in chosen else None
+        if known is not None and known not in {*found, *left_out}:
+            found[number] = known
     return found
 
 
+def _index_of(name: str, names: Sequence[str], *, by_number: bool) -> int | None:
+    if name in names:
+        return names.index(name)
+    if by_number and name.isdecimal() and 1 <= int(name) <= len(names):
+        return int(name) - 1
+    return None
+
+
+def is_known_name(name: str) -> bool:
+    """Whether published data sets call a column so, whatever the case."""
+    return _folded(name) in _BY_SPELLING
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def texts_and_label(row: Row) -> Row:
+    """`text`, `text_pair` and `label` under those names; other fields stay.
+
+    A label -1 stays too: `named_rows` knows whether it says something.
+    """
+    names = names_of_texts(row)
+    if not names:
+        raise missing_field(row, [name for name, _ in _TEXTS], "a text", "--text_column")
+    if is_null(row[names[0]]):
+        raise RowError(f"{row.get(PLACE, 'a row')} has no text: {names[0]!r} is null")
+    found = {key: value for key, value in row.items() if key not in (*names, *_LABELS)}
+    found["text"] = row[names[0]]
+    if len(names) > 1 and row[names[1]] is not None:
+        found["text_pair"] = row[names[1]]
+    name = next((name for name in _LABELS if name in row), None)
+    # SNLI writes "-" where its annotators did not agree.
+    is_open = name == "gold_label" and row[name] == "-"
+    if name is not None and not is_null(row[name]) and row[name] != "" and not is_open:
+        found["label"] = row[name]
+    return found
+
+
+def names_of_texts(row: Row) -> tuple[str, ...]:
+    """The fields of a row that hold its text and the text that it is paired with."""
+    for first, second in _TEXTS:
+        if first in row and (first != "question" or second in row):
+            return (first, second) if second is not None and second in row else (first,)
+    return ()
+
+
+def all_but_labels(row: Row) -> dict[str, Any]:
+    """The fields of a row that are neither a label nor an id, by their names."""
+    return {name: row[name] for name in sorted(row) if name not in _NO_TEXTS}
+
+
+def only(row: Row, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the fields that a row has; without any of them all but its labels."""
+    return {name: row[name] for name in names if name in row} or all_but_labels(row)
+
+
+def label_name(label: Any) -> str:
+    """The name of a label: 1 and 1.0 and "1" are one label."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label)
+
+
+def counted(counts: Mapping[str, int], *, most: int = 20) -> str:
+    """Classes with their counts, the greatest first."""
+    shown = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    words = [f"{name} ({count:,})" for name, count in shown[:most]]
+    if len(shown) > most:
+        words.append(f"and {len(shown) - most:,} more")
+    return ", ".join(words)
+
+
+def described_numbers(numbers: Sequence[float]) -> str:
+    """Scores by their range and mean."""
+    mean = sum(numbers) / max(1, len(numbers))
+    return f"scores: {min(numbers):g} to {max(numbers):g}, mean {mean:.3g}" if numbers else ""
+
+
+def alike_labels(names: Iterable[str]) -> list[list[str]]:
+    """Labels that differ by case or white space only, together."""
+    found: dict[str, list[str]] = {}
+    for name in sorted({*names}):
+        key = " ".join(unicodedata.normalize("NFC", name).casefold().split())
+        found.setdefault(key, []).append(name)
+    return [alike for alike in found.values() if len(alike) > 1]
+
+
+def is_null(value: Any) -> bool:
+    """Whether a field holds nothing, for which tables have NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def is_unknown(label: Any) -> bool:
-    """Whether a label says nothing; tables hold NaN where there is nothing."""
-    return label in _NO_LABEL or (isinstance(label, float) and math.isnan(label))
+    """Whether the number of a choice is not published: nothing, or -1."""
+    return is_null(label) or label in ("", *_MINUS_ONE)
+
+
+def as_number(label: Any) -> float | None:
+    """A label as a number; None of what is no number, which "nan" and "inf" are not."""
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def with_origin(found: Row, row: Row) -> Row:
@@ -91,11 +341,13 @@ def with_origin(found: Row, row: Row) -> Row:
     return {**{key: row[key] for key in (PLACE, "id", "group") if key in row}, **found}
 
 
-def missing_field(row: Row, names: Sequence[str], what: str) -> RowError:
-    """The error for a row that has none of the names."""
+def missing_field(row: Row, names: Sequence[str], what: str, option: str = "") -> RowError:
+    """The error for a row that has none of the names; `option` can name the field."""
     return RowError(
         f"{row.get(PLACE, 'a row')} should have {what} under one of {', '.join(names)}; found "
         f"{', '.join(name for name in row if name != PLACE) or 'nothing'}"
+        + (f"; name the right one with {option}" if option else "")
+        + (", or pass --no_header if the first line of the table is a row" if option else "")
     )
 
 

@@ -1,87 +1,158 @@
 """Labelled rows from files: each row is a dict with its place in the file.
 
     .jsonl .ndjson   a JSON object per line                .json      a list of objects, or SQuAD's form
-    .csv .tsv        a header, then a row per line         .parquet   columns
-    .conll .bio      a word and its label per line, a blank line after each sentence
+    .csv .tsv .txt   a row per line: tables.py             .parquet   columns
+    .conll .conllu   a word and its label per line, a blank line after each sentence: labelled_words.py
     a folder         a folder of .txt files for each label, like IMDB
 
 All of them plain, .gz or .zst. Knows file formats; fields.py knows the names of fields.
 """
 
-import csv
 import io
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.documents.blocks import ending, open_decompressed
 from full_stack_transformer.errors import (
     DocumentsError,
     MissingExtraError,
     RowError,
+    UsageError,
     install_command,
 )
+from full_stack_transformer.rows.fields import PLACE, BadRows, Columns, Row, columns_to_read
+from full_stack_transformer.rows.labelled_words import WORD_ENDINGS, read_labelled_words
+from full_stack_transformer.rows.tables import TABLE_ENDINGS, read_table
 
-Row = Mapping[str, Any]
+logger = logging.getLogger(__name__)
 
-# Key of a row's place in its file, for errors; never written.
-PLACE = "_place"
 _JSON_LINES = (".jsonl", ".ndjson")
-_LABELLED_WORDS = (".conll", ".bio", ".iob2")
-ROW_ENDINGS = (*_JSON_LINES, ".json", ".csv", ".tsv", ".parquet", *_LABELLED_WORDS)
-# IMDB's texts without a label.
-_UNLABELLED_FOLDERS = ("unsup",)
-# A cell of a CSV file may hold a long document; Python's own limit is 131,072 characters.
-_MAX_CELL_CHARACTERS = 1 << 27
-_DOCUMENT_START = "-DOCSTART-"
-# Published tab-separated files without a header, recognised by their first line.
-_WITHOUT_HEADER = (
-    (re.compile(r"\d+\t[^\t]+\t[^\t]+\t[01]"), ("id", "sentence1", "sentence2", "label")),  # ATEC
-    (re.compile(r"\w+\t[01]\t\*?\t[^\t]+"), ("source", "label", "mark", "sentence")),  # CoLA
-)
+_TEXT = ".txt"
+_PARQUET = ".parquet"
+_WITH_NAMES = (*_JSON_LINES, ".json", _PARQUET)
+ROW_ENDINGS = (*_WITH_NAMES, *TABLE_ENDINGS, *WORD_ENDINGS, _TEXT)
+# IMDB's texts without a label, and what macOS's archives and Python leave behind.
+_NO_LABELS = ("unsup", "__MACOSX", "__pycache__")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(
+    path: Path,
+    options: RowFileOptions | None = None,
+    columns: Columns | None = None,
+    *,
+    has_words: bool = False,
+) -> Iterator[Row]:
     """The rows of a file or folder, in their order.
+
+    Args:
+        path: where they are.
+        options: what is known of the file.
+        columns: the names that the task reads.
+        has_words: whether the task reads words with labels: .tsv and .txt are then no tables.
 
     Raises:
         RowError: the file does not exist, has an unknown ending, or cannot be read.
+        UsageError: an option is not for a file of its kind.
     """
-    if path.is_dir():
-        yield from _labelled_folders(path)
-        return
-    if not path.is_file():
+    options, columns = options or RowFileOptions(), columns or Columns()
+    bad = BadRows(str(path), options.on_bad_row)
+    kind = "" if path.is_dir() else ending(path).lower()
+    if not (path.is_dir() or path.is_file()):
         raise RowError(f"{path} does not exist; expected a file or folder of labelled rows")
-    kind = ending(path)
+    if path.is_dir() or kind in _WITH_NAMES:
+        _refuse_options_of_tables(path, options)
+        rows = _labelled_folders(path) if path.is_dir() else _with_names(path, kind, bad)
+        yield from chosen_columns(rows, options, columns, bad)
+    else:
+        yield from _lines(path, kind, options, columns, bad, has_words=has_words)
+    bad.log()
+
+
+def _refuse_options_of_tables(path: Path, options: RowFileOptions) -> None:
+    if options.delimiter is not None or options.header is not None:
+        name = "delimiter" if options.delimiter is not None else "header"
+        raise UsageError(
+            f"--{name} is for tables and files of labelled words, which {path} is not; omit it"
+        )
+
+
+def _lines(
+    path: Path,
+    kind: str,
+    options: RowFileOptions,
+    columns: Columns,
+    bad: BadRows,
+    *,
+    has_words: bool,
+) -> Iterator[Row]:
+    """A file of labelled words, or a table."""
+    is_table = kind in (*TABLE_ENDINGS, _TEXT) or options.delimiter is not None
+    are_words = kind in WORD_ENDINGS or (has_words and kind != ".csv")
+    if not (is_table or are_words):
+        raise RowError(
+            f"{path} should end in one of {', '.join(ROW_ENDINGS)}, or be a folder of folders; if it is a "
+            "table, pass --delimiter"
+        )
+    yield from _decoded(
+        path,
+        lambda text: (
+            read_labelled_words(path, text.read(), options, bad)
+            if are_words
+            else read_table(path, text.read(), options, columns, bad)
+        ),
+    )
+
+
+def _decoded(
+    path: Path, read: Callable[[io.TextIOWrapper], Iterator[dict[str, Any]] | Iterator[Row]]
+) -> Iterator[Row]:
+    """What `read` makes of the text of a file."""
     try:
-        if kind == ".parquet":
-            yield from _parquet(path)
-            return
         with open_decompressed(path, 0) as binary:
             text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
-            if kind in _JSON_LINES:
-                yield from _json_lines(path, text)
-            elif kind == ".json":
-                yield from _json(path, text)
-            elif kind in (".csv", ".tsv"):
-                yield from _table(path, text, delimiter="," if kind == ".csv" else "\t")
-            elif kind in _LABELLED_WORDS:
-                yield from _labelled_words(path, text)
-            else:
-                raise RowError(
-                    f"{path} should end in one of {', '.join(ROW_ENDINGS)}, or be a folder of folders"
-                )
+            yield from read(text)
     except UnicodeDecodeError as error:
-        raise RowError(f"{path} should be UTF-8, but is not: {error}") from error
+        raise RowError(
+            f"{path} should be UTF-8, but is not: {error}; convert it, for instance with iconv"
+        ) from error
     except DocumentsError as error:
         raise RowError(str(error)) from error
 
 
-def _json_lines(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
+def _with_names(path: Path, kind: str, bad: BadRows) -> Iterator[Row]:
+    """A file whose rows name their fields."""
+    if kind == _PARQUET:
+        yield from _parquet(path)
+    elif kind == ".json":
+        yield from _decoded(path, lambda text: _json(path, text, bad))
+    else:
+        yield from _decoded(path, lambda text: _json_lines(path, text, bad))
+
+
+def chosen_columns(
+    rows: Iterable[Row], options: RowFileOptions, columns: Columns, bad: BadRows
+) -> Iterator[Row]:
+    """The rows with the columns that the options name under the names that the task reads."""
+    known: dict[tuple[str, ...], list[str | None]] = {}
+    for row in rows:
+        names = tuple(name for name in row if name != PLACE)
+        if names not in known:
+            try:
+                known[names] = columns_to_read(names, options, columns, row.get(PLACE, "a row"))
+            except RowError as error:
+                bad.add(error)
+                continue
+        found = {new: row[name] for name, new in zip(names, known[names], strict=True) if new}
+        yield {**found, PLACE: row[PLACE]} if PLACE in row else found
+
+
+def _json_lines(path: Path, lines: io.TextIOWrapper, bad: BadRows) -> Iterator[Row]:
     for line_number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -89,13 +160,12 @@ def _json_lines(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
         try:
             row = _loaded(line)
         except (ValueError, RecursionError) as error:
-            raise RowError(
-                f"{place} should be a JSON object, but is not valid JSON: {error}"
-            ) from error
-        yield _placed(row, place)
+            bad.add(RowError(f"{place} should be a JSON object, but is not valid JSON: {error}"))
+            continue
+        yield from _placed(row, place, bad)
 
 
-def _json(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
+def _json(path: Path, text: io.TextIOWrapper, bad: BadRows) -> Iterator[Row]:
     try:
         content = _loaded(text.read())
     except (ValueError, RecursionError) as error:
@@ -111,7 +181,7 @@ def _json(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
             f"{type(content).__name__}; a file with a row per line should end in .jsonl"
         )
     for index, row in enumerate(content):
-        yield _placed(row, f"{path}, row {index}")
+        yield from _placed(row, f"{path}, row {index}", bad)
 
 
 def _loaded(text: str) -> Any:
@@ -142,37 +212,6 @@ def _nested_spans(path: Path, articles: list[Any]) -> Iterator[Row]:
         ) from error
 
 
-def _table(path: Path, lines: io.TextIOWrapper, *, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    first = lines.readline()
-    known = [names for pattern, names in _WITHOUT_HEADER if pattern.fullmatch(first.rstrip("\r\n"))]
-    delimiter = "\t" if known else delimiter
-    all_lines = chain([first], lines) if first else lines
-    # GLUE's .tsv files have quotation marks that are never closed.
-    if delimiter == ",":
-        reader = csv.reader(all_lines, strict=True)
-    else:
-        reader = csv.reader(all_lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    try:
-        header = list(known[0]) if known else next(reader, None)
-        if header is None:
-            raise RowError(f"{path} should start with a line of column names; it is empty")
-        repeated = [name for name in header if header.count(name) > 1]
-        if repeated:
-            raise RowError(f"{path}, line 1: two columns have the name {repeated[0]!r}; rename one")
-        for cells in reader:
-            if not cells:
-                continue
-            place = f"{path}, line {reader.line_num}"
-            if len(cells) != len(header):
-                raise RowError(
-                    f"{place} should have {len(header)} columns ({', '.join(header)}), found {len(cells)}"
-                )
-            yield {**dict(zip(header, cells, strict=True)), PLACE: place}
-    except csv.Error as error:
-        raise RowError(f"{path}, line {reader.line_num}: {error}") from error
-
-
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
@@ -186,59 +225,75 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
-                    yield {**row, PLACE: f"{path}, row {index}"}
+                    found = {name: _as_text(value) for name, value in row.items()}
+                    yield {**found, PLACE: f"{path}, row {index}"}
                     index += 1
     except (OSError, ArrowException) as error:
         raise RowError(f"{path} should be a Parquet file, but cannot be read: {error}") from error
 
 
-def _labelled_words(path: Path, lines: io.TextIOWrapper) -> Iterator[Row]:
-    """The first column is the word, the last its label; in tab-separated files words may contain spaces."""
-    words: list[str] = []
-    labels: list[str] = []
-    start = 1
-    for line_number, line in enumerate([*lines, ""], start=1):
-        cells = line.strip("\r\n").split("\t") if "\t" in line.strip() else line.split()
-        if cells and not cells[0].startswith(_DOCUMENT_START):
-            if len(cells) < 2:
-                raise RowError(
-                    f"{path}, line {line_number} should be a word and its label, or blank; found {line!r}"
-                )
-            if not words:
-                start = line_number
-            words.append(cells[0])
-            labels.append(cells[-1])
-        elif words:
-            yield {"words": words, "labels": labels, PLACE: f"{path}, line {start}"}
-            words, labels = [], []
+def _as_text(value: Any) -> Any:
+    """A text that was stored as bytes; other bytes, such as a picture, stay."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    return value
+
+
+def class_folders(path: Path) -> list[Path]:
+    """The folders whose names are labels; hidden ones and those of other programs are none."""
+    return sorted(
+        inner
+        for inner in path.iterdir()
+        if inner.is_dir() and not _is_hidden(inner) and inner.name not in _NO_LABELS
+    )
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def _labelled_folders(path: Path) -> Iterator[Row]:
-    folders = sorted(
-        inner
-        for inner in path.iterdir()
-        if inner.is_dir() and inner.name not in _UNLABELLED_FOLDERS
-    )
+    folders = class_folders(path)
     if not folders:
         raise RowError(
-            f"{path} should have a folder of .txt files for each label; it has no folders"
+            f"{path} should have a folder of {_TEXT} files for each label; it has no folders"
         )
     num_rows = 0
+    passed_over: list[Path] = []
     for folder in folders:
-        for file in sorted(folder.glob("*.txt")):
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise RowError(f"{file} should be a text in UTF-8: {error}") from error
+        inside = sorted(inner for inner in folder.iterdir() if not _is_hidden(inner))
+        files = [file for file in inside if file.is_file() and ending(file).lower() == _TEXT]
+        passed_over += [
+            *(one for one in inside if one not in {*files}),
+            *([] if files else [folder]),
+        ]
+        for file in files:
             num_rows += 1
-            yield {"text": text, "label": folder.name, PLACE: str(file)}
+            [text] = _decoded(file, lambda text: iter([{"text": _with_line_feeds(text.read())}]))
+            yield {**text, "label": folder.name, PLACE: str(file)}
     if not num_rows:
         raise RowError(
-            f"{path}: its folders {', '.join(f.name for f in folders)} have no .txt files"
+            f"{path}: its folders {', '.join(f.name for f in folders)} have no {_TEXT} files"
+        )
+    if passed_over:
+        logger.warning(
+            "%s: passed over %s files and folders that are no texts ending in %s, such as %s",
+            path,
+            f"{len(passed_over):,}",
+            _TEXT,
+            passed_over[0],
         )
 
 
-def _placed(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise RowError(f"{place} should be a JSON object, found {type(row).__name__}")
-    return {**row, PLACE: place}
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _placed(row: Any, place: str, bad: BadRows) -> Iterator[Row]:
+    if isinstance(row, dict):
+        yield {**row, PLACE: place}
+    else:
+        bad.add(RowError(f"{place} should be a JSON object, found {type(row).__name__}"))

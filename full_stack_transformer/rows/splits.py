@@ -2,15 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import logging
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from full_stack_transformer.documents.blocks import ending
 from full_stack_transformer.errors import MissingExtraError, RowError
-from full_stack_transformer.rows.fields import LABEL_NAMES
-from full_stack_transformer.rows.files import PLACE, ROW_ENDINGS, Row
+from full_stack_transformer.rows.fields import PLACE, Row, all_but_labels
+from full_stack_transformer.rows.files import ROW_ENDINGS, class_folders
 from full_stack_transformer.storage import file_facts, files_below
+
+logger = logging.getLogger(__name__)
+
+Texts = Callable[[Row], Mapping[str, Any]]
+"""The fields of a row that its task reads and that are no label: what makes two rows equal."""
 
 Split = Literal["train", "valid", "test"]
 
@@ -28,8 +35,6 @@ _HUB_NAMES: dict[Split, tuple[str, ...]] = {
 _HASH_RANGE = 1 << 64
 # Rows with the same value of this field stay together.
 GROUP_FIELD = "group"
-# Fields that may differ between rows of the same texts: ids and labels.
-_NO_TEXTS = LABEL_NAMES | {PLACE, "", "id", "idx", "index", "guid"}
 
 
 def find_splits(directory: Path) -> dict[Split, Path]:
@@ -39,18 +44,28 @@ def find_splits(directory: Path) -> dict[Split, Path]:
         RowError: there is no training file.
     """
     found: dict[Split, Path] = {}
+    inside = sorted(directory.iterdir())
     for split, stems in _NAMES.items():
-        for path in sorted(directory.iterdir()):
-            is_rows = path.is_dir() or ending(path) in ROW_ENDINGS
-            if path.name.split(".")[0] in stems and is_rows:
-                found.setdefault(split, path)
+        paths = [path for path in inside if _is_split(path, stems)]
+        if len(paths) > 1:
+            several = ", ".join(path.name for path in paths)
+            logger.warning("%s: %s rows are in %s; reading the first", directory, split, several)
+        if paths:
+            found[split] = paths[0]
     if "train" not in found:
-        names = sorted(path.name for path in directory.iterdir())
+        names = [path.name for path in inside]
+        are_labels = any(list(folder.glob("*.txt")) for folder in inside if folder.is_dir())
         raise RowError(
             f"{directory} should have a file train with one of the endings {', '.join(ROW_ENDINGS)}, or a "
             f"folder train; found {', '.join(names[:8]) or 'nothing'}"
+            + ("; if its folders are labels, pass it as --train_file" if are_labels else "")
         )
     return found
+
+
+def _is_split(path: Path, stems: Sequence[str]) -> bool:
+    is_rows = path.is_dir() or ending(path).lower() in ROW_ENDINGS
+    return is_rows and path.name.split(".")[0].lower() in stems
 
 
 def hub_rows(name: str) -> dict[Split, list[Row]]:
@@ -95,48 +110,89 @@ def hub_rows(name: str) -> dict[Split, list[Row]]:
     return splits
 
 
-def split_by_hash(rows: Iterable[Row], parts: Sequence[float], *, seed: int = 0) -> list[list[Row]]:
+def split_by_hash(
+    rows: Iterable[Row],
+    parts: Sequence[float],
+    *,
+    texts: Texts = all_but_labels,
+    seed: int = 0,
+) -> list[list[Row]]:
     """The rows in as many lists as `parts`, each with about that fraction of them.
 
     The list of a row depends only on its texts (or its group) and the seed: equal rows stay together, and
-    adding or removing rows does not move others.
+    adding or removing rows does not move others. Texts are equal if they differ in white space and the
+    Unicode form of accents only; such rows go where the one with the lowest hash belongs.
     """
+    all_rows = list(rows)
     total, borders = 0.0, []
     for part in parts:
         total += part
         borders.append(total)
+    keys = [_key(row, texts) for row in all_rows]
+    common = list(map(_canonical, keys))
+    hashes: dict[str, int] = {}
+    for key, shared in zip(keys, common, strict=True):
+        value = _hash(key, seed)
+        hashes[shared] = min(value, hashes.get(shared, value))
     lists: list[list[Row]] = [[] for _ in parts]
-    for row in rows:
-        value = _hash(row, seed) / _HASH_RANGE * total
-        index = next(i for i, border in enumerate(borders) if value < border or i + 1 == len(parts))
+    for row, shared in zip(all_rows, common, strict=True):
+        share = hashes[shared] / _HASH_RANGE * total
+        index = next(i for i, border in enumerate(borders) if share < border or i + 1 == len(parts))
         lists[index].append(row)
     return lists
 
 
-def num_repeated(known: Iterable[Row], *others: Iterable[Row]) -> list[int]:
+def num_repeated(
+    known: Iterable[Row], *others: Iterable[Row], texts: Texts = all_but_labels
+) -> list[int]:
     """The number of rows of each of the others that have the texts, or the group, of a known row."""
-    hashes = {_hash(row, 0) for row in known}
-    return [sum(_hash(row, 0) in hashes for row in rows) for rows in others]
+    keys = {_canonical(_key(row, texts)) for row in known}
+    return [sum(_canonical(_key(row, texts)) in keys for row in rows) for rows in others]
 
 
 def describe_rows(path: Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file or folder of rows, for a description."""
+    """Name, size and SHA-256 of a file or folder of rows, for a description; hidden files are no rows."""
     if path.is_file():
         return {"name": path.name, **file_facts(path)}
     digest = hashlib.sha256()
-    files = files_below(path)
+    linked = [folder for folder in class_folders(path) if folder.is_symlink()]
+    below = [*files_below(path), *(file for folder in linked for file in files_below(folder))]
+    files = sorted(
+        file
+        for file in below
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
     for file in files:
         facts = file_facts(file)
         digest.update(f"{file.relative_to(path)} {facts['sha256']}\n".encode())
     return {"name": path.name, "number_of_files": len(files), "sha256": digest.hexdigest()}
 
 
-def _hash(row: Row, seed: int) -> int:
+def _key(row: Row, texts: Texts) -> Any:
     key = row.get(GROUP_FIELD)
-    if key is None:
-        key = {name: value for name, value in row.items() if name not in _NO_TEXTS}
+    return texts(row) if key is None else key
+
+
+def _hash(key: Any, seed: int) -> int:
     text = json.dumps([seed, key], ensure_ascii=False, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _canonical(key: Any) -> str:
+    """The same for keys that differ in white space, the form of accents and the names of fields only."""
+    if isinstance(key, Mapping):
+        key = [value for value in key.values() if value is not None]
+    return json.dumps(_normalized(key), ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _normalized(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(unicodedata.normalize("NFC", value).split())
+    if isinstance(value, Mapping):
+        return {name: _normalized(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_normalized, value))
+    return value
 
 
 def _hub_rows(part: Any, place: str) -> list[Row]:

@@ -30,8 +30,7 @@ from full_stack_transformer.datasets.masking import (
 )
 from full_stack_transformer.errors import DatasetError, RowError
 from full_stack_transformer.modelling.model_card import TaskWords
-from full_stack_transformer.rows.fields import field, place, texts_and_label
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import Row, field, place, texts_and_label
 from full_stack_transformer.tasks.routes import Form, Route
 from full_stack_transformer.tasks.task import (
     CorpusTask,

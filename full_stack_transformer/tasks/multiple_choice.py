@@ -8,7 +8,7 @@ the mean log-likelihood of its tokens after the text, which training raises for 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,14 +32,17 @@ from full_stack_transformer.metrics.classification import classification_metrics
 from full_stack_transformer.modelling.backbones import DECODER_PREFIX, GPT2_PRESET
 from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.rows.fields import (
+    Columns,
+    Row,
+    counted,
     field,
     is_unknown,
     missing_field,
+    only,
     place,
     texts_of,
     with_origin,
 )
-from full_stack_transformer.rows.files import Row
 from full_stack_transformer.tasks.bag_of_words import cosines, words
 from full_stack_transformer.tasks.routes import (
     MODEL_FIELD,
@@ -88,6 +91,7 @@ class MultipleChoice(RowTask):
     name = "multiple_choice"
     model_class = AutoModelForMultipleChoice
     heads = ("ForMultipleChoice", "ForCausalLM", "LMHeadModel")
+    columns = Columns(("text", "choices"), "label")
     card = TaskWords("multiple-choice", "chooses among texts", fields="text, choices")
     routes = (
         Route(
@@ -143,9 +147,8 @@ class MultipleChoice(RowTask):
         """Rows of SWAG and CommonsenseQA."""
         if isinstance(row.get("choices"), list) and "text" in row:
             return row
-        endings = [name for name in row if name.startswith("ending") and name[6:].isdecimal()]
+        endings = _endings(row)
         # A table has a column for the greatest number of choices: the last ones may hold nothing.
-        endings.sort(key=lambda name: int(name[6:]))
         while endings and row[endings[-1]] in (None, ""):
             endings.pop()
         if endings:  # SWAG: the context, then the beginning of the sentence that each choice ends
@@ -156,6 +159,18 @@ class MultipleChoice(RowTask):
         if "question" in row:
             return _commonsense(row)
         raise missing_field(row, ["choices", "ending0", "question"], "choices")
+
+    @classmethod
+    def texts(cls, row: Row) -> Mapping[str, Any]:
+        """The text and its choices."""
+        endings = _endings(row)
+        if endings:
+            return only(row, ["sent1" if "sent1" in row else "startphrase", "sent2", *endings])
+        return only(row, ["text" if "text" in row else "question", "choices"])
+
+    def describe_labels(self, rows: Sequence[Row]) -> str:
+        """Where the right choices stand."""
+        return f"right choices: {counted(self.label_counts(rows))}"
 
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each row: lists of its choices' tokens."""
@@ -298,6 +313,12 @@ class MultipleChoice(RowTask):
 
 def _choice(scores: NDArray[np.float64]) -> Prediction:
     return {"choice": int(scores.argmax()), "scores": scores.tolist()}
+
+
+def _endings(row: Row) -> list[str]:
+    """The names of SWAG's choices in their order."""
+    endings = [name for name in row if name.startswith("ending") and name[6:].isdecimal()]
+    return sorted(endings, key=lambda name: int(name[6:]))
 
 
 def _commonsense(row: Row) -> Row:

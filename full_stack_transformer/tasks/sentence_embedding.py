@@ -9,7 +9,8 @@ below half of the greatest one teaches nothing there). A saved model is one of s
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -34,8 +35,16 @@ from full_stack_transformer.modelling.embedding.head import (
     write_head,
 )
 from full_stack_transformer.modelling.model_card import TaskWords
-from full_stack_transformer.rows.fields import field, names_of, place, texts_and_label
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import (
+    Row,
+    described_numbers,
+    field,
+    names_of,
+    names_of_texts,
+    only,
+    place,
+    texts_and_label,
+)
 from full_stack_transformer.tasks.bag_of_words import similarities
 from full_stack_transformer.tasks.routes import Form, Route
 from full_stack_transformer.tasks.task import (
@@ -126,6 +135,11 @@ class SentenceEmbedding(RowTask):
         return texts_and_label(row)
 
     @classmethod
+    def texts(cls, row: Row) -> Mapping[str, Any]:
+        """One or two."""
+        return only(row, names_of_texts(row))
+
+    @classmethod
     def learn(
         cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, options: EmbeddingOptions
     ) -> Self:
@@ -151,9 +165,23 @@ class SentenceEmbedding(RowTask):
                 "--embedding_loss simcse learns from pairs that are alike, but no label is above 0; pass "
                 "--embedding_loss cosine"
             )
+        if loss == "cosine" and len({*labels}) == 1:
+            raise RowError(
+                f"--embedding_loss cosine needs two different labels at least; found only {labels[0]:g} in "
+                f"{len(rows):,} rows; name the right column with --label_column, or pass --embedding_loss "
+                "simcse if all pairs are alike"
+            )
         return cls(
             tokenizer, options, loss=loss, greatest_label=max(map(abs, labels), default=1.0) or 1.0
         )
+
+    def label_counts(self, rows: Sequence[Row]) -> Counter[str]:
+        """None: labels are scores."""
+        return Counter()
+
+    def describe_labels(self, rows: Sequence[Row]) -> str:
+        """The range of the scores."""
+        return described_numbers([_number(row) for row in rows if row.get("label") is not None])
 
     def saved_options(self) -> dict[str, Any]:
         """None: the files of sentence-transformers say all."""

@@ -5,9 +5,9 @@ Predictions: {"label": name, "scores": {name: probability}}, {"labels": [names],
 classes at once, {"score": number} for regression.
 """
 
-import math
+import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -29,8 +29,19 @@ from full_stack_transformer.metrics.classification import (
 )
 from full_stack_transformer.metrics.regression import regression_metrics
 from full_stack_transformer.modelling.model_card import TaskWords
-from full_stack_transformer.rows.fields import field, names_of, place, texts_and_label
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import (
+    Row,
+    as_number,
+    counted,
+    described_numbers,
+    field,
+    label_name,
+    names_of,
+    names_of_texts,
+    only,
+    place,
+    texts_and_label,
+)
 from full_stack_transformer.tasks.bag_of_words import class_probabilities, similarities, words
 from full_stack_transformer.tasks.routes import (
     MODEL_FIELD,
@@ -41,6 +52,7 @@ from full_stack_transformer.tasks.routes import (
     Texts,
 )
 from full_stack_transformer.tasks.task import Feature, Metrics, Prediction, RowTask, TaskOptions
+from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
 ProblemType = Literal["single_label", "multi_label", "regression"]
 
@@ -116,6 +128,11 @@ class SequenceClassification(RowTask):
         return texts_and_label(row)
 
     @classmethod
+    def texts(cls, row: Row) -> Mapping[str, Any]:
+        """One or two."""
+        return only(row, names_of_texts(row))
+
+    @classmethod
     def learn(
         cls,
         rows: Sequence[Row],
@@ -128,16 +145,18 @@ class SequenceClassification(RowTask):
         names: set[str] = set()
         for label in found:
             if kind == "multi_label":
-                names.update(map(label_name, label if isinstance(label, list) else [label]))
+                names.update(map(label_name, _as_list(label)))
             elif kind == "single_label":
                 names.add(label_name(label))
         if kind == "multi_label" and not names:
             raise RowError(
                 "rows to learn from should have labels; each row's list of them is empty"
             )
-        if kind == "single_label" and len(names) < 2:
+        values = {str(sorted(map(str, _as_list(label)))) for label in found}
+        if len(values) < 2 or (kind == "single_label" and len(names) < 2):
             raise RowError(
-                f"rows to learn from should have two labels at least; found only {', '.join(names)!r}"
+                f"rows to learn from should have two labels at least; found only {label_name(found[0])!r} in "
+                f"{len(rows):,} rows; name the right column with --label_column, or add rows with others"
             )
         return cls(
             tokenizer,
@@ -169,6 +188,30 @@ class SequenceClassification(RowTask):
             "label2id": self._id_of_label,
             "problem_type": _PROBLEM_TYPES[self.problem_type],
         }
+
+    def label_counts(self, rows: Sequence[Row]) -> Counter[str]:
+        """Of several classes at once each."""
+        if self.problem_type == "regression":
+            return Counter()
+        labels = [row["label"] for row in rows if row.get("label") is not None]
+        return Counter(label_name(name) for label in labels for name in _as_list(label))
+
+    def unknown_labels(self, rows: Sequence[Row]) -> Counter[str]:
+        """Those without an output of the model."""
+        counts = self.label_counts(rows)
+        return Counter({name: n for name, n in counts.items() if name not in self._id_of_label})
+
+    def describe_labels(self, rows: Sequence[Row]) -> str:
+        """Of numbers their range."""
+        if self.problem_type == "regression":
+            return described_numbers([_number(row) for row in rows])
+        kind = "classes" if self.problem_type == "single_label" else "labels, several in a row"
+        return f"{kind}: {counted(self.label_counts(rows))}"
+
+    def num_targets(self, feature: Feature) -> int:
+        """None where the class was not learned."""
+        is_unknown = feature.get("labels") == IGNORED_LABEL and self.problem_type == "single_label"
+        return int(not is_unknown)
 
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each row."""
@@ -210,26 +253,40 @@ class SequenceClassification(RowTask):
         return [self._prediction(logits) for logits in scores]
 
     def metrics(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Metrics:
-        """Accuracy, F1 and Matthews; for several classes F1; for numbers the correlations."""
-        expected = [self._target(row) for row in rows]
+        """Accuracy, F1 and Matthews; for several classes F1; for numbers the correlations.
+
+        Classes that were not learned are further ones, which are never predicted.
+        """
         if self.problem_type == "regression":
+            expected = [_number(row) for row in rows]
             return Metrics(regression_metrics(expected, [one["score"] for one in predictions]))
+        labels = [*self.labels, *sorted(self.unknown_labels(rows))]
         if self.problem_type == "multi_label":
-            predicted = [self._target({"label": one["labels"]}) for one in predictions]
-            found = multi_label_metrics(expected, predicted, self.labels)
-        else:
-            ids = [self._id_of_label[one["label"]] for one in predictions]
-            found = classification_metrics(expected, ids, self.labels)
-        return Metrics.of_classes(found, self.labels)
+            found = multi_label_metrics(
+                [_indicators(row["label"], labels) for row in rows],
+                [_indicators(one["labels"], labels) for one in predictions],
+                labels,
+            )
+            return Metrics.of_classes(found, labels)
+        id_of = {label: number for number, label in enumerate(labels)}
+        found = classification_metrics(
+            [id_of[label_name(row["label"])] for row in rows],
+            [id_of[one["label"]] for one in predictions],
+            labels,
+        )
+        if len(self.labels) == 2:
+            found = dataclasses.replace(found, f1_binary=found.per_class[1].f1)
+        return Metrics.of_classes(found, labels)
 
     def is_right(self, row: Row, prediction: Prediction) -> float:
         """Of a number how near it is, below 0."""
         if self.problem_type == "regression":
             return -abs(_number(row) - float(prediction["score"]))
         if self.problem_type == "multi_label":
-            return float(self._target(row) == self._target({"label": prediction["labels"]}))
+            expected = {*map(label_name, _as_list(row["label"]))}
+            return float(expected == {*prediction["labels"]})
         name = label_name(row["label"])
-        return float(prediction["label"] == name) + float(prediction["scores"][name]) - 1.0
+        return float(prediction["label"] == name) + float(prediction["scores"].get(name, 0)) - 1.0
 
     def baselines(
         self, train_rows: Sequence[Row], rows: Sequence[Row]
@@ -284,25 +341,18 @@ class SequenceClassification(RowTask):
         if self.problem_type == "regression":
             return _number(row)
         if self.problem_type == "single_label":
-            return self._id(label, row)
-        names = label if isinstance(label, list) else [label]
-        ids = {self._id(name, row) for name in names}
-        return [float(index in ids) for index in range(len(self.labels))]
-
-    def _id(self, label: Any, row: Row) -> int:
-        name = label_name(label)
-        if name not in self._id_of_label:
-            raise RowError(
-                f"{place(row)}unknown label {name!r}; the training rows have {', '.join(self.labels)}"
-            )
-        return self._id_of_label[name]
+            return self._id_of_label.get(label_name(label), IGNORED_LABEL)
+        return _indicators(label, self.labels)
 
 
-def label_name(label: Any) -> str:
-    """The name of a label: 1 and 1.0 and "1" are one label."""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    return str(label)
+def _indicators(label: Any, labels: Sequence[str]) -> list[float]:
+    """(L,) 1 for each label that is there."""
+    names = {label_name(name) for name in _as_list(label)}
+    return [float(name in names) for name in labels]
+
+
+def _as_list(label: Any) -> list[Any]:
+    return label if isinstance(label, list) else [label]
 
 
 def _marked_words(row: Row) -> list[str]:
@@ -320,7 +370,8 @@ def _label_of(row: Row) -> Any:
     label = row.get("label")
     if label is None:
         raise RowError(
-            f"{place(row)}a row to learn from should have a 'label'; found the fields {names_of(row)}"
+            f"{place(row)}a row to learn from should have a 'label'; found the fields {names_of(row)}; name "
+            "the right one with --label_column, or leave out rows without a label with --on_bad_row skip"
         )
     return label
 
@@ -328,7 +379,7 @@ def _label_of(row: Row) -> Any:
 def _problem_type_of(labels: Sequence[Any]) -> ProblemType:
     if any(isinstance(label, list) for label in labels):
         return "multi_label"
-    numbers = [_as_number(label) for label in labels]
+    numbers = [as_number(label) for label in labels]
     are_numbers = all(number is not None for number in numbers)
     if are_numbers and any(not number.is_integer() for number in numbers if number is not None):
         return "regression"
@@ -336,22 +387,13 @@ def _problem_type_of(labels: Sequence[Any]) -> ProblemType:
 
 
 def _number(row: Row) -> float:
-    number = _as_number(row["label"])
+    number = as_number(row["label"])
     if number is None:
         raise RowError(f"{place(row)}the label should be a number, found {row['label']!r}")
     return number
 
 
-def _as_number(label: Any) -> float | None:
-    """The finite number that a label spells; None for everything else, "nan" and "inf" too."""
-    try:
-        number = float(label)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _in_order(name: str) -> tuple[float, str]:
     """Numbers by their size, before names."""
-    number = _as_number(name)
+    number = as_number(name)
     return (float("inf") if number is None else number, name)

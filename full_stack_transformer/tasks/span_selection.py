@@ -9,9 +9,10 @@ A context longer than the model is read in overlapping windows. The mark before 
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, Field
@@ -23,8 +24,7 @@ from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.texts import answer_f1, exact_match, span_metrics
 from full_stack_transformer.modelling.model_card import TaskWords
-from full_stack_transformer.rows.fields import field, place
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import Columns, Row, field, only, place
 from full_stack_transformer.tasks.bag_of_words import words
 from full_stack_transformer.tasks.routes import (
     MODEL_FIELD,
@@ -81,6 +81,7 @@ class SpanSelection(RowTask):
     model_class = AutoModelForQuestionAnswering
     heads = ("ForQuestionAnswering",)
     options_class = WindowTaskOptions
+    columns = Columns(("question", "context"), "answers")
     card = TaskWords("question-answering", "finds the answer in a text", fields="question, context")
     routes = (
         Route(
@@ -116,6 +117,25 @@ class SpanSelection(RowTask):
                 for one in answers
             ]
         return row if answers is None else {**row, "answers": answers}
+
+    @classmethod
+    def texts(cls, row: Row) -> Mapping[str, Any]:
+        """Question and context."""
+        return only(row, cls.columns.texts)
+
+    @classmethod
+    def learn(cls, rows: Sequence[Row], tokenizer: Any, options: WindowTaskOptions) -> Self:
+        """Nothing, but some rows must have an answer."""
+        if not any(row.get("answers") for row in rows):
+            raise RowError(
+                f"rows to learn from should have answers; all {len(rows):,} rows have none; name the right "
+                "field with --label_column"
+            )
+        return cls(tokenizer, options)
+
+    def label_counts(self, rows: Sequence[Row]) -> Counter[str]:
+        """Whether there is an answer."""
+        return Counter("an answer" if row.get("answers") else "no answer" for row in rows)
 
     def saved_options(self) -> dict[str, Any]:
         """How windows overlap."""

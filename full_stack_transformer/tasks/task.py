@@ -11,7 +11,9 @@ service are written once and ask the task.
 Legend: B batch, T tokens, L labels, C choices.
 """
 
+import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,14 +33,24 @@ from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.classification import ClassificationMetrics, ClassRow
 from full_stack_transformer.modelling.losses import perplexity
 from full_stack_transformer.modelling.model_card import TaskWords
-from full_stack_transformer.rows.fields import names_of, place
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import (
+    Columns,
+    Row,
+    alike_labels,
+    all_but_labels,
+    counted,
+    label_name,
+    names_of,
+    place,
+)
 from full_stack_transformer.tasks.routes import Form, Route
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from full_stack_transformer.tokenization.transformers_tokenizer import (
     open_tokenizer,
     special_token_ids,
 )
+
+logger = logging.getLogger(__name__)
 
 Feature = dict[str, Any]
 """`input_ids` and the like as lists, `labels` where the row has any, `row`: the index of its row."""
@@ -287,6 +299,10 @@ class RowTask(Task):
     """Whether rows to learn from must have a label."""
     measured_by: ClassVar[str] = "a label"
     """What a row must have to be measured by, for an error."""
+    columns: ClassVar[Columns] = Columns()
+    """Its fields, which --text_column and --label_column name."""
+    reads_words: ClassVar[bool] = False
+    """Whether its rows are words with a label each, as CoNLL files have them."""
 
     @classmethod
     def learn(cls, rows: Sequence[Row], tokenizer: Any, options: Any) -> Self:
@@ -298,6 +314,77 @@ class RowTask(Task):
         """A row of a published data set under the names that this task reads; others stay as they are."""
         return row
 
+    @classmethod
+    def texts(cls, row: Row) -> Mapping[str, Any]:
+        """What this task reads of a row beside its label; rows with the same texts stay together in a split.
+
+        Args:
+            row: as it was read, with the names of its data set.
+        """
+        return all_but_labels(row)
+
+    @classmethod
+    def has_label(cls, row: Row) -> bool:
+        """Whether a row can be learned from."""
+        return not cls.needs_labels or row.get(cls.columns.label) is not None
+
+    def label_counts(self, rows: Sequence[Row]) -> Counter[str]:
+        """How often each class occurs; empty where there are none."""
+        labels = [row.get("label") for row in rows]
+        return Counter(
+            label_name(label) for label in labels if isinstance(label, str | int | float)
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        """Those that were learned; none where labels are no classes."""
+        fields = self.config_fields()
+        is_number = fields.get("problem_type") == "regression"
+        return [] if is_number else list(fields.get("id2label", {}).values())
+
+    def unknown_labels(self, rows: Sequence[Row]) -> Counter[str]:
+        """The classes of rows that this task has not learned; empty where there are none."""
+        return Counter()
+
+    def describe_labels(self, rows: Sequence[Row]) -> str:
+        """The classes of rows to learn from with their counts, to be checked before training."""
+        counts = self.label_counts(rows)
+        return f"labels: {counted(counts)}" if counts else ""
+
+    def log_labels(self, rows: Sequence[Row], source: str) -> None:
+        """Log the classes of rows to learn from, and those that are probably one class."""
+        described = self.describe_labels(rows)
+        if described:
+            logger.info("%s training rows of %s, %s", f"{len(rows):,}", source, described)
+        for alike in alike_labels(self.label_counts(rows)):
+            logger.warning(
+                "%s: the labels %s differ by case or white space only; if they mean the same, correct them",
+                source,
+                " and ".join(map(repr, alike)),
+            )
+
+    def log_unknown_labels(self, rows: Sequence[Row], source: str) -> None:
+        """Log classes that only rows to measure by have.
+
+        Raises:
+            RowError: they have no others.
+        """
+        unknown = self.unknown_labels(rows)
+        num_labels = self.label_counts(rows).total()
+        if unknown and unknown.total() >= num_labels:
+            raise RowError(
+                f"{source}: none of its labels ({counted(unknown)}) is one of the training rows' "
+                f"({', '.join(self.class_names)})"
+            )
+        if unknown:
+            logger.warning(
+                "%s: %s of %s labels are none of the training rows' and count as errors: %s",
+                source,
+                f"{unknown.total():,}",
+                f"{num_labels:,}",
+                counted(unknown),
+            )
+
     def pretrained_fields(self) -> dict[str, Any]:
         """Labels, and the token that fills up rows."""
         return {**self.config_fields(), "pad_token_id": self.tokenizer.pad_token_id}
@@ -307,7 +394,7 @@ class RowTask(Task):
         """The inputs of rows, with `labels` where a row has them.
 
         Raises:
-            RowError: a row lacks a field, or has a label that training never saw.
+            RowError: a row lacks a field.
         """
 
     def labelled_features(self, rows: Sequence[Row]) -> list[Feature]:
@@ -322,7 +409,8 @@ class RowTask(Task):
             row = rows[bare["row"]]
             raise RowError(
                 f"{place(row)}a row to learn from or to measure by needs a label; found the fields "
-                f"{names_of(row)}"
+                f"{names_of(row)}; name the right one with --label_column, or leave out rows without a label "
+                "with --on_bad_row skip"
             )
         return features
 

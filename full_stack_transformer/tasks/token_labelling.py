@@ -11,7 +11,7 @@ word is labelled by the window that shows most around it.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
@@ -28,13 +28,15 @@ from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.rows.fields import (
     WORD_LABELS,
     WORDS,
+    Columns,
+    Row,
     field,
     missing_field,
+    only,
     place,
     texts_of,
     with_origin,
 )
-from full_stack_transformer.rows.files import Row
 from full_stack_transformer.tasks.routes import Form, Route
 from full_stack_transformer.tasks.task import (
     Feature,
@@ -56,6 +58,8 @@ class TokenLabelling(RowTask):
     heads = ("ForTokenClassification",)
     options_class = WindowTaskOptions
     measured_by = "any words"
+    columns = Columns(("words",), "labels")
+    reads_words = True
     card = TaskWords("token-classification", "labels words", fields="text or words")
     routes = (Route("/label", "A label for each word of each text."),)
     form = Form("/label", "Label", "One text a line …", show="labels")
@@ -76,7 +80,7 @@ class TokenLabelling(RowTask):
         """Words and labels of CoNLL-2003 as the hub has it, and others."""
         words = next((row[name] for name in WORDS if name in row), None)
         if words is None:
-            raise missing_field(row, WORDS, "words")
+            raise missing_field(row, WORDS, "words", "--text_column")
         labels = next((row[name] for name in WORD_LABELS if name in row), None)
         found: dict[str, Any] = {"words": _list(words)}
         if labels is not None:
@@ -84,6 +88,11 @@ class TokenLabelling(RowTask):
                 raise TypeError("a label is null")
             found["labels"] = [str(label) for label in labels]
         return with_origin(found, row)
+
+    @classmethod
+    def texts(cls, row: Row) -> Mapping[str, Any]:
+        """The words."""
+        return only(row, [name for name in WORDS if name in row][:1])
 
     @classmethod
     def learn(
@@ -94,6 +103,11 @@ class TokenLabelling(RowTask):
         if not names:
             raise RowError(
                 "rows to learn from should have labels; each row's list of them is empty"
+            )
+        if len(names) < 2:
+            raise RowError(
+                f"rows to learn from should have two labels at least; found only {min(names)!r} in "
+                f"{len(rows):,} rows; name the right column with --label_column, or add rows with others"
             )
         labels = sorted(map(str, names), key=lambda name: (name != OUTSIDE, name))
         return cls(tokenizer, options, labels=labels)
@@ -120,6 +134,15 @@ class TokenLabelling(RowTask):
     def saved_options(self) -> dict[str, Any]:
         """How windows overlap."""
         return {"doc_stride": self.options.doc_stride}
+
+    def label_counts(self, rows: Sequence[Row]) -> Counter[str]:
+        """Of words."""
+        return Counter(str(label) for row in rows for label in row.get("labels") or ())
+
+    def unknown_labels(self, rows: Sequence[Row]) -> Counter[str]:
+        """Those without an output of the model."""
+        counts = self.label_counts(rows)
+        return Counter({name: n for name, n in counts.items() if name not in self._id_of_label})
 
     def features(self, rows: Sequence[Row]) -> list[Feature]:
         """One for each window, with `word_tokens`: the token of each word that begins in it."""
@@ -148,8 +171,8 @@ class TokenLabelling(RowTask):
         return features
 
     def num_targets(self, feature: Feature) -> int:
-        """The words that begin in the window."""
-        return sum(label != IGNORED_LABEL for label in feature["labels"])
+        """The words that begin in the window, and whose label was learned."""
+        return sum(label != IGNORED_LABEL for label in feature.get("labels", ()))
 
     def loss_sum(self, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Cross entropy of the words' labels."""
@@ -233,13 +256,7 @@ class TokenLabelling(RowTask):
                 f"{place(row)}a row should have a label for each word; found {len(names)} labels and "
                 f"{num_words} words"
             )
-        unknown = sorted(set(names) - self._id_of_label.keys())
-        if unknown:
-            raise RowError(
-                f"{place(row)}unknown label {unknown[0]!r}; the training rows have "
-                f"{', '.join(self.labels)}"
-            )
-        return [self._id_of_label[name] for name in names]
+        return [self._id_of_label.get(name, IGNORED_LABEL) for name in names]
 
 
 def _list(value: Any) -> list[Any]:

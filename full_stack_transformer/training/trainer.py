@@ -19,7 +19,7 @@ from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.model_directory import find_model_directory
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import Row
 from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.storage import make_directories, replace_directory, write_json
 from full_stack_transformer.tasks.opening import OpenedTask, open_task

@@ -13,7 +13,7 @@ import pytest
 
 from full_stack_transformer.errors import InputError, MachineError, MissingExtraError, RowError
 from full_stack_transformer.rows.downloads import download
-from full_stack_transformer.rows.files import PLACE
+from full_stack_transformer.rows.fields import PLACE
 from full_stack_transformer.rows.splits import hub_rows
 
 _CONTENT = b"a text\n" * 1000

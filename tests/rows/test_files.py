@@ -13,8 +13,8 @@ import zstandard
 from pyarrow import parquet
 
 from full_stack_transformer.errors import RowError
-from full_stack_transformer.rows.fields import named_rows
-from full_stack_transformer.rows.files import PLACE, Row, read_rows
+from full_stack_transformer.rows.fields import PLACE, Row, named_rows
+from full_stack_transformer.rows.files import read_rows
 from full_stack_transformer.rows.splits import describe_rows, find_splits, split_by_hash
 from full_stack_transformer.tasks.opening import row_task_class
 

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.modelling.model_card import TaskWords
-from full_stack_transformer.rows.fields import field
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import Row, field
 from full_stack_transformer.tasks.routes import (
     MODEL_FIELD,
     Body,

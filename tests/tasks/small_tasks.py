@@ -11,7 +11,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import Row
 from full_stack_transformer.tasks.opening import row_task_class
 from full_stack_transformer.tasks.task import RowTask, Task
 from full_stack_transformer.tokenization.transformers_tokenizer import (

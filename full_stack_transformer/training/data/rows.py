@@ -5,8 +5,9 @@ data set has its own splits, `prepare` to download or make it, `augment` to chan
 the class: `fst run_experiment --data_class my_module.MyData`.
 """
 
+import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.batches import BatchSpans, LengthBatches, SortedBatches
 from full_stack_transformer.datasets.collators import Batch, Collator
 from full_stack_transformer.datasets.order import make_key
 from full_stack_transformer.errors import RowError, UsageError
-from full_stack_transformer.rows.fields import named_rows
-from full_stack_transformer.rows.files import PLACE, Row, read_rows
+from full_stack_transformer.rows.fields import (
+    PLACE,
+    BadRows,
+    Row,
+    has_minus_one,
+    labelled_rows,
+    named_rows,
+)
+from full_stack_transformer.rows.files import chosen_columns, read_rows
 from full_stack_transformer.rows.splits import (
     SPLITS,
     Split,
@@ -189,6 +198,9 @@ class BaseDataModule(EpochDataModule):
         cls = self.task_class
         options = cls.options_class.of(arguments)
         self.open(cls.learn(self.named_rows("train"), open_tokenizer(directory), options))
+        self.task.log_labels(self.named_rows("train"), self.data_name)
+        for split in SPLITS[1:]:
+            self.task.log_unknown_labels(self.named_rows(split), f"the {split} rows")
 
     def open(self, task: RowTask) -> None:
         """Make features of the rows, now that labels and tokenizer are known."""
@@ -311,12 +323,26 @@ class BaseDataModule(EpochDataModule):
 
     @cached_property
     def _split_rows(self) -> dict[str, list[Row]]:
-        lists = split_by_hash(self.all_rows(), list(_PARTS.values()))
+        parts = list(_PARTS.values())
+        lists = split_by_hash(self.all_rows(), parts, texts=self.task_class.texts)
         return dict(zip(_PARTS, lists, strict=True))
 
     @cached_property
     def _named_rows(self) -> dict[Split, list[Row]]:
-        return {split: named_rows(self.rows(split), self.task_class.named) for split in SPLITS}
+        train = self._named("train")
+        is_label = has_minus_one(train)
+        return {"train": train, **{split: self._named(split, is_label) for split in SPLITS[1:]}}
+
+    def _named(self, split: Split, minus_one_is_label: bool | None = None) -> list[Row]:
+        cls = self.task_class
+        bad = BadRows(f"the {split} rows", self.arguments.on_bad_row)
+        rows = named_rows(
+            self.rows(split), cls.named, bad=bad, minus_one_is_label=minus_one_is_label
+        )
+        if split != "test" and bad.action == "skip":
+            rows = labelled_rows(rows, cls.has_label, bad)
+        bad.log()
+        return rows
 
 
 class RowCollator:
@@ -398,7 +424,7 @@ class FileRows(BaseDataModule):
             described["data_set"] = str(self.arguments.dataset_dir)
         for split, path in self._paths.items():
             described[split] = describe_rows(path)
-        return described
+        return described | _how_to_read(self.arguments)
 
     def rows(self, split: Split) -> list[Row]:
         """Those of the split's file; without one for validation a part of the training rows."""
@@ -406,13 +432,25 @@ class FileRows(BaseDataModule):
 
     @cached_property
     def _rows_of_splits(self) -> dict[Split, list[Row]]:
-        found = dict(self._hub or {})
-        found |= {split: list(read_rows(path)) for split, path in self._paths.items()}
-        part = self.arguments.validation_fraction
+        arguments, cls = self.arguments, self.task_class
+        found: dict[Split, list[Row]] = {
+            split: list(chosen_columns(rows, arguments, cls.columns, BadRows(split)))
+            for split, rows in (self._hub or {}).items()
+        }
+        for split, path in self._paths.items():
+            rows = read_rows(path, arguments, cls.columns, has_words=cls.reads_words)
+            found[split] = list(rows)
+        part = arguments.validation_fraction
         if "valid" not in found and part > 0:
-            found["train"], found["valid"] = split_by_hash(found["train"], [1 - part, part])
+            parts = [1 - part, part]
+            found["train"], found["valid"] = split_by_hash(found["train"], parts, texts=cls.texts)
+        self._warn_of_repeated(found)
+        return {split: found.get(split, []) for split in SPLITS}
+
+    def _warn_of_repeated(self, found: Mapping[Split, list[Row]]) -> None:
         held_out: tuple[Split, ...] = ("valid", "test")
-        counts = num_repeated(found.get("train", []), *(found.get(one, []) for one in held_out))
+        lists = [found.get(split, []) for split in ("train", *held_out)]
+        counts = num_repeated(*lists, texts=self.task_class.texts)
         for split, repeated in zip(held_out, counts, strict=True):
             if repeated:
                 logger.warning(
@@ -421,7 +459,18 @@ class FileRows(BaseDataModule):
                     f"{len(found[split]):,}",
                     split,
                 )
-        return {split: found.get(split, []) for split in SPLITS}
+
+
+def _how_to_read(arguments: RowFileOptions) -> dict[str, Any]:
+    """The options that decide how files are read, where they are given."""
+    fields = dataclasses.fields(RowFileOptions)
+    given = {field.name: getattr(arguments, field.name) for field in fields}
+    changed = {field.name for field in fields if given[field.name] != field.default}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in given.items()
+        if name in changed
+    }
 
 
 def _paths(arguments: TrainArguments, *, has_directory: bool) -> dict[Split, Path]:

@@ -16,7 +16,7 @@ from full_stack_transformer.evaluation.run import measured
 from full_stack_transformer.metrics.regression import spearman
 from full_stack_transformer.modelling.embedding.encoder import open_sentence_encoder
 from full_stack_transformer.modelling.model_directory import save_model_directory
-from full_stack_transformer.rows.files import Row
+from full_stack_transformer.rows.fields import Row
 from full_stack_transformer.tasks.opening import open_task
 from full_stack_transformer.training.data.rows import BaseDataModule, FileRows, RowCollator
 from full_stack_transformer.training.setup import open_setup
