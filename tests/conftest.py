@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
-from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
+from full_stack_transformer.datasets.corpus import DatasetDirectory, open_dataset
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.preparation.prepare import main as prepare_dataset

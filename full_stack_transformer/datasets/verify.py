@@ -18,11 +18,12 @@ from typing import Any, BinaryIO
 from full_stack_transformer.arguments.data import VerifyDatasetArguments
 from full_stack_transformer.datasets.corpus import (
     CORPUS_FILE_NAME,
+    FORMAT_VERSION,
     POSITION_DTYPE,
     POSITIONS_FILE_NAME,
+    open_dataset,
     token_dtype,
 )
-from full_stack_transformer.datasets.description import FORMAT_VERSION, open_dataset
 from full_stack_transformer.datasets.verify_arrays import ArrayCheck, Ids, Positions
 from full_stack_transformer.errors import DatasetError, InputError
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions

@@ -1,10 +1,14 @@
 """Docstrings and prose comments of Python source files, read without importing or running them.
 
-Knows Python's syntax tree, and nothing of the interpreter that will run the files.
+    source files ──source_sections──> sections of documents: docstrings and comments
+                 ──library_docstrings──> docstrings one by one, without near-duplicates
+
+The same interpreter gives the same texts in the same order. Knows nothing of labels.
 """
 
 import ast
 import re
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +24,7 @@ from full_stack_transformer.document_sources.documents import (
     tidy,
     without_legal_paragraphs,
 )
+from full_stack_transformer.errors import MachineError
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -33,6 +38,36 @@ _RECEIVER = re.compile(r"^(self|cls|_cls|mcls|mcs|metacls|meta|type)(, |$)(/(, |
 _COMMENT_LINE = re.compile(r"\s*#+:?\s?(.*?)[\s#]*")
 # A longer signature is a table of defaults.
 _MAX_SIGNATURE_LENGTH = 120
+_WORD = re.compile(r"\w+")
+# Consecutive words that identify a text; unrelated texts share phrases of three words.
+_SHINGLE = 4
+# The end of a sentence: a mark, white space, and a possible start of a sentence; not "e.g. this".
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)'\"`][.!?])\s+(?=[A-Z`'\"*(])")
+
+
+@dataclass(frozen=True)
+class Docstring:
+    """The docstring of a module, class or function."""
+
+    module: str
+    """Dotted name of the module, such as asyncio.queues."""
+    name: str
+    """Dotted name of the definition in the module; empty for the module itself."""
+    kind: str
+    """module, class or function."""
+    parameters: tuple[str, ...]
+    """Names of a function's parameters, without self."""
+    text: str
+
+    @property
+    def package(self) -> str:
+        """The first part of the module's name, without the underscore of an implementation."""
+        return self.module.split(".")[0].removeprefix("_py").lstrip("_")
+
+    @property
+    def outermost(self) -> str:
+        """The outermost class or function that contains it."""
+        return self.name.split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -74,13 +109,10 @@ def source_sections(source: bytes, seen: SeenLines) -> list[Section]:
 
     Empty if this interpreter cannot parse the file.
     """
-    try:
-        text = decode_source(source)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes
-            module = ast.parse(text)
-    except (SyntaxError, ValueError):
+    parsed = _parsed(source)
+    if parsed is None:
         return []
+    text, module = parsed
     lines = text.split("\n")
     entries = [_Entry("", module, 0, len(lines) + 1), *_entries(module)]
     for entry in entries:
@@ -88,6 +120,17 @@ def source_sections(source: bytes, seen: SeenLines) -> list[Section]:
     for comment in _comments(lines, _lines_in_strings(module)):
         _add_comment(comment, entries, seen)
     return list(_sections(entries))
+
+
+def _parsed(source: bytes) -> tuple[str, ast.Module] | None:
+    """The text of a source file and its syntax tree; None if this interpreter cannot parse it."""
+    try:
+        text = decode_source(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes
+            return text, ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
 
 
 def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]:
@@ -185,3 +228,76 @@ def _signature(entry: _Entry) -> str:
     returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     signature = f"{entry.name}({arguments}){returned}"
     return signature if len(signature) <= _MAX_SIGNATURE_LENGTH else f"{entry.name}(...)"
+
+
+class SeenTexts:
+    """Remembers runs of words, to recognise a near-duplicate."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, ...]] = set()
+
+    def is_new(self, text: str) -> bool:
+        """Whether at least half of the runs of words of `text` are new; remembers them if so."""
+        words = _WORD.findall(text.lower())
+        last = max(1, len(words) - _SHINGLE + 1)
+        runs = {tuple(words[start : start + _SHINGLE]) for start in range(last)}
+        if 2 * len(runs & self._seen) > len(runs):
+            return False
+        self._seen |= runs
+        return True
+
+
+def library_docstrings() -> list[Docstring]:
+    """The docstrings of the running interpreter, without near-duplicates, sorted by module.
+
+    Raises:
+        MachineError: this interpreter was installed without its sources.
+    """
+    seen = SeenTexts()
+    found = [
+        docstring
+        for name, path in source_files(Path(sysconfig.get_path("stdlib")))
+        for docstring in docstrings_of(name, path.read_bytes())
+        if seen.is_new(docstring.text)
+    ]
+    if not found:
+        raise MachineError(
+            f"no docstrings found in {sysconfig.get_path('stdlib')}; run the command with a Python "
+            "that has its standard library as source files"
+        )
+    return found
+
+
+def docstrings_of(module: str, source: bytes) -> Iterator[Docstring]:
+    """The readable docstrings of a source file, in source order; none if it cannot be parsed."""
+    parsed = _parsed(source)
+    if parsed is None:
+        return
+    _, tree = parsed
+    for name, node in (("", tree), *definitions(tree)):
+        text = without_legal_paragraphs(tidy(ast.get_docstring(node) or ""))
+        if not is_readable(text):
+            continue
+        kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+        yield Docstring(module, name, kind, _parameters(node), text)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of the paragraphs of a text that are prose; lists, examples and code are left out."""
+    found: list[str] = []
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.split("\n")
+        if any(line.startswith((" ", ">>>", "-", "*")) for line in lines):
+            continue
+        found += _SENTENCE_END.split(" ".join(paragraph.split()))
+    return [text for text in found if text.endswith((".", "!", "?")) and len(text.split()) >= 4]
+
+
+def _parameters(node: ast.AST) -> tuple[str, ...]:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return ()
+    given = node.args
+    variable = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
+    arguments = (*given.posonlyargs, *given.args, *given.kwonlyargs, *variable)
+    names = [argument.arg for argument in arguments]
+    return tuple(name for name in names if name not in ("self", "cls", "mcls", "metacls"))

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from full_stack_transformer.document_sources.docstrings import (
+from full_stack_transformer.document_sources.documents import tidy
+from full_stack_transformer.document_sources.python_sources import (
     Docstring,
     library_docstrings,
     sentences,
 )
-from full_stack_transformer.document_sources.documents import tidy
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS
 
 Side = Literal["train", "valid", "test"]

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.datasets.batches import SortedBatches
-from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.datasets.description import open_dataset
+from full_stack_transformer.datasets.corpus import Corpus, open_dataset
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
 from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows

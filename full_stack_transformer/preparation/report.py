@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
-from full_stack_transformer.datasets.corpus import POSITIONS_FILE_NAME, token_dtype
-from full_stack_transformer.datasets.description import FORMAT_VERSION
+from full_stack_transformer.datasets.corpus import FORMAT_VERSION, POSITIONS_FILE_NAME, token_dtype
 from full_stack_transformer.preparation.journal import SplitState
 from full_stack_transformer.preparation.passes import Pass
 from full_stack_transformer.storage import file_facts, files_below

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.datasets.collators import Batch
-from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.modelling.acceleration import accelerate
 from full_stack_transformer.modelling.losses import (

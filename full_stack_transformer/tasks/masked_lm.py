@@ -20,8 +20,7 @@ from transformers import AutoModelForMaskedLM
 from full_stack_transformer.arguments.training import MaskedLMOptions
 from full_stack_transformer.datasets.batches import Samples, SortedBatches
 from full_stack_transformer.datasets.collators import Batch, Collator
-from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
 from full_stack_transformer.datasets.masking import (
     MaskedCollator,
     MaskedSamples,

@@ -27,8 +27,7 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.training import WindowOptions
 from full_stack_transformer.datasets.batches import Samples
 from full_stack_transformer.datasets.collators import Batch, Collator, PaddedCollator
-from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.classification import ClassificationMetrics, ClassRow
 from full_stack_transformer.modelling.losses import perplexity

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
-from full_stack_transformer.datasets.description import open_dataset
+from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.backbones import new_backbone, pretrained_backbone
 from full_stack_transformer.tasks.catalogue import TASKS

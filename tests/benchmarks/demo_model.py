@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from full_stack_transformer.datasets.batches import LengthBatches
 from full_stack_transformer.datasets.collators import PaddedCollator
-from full_stack_transformer.datasets.description import open_dataset
+from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.evaluation.run import measure_corpus
 from full_stack_transformer.modelling.losses import next_token_loss
 from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions

@@ -137,8 +137,7 @@ def _trainer_of(job: dict[str, Any], directory: str) -> Any:
 
 
 def _data_and_task(job: dict[str, Any], directory: str) -> Any:
-    from full_stack_transformer.datasets.corpus import Corpus
-    from full_stack_transformer.datasets.description import DatasetDirectory
+    from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
     from full_stack_transformer.modelling.acceleration import compile_layers
     from full_stack_transformer.modelling.backbones import new_backbone
     from full_stack_transformer.training.module import TrainingModule

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run by its path, this script sees only its own directory
 
 from full_stack_transformer.arguments.training import TrainArguments  # noqa: E402
-from full_stack_transformer.datasets.description import (  # noqa: E402
+from full_stack_transformer.datasets.corpus import (  # noqa: E402
     DatasetDirectory,
     open_dataset,
 )

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.document_sources.docstrings import Docstring, library_docstrings
+from full_stack_transformer.document_sources.python_sources import Docstring, library_docstrings
 from full_stack_transformer.document_sources.task_rows import TaskRow, sentence_rows, side_of
 from full_stack_transformer.metrics.regression import spearman
 from full_stack_transformer.modelling.embedding.encoder import SentenceEncoder

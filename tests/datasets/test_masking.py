@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from full_stack_transformer.datasets.batches import LengthBatches, SortedBatches
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.datasets.masking import (
     MaskedCollator,
     MaskedSamples,

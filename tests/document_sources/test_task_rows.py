@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from full_stack_transformer.arguments.data import CollectDocumentsArguments
-from full_stack_transformer.document_sources import docstrings, task_rows
+from full_stack_transformer.document_sources import python_sources, task_rows
 from full_stack_transformer.document_sources.collect import main as collect_documents
-from full_stack_transformer.document_sources.docstrings import (
+from full_stack_transformer.document_sources.python_sources import (
     Docstring,
     SeenTexts,
     docstrings_of,
     library_docstrings,
     sentences,
+    source_files,
 )
-from full_stack_transformer.document_sources.python_sources import source_files
 from full_stack_transformer.document_sources.task_rows import TaskRow, side_of
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS
@@ -54,7 +54,7 @@ def library() -> list[Docstring]:
         if name.split(".")[0] in PACKAGES
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(docstrings, "source_files", lambda _root: found)
+        patch.setattr(python_sources, "source_files", lambda _root: found)
         return library_docstrings()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.arguments.sampling import SamplingParameters, as_keywords
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.continued_texts import (
     continue_texts,

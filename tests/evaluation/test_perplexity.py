@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.evaluation.run import measure_corpus
 from full_stack_transformer.modelling.model_directory import open_model
 from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions

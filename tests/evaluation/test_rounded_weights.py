@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.evaluation.log_likelihoods import measure_rounded_weights
 from full_stack_transformer.evaluation.run import measure_corpus
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype, why_not_native

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
-from full_stack_transformer.datasets.description import open_dataset
+from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.errors import FullStackTransformerError
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
 from tests.faults import gate

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
-from full_stack_transformer.datasets.description import DatasetDirectory, open_dataset
+from full_stack_transformer.datasets.corpus import DatasetDirectory, open_dataset
 from full_stack_transformer.documents import delimited
 from full_stack_transformer.documents.blocks import ReadingOptions
 from full_stack_transformer.errors import DatasetError, DocumentsError, UsageError

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.tasks.causal_lm import bits_per_byte, bytes_per_target
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 

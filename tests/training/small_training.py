@@ -14,7 +14,7 @@ from pytorch_lightning.profilers import Profiler
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import TrainArguments
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions

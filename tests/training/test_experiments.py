@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from full_stack_transformer.arguments.training import TrainArguments
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import DatasetError, InputError, UsageError
 from full_stack_transformer.training.checkpoints import (
     VALIDATION_IS_DUE_KEY,

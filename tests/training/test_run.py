@@ -11,7 +11,7 @@ import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from full_stack_transformer.__main__ import run
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.modelling.backbones import DECODER_PRESETS
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.progress import SUMMARY_FILE_NAME

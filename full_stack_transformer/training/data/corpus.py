@@ -13,7 +13,7 @@ from full_stack_transformer.datasets.batches import (
     SortedBatches,
 )
 from full_stack_transformer.datasets.collators import Collator, PackedCollator
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import DatasetError, UsageError
 from full_stack_transformer.tasks.task import CorpusTask
 from full_stack_transformer.training.data.batches import EpochDataModule

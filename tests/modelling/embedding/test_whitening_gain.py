@@ -1,6 +1,6 @@
 """What whitening is for: cosines of a masked model say more of which sentences belong together."""
 
-from full_stack_transformer.document_sources.docstrings import library_docstrings
+from full_stack_transformer.document_sources.python_sources import library_docstrings
 from full_stack_transformer.document_sources.task_rows import sentence_rows
 from tests.benchmarks.whitening import measure, new_model, train
 

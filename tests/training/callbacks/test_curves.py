@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.modelling.losses import perplexity
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.meter import Meter

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import MachineError
 from full_stack_transformer.modelling.model_directory import open_model
 from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions

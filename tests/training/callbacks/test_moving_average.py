@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.training.callbacks.moving_average import AveragedWeights
 from tests.training.small_training import SmallTraining

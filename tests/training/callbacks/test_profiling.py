@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.training.callbacks.profiling import (
     FORWARD,
     LOSS,

@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.training.callbacks.meter import Meter, Reading
 from full_stack_transformer.training.callbacks.progress import Progress, duration, summarize
 from full_stack_transformer.training.module import ValidationMetrics

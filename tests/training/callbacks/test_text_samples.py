@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from full_stack_transformer.arguments.sampling import as_keywords
-from full_stack_transformer.datasets.description import DatasetDirectory
+from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import InputError
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.storage import write_json
