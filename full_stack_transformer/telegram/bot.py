@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from urllib.parse import urlsplit
@@ -42,6 +43,7 @@ from full_stack_transformer.telegram.conversation.requests import Policy, Reques
 from full_stack_transformer.telegram.monitoring import Metrics, serve_monitoring
 from full_stack_transformer.telegram.sending.delivery import Courier, RateLimiter, SafeSession
 from full_stack_transformer.telegram.sending.display import Display
+from full_stack_transformer.telegram.state.database import DatabaseLostError
 from full_stack_transformer.telegram.state.settings import Settings
 from full_stack_transformer.telegram.state.store import LANES, Lane, Store
 from full_stack_transformer.telegram.texts import LANGUAGES
@@ -59,6 +61,7 @@ _CALL_TIMEOUT_SECONDS = 20.0
 _INTRODUCTION_PAUSES_SECONDS = (0.3, 0.6, 1.2)
 _SERVICE_CHECK_SECONDS = 10.0
 _SERVICE_CHECK_INTERVAL_SECONDS = 30.0
+_DATABASE_CHECK_INTERVAL_SECONDS = 1.0
 # Docker allows 10 s after SIGTERM, Kubernetes 30; with more, longer texts are finished. The next start
 # continues what was cut short.
 _MAX_FINISH_SECONDS = 60.0
@@ -138,11 +141,11 @@ class _Process:
         self._me = me
         self._service_url = service_url
         self._metrics = metrics = Metrics()
-        self._courier = courier = Courier(bot, store, RateLimiter())
+        ending = asyncio.Event()
+        self._courier = courier = Courier(bot, store, RateLimiter(), ending)
         display = Display(store, courier)
         path = None if arguments.checkpoint is None else str(arguments.checkpoint)
         self._writer = writer = Writer(client, path)
-        ending = asyncio.Event()
         log_texts = arguments.log_texts
         answers = Answers(store, courier, display, writer, metrics, ending, log_texts=log_texts)
         policy = Policy(
@@ -163,7 +166,23 @@ class _Process:
         )
 
     async def run(self, signals: _Signals, webhook_secret: str, stack: AsyncExitStack) -> None:
-        """Take updates until the end."""
+        """Take updates until the end.
+
+        Raises:
+            InputError, MachineError: as `run` below the imports.
+        """
+        try:
+            await self._run(signals, webhook_secret, stack)
+            self._store.check()
+        except DatabaseLostError:
+            raise MachineError(self._store.rescue()) from None
+        except sqlite3.Error as error:
+            raise MachineError(
+                f"--database {self._arguments.database} is damaged ({error}); put a copy of it there, or "
+                "move it away, and start again: Telegram still has the updates since then"
+            ) from None
+
+    async def _run(self, signals: _Signals, webhook_secret: str, stack: AsyncExitStack) -> None:
         await self._greet_service()
         if self._arguments.monitoring_port is not None:
             await self._serve_monitoring(self._arguments.monitoring_port, stack)
@@ -172,19 +191,21 @@ class _Process:
         if num_pending:
             logger.info("continuing %d jobs of an earlier process", num_pending)
         lanes = asyncio.create_task(self._lanes.run())
+        watching = asyncio.create_task(self._watch_database())
         background = {
             asyncio.create_task(self._watch_service()),
             asyncio.create_task(_set_menus(self._bot, self._arguments.admin_ids)),
         }
         logger.info("answering as @%s", self._me.username)
         try:
-            await self._until_the_end(signals, receiving, lanes)
+            await self._until_the_end(signals, receiving, lanes, watching)
             receiving.cancel()
             await self._finish(signals)
         finally:
-            for task in (background := background | {receiving, lanes}):
+            for task in (background := background | {receiving, lanes, watching}):
                 task.cancel()
-            await asyncio.wait(background)
+            # Gathered, so that no second error is logged as one that nobody has seen.
+            await asyncio.gather(*background, return_exceptions=True)
 
     async def _serve_monitoring(self, port: int, stack: AsyncExitStack) -> None:
         runner = await serve_monitoring(
@@ -200,10 +221,18 @@ class _Process:
         """Start to take updates; the task ends with an error only."""
         take, options = self._intake.take, self._arguments
         if options.webhook_url is None:
-            return asyncio.create_task(poll(self._bot, take, self._metrics))
+            return asyncio.create_task(poll(self._bot, take, self._store.report, self._metrics))
         host, port = options.webhook_host, options.webhook_port
         runner = await serve_webhook(
-            take, self._metrics, webhook_secret, options.webhook_url, host, port
+            *(
+                take,
+                self._store.report,
+                self._metrics,
+                webhook_secret,
+                options.webhook_url,
+                host,
+                port,
+            )
         )
         stack.push_async_callback(runner.cleanup)
         logger.info("webhook at http://%s:%d", host, runner.addresses[0][1])
@@ -259,6 +288,12 @@ class _Process:
             )
         else:
             logger.info("the service at %s serves %s", self._service_url, described.model)
+
+    async def _watch_database(self) -> None:
+        """Notice a lost database also when nobody writes; ends with an error only."""
+        while True:
+            await asyncio.sleep(_DATABASE_CHECK_INTERVAL_SECONDS)
+            self._store.check()
 
     async def _watch_service(self) -> None:
         """Notice when another model is served, which may have a chat template or none."""

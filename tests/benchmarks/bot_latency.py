@@ -77,8 +77,9 @@ def measure_streams(forks: BotForks, minutes: float) -> str:
 
         def converse(chat_id: int) -> int:
             num_texts = 0
+            mention = "@fake_bot " if chat_id < 0 else ""
             while time.monotonic() < until:
-                telegram.write(chat_id, "On and on", user_id=7)
+                telegram.write(chat_id, f"{mention}On and on", user_id=7)
                 num_texts += 1
                 telegram.bot_messages(chat_id, num_texts, button=ENGLISH.repeat_button)
             return num_texts

@@ -3,13 +3,23 @@
 Bodies and answers are JSON. Reading waits for what is expected: 408 when it did not come in time.
 """
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
 
+from tests.fake_bot_api.checks import units
 from tests.fake_bot_api.state import Chat, Fault, Json, World
+
+# As in Telegram's client library: https://github.com/tdlib/td/blob/master/td/telegram/MessageEntity.cpp
+_ENTITY_PATTERNS = (
+    ("url", re.compile(r"https?://\S+")),
+    ("email", re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+")),
+    ("bot_command", re.compile(r"(?<![\w/<>])/\w{1,64}(?:@\w{3,32})?(?![\w/<>])", re.ASCII)),
+    ("mention", re.compile(r"(?<!\w)@[A-Za-z0-9_]{2,32}(?!\w)")),
+)
 
 FAULT_KINDS = ("retry_after", "bad_gateway", "reset", "error", "hang")
 
@@ -43,15 +53,21 @@ class _User:
         self._world = world
 
     async def write(self, request: web.Request) -> web.Response:
-        """{chat_id, text} or {chat_id, content: {"photo": [...]}}; user_id, reply_to_message_id …"""
+        """{chat_id, text} or {chat_id, content: {"photo": [...]}}; user_id, reply_to_message_id …
+
+        Entities are found as Telegram does, unless `content` has them. The bot receives every message of
+        a group, as an administrator does.
+        """
         body = await request.json()
         chat = self._world.open_chat(int(body["chat_id"]))
         user_id = body.get("user_id", abs(chat.id))
         message: Json = {"from": _person(user_id, body.get("language_code"))}
         if "text" in body:
             message["text"] = body["text"]
-            message.update(_command_entities(body["text"]))
         message.update(body.get("content", {}))
+        for field, entities in (("text", "entities"), ("caption", "caption_entities")):
+            if field in message and entities not in message:
+                message[entities] = _entities_of(message[field])
         if "reply_to_message_id" in body:
             message["reply_to"] = int(body["reply_to_message_id"])
         if "message_thread_id" in body:
@@ -282,11 +298,18 @@ def _has_button(message: Json, words: str) -> bool:
     return not words or any(words == button["text"] for row in rows for button in row)
 
 
-def _command_entities(text: str) -> Json:
-    command = text.split(maxsplit=1)[0] if text.strip() else ""
-    if not command.startswith("/"):
-        return {}
-    return {"entities": [{"type": "bot_command", "offset": 0, "length": len(command)}]}
+def _entities_of(text: str) -> list[Json]:
+    """What Telegram finds in a text: addresses first, so that no name within one is a mention."""
+    found: list[Json] = []
+    taken: list[tuple[int, int]] = []
+    for kind, pattern in _ENTITY_PATTERNS:
+        for match in pattern.finditer(text):
+            start, end = match.span()
+            if all(end <= other or start >= other_end for other, other_end in taken):
+                taken.append((start, end))
+                offset, length = units(text[:start]), units(match.group())
+                found.append({"type": kind, "offset": offset, "length": length})
+    return sorted(found, key=lambda entity: int(entity["offset"]))
 
 
 def _described(chat: Chat, message: Json, inaccessible: bool) -> Json:

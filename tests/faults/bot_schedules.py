@@ -184,7 +184,8 @@ class Schedule:
         chat_id = self.random.choice(self.chats)
         number = len(self.prompts)
         text = f"The reader s{self.seed}c{abs(chat_id)}p{number} looks for"
-        message = self.telegram.write(chat_id, text, user_id=abs(chat_id))
+        mention = "@fake_bot " if chat_id < 0 else ""
+        message = self.telegram.write(chat_id, mention + text, user_id=abs(chat_id))
         self.prompts.append((chat_id, message["message_id"], text))
 
     def _press_repeat(self) -> None:

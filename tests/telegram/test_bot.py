@@ -71,7 +71,7 @@ def test_a_group_sees_edits_and_a_stop_button_for_the_one_who_asked(
     group_id, prompt = -chat_id, f"group {chat_id}"
     service.continuations[prompt] = lambda: " word" * 400
     with service.holding(prompt, after_pieces=10):
-        telegram.write(group_id, prompt, user_id=chat_id, message_thread_id=7)
+        telegram.write(group_id, f"@fake_bot {prompt}", user_id=chat_id, message_thread_id=7)
         (growing,) = telegram.bot_messages(group_id, at_least=1)
         assert labels(growing) == [["Stop"]]
         assert growing["message_thread_id"] == 7
@@ -207,7 +207,7 @@ def test_settings_and_answers_follow_a_group_that_moves(
     old_id, new_id, prompt = -chat_id, -chat_id - 100_000, f"moving {chat_id}"
     words_of(telegram, old_id, "/settings length 33", user_id=4)
     with service.holding(prompt) as hold:
-        telegram.write(old_id, prompt, user_id=4)
+        telegram.write(old_id, f"@fake_bot {prompt}", user_id=4)
         hold.wait()
         telegram.migrate(old_id, new_id, tell=tell)
     (answer,) = finals(telegram, new_id)

@@ -46,7 +46,8 @@ def test_settings_are_of_one_chat_and_topic_and_change_in_place(
     group_id = -chat_id
     words_of(telegram, group_id, "/settings temperature 0.5", user_id=3, message_thread_id=1)
     for thread_id in (1, 2):
-        telegram.write(group_id, f"{prompt} {thread_id}", user_id=3, message_thread_id=thread_id)
+        text = f"@fake_bot {prompt} {thread_id}"
+        telegram.write(group_id, text, user_id=3, message_thread_id=thread_id)
         finals(telegram, group_id, at_least=thread_id)
     temperatures = {
         request.prompt: request.temperature
@@ -155,7 +156,7 @@ def test_export_has_everything_and_forget_deletes_it(
 @pytest.mark.parametrize(
     "content",
     [
-        {"photo": [PICTURE], "caption": "Words below a photo"},
+        {"photo": [PICTURE]},
         {"sticker": PICTURE | {"type": "regular", "is_animated": False, "is_video": False}},
         {"location": {"latitude": 1.0, "longitude": 2.0}},
     ],

@@ -97,7 +97,7 @@ def test_killed_in_mid_text_the_bot_goes_on_with_the_same_text(
         bot.start()
         with service.holding(prompt, after_pieces=10):
             telegram.write(chat_id, prompt)
-            telegram.write(-chat_id, prompt, user_id=5)
+            telegram.write(-chat_id, f"@fake_bot {prompt}", user_id=5)
             telegram.draft(chat_id, " word")
             telegram.bot_messages(-chat_id, at_least=1)
             bot.kill()
@@ -364,7 +364,8 @@ def test_streaming_stays_within_the_limits_of_every_chat(
         bot.start()
         with service.holding(prompt, after_pieces=150):
             for place in (chat_id, -chat_id):
-                telegram.write(place, prompt, user_id=chat_id)
+                mention = "@fake_bot " if place < 0 else ""
+                telegram.write(place, mention + prompt, user_id=chat_id)
             telegram.requests("sendMessageDraft", chat_id, at_least=2)
             telegram.bot_messages(-chat_id, at_least=1)
         for place in (chat_id, -chat_id):

@@ -247,8 +247,8 @@ def _walk_through_words(tour: Walk, first: Json) -> None:
 def _walk_through_a_group(tour: Walk) -> None:
     tour.title("In a group: edits instead of drafts, and buttons for the user who asked")
     with tour.service.holding("A long evening", after_pieces=20):
-        tour._line("you", "A long evening")
-        tour.telegram.write(_GROUP, "A long evening", user_id=7)
+        tour._line("you", "@fake_bot A long evening")
+        tour.telegram.write(_GROUP, "@fake_bot A long evening", user_id=7)
         (growing,) = tour.telegram.bot_messages(_GROUP, at_least=1)
         tour._line("bot", "**A long evening** … (grows in place)")
         tour._line("", _rows(growing)[0])

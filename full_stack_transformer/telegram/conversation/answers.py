@@ -23,9 +23,12 @@ from full_stack_transformer.serving.client import (
     WantedContinuation,
 )
 from full_stack_transformer.serving.schemas import MAX_TEXT_CHARACTERS
-from full_stack_transformer.telegram.conversation.lanes import PostponedError
 from full_stack_transformer.telegram.monitoring import Metrics
-from full_stack_transformer.telegram.sending.delivery import ChatMovedError, Courier
+from full_stack_transformer.telegram.sending.delivery import (
+    ChatMovedError,
+    Courier,
+    PostponedError,
+)
 from full_stack_transformer.telegram.sending.display import Display, Preview
 from full_stack_transformer.telegram.state.store import Job, Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES

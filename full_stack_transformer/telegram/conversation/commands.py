@@ -76,13 +76,21 @@ class Commands:
 
     def run(self, name: str, argument: str, request: UserRequest) -> bool:
         """Carry out a command; false if there is none of that name, or for admins only."""
-        handler = self._handlers.get(name)
-        if handler is None and self._policy.is_admin(request.user_id):
-            handler = self._admin_handlers.get(name)
+        handler = self._handler(name, request)
         if handler is None:
             return False
         handler(request, argument)
         return True
+
+    def has(self, name: str, request: UserRequest) -> bool:
+        """Whether there is a command of that name for whoever asks."""
+        return self._handler(name, request) is not None
+
+    def _handler(self, name: str, request: UserRequest) -> Handler | None:
+        handler = self._handlers.get(name)
+        if handler is None and self._policy.is_admin(request.user_id):
+            handler = self._admin_handlers.get(name)
+        return handler
 
     def _later(self, kind: str, request: UserRequest) -> None:
         """Add a message whose text is composed when it is sent."""

@@ -7,15 +7,23 @@ process ended. Knows neither what a job is about nor where it comes from.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
+import sqlite3
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiogram.exceptions import TelegramAPIError, TelegramBadRequest
 
 from full_stack_transformer.telegram.monitoring import Metrics
-from full_stack_transformer.telegram.sending.delivery import ChatGoneError, ChatMovedError
+from full_stack_transformer.telegram.sending.delivery import (
+    ChatGoneError,
+    ChatMovedError,
+    PostponedError,
+)
+from full_stack_transformer.telegram.state.database import is_fault
 from full_stack_transformer.telegram.state.store import Job, Lane, Store
 from full_stack_transformer.telegram.texts import LANGUAGES
 
@@ -23,14 +31,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
 _RETRY_SECONDS = 1.0
-
+_MAX_RETRY_SECONDS = 10.0
 
 Handler = Callable[[Job], Awaitable[None]]
 """Does one job."""
-
-
-class PostponedError(Exception):
-    """The process ends before a job began; the next process does it."""
 
 
 class Lanes:
@@ -55,28 +59,44 @@ class Lanes:
         self._metrics = metrics
         self._ending = ending
         self._lanes: dict[tuple[Lane, int], asyncio.Task[None]] = {}
+        self._postponed: set[tuple[Lane, int]] = set()
+        self._fault: BaseException | None = None
         self._is_abandoned = False
 
     async def run(self) -> None:
-        """Give each chat with pending jobs its lanes, until cancelled."""
-        while True:
+        """Give each chat with pending jobs its lanes, until cancelled.
+
+        Raises:
+            sqlite3.Error: the database is damaged.
+        """
+        while self._fault is None:
             self._store.has_new_jobs.clear()
             self._start_lanes()
             await self._store.has_new_jobs.wait()
+        raise self._fault
 
     def _start_lanes(self) -> None:
         if self._is_abandoned:
             return
         lanes: tuple[Lane, ...] = ("words",) if self._ending.is_set() else ("words", "answers")
-        for lane in lanes:
-            for chat_id in self._store.chats_with_jobs(lane):
-                key = (lane, chat_id)
-                if key not in self._lanes:
-                    self._lanes[key] = asyncio.create_task(self._run_lane(lane, chat_id))
-                    self._lanes[key].add_done_callback(functools.partial(self._left, key))
+        try:
+            pending = [(lane, chat) for lane in lanes for chat in self._store.chats_with_jobs(lane)]
+        except sqlite3.OperationalError as error:
+            self._store.report(error)
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._store.has_new_jobs.set)
+            return
+        for key in pending:
+            if key not in self._lanes and key not in self._postponed:
+                self._lanes[key] = asyncio.create_task(self._run_lane(*key))
+                self._lanes[key].add_done_callback(functools.partial(self._left, key))
 
     def _left(self, key: tuple[Lane, int], task: asyncio.Task[None]) -> None:
         del self._lanes[key]
+        error = None if task.cancelled() else task.exception()
+        if error is not None and is_fault(error):
+            self._fault = error
+            self._store.has_new_jobs.set()
+            return
         self._start_lanes()  # a job may have been added after the lane looked for one
 
     async def finish(self, max_seconds: float) -> None:
@@ -111,22 +131,49 @@ class Lanes:
             await asyncio.wait(tasks)
 
     async def _run_lane(self, lane: Lane, chat_id: int) -> None:
-        while (job := self._store.next_job(chat_id, lane)) is not None:
-            if lane == "answers" and self._ending.is_set():
-                return
+        pause_seconds = _RETRY_SECONDS
+        while True:
             try:
-                await self._handlers[lane](job)
-                self._store.end_job(job.id)
-            except (PostponedError, ChatMovedError):
+                if not await self._do_next(lane, chat_id):
+                    return
+                pause_seconds = _RETRY_SECONDS
+            except PostponedError:
+                self._postponed.add((lane, chat_id))
                 return
-            except ChatGoneError:
-                logger.warning(
-                    "chat %d is gone or has blocked the bot; its data is deleted", chat_id
-                )
-                self._store.forget_chat(chat_id)
-                self._store.erase()
-            except Exception as error:  # one failed job must not stop the next ones
-                await self._failed(job, error)
+            except (
+                sqlite3.OperationalError
+            ) as error:  # the job stays, and is done when there is room
+                self._store.report(error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ending.wait(), pause_seconds)
+                    self._postponed.add((lane, chat_id))
+                    return
+                pause_seconds = min(2 * pause_seconds, _MAX_RETRY_SECONDS)
+
+    async def _do_next(self, lane: Lane, chat_id: int) -> bool:
+        """Do the oldest job of a lane; false if the lane ends."""
+        job = self._store.next_job(chat_id, lane)
+        if job is None or (lane == "answers" and self._ending.is_set()):
+            return False
+        if self._store.is_failing:
+            # Nothing is generated or sent that cannot be recorded; equal values would not be written.
+            self._store.update_job(job.id, tried=time.time())
+        try:
+            await self._handlers[lane](job)
+            self._store.end_job(job.id)
+        except ChatMovedError:
+            return False
+        except ChatGoneError:
+            logger.warning("chat %d is gone or has blocked the bot; its data is deleted", chat_id)
+            self._store.forget_chat(chat_id)
+            self._store.erase()
+        except PostponedError:
+            raise
+        except Exception as error:  # one failed job must not stop the next ones
+            if is_fault(error):
+                raise
+            await self._failed(job, error)
+        return True
 
     async def _failed(self, job: Job, error: Exception) -> None:
         self._metrics.failures.inc()

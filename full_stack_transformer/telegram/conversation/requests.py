@@ -62,8 +62,8 @@ class Policy:
     _silent_until: dict[Hashable, float] = field(default_factory=dict)
 
     def is_admin(self, user_id: int) -> bool:
-        """Whether a user is an admin."""
-        return user_id in self.admin_ids
+        """Whether a user is an admin; the anonymous admins of a group, who share its id, are not."""
+        return user_id > 0 and user_id in self.admin_ids
 
     def may_use(self, user_id: int, chat_id: int) -> bool:
         """Whether the bot answers a user in a chat; a decision of an admin overrides the option."""

@@ -10,10 +10,12 @@ service. No error quotes the token or a text.
 """
 
 import asyncio
+import contextlib
 import logging
+import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from aiogram import Bot
@@ -47,6 +49,9 @@ _Result = TypeVar("_Result")
 
 _FIRST_PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 30.0
+_RECORD_AGAIN_SECONDS = 1.0
+# At the end of the process a message is tried for so long; Docker allows 10 s in all.
+_MAX_ENDING_SECONDS = 5.0
 # Responses that are neither a refusal nor a success, such as a 429 without a time, are retried so often.
 _MAX_STRANGE_RESPONSES = 8
 _MAX_PROBES = 30
@@ -76,6 +81,10 @@ class ChatGoneError(Exception):
 
 class ChatMovedError(Exception):
     """The group has a new id; the database has been updated."""
+
+
+class PostponedError(Exception):
+    """The process ends before a job began or was delivered; the next process does it."""
 
 
 class MessageGoneError(Exception):
@@ -145,10 +154,12 @@ class RateLimiter:
         self._chats: dict[int, _Bucket] = {}
         self._all = _Bucket(*_ALL, clock())
 
-    async def acquire(self, chat_id: int) -> None:
+    async def acquire(
+        self, chat_id: int, wait: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
         """Wait until a message may be sent."""
         while (seconds := self._seconds_until(chat_id, 1.0)) > 0:
-            await asyncio.sleep(seconds)
+            await wait(seconds)
         self._spend(chat_id)
 
     def try_acquire(self, chat_id: int) -> bool:
@@ -189,12 +200,22 @@ class RateLimiter:
 
 
 class Courier:
-    """Sends messages and makes calls, for all chats."""
+    """Sends messages and makes calls, for all chats.
 
-    def __init__(self, bot: Bot, store: Store, limiter: RateLimiter) -> None:
+    Args:
+        bot: makes the calls.
+        store: the record of sends.
+        limiter: when a chat may be written to.
+        ending: once it is set, what Telegram does not take soon is left for the next process.
+    """
+
+    def __init__(
+        self, bot: Bot, store: Store, limiter: RateLimiter, ending: asyncio.Event | None = None
+    ) -> None:
         self._bot = bot
         self._store = store
         self._limiter = limiter
+        self._ending = ending or asyncio.Event()
         # One message at a time in a chat, so that a lost one lies between two known ids.
         self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         # The event loop keeps weak references to tasks: without the set one could vanish while it runs.
@@ -222,6 +243,7 @@ class Courier:
         Raises:
             ChatGoneError, ChatMovedError: the chat cannot be written to.
             TelegramBadRequest: Telegram refused the message.
+            PostponedError: the process ends, and Telegram does not take the message soon.
         """
         try:
             return await self._send(key, method, reply_id, position)
@@ -244,18 +266,31 @@ class Courier:
                     self._store.cancel_send(chat_id, key)
                     raise
                 message_id = message.message_id
-                self._store.end_send(chat_id, key, message_id, reply_id, position)
+                await self._record(chat_id, key, message_id, reply_id, position)
                 is_uncertain |= was_uncertain
             if is_uncertain:
                 await self._delete_lost(chat_id, floor, message_id)
             return message_id
+
+    async def _record(
+        self, chat_id: int, key: str, message_id: int, reply_id: int | None, position: int
+    ) -> None:
+        """Record that a message was sent, however long a full disk takes: else it is sent again."""
+        while True:
+            try:
+                return self._store.end_send(chat_id, key, message_id, reply_id, position)
+            except sqlite3.OperationalError as error:
+                self._store.report(error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), _RECORD_AGAIN_SECONDS)
+                raise PostponedError
 
     async def call(self, method: TelegramMethod[Any]) -> None:
         """Call an idempotent method until Telegram accepts it.
 
         Raises:
             MessageGoneError: the message to edit does not exist any more.
-            ChatGoneError, ChatMovedError, TelegramBadRequest: as `send`.
+            ChatGoneError, ChatMovedError, TelegramBadRequest, PostponedError: as `send`.
         """
         try:
             await self._until_accepted(int(getattr(method, "chat_id", 0)), method)
@@ -305,8 +340,10 @@ class Courier:
     ) -> tuple[_Result, bool]:
         """The result, and whether an earlier attempt may have succeeded without a response."""
         pause_seconds, is_uncertain, num_strange = _FIRST_PAUSE_SECONDS, False, 0
+        until: float | None = None
         while True:
-            await self._limiter.acquire(chat_id)
+            await self._limiter.acquire(chat_id, self._wait)
+            called_at = time.monotonic()
             try:
                 return await self._bot(method), is_uncertain
             except TelegramRetryAfter as error:
@@ -325,8 +362,23 @@ class Courier:
             logger.warning(
                 "%s in chat %d failed (%s); retrying in %.1f s", name, chat_id, cause, wait_seconds
             )
-            await asyncio.sleep(wait_seconds)
+            if self._ending.is_set():
+                until = until or called_at + _MAX_ENDING_SECONDS
+                if time.monotonic() + wait_seconds > until:
+                    raise PostponedError
+            await self._wait(wait_seconds)
             pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait; raises PostponedError if the process ends and much of it is left then."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ending.wait(), seconds)
+        left_seconds = until - time.monotonic()
+        if left_seconds > _MAX_ENDING_SECONDS:
+            raise PostponedError
+        if left_seconds > 0:
+            await asyncio.sleep(left_seconds)
 
     def _raise_refusal(self, chat_id: int, error: TelegramAPIError, *, is_last: bool) -> None:
         """Raise an error that retrying cannot solve; return for others."""

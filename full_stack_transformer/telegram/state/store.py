@@ -18,7 +18,7 @@ from full_stack_transformer.telegram.state.database import Database, day_of
 from full_stack_transformer.telegram.state.settings import Settings
 
 # Tables whose rows belong to a chat, and are deleted with it.
-_CHAT_TABLES = ("chats", "settings", "replies", "messages", "jobs", "sends")
+_CHAT_TABLES = ("chats", "settings", "replies", "messages", "jobs", "sends", "taken")
 
 Lane = Literal["answers", "words"]
 """`answers`: texts of the model; `words`: the bot's own messages."""
@@ -85,6 +85,13 @@ class Store(Database):
         """Record an update; false if it was recorded before."""
         cursor = self._connection.execute(
             "INSERT OR IGNORE INTO updates VALUES (?, ?)", (update_id, time.time())
+        )
+        return cursor.rowcount == 1
+
+    def take_once(self, chat_id: int, what: str) -> bool:
+        """Record a message or press of a chat; false if it came before, under any update id."""
+        cursor = self._connection.execute(
+            "INSERT OR IGNORE INTO taken VALUES (?, ?, ?)", (chat_id, what, time.time())
         )
         return cursor.rowcount == 1
 

@@ -7,8 +7,6 @@ except the answers that end a button's progress circle, which are tried once.
 """
 
 import logging
-import re
-import sqlite3
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +27,7 @@ from full_stack_transformer.telegram.sending.formatting import (
     VariantButton,
     parse_button,
 )
+from full_stack_transformer.telegram.state.database import is_fault
 from full_stack_transformer.telegram.state.settings import (
     MODES,
     NUMERIC_FIELDS,
@@ -38,16 +37,17 @@ from full_stack_transformer.telegram.state.settings import (
 )
 from full_stack_transformer.telegram.state.store import Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES, language_of
+from full_stack_transformer.telegram.updates.addressing import Address, address_of, sender_id
 
 logger = logging.getLogger(__name__)
 
-_COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@([A-Za-z0-9_]{1,64}))?(?:\s+(.*))?", re.DOTALL)
 _CHAT_TYPES = ("private", "group", "supergroup")
-# A group's admin who writes anonymously. https://core.telegram.org/bots/api#message, field `from`
-_GROUP_ANONYMOUS_BOT = 1087968824
 # Telegram's ids have at most 52 significant bits; SQLite's integers 63.
 _MAX_ID = 2**53
 _SECONDS_BETWEEN_COMPLAINTS = 10.0
+# The messages of an album arrive together.
+_SECONDS_OF_AN_ALBUM = 60.0
+_MAX_QUERY_ID_CHARACTERS = 64
 
 
 class Intake:
@@ -79,11 +79,13 @@ class Intake:
 
         Raises:
             sqlite3.Error: the database cannot be written, such as on a full disk; nothing is recorded.
+            DatabaseLostError: they are recorded in a file that is not at its path any more.
         """
         with self._store.transaction():
             for raw in raw_updates:
                 self._metrics.updates.labels(self._take_one(raw)).inc()
         self._store.erase()
+        self._store.check()
 
     def _take_one(self, raw: Any) -> str:
         update_id = raw.get("update_id") if isinstance(raw, dict) else None
@@ -99,9 +101,9 @@ class Intake:
         try:
             with self._store.transaction():
                 return "handled" if self._handle(update) else "ignored"
-        except sqlite3.OperationalError:
-            raise
         except Exception as error:  # one strange update must not stop the others
+            if is_fault(error):
+                raise
             # Without the message, which may quote a user's text.
             frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
             logger.error("update %d failed: %s\n%s", update_id, type(error).__name__, frames)
@@ -130,79 +132,51 @@ class Intake:
         return False
 
     def _on_message(self, message: Message) -> bool:
-        chat = message.chat
-        thread_id, replied = message.message_thread_id, message.reply_to_message
+        chat, thread_id = message.chat, message.message_thread_id
+        replied = message.reply_to_message
         if chat.type not in _CHAT_TYPES or not _is_valid(chat.id, message.message_id):
             return False
         if not _is_valid(thread_id or 1, 1 if replied is None else replied.message_id):
             return False
-        if message.migrate_to_chat_id is not None and _is_valid(message.migrate_to_chat_id):
-            self._requests.move_chat(chat.id, message.migrate_to_chat_id)
-            return True
+        if message.migrate_to_chat_id or message.migrate_from_chat_id:
+            return self._on_migration(message)
         self._store.saw_message(chat.id, message.message_id)
-        user = message.from_user
-        if user is None or not _is_valid(user.id):
+        user_id, address = sender_id(message), address_of(message, self._me)
+        if user_id is None or address is None or not _is_valid(user_id):
             return False
-        if user.is_bot and user.id != _GROUP_ANONYMOUS_BOT:
+        request = _request_of(message, user_id, address)
+        command = address.command
+        if command and not (address.is_certain or self._commands.has(command.name, request)):
+            return False  # in a group, where other bots may know it
+        # Telegram may send a message again with another update id.
+        if not self._store.take_once(chat.id, f"message {message.message_id}"):
             return False
-        request = self._request_of(message, user)
-        if self._policy.is_flooding(user.id):
+        if self._policy.is_flooding(user_id):
             return self._complain(request, "too_many")
-        command = _COMMAND.fullmatch(request.text)
-        if command is not None:
-            return self._on_command(request, command)
-        if not self._is_meant_for_me(message):
-            return False
-        if not self._policy.may_use(user.id, chat.id):
+        if not self._policy.may_use(user_id, chat.id):
             return self._complain(request, "not_allowed")
+        if command is None:
+            return self._on_prompt(request, message.media_group_id)
+        if self._commands.run(command.name, command.argument, request):
+            return True
+        return self._complain(request, "unknown_command")
+
+    def _on_migration(self, message: Message) -> bool:
+        """Both the old and the new group say so; the second one changes nothing."""
+        old_id = message.migrate_from_chat_id or message.chat.id
+        new_id = message.migrate_to_chat_id or message.chat.id
+        if old_id == new_id or not _is_valid(old_id, new_id):
+            return False
+        self._requests.move_chat(old_id, new_id)
+        return True
+
+    def _on_prompt(self, request: UserRequest, album_id: str | None) -> bool:
+        is_first = album_id is None or self._policy.may_repeat(
+            (request.chat_id, album_id), _SECONDS_OF_AN_ALBUM
+        )
         if not request.text.strip():
-            # In a group the bot ignores photos and notices ("NAME joined").
-            return request.is_private and self._complain(request, "not_a_text")
-        return self._on_prompt(request)
-
-    def _request_of(self, message: Message, user: User) -> UserRequest:
-        replied = message.reply_to_message
-        replies_to_me = (
-            replied is not None
-            and replied.from_user is not None
-            and replied.from_user.id == self._me.id
-        )
-        return UserRequest(
-            chat_id=message.chat.id,
-            thread_id=(message.message_thread_id or 0) if message.is_topic_message else 0,
-            user_id=user.id,
-            language=language_of(user.language_code),
-            message_id=message.message_id,
-            text=_without_surrogates(message.text or ""),
-            is_private=message.chat.type == "private",
-            replied_id=replied.message_id if replied is not None and replies_to_me else None,
-        )
-
-    def _on_command(self, request: UserRequest, command: re.Match[str]) -> bool:
-        name, addressee, argument = command.groups()
-        if addressee is not None and addressee.lower() != (self._me.username or "").lower():
-            return False
-        if not self._policy.may_use(request.user_id, request.chat_id):
-            return self._complain(request, "not_allowed")
-        if self._commands.run(name.lower(), (argument or "").strip(), request):
-            return True
-        return request.is_private and self._complain(request, "unknown_command")
-
-    def _is_meant_for_me(self, message: Message) -> bool:
-        """In groups: a reply to the bot or its name, unless Telegram filters for us (privacy mode)."""
-        if message.chat.type == "private" or not self._me.can_read_all_group_messages:
-            return True
-        replied = message.reply_to_message
-        if replied is not None and replied.from_user is not None:
-            return replied.from_user.id == self._me.id
-        return f"@{self._me.username}".lower() in (message.text or "").lower()
-
-    def _on_prompt(self, request: UserRequest) -> bool:
-        mention = f"@{self._me.username}"
-        if not request.is_private and mention.lower() in request.text.lower():
-            text = re.sub(re.escape(mention) + r"\s?", "", request.text, flags=re.IGNORECASE)
-            if text.strip():
-                request.text = text
+            # The pictures of an album are messages of their own, and one of them has the caption.
+            return is_first and self._complain(request, "not_a_text")
         refusal = self._requests.refusal(request)
         if refusal is not None:
             return self._complain(request, refusal)
@@ -210,9 +184,10 @@ class Intake:
         return True
 
     def _complain(self, request: UserRequest, reason: str) -> bool:
-        """Say why there is no text, but to the same user only once in a while."""
+        """Say why there is no text; whoever floods or is not allowed is told only once in a while."""
         what = (request.chat_id, request.user_id, reason)
-        if self._policy.may_repeat(what, _SECONDS_BETWEEN_COMPLAINTS):
+        is_limited = reason in ("too_many", "not_allowed")
+        if not is_limited or self._policy.may_repeat(what, _SECONDS_BETWEEN_COMPLAINTS):
             text: str = getattr(request.words, reason)
             quota = self._policy.max_tokens_per_day
             self._requests.say(request, text.format(user_id=request.user_id, quota=quota))
@@ -223,6 +198,9 @@ class Intake:
     def _on_press(self, query: CallbackQuery) -> bool:
         request = _request_of_press(query)
         alert = None
+        press_id = f"press {query.id[:_MAX_QUERY_ID_CHARACTERS]!a}"
+        if request is not None and not self._store.take_once(request.chat_id, press_id):
+            return False
         if request is None:
             words = LANGUAGES[language_of(query.from_user.language_code)]
             alert = words.alert_outdated
@@ -319,6 +297,20 @@ class Presses:
         return None
 
 
+def _request_of(message: Message, user_id: int, address: Address) -> UserRequest:
+    user = message.from_user
+    return UserRequest(
+        chat_id=message.chat.id,
+        thread_id=(message.message_thread_id or 0) if message.is_topic_message else 0,
+        user_id=user_id,
+        language=language_of(None if user is None else user.language_code),
+        message_id=message.message_id,
+        text=address.text,
+        is_private=message.chat.type == "private",
+        replied_id=address.replied_id,
+    )
+
+
 def _request_of_press(query: CallbackQuery) -> UserRequest | None:
     message = query.message
     if message is None or not _is_valid(*_ids_of(query, message)):
@@ -364,8 +356,3 @@ def _ids_of(query: CallbackQuery, message: Message | InaccessibleMessage) -> Ite
     yield from (message.chat.id, message.message_id, query.from_user.id)
     if isinstance(message, Message) and message.message_thread_id is not None:
         yield message.message_thread_id
-
-
-def _without_surrogates(text: str) -> str:
-    """Text whose surrogate pairs are joined, and single surrogates replaced."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

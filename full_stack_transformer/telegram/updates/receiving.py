@@ -29,6 +29,7 @@ from aiohttp import web
 
 from full_stack_transformer.errors import InputError, MachineError
 from full_stack_transformer.telegram.monitoring import Metrics, listen
+from full_stack_transformer.telegram.state.database import DatabaseLostError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ _SECRET_HEADER = "X-Telegram-Bot-Api-Secret-Token"  # noqa: S105 - the name of a
 
 Take = Callable[[list[Any]], None]
 """Records a batch of updates; raises sqlite3.Error if it cannot."""
+Report = Callable[[sqlite3.Error], None]
+"""Says that the database cannot be written."""
 
 
 class GetRawUpdates(TelegramMethod[list[Any]]):
@@ -65,12 +68,14 @@ class GetRawUpdates(TelegramMethod[list[Any]]):
     allowed_updates: list[str] | None = None
 
 
-async def poll(bot: Bot, take: Take, metrics: Metrics) -> None:
+async def poll(bot: Bot, take: Take, report: Report, metrics: Metrics) -> None:
     """Poll until cancelled.
 
     Raises:
         InputError: Telegram rejects the token.
-        MachineError: another process polls with the same token, or the database cannot be written.
+        MachineError: another process polls with the same token.
+        DatabaseLostError: the database is not at its path any more.
+        sqlite3.Error: the database is damaged.
     """
     request = GetRawUpdates(timeout=_POLL_SECONDS, allowed_updates=list(ALLOWED_UPDATES))
     pause_seconds, num_conflicts = _FIRST_PAUSE_SECONDS, 0
@@ -97,7 +102,7 @@ async def poll(bot: Bot, take: Take, metrics: Metrics) -> None:
             metrics.contact()
             pause_seconds, num_conflicts = _FIRST_PAUSE_SECONDS, 0
             if updates:
-                _record(take, updates)
+                await _record(take, report, updates)
                 offset = _next_offset(updates, request.offset)
                 if offset == request.offset:
                     # Updates without a valid id cannot be confirmed; do not fetch them again at once.
@@ -108,14 +113,16 @@ async def poll(bot: Bot, take: Take, metrics: Metrics) -> None:
         await asyncio.sleep(wait_seconds)
 
 
-def _record(take: Take, updates: list[Any]) -> None:
-    try:
-        take(updates)
-    except sqlite3.Error as error:
-        raise MachineError(
-            f"the database cannot be written ({error}); free some space and start again: Telegram "
-            "still has the updates"
-        ) from None
+async def _record(take: Take, report: Report, updates: list[Any]) -> None:
+    """Record updates as soon as there is room; until then Telegram keeps them and all later ones."""
+    pause_seconds = _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return take(updates)
+        except sqlite3.OperationalError as error:
+            report(error)
+        await asyncio.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
 
 
 def _next_offset(updates: list[Any], offset: int | None) -> int | None:
@@ -125,7 +132,7 @@ def _next_offset(updates: list[Any], offset: int | None) -> int | None:
 
 
 async def serve_webhook(
-    take: Take, metrics: Metrics, secret: str, url: str, host: str, port: int
+    take: Take, report: Report, metrics: Metrics, secret: str, url: str, host: str, port: int
 ) -> web.AppRunner:
     """Listen for updates at the path of `url`.
 
@@ -148,8 +155,10 @@ async def serve_webhook(
         try:
             take([update])
         except sqlite3.Error as error:
-            logger.error("an update could not be recorded (%s)", type(error).__name__)
+            report(error)
             return web.Response(status=500)  # Telegram sends it again
+        except DatabaseLostError:
+            return web.Response(status=500)  # the process ends; the next one is sent it again
         return web.Response()
 
     app = web.Application(client_max_size=_MAX_BODY_BYTES)
