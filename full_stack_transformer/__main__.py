@@ -9,9 +9,12 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +24,7 @@ from cyclopts import App, Parameter
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments import data, models, serving, training
 from full_stack_transformer.arguments.familiar_options import RENAMED, translate
+from full_stack_transformer.arguments.typed import CommandLine, running
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     MissingExtraError,
@@ -28,6 +32,7 @@ from full_stack_transformer.errors import (
     install_command,
 )
 from full_stack_transformer.machine import restart_with_kept_memory
+from full_stack_transformer.own_classes import leave_working_directory, trust_options
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
@@ -53,6 +58,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
 
 # With any command: print its options and their values, and run nothing.
 _SHOW_ALL = "--show_all_args"
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 _CONFIG_READERS: dict[str, Callable[..., Any]] = {
     ".json": cyclopts.config.Json,
     ".toml": cyclopts.config.Toml,
@@ -82,8 +88,7 @@ _EXTRA_OF_PACKAGE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Your own classes are in the working directory; only `python -m` adds it to the path by itself.
-    sys.path.append("")
+    leave_working_directory()
     if _is_training(words) and not {"--help", "-h", _SHOW_ALL} & {*words}:
         restart_with_kept_memory(words)
     sys.exit(run(words))
@@ -99,9 +104,12 @@ def run(argv: list[str]) -> int:
     try:
         app = _make_app()
         argv, config = _take_config_option(app, _normalize(argv))
+        line = CommandLine()
+        app.config = (partial(_note, line.typed), *(app.config or ()), partial(_note, line.given))
         if _SHOW_ALL in argv:
             return _show_all_options(app, [word for word in argv if word != _SHOW_ALL], config)
-        result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+        with running(line):
+            result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:
         unused = " ".join(map(shlex.quote, error.unused_tokens or ()))
         return _complain(
@@ -231,12 +239,32 @@ class _GroupedHelp:
         return entry.copy(negative_names=tuple(names))
 
 
+def _note(names: set[str], _app: App, _commands: Sequence[str], arguments: Any) -> None:
+    """Note the options that have a value by now, and refuse a number that cyclopts would round.
+
+    cyclopts calls it before and after it reads the --config file.
+
+    Raises:
+        UsageError: an option for a whole number has another value.
+    """
+    for argument in arguments:
+        kinds = {*(typing.get_args(argument.hint) or [argument.hint])} - {type(None), ...}
+        for token in argument.tokens:
+            names.add(argument.keys[0])
+            if kinds == {int} and token.value and not _WHOLE_NUMBER.fullmatch(token.value):
+                raise UsageError(
+                    f"--{argument.keys[0]} must be a whole number such as 8, found {token.value!r}"
+                )
+
+
 def _runner(options: type, module_name: str) -> Callable[..., Any]:
     """A function that takes `options` from cyclopts, imports the module and calls its `main`."""
 
     def runner(given: Any) -> Any:
         module = importlib.import_module(f"full_stack_transformer.{module_name}")
-        return module.main(options() if given is None else given)
+        given = options() if given is None else given
+        trust_options(given)
+        return module.main(given)
 
     runner.__annotations__["given"] = Annotated[options, Parameter(name="*")]
     if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(options)):

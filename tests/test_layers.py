@@ -25,7 +25,7 @@ def _room(module: str) -> str:
 
 
 ALL = {_room(module) for module in MODULES} - {"", "__main__", "scripts"}
-BASE = {"arguments", "errors", "storage", "machine"}
+BASE = {"arguments", "errors", "storage", "machine", "own_classes"}
 # Names without code behind them: the command line and the documents' side may know which tasks there are.
 CATALOGUE = f"{NAME}.tasks.catalogue"
 # Third-party packages that belong to one room.

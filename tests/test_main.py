@@ -49,7 +49,7 @@ def test_the_help_of_train_has_groups_and_the_common_options_first(run_fst: RunF
     assert [*titles] == [
         *("Common options", "Data", "Files of labelled rows", "Model", "Optimization", "Schedule"),
         *("Validation", "Hardware", "Output", "Masked language model", "Sequence classification"),
-        *("Span selection and token labelling", "Sentence embedding"),
+        *("Span selection and token labelling", "Sentence embedding", "Own classes"),
     ]
     assert titles["Data"] <= 40, "the common options fit on one screen"
 

@@ -1,8 +1,18 @@
-"""Checks shared by the options of several commands; all raise UsageError."""
+"""What options of several commands share: the one that trusts code, and checks, which raise UsageError."""
 
 import math
+from dataclasses import dataclass
 
 from full_stack_transformer.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnClassesOptions:
+    """Own classes."""
+
+    allow_code_from: tuple[str, ...] = ()
+    """Python module that you trust: classes that a model, dataset or file of options names in it may be
+    imported, also from the working directory; may be repeated. Modules of typed options are trusted."""
 
 
 def at_least(options: object, least: float, *names: str) -> None:

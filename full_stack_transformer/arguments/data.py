@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from full_stack_transformer.arguments.checks import at_least, between
+from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
@@ -137,7 +137,9 @@ class ExecutionOptions:
 
 
 @dataclass(frozen=True)
-class PrepareDatasetArguments(DocumentOptions, EncodingOptions, SampleOptions, ExecutionOptions):
+class PrepareDatasetArguments(
+    DocumentOptions, EncodingOptions, SampleOptions, ExecutionOptions, OwnClassesOptions
+):
     """Turn documents into a dataset directory: DATASETS_ROOT/DATASET_NAME/VERSION/."""
 
     _: KW_ONLY
@@ -177,7 +179,7 @@ class VerifyDatasetArguments:
 
 
 @dataclass(frozen=True)
-class CheckTokenizerArguments(TokenizerOptions):
+class CheckTokenizerArguments(TokenizerOptions, OwnClassesOptions):
     """Check that a tokenizer, such as your own class, can encode and decode any corpus."""
 
 

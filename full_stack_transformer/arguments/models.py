@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from full_stack_transformer.arguments.checks import (
+    OwnClassesOptions,
     at_least,
     between,
 )
@@ -43,12 +44,18 @@ class ModelAndDataArguments(ModelArguments):
 
 
 @dataclass(frozen=True)
-class AverageCheckpointsArguments:
-    """Average the weights of models with the same architecture, such as checkpoints of one training, and
-    write a model directory."""
+class ModelsArguments:
+    """Several models."""
 
     models: tuple[Path, ...]
     """Two or more model directories, experiment directories or .ckpt files."""
+
+
+@dataclass(frozen=True)
+class AverageCheckpointsArguments(OwnClassesOptions, ModelsArguments):
+    """Average the weights of models with the same architecture, such as checkpoints of one training, and
+    write a model directory."""
+
     _: KW_ONLY
     output_dir: Path
     """Model directory to write; must not exist."""
@@ -134,7 +141,11 @@ class ContinuedTextsOptions:
 
 @dataclass(frozen=True)
 class EvaluateArguments(
-    LabelledRowsOptions, RowFileOptions, ContinuedTextsOptions, ModelAndDataArguments
+    LabelledRowsOptions,
+    RowFileOptions,
+    ContinuedTextsOptions,
+    OwnClassesOptions,
+    ModelAndDataArguments,
 ):
     """Evaluate a model on samples or labelled rows and print the metrics of its task as JSON."""
 
@@ -169,7 +180,9 @@ class EvaluateArguments(
 
 
 @dataclass(frozen=True)
-class GenerateArguments(SamplingOptions, MoreSamplingOptions, ModelAndPromptArguments):
+class GenerateArguments(
+    SamplingOptions, MoreSamplingOptions, OwnClassesOptions, ModelAndPromptArguments
+):
     """Continue a prompt and print the text as it is generated."""
 
     _: KW_ONLY

@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from full_stack_transformer.arguments.checks import at_least, between
+from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
 from full_stack_transformer.arguments.models import ModelArguments
 from full_stack_transformer.arguments.sampling import SamplingOptions
 from full_stack_transformer.errors import UsageError
@@ -58,7 +58,7 @@ class LimitOptions:
 
 
 @dataclass(frozen=True)
-class ServeArguments(EngineOptions, AccessOptions, LimitOptions, ModelArguments):
+class ServeArguments(EngineOptions, AccessOptions, LimitOptions, OwnClassesOptions, ModelArguments):
     """Serve a model over HTTP with an OpenAI-compatible API."""
 
     _: KW_ONLY
@@ -135,7 +135,7 @@ class MonitoringOptions:
 
 @dataclass(frozen=True)
 class TelegramBotArguments(
-    SamplingOptions, BotAccessOptions, TelegramApiOptions, MonitoringOptions
+    SamplingOptions, BotAccessOptions, TelegramApiOptions, MonitoringOptions, OwnClassesOptions
 ):
     """Answer Telegram messages with texts of a model; pending replies are stored in SQLite."""
 

@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from full_stack_transformer.arguments.checks import at_least, between
+from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
 from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
@@ -215,6 +215,7 @@ class TrainArguments(
     SequenceClassificationOptions,
     WindowOptions,
     SentenceEmbeddingOptions,
+    OwnClassesOptions,
 ):
     """Train a model on a dataset directory or on labelled rows: EXPERIMENTS_ROOT/EXPERIMENT_NAME/VERSION/."""
 

@@ -19,6 +19,7 @@ from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows
 from full_stack_transformer.evaluation.log_likelihoods import measure_rounded_weights
 from full_stack_transformer.modelling.model_directory import OpenedModel, find_model_directory
+from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.tasks.opening import (
     open_task,
     row_task_class,
@@ -43,6 +44,7 @@ def main(arguments: EvaluateArguments) -> None:
 
 def measured(arguments: EvaluateArguments) -> dict[str, Any]:
     """What `evaluate` prints."""
+    trust_options(arguments)
     if arguments.harness is not None:
         return run_harness(
             arguments.model,

@@ -33,6 +33,7 @@ from full_stack_transformer.modelling.model_directory import (
     find_model_directory,
     open_model,
 )
+from full_stack_transformer.own_classes import trust
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 
@@ -133,13 +134,23 @@ class TextGenerator:
         device: str = "auto",
         weights_dtype: Literal["auto"] | WeightsDtype = "auto",
         num_slots: int = 8,
+        allow_code_from: Sequence[str] = (),
     ) -> Self:
         """Open a model directory, an experiment directory or a .ckpt file.
 
+        Args:
+            path: where the model is.
+            device: where to compute.
+            weights_dtype: type of the weights.
+            num_slots: texts that are generated at once.
+            allow_code_from: modules whose tokenizer class the model may name; no other is imported.
+
         Raises:
             ModelError: there is no model, or its weights cannot be had in that type here.
+            InputError: it names a class of another module.
             MachineError: memory is short.
         """
+        trust(allow_code_from)
         model = open_model(Path(path), device=device)
         engine = open_engine(model.backbone, num_slots=num_slots, weights_dtype=weights_dtype)
         template = load_chat_template(find_model_directory(Path(path)))

@@ -7,6 +7,7 @@ Knows nothing of datasets and of training.
 import json
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -155,9 +156,10 @@ def load_backbone(
             ignore_mismatched_sizes=new_head,
             **fields,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no {_describe(model_class)} at {model_path!r}: {reason}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ModelError(
+            f"no {_describe(model_class)} at {model_path!r}: {reason_of(error)}"
+        ) from error
     missing = sorted(loading["missing_keys"])
     if new_head and backbone.base_model is not backbone:
         missing = [name for name in missing if name.startswith(f"{backbone.base_model_prefix}.")]
@@ -170,6 +172,13 @@ def load_backbone(
             f"({', '.join(missing[:3])} …); it is damaged or belongs to another task"
         )
     return backbone
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error of a library; torch's own advice on code in a file is to run it."""
+    if isinstance(error, UnpicklingError):
+        return "it holds more than tensors and plain values, such as code, which is never run"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def quieten_transformers() -> None:

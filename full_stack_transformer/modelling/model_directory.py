@@ -21,7 +21,11 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import FOR_SMALL_MODELS
 from full_stack_transformer.errors import MachineError, ModelError
-from full_stack_transformer.modelling.backbones import backbone_of_config, load_backbone
+from full_stack_transformer.modelling.backbones import (
+    backbone_of_config,
+    load_backbone,
+    reason_of,
+)
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     read_json,
@@ -177,9 +181,8 @@ def backbone_of_checkpoint(
         }
         backbone.load_state_dict(weights)
     except Exception as error:  # a damaged zip raises anything
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"{path} is not a checkpoint of the model in {directory}: {reason}"
+            f"{path} is not a checkpoint of the model in {directory}: {reason_of(error)}"
         ) from error
     return backbone.to(dtype)
 

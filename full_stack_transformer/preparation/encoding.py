@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from full_stack_transformer.datasets.corpus import CorpusWriter, token_dtype
 from full_stack_transformer.documents.blocks import Block, DocumentCounts, ReadingOptions
 from full_stack_transformer.documents.formats import format_of
+from full_stack_transformer.own_classes import trust, trusted_modules
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
     open_saved_tokenizer,
@@ -167,7 +168,10 @@ class Workers:
         else:
             # Spawned, never forked: this process has threads.
             self._executor = ProcessPoolExecutor(
-                num_workers, get_context("spawn"), initializer=_start_process, initargs=(options,)
+                num_workers,
+                get_context("spawn"),
+                initializer=_start_process,
+                initargs=(options, trusted_modules()),
             )
             self._encode = _encode_in_process
 
@@ -201,8 +205,9 @@ class Workers:
 _encoder_of_process: BlockEncoder | None = None
 
 
-def _start_process(options: BlockEncoderOptions) -> None:
+def _start_process(options: BlockEncoderOptions, trusted: tuple[str, ...]) -> None:
     global _encoder_of_process
+    trust(trusted)
     tokenizer = open_saved_tokenizer(options.tokenizer_directory)
     encoder = make_encoder(tokenizer.backend, options.backend)
     _encoder_of_process = BlockEncoder(options, tokenizer, encoder)

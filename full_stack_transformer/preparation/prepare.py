@@ -19,6 +19,7 @@ from full_stack_transformer.documents.blocks import ReadingOptions
 from full_stack_transformer.documents.formats import find_document_files, format_of
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.machine import num_cores
+from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.preparation.encoding import BlockEncoderOptions, Workers
 from full_stack_transformer.preparation.journal import Journal, SplitState, fingerprint
 from full_stack_transformer.preparation.passes import DIGESTS_FILE_NAME, Pass, run_pass
@@ -54,6 +55,7 @@ def main(arguments: PrepareDatasetArguments) -> Path:
         MachineError: the disk is full.
     """
     started = time.perf_counter()
+    trust_options(arguments)
     passes = _passes(arguments)
     # Opened before anything is written, so that a wrong path leaves nothing behind.
     given_tokenizer = _given_tokenizer(arguments)
@@ -117,7 +119,7 @@ def _passes(arguments: PrepareDatasetArguments) -> list[Pass]:
 
 def _fingerprint(arguments: PrepareDatasetArguments, passes: list[Pass]) -> str:
     options = dataclasses.asdict(arguments)
-    for without_effect in ("resume", "num_workers"):
+    for without_effect in ("resume", "num_workers", "allow_code_from"):
         del options[without_effect]
     files = [
         (file_pass.name, path.name, path.stat().st_size, path.stat().st_mtime_ns)

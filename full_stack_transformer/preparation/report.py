@@ -80,7 +80,7 @@ def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
         options[option] = [path.name for path in options[option]]
     if options["tokenizer_path"] is not None and Path(options["tokenizer_path"]).is_dir():
         options["tokenizer_path"] = Path(options["tokenizer_path"]).name
-    for of_this_run in ("datasets_root", "resume", "num_workers"):
+    for of_this_run in ("datasets_root", "resume", "num_workers", "allow_code_from"):
         del options[of_this_run]
     return options
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from full_stack_transformer.modelling.model_directory import (
     find_model_directory,
     resolve_device,
 )
+from full_stack_transformer.own_classes import class_of_file, class_of_option, trust
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
 from full_stack_transformer.tasks.catalogue import TASKS
 from full_stack_transformer.tasks.task import RowTask, Task
@@ -59,17 +61,24 @@ class OpenedTask:
         return self.task
 
 
-def task_class(name: str) -> type[Task]:
+def task_class(name: str, place: Path | None = None) -> type[Task]:
     """The class of a task: one of the catalogue by its name, or my_module.MyTask.
+
+    Args:
+        name: what --task names.
+        place: the file that names it instead.
 
     Raises:
         UsageError: there is none.
+        InputError: the file names a class of a module that is not trusted.
     """
     if name in TASKS:
         module, _, class_name = TASKS[name].partition(":")
         found = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
+    elif place is None:
+        found = class_of_option(name, "task", "a task")
     else:
-        found = import_by_path(name, "a task")
+        found = class_of_file(name, place, "a task")
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise UsageError(
             f"{name} is no task; expected one of {', '.join(TASKS)} or my_module.MyTask"
@@ -89,21 +98,8 @@ def row_task_class(name: str) -> type[RowTask]:
     return found
 
 
-def import_by_path(path: str, what: str) -> Any:
-    """What `my_module.MyClass` names.
-
-    Raises:
-        UsageError: it cannot be imported.
-    """
-    module_name, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{path!r} should name {what}, my_module.MyClass: {error}") from error
-
-
 def path_of(cls: type) -> str:
-    """What `import_by_path` takes for a class."""
+    """How an option or a description names a class: my_module.MyClass."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -120,14 +116,14 @@ def task_class_of(directory: Path) -> type[Task]:
     """
     description = _read(directory / DESCRIPTION_FILE_NAME)
     if "task_class" in description:
-        return task_class(description["task_class"])
+        return task_class(str(description["task_class"]), directory / DESCRIPTION_FILE_NAME)
     classes = {name: task_class(name) for name in TASKS}
     for cls in classes.values():
         if cls.marker_file and (directory / cls.marker_file).is_file():
             return cls
-    architecture = (_read(directory / "config.json").get("architectures") or [""])[0]
+    architecture = _architecture(directory)
     # Several tasks may use one head: then the description decides.
-    named = classes.get(description.get("task", ""))
+    named = classes.get(str(description.get("task")))
     for cls in (*([named] if named else []), *classes.values()):
         if architecture.endswith(cls.heads):
             return cls
@@ -146,7 +142,7 @@ def row_task_class_of(directory: Path) -> type[RowTask]:
     own = task_class_of(directory)
     if issubclass(own, RowTask):
         return own
-    architecture = (_read(directory / "config.json").get("architectures") or [""])[0]
+    architecture = _architecture(directory)
     for name in TASKS:
         cls = task_class(name)
         if issubclass(cls, RowTask) and architecture.endswith(cls.heads):
@@ -169,6 +165,7 @@ def open_task(
     cls: type[Task] | None = None,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
+    allow_code_from: Sequence[str] = (),
 ) -> OpenedTask:
     """Open a model with its task; see `find_model_directory` for what `path` may be.
 
@@ -177,15 +174,18 @@ def open_task(
         cls: a task that the model can do beside its own, such as choosing by a causal model.
         device: where to compute.
         dtype: of the weights.
+        allow_code_from: modules whose classes the model may name.
 
     Raises:
         ModelError: there is none, it lacks tensors, or tokenizer and weights do not fit.
+        InputError: it names a class of another module.
     """
+    trust(allow_code_from)
     directory = find_model_directory(path)
     cls = cls or task_class_of(directory)
     description = _read(directory / DESCRIPTION_FILE_NAME)
-    if "model_class" in description:  # its module registers it with transformers
-        import_by_path(description["model_class"], "a model")
+    if "model_class" in description:
+        _import_model_class(description["model_class"], directory / DESCRIPTION_FILE_NAME)
     config = _config(directory)
     tokenizer = cls.open_tokenizer(directory)
     # The model may have been saved by another task, with options that this one does not know.
@@ -207,6 +207,18 @@ def open_task(
     where = resolve_device(device)
     task.read_directory(directory, where)
     return OpenedTask(directory, task, backbone.to(where).eval(), description)
+
+
+def _architecture(directory: Path) -> str:
+    """The model class that config.json names, or an empty string."""
+    named = _read(directory / "config.json").get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def _import_model_class(name: object, place: Path) -> None:
+    """Import one's own model class, whose module registers it with transformers, which knows its own."""
+    if not (isinstance(name, str) and name.startswith("transformers.")):
+        class_of_file(name, place, "a model class")
 
 
 def _config(directory: Path) -> PretrainedConfig:

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -66,7 +66,7 @@ def main(arguments: TelegramBotArguments) -> int:
     if arguments.checkpoint is None:
         service = nullcontext(arguments.service_url.rstrip("/").removesuffix("/v1"))
     else:
-        service = own_service(arguments.checkpoint, arguments.device)
+        service = own_service(arguments.checkpoint, arguments.device, arguments.allow_code_from)
     asyncio.run(
         run(
             arguments,
@@ -176,14 +176,22 @@ def hide_from_logs(secret: str) -> None:
 
 
 @asynccontextmanager
-async def own_service(checkpoint: Path, device: str) -> AsyncIterator[str]:
+async def own_service(
+    checkpoint: Path, device: str, allow_code_from: Sequence[str] = ()
+) -> AsyncIterator[str]:
     """The URL of a service for `checkpoint`, which is restarted when it ends.
+
+    Args:
+        checkpoint: the model.
+        device: where to compute.
+        allow_code_from: modules whose classes the model may name.
 
     Raises:
         ModelError: it does not start; the message quotes its own error.
     """
     command = [
         *(sys.executable, "-m", "full_stack_transformer", "serve", str(checkpoint)),
+        *(f"--allow_code_from={module}" for module in allow_code_from),
         *("--device", device, "--port"),
     ]
     process, port = await _start_service([*command, "0"])

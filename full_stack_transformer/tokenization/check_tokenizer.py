@@ -7,6 +7,7 @@ from pathlib import Path
 
 from full_stack_transformer.arguments.data import CheckTokenizerArguments
 from full_stack_transformer.errors import TokenizerError, UsageError
+from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
     TextStream,
@@ -29,6 +30,7 @@ def main(arguments: CheckTokenizerArguments) -> None:
     """
     if arguments.tokenizer_cls_name is None and arguments.tokenizer_path is None:
         raise UsageError("pass --tokenizer_cls_name or --tokenizer_path")
+    trust_options(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer_cls_name, arguments.tokenizer_path)
     texts = _texts(tokenizer)
     for check in CHECKS:

@@ -9,7 +9,6 @@ comes from) and, to change the text before encoding, `normalize`; then pass the 
 `--tokenizer_cls_name my_module.MyTokenizer`.
 """
 
-import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from full_stack_transformer.errors import TokenizerError, UsageError
+from full_stack_transformer.own_classes import class_of_file, class_of_option
 from full_stack_transformer.tokenization.encoders import is_plain_byte_level
 
 BEGIN_OF_DOCUMENT = "[DOC_START]"
@@ -241,6 +241,7 @@ def load_tokenizer(cls_name: str | None, path: str | None) -> DocumentTokenizer:
 
     Raises:
         UsageError: the class does not exist.
+        InputError: the directory names a class of a module that is not trusted.
         TokenizerError: no tokenizer can be opened.
     """
     if cls_name is None and path is not None:
@@ -252,21 +253,30 @@ def load_tokenizer(cls_name: str | None, path: str | None) -> DocumentTokenizer:
             directory / _TOKENIZER_FILE_NAME
         ).is_file():
             cls_name = GPT2Tokenizer.__name__
-    return _find_class(cls_name or DocumentTokenizer.__name__).load(path)
+    return _find_class(cls_name or DocumentTokenizer.__name__, None).load(path)
 
 
 def open_saved_tokenizer(directory: Path) -> DocumentTokenizer:
-    """Open the tokenizer of a dataset or model directory, as it was when it was saved."""
+    """Open the tokenizer of a dataset or model directory, as it was when it was saved.
+
+    Raises:
+        InputError: its class is of a module that is not trusted.
+        TokenizerError: it cannot be opened.
+    """
     config = _read_config(directory)
     cls_name = config.get(_CLASS_KEY)
     if cls_name is None:
         return DocumentTokenizer.load(str(directory))
-    return _find_class(str(cls_name))(
-        _read_backend(directory),
-        begin=str(config["bos_token"]),
-        end=str(config["eos_token"]),
-        pad=str(config["pad_token"]),
-    )
+    tokens = {
+        name: _first_named(config, [f"{key}_token"])
+        for name, key in (("begin", "bos"), ("end", "eos"), ("pad", "pad"))
+    }
+    if not all(tokens.values()):
+        raise TokenizerError(
+            f"{directory / _CONFIG_FILE_NAME} should name bos_token, eos_token and pad_token"
+        )
+    cls = _find_class(str(cls_name), directory / _CONFIG_FILE_NAME)
+    return cls(_read_backend(directory), **{name: str(token) for name, token in tokens.items()})
 
 
 def class_name(cls: type[DocumentTokenizer]) -> str:
@@ -336,20 +346,24 @@ def _with_control_tokens(backend: Tokenizer) -> Tokenizer:
     return backend
 
 
-def _find_class(name: str) -> type[DocumentTokenizer]:
-    module_name, _, bare_name = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name or __name__), bare_name, None)
-    except ImportError as error:
-        raise UsageError(
-            f"--tokenizer_cls_name {name}: cannot import {module_name}: {error}"
-        ) from error
+def _find_class(name: str, place: Path | None) -> type[DocumentTokenizer]:
+    """The class that --tokenizer_cls_name names, or the file at `place`."""
+    known = {
+        cls.__name__: cls
+        for cls in _subclasses(DocumentTokenizer)
+        if class_name(cls) == cls.__name__
+    }
+    found: Any = known.get(name)
+    if "." in name and place is None:
+        found = class_of_option(name, "tokenizer_cls_name", "a tokenizer")
+    elif "." in name and place is not None:
+        found = class_of_file(name, place, "a tokenizer")
     if isinstance(found, type) and issubclass(found, DocumentTokenizer):
         return found
-    known = ", ".join(sorted(cls.__name__ for cls in _subclasses(DocumentTokenizer)))
     raise UsageError(
-        f"--tokenizer_cls_name must name a class of {__name__} ({known}) or my_module.MyClass that "
-        f"derives from DocumentTokenizer; found {name!r}"
+        f"{place or '--tokenizer_cls_name'} must name a class of {__name__} "
+        f"({', '.join(sorted(known))}) or my_module.MyClass that derives from DocumentTokenizer; "
+        f"found {name!r}"
     )
 
 
@@ -410,6 +424,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise TokenizerError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise TokenizerError(f"{file} should be a JSON object, found {type(content).__name__}")
         merged.update({key: value for key, value in content.items() if value is not None})
     return merged
 

@@ -22,6 +22,7 @@ import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from full_stack_transformer.errors import MachineError, TrainingError
+from full_stack_transformer.modelling.backbones import reason_of
 from full_stack_transformer.storage import make_directories, sync_directory
 
 LAST_FILE_NAME = "last.ckpt"
@@ -133,7 +134,7 @@ def find_checkpoint(directory: Path) -> tuple[FoundCheckpoint | None, dict[Path,
         try:
             return _verified(path), skipped
         except Exception as error:  # a damaged file raises anything
-            skipped[path] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            skipped[path] = reason_of(error)
     if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped.items())
         raise TrainingError(

@@ -13,9 +13,9 @@ from full_stack_transformer.arguments.training import RunExperimentArguments, Tr
 from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.backbones import new_backbone, pretrained_backbone
+from full_stack_transformer.own_classes import class_of_option, trust_options
 from full_stack_transformer.tasks.catalogue import TASKS
 from full_stack_transformer.tasks.opening import (
-    import_by_path,
     is_own,
     path_of,
     row_task_class,
@@ -107,6 +107,7 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         DatasetError: --dataset_dir is no dataset directory, or has no validation samples.
         RowError: there are no rows to learn from, or to validate on.
     """
+    trust_options(arguments)
     if isinstance(arguments, RunExperimentArguments):
         return _open_own(arguments)
     cls = task_class(arguments.task)
@@ -165,7 +166,7 @@ def _open_own(arguments: RunExperimentArguments) -> TrainingSetup:
     """The setup of one's own classes for data, task or model."""
     data_class: Any = FileRows
     if arguments.data_class:
-        data_class = import_by_path(arguments.data_class, "a data set")
+        data_class = class_of_option(arguments.data_class, "data_class", "a data set")
         if not (isinstance(data_class, type) and issubclass(data_class, BaseDataModule)):
             raise UsageError(
                 f"--data_class {arguments.data_class} should derive from {path_of(BaseDataModule)}"
@@ -173,7 +174,7 @@ def _open_own(arguments: RunExperimentArguments) -> TrainingSetup:
     task: type[RowTask] | None = None
     model_class: Any = None
     if arguments.model_class:
-        found = import_by_path(arguments.model_class, "a model or a task")
+        found = class_of_option(arguments.model_class, "model_class", "a model or a task")
         if isinstance(found, type) and issubclass(found, RowTask):
             task = found
         elif hasattr(found, "from_pretrained"):

@@ -19,6 +19,7 @@ from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.own_classes import trust
 from full_stack_transformer.rows.fields import Row
 from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.storage import make_directories, replace_directory, write_json
@@ -58,6 +59,7 @@ class Trainer:
         elif task_class is None:
             raise UsageError("pass task_class beside data, such as SequenceClassification")
         else:
+            trust([task_class.__module__])
             self.setup = rows_setup(arguments, data, task_class)
         self._experiment: Path | None = None
 
