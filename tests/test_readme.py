@@ -190,8 +190,8 @@ def _import(dotted: str) -> object:
 def test_every_option_that_a_page_names_exists(name: str) -> None:
     everywhere = {"--config", "--show_all_args", "--help"}
     known = set().union(*OPTIONS.values(), everywhere, (f"--{old}" for old in [*SAME, *INSTEAD]))
-    # The last ones belong to scripts in tests/.
-    known |= {"--gpus", "--peer_python", "--schedules"}
+    # One negation, and options of scripts in tests/.
+    known |= {"--no_header", "--gpus", "--peer_python", "--schedules"}
     text = re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`]+)`", text):
         options = set(re.findall(r"--[a-z]\w+", code))

@@ -20,12 +20,13 @@ from full_stack_transformer.rows.fields import (
     PLACE,
     BadRows,
     Row,
+    is_minus_one,
     labelled_rows,
     named_rows,
     without_place,
 )
 from full_stack_transformer.rows.files import read_rows
-from full_stack_transformer.rows.splits import find_splits
+from full_stack_transformer.rows.splits import find_splits, has_training_rows
 from full_stack_transformer.storage import make_directories, write_json, write_text
 from full_stack_transformer.tasks.opening import OpenedTask, open_task
 from full_stack_transformer.tasks.task import Metrics, Prediction, RowTask
@@ -90,10 +91,7 @@ def evaluate_rows(arguments: EvaluateArguments, cls: type[RowTask]) -> dict[str,
 
 def holds_rows(path: Path) -> bool:
     """Whether it is a file, or a directory with training rows, and no dataset directory."""
-    return path.is_file() or (
-        path.is_dir()
-        and any(one.name.split(".")[0] == "train" and one.suffix for one in path.iterdir())
-    )
+    return path.is_file() or has_training_rows(path, as_file=True)
 
 
 def _rows(path: Path, arguments: EvaluateArguments, task: RowTask) -> list[Row]:
@@ -101,9 +99,8 @@ def _rows(path: Path, arguments: EvaluateArguments, task: RowTask) -> list[Row]:
     bad = BadRows(str(path), arguments.on_bad_row)
     rows = read_rows(path, arguments, task.columns, has_words=task.reads_words)
     known = task.class_names
-    found = named_rows(
-        rows, task.named, bad=bad, minus_one_is_label="-1" in known if known else None
-    )
+    is_label = any(map(is_minus_one, known)) if known else None
+    found = named_rows(rows, task.named, bad=bad, minus_one_is_label=is_label)
     if bad.action == "skip":
         found = labelled_rows(found, task.has_label, bad)
     bad.log()
@@ -131,8 +128,7 @@ def _paths(arguments: EvaluateArguments) -> tuple[Path, Path | None]:
     A single file is what it is; of a directory the test rows are taken, without any the validation rows.
     """
     data = arguments.data
-    is_splits = data.is_dir() and any(path.name.split(".")[0] == "train" for path in data.iterdir())
-    if not is_splits:
+    if not has_training_rows(data):
         return data, arguments.train_file
     splits = find_splits(data)
     order = ("test", "valid") if arguments.split == "auto" else (arguments.split,)

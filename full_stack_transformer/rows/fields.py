@@ -49,7 +49,6 @@ KNOWN_NAMES = frozenset((*_OF_TEXTS, *_LABELS, *WORDS, *WORD_LABELS, "context", 
 _BY_SPELLING = {name.casefold(): name for name in KNOWN_NAMES}
 # Fields that may differ between rows of the same texts: ids and labels.
 _NO_TEXTS = LABEL_NAMES | {PLACE, "", "id", "idx", "index", "guid"}
-_MINUS_ONE = (-1, "-1")
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def is_minus_one_label(rows: Iterable[Row]) -> bool:
     beside names and where all labels are -1 it stands for a label that is not published (SNLI, GLUE's tests).
     """
     labels = {row["label"] for row in rows if isinstance(row.get("label"), str | int | float)}
-    numbers = [as_number(label) for label in labels if label not in _MINUS_ONE]
+    numbers = [as_number(label) for label in labels if not is_minus_one(label)]
     known = [number for number in numbers if number is not None]
     if not known or len(known) < len(numbers):
         return False
@@ -143,16 +142,16 @@ def is_minus_one_label(rows: Iterable[Row]) -> bool:
 
 def has_minus_one(rows: Iterable[Row]) -> bool:
     """Whether a row has the label -1."""
-    return any(map(_is_minus_one, rows))
+    return any(is_minus_one(row.get("label")) for row in rows)
 
 
-def _is_minus_one(row: Row) -> bool:
-    label = row.get("label")
-    return isinstance(label, str | int | float) and label in _MINUS_ONE
+def is_minus_one(label: Any) -> bool:
+    """Whether a label is the number -1."""
+    return isinstance(label, str | int | float) and as_number(label) == -1
 
 
 def _without_minus_one(row: Row) -> Row:
-    if _is_minus_one(row):
+    if is_minus_one(row.get("label")):
         return {name: value for name, value in row.items() if name != "label"}
     return row
 
@@ -324,7 +323,7 @@ def is_null(value: Any) -> bool:
 
 def is_unknown(label: Any) -> bool:
     """Whether the number of a choice is not published: nothing, or -1."""
-    return is_null(label) or label in ("", *_MINUS_ONE)
+    return is_null(label) or label == "" or is_minus_one(label)
 
 
 def as_number(label: Any) -> float | None:

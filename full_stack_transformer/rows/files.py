@@ -93,7 +93,9 @@ def _lines(
 ) -> Iterator[Row]:
     """A file of labelled words, or a table."""
     is_table = kind in (*TABLE_ENDINGS, _TEXT) or options.delimiter is not None
-    are_words = kind in WORD_ENDINGS or (has_words and kind != ".csv")
+    are_words = kind in WORD_ENDINGS or (
+        has_words and (kind != ".csv" or options.delimiter is not None)
+    )
     if not (is_table or are_words):
         raise RowError(
             f"{path} should end in one of {', '.join(ROW_ENDINGS)}, or be a folder of folders; if it is a "

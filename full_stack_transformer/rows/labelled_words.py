@@ -102,14 +102,17 @@ def read_labelled_words(
 
 
 def _split(content: str, delimiter: str | None) -> Iterator[_Line]:
-    """Cells between tabs, where a line has any and words may hold spaces, else between blanks."""
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", content), start=1):
+    """Cells between tabs, where most lines have any and words may hold spaces, else between blanks."""
+    lines = re.split(r"\r\n|\n|\r", content)
+    of_words = [line for line in lines if line.strip() and not line.startswith(_COMMENT)]
+    has_tabs = 2 * sum("\t" in line.strip() for line in of_words) >= max(1, len(of_words))
+    if delimiter is None and has_tabs:
+        delimiter = "\t"
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             cells: Sequence[str] = ()
         elif delimiter not in (None, " "):
             cells = line.split(delimiter)
-        elif "\t" in line.strip() and delimiter is None:
-            cells = line.split("\t")
         else:
             cells = _BLANKS.split(line.strip(" \t"))
         yield _Line(number, line, tuple(cells))
@@ -130,7 +133,10 @@ def _without_comments(lines: Sequence[_Line]) -> list[_Line]:
             found.append(_Line(line.number, "", ()))
             continue
         is_first = not (found and found[-1].cells)
-        is_word = len(line.cells) in widths and line.cells[-1] in labels
+        is_label = bool(line.cells) and (
+            line.cells[-1] in labels or bool(_SPAN_LABEL.fullmatch(line.cells[-1]))
+        )
+        is_word = len(line.cells) in widths and is_label
         if line.text.startswith(_COMMENT) and (are_numbered or (is_first and not is_word)):
             continue
         found.append(line)
@@ -189,7 +195,7 @@ def _form(path: Path, sentences: Sequence[Sequence[_Line]], options: RowFileOpti
 
 def _usual_width(lines: Sequence[_Line]) -> int:
     widths = [len(line.cells) for line in lines]
-    return max(sorted({*widths}), key=widths.count)
+    return max(sorted({*widths}, reverse=True), key=widths.count)
 
 
 def _counts(sentence: Sequence[_Line]) -> bool:

@@ -63,6 +63,14 @@ def find_splits(directory: Path) -> dict[Split, Path]:
     return found
 
 
+def has_training_rows(directory: Path, *, as_file: bool = False) -> bool:
+    """Whether a directory holds training rows, in a file or, unless `as_file`, a folder."""
+    return directory.is_dir() and any(
+        _is_split(path, _NAMES["train"]) and not (as_file and path.is_dir())
+        for path in directory.iterdir()
+    )
+
+
 def _is_split(path: Path, stems: Sequence[str]) -> bool:
     is_rows = path.is_dir() or ending(path).lower() in ROW_ENDINGS
     return is_rows and path.name.split(".")[0].lower() in stems

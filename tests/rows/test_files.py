@@ -1,6 +1,7 @@
 """Labelled rows out of every kind of file, and under every known name."""
 
 import gzip
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -15,7 +16,12 @@ from pyarrow import parquet
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.rows.fields import PLACE, Row, named_rows
 from full_stack_transformer.rows.files import read_rows
-from full_stack_transformer.rows.splits import describe_rows, find_splits, split_by_hash
+from full_stack_transformer.rows.splits import (
+    describe_rows,
+    find_splits,
+    num_repeated,
+    split_by_hash,
+)
 from full_stack_transformer.tasks.opening import row_task_class
 
 _ROWS = [{"text": 'a, "b"\nc', "label": "x"}, {"text": "日本", "label": "y"}]
@@ -300,3 +306,104 @@ def test_a_description_changes_with_the_content(tmp_path: Path) -> None:
     before = describe_rows(tmp_path)
     (tmp_path / "a" / "0.txt").write_text("y")
     assert describe_rows(tmp_path) != before
+
+
+def test_hidden_folders_and_those_of_other_programs_are_no_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, elsewhere = tmp_path / "train", tmp_path / "elsewhere"
+    for folder in ("good", ".cache", ".ipynb_checkpoints", "__MACOSX", "empty", "good/inner"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "._0.txt").write_bytes(b"\x00\xff")
+    elsewhere.mkdir()
+    (root / "bad").symlink_to(elsewhere)
+    (elsewhere / "B.TXT").write_text("\ufeffa bad one\r\nof two lines")
+    (root / ".cache" / "0.txt").write_text("hidden")
+    (root / "good" / "0.txt.gz").write_bytes(gzip.compress(b"a good one"))
+    (root / "good" / "notes.md").write_text("none")
+    assert _bare(read_rows(root)) == [
+        {"text": "a bad one\nof two lines", "label": "bad"},
+        {"text": "a good one", "label": "good"},
+    ]
+    assert "passed over 3 files and folders that are no texts ending in .txt" in caplog.text
+    before = describe_rows(root)
+    (root / ".cache" / "1.txt").write_text("hidden too")
+    assert describe_rows(root) == before
+    (elsewhere / "B.TXT").write_text("another")
+    assert describe_rows(root) != before
+
+
+def test_splits_are_found_in_any_spelling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("Train.CSV", "DEV.txt", "test.jsonl", "test.tsv", "train.md"):
+        (tmp_path / name).touch()
+    found = {split: path.name for split, path in find_splits(tmp_path).items()}
+    assert found == {"train": "Train.CSV", "valid": "DEV.txt", "test": "test.jsonl"}
+    assert "test rows are in test.jsonl, test.tsv; reading the first" in caplog.text
+    (tmp_path / "classes" / "good").mkdir(parents=True)
+    (tmp_path / "classes" / "good" / "0.txt").touch()
+    with pytest.raises(RowError, match="if its folders are labels, pass it as --train_file"):
+        find_splits(tmp_path / "classes")
+
+
+_SAME_TEXTS = {
+    "sequence_classification": {"sentence1": "a {n}", "sentence2": "b {n}", "label": "{i}"},
+    "sentence_embedding": {"text": "a {n}", "score": "{i}"},
+    "token_labelling": {
+        "tokens": ["a", "{n}"],
+        "ner_tags": ["O", "{i}"],
+        "chunk_tags": ["{i}", "O"],
+    },
+    "multiple_choice": {"sent1": "a {n}", "ending0": "b", "ending1": "c {n}", "fold": "{i}"},
+    "span_selection": {"question": "a {n}", "context": "b {n}", "title": "{i}"},
+}
+
+
+@pytest.mark.parametrize("task", _SAME_TEXTS)
+def test_rows_of_the_same_texts_stay_together_whatever_else_they_say(task: str) -> None:
+    cls = row_task_class(task)
+    pattern = json.dumps(_SAME_TEXTS[task])
+    rows = [
+        {**json.loads(pattern.replace("{n}", str(i % 30)).replace("{i}", str(i))), "review_id": i}
+        for i in range(120)
+    ]
+    first, second = split_by_hash(rows, [0.7, 0.3], texts=cls.texts)
+    assert first
+    assert second
+    keys = [{json.dumps(cls.texts(row)) for row in part} for part in (first, second)]
+    assert not keys[0] & keys[1]
+    assert len(keys[0]) + len(keys[1]) == 30
+    assert num_repeated(first, second, texts=cls.texts) == [0]
+    assert num_repeated(rows[:30], rows[30:], texts=cls.texts) == [90]
+
+
+def test_texts_are_equal_that_differ_in_white_space_and_the_form_of_accents() -> None:
+    cls = row_task_class("sequence_classification")
+    texts = [f"caf\u00e9 {n}" for n in range(40)]
+    others = [text.replace("\u00e9", "e\u0301").replace(" ", "  ") + "\n" for text in texts]
+    rows = [{"text": text} for text in (*texts, *others)]
+    first, second = split_by_hash(rows, [0.5, 0.5], texts=cls.texts)
+    assert len(first) % 2 == len(second) % 2 == 0
+    assert num_repeated(first, second, texts=cls.texts) == [0]
+    # Of other names in another file too, but not if one differs in a letter.
+    known = [{"sentence1": "a", "sentence2": "b"}]
+    asked = [{"text": "a", "text_pair": "b "}, {"text": "b", "text_pair": "a"}, {"text": "A b"}]
+    assert num_repeated(known, asked, texts=cls.texts) == [1]
+
+
+@pytest.mark.parametrize(
+    "fields", [("text",), ("sentence1", "sentence2"), ("question", "sentence"), ("review",)]
+)
+def test_splits_of_files_without_other_columns_stay_what_they_were(fields: tuple[str, ...]) -> None:
+    rows = [
+        {**{field: f"{field} {n}" for field in fields}, "label": n % 2, "id": n} for n in range(50)
+    ]
+
+    def old_value(row: Row) -> float:
+        key = json.dumps([0, {field: row[field] for field in fields}], sort_keys=True)
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    texts = row_task_class("sequence_classification").texts
+    first, second = split_by_hash(rows, [0.8, 0.2], texts=texts)
+    assert first == [row for row in rows if old_value(row) < 0.8]
+    assert second == [row for row in rows if old_value(row) >= 0.8]

@@ -1,6 +1,7 @@
 """Labelled rows through the whole of `fst train`: learned, resumed to the same bits, opened, measured."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from full_stack_transformer.rows.fields import Row
 from full_stack_transformer.tasks.opening import open_task
 from full_stack_transformer.training.data.rows import BaseDataModule, FileRows, RowCollator
 from full_stack_transformer.training.setup import open_setup
+from tests.conftest import RunFst
 from tests.tasks.small_tasks import TINY_ENCODER, small_rows, small_task, small_tokenizer
 from tests.training.training_here import TrainingHere, checkpoint_of, curve_of
 
@@ -338,3 +340,155 @@ def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
     path.write_text("text,label\na,b\n")
     with pytest.raises(UsageError, match=r"rows.csv is a file of rows; pass it as --train_file"):
         FileRows(TrainArguments(dataset_dir=path, task="sequence_classification"))
+
+
+_QUICKLY = (
+    *("--max_steps", "1", "--vocab_size", "300", "--compile", "never", "--accelerator", "cpu"),
+    *("--precision", "32", "--no_enable_progress_bar"),
+)
+
+
+def _encoder(root: Path) -> tuple[str | Path, ...]:
+    (root / "encoder.json").write_text(json.dumps(TINY_ENCODER))
+    return ("--model_config", root / "encoder.json", "--experiments_root", root, *_QUICKLY)
+
+
+def test_a_published_table_is_trained_on_and_a_class_of_the_test_alone_is_an_error(
+    tmp_path: Path, run_fst: RunFst
+) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    lines = [f"r{n};text {n % 30};{n % 3 - 1}" for n in range(90)]
+    bad = "no label here"
+    (rows / "Train.csv").write_text("\n".join(["ID;Text;Label", *lines, bad]) + "\n")
+    tests = ["x1;text 1;0", "x2;a new one;-1", "x3;another;other", "x4;a third;1"]
+    (rows / "test.csv").write_text("\n".join(["ID;Text;Label", *tests]) + "\n")
+    words = ("--task", "sequence_classification", *_encoder(tmp_path))
+    done = run_fst(
+        *("train", *words, "--dataset_dir", rows, "--on_bad_row", "skip"),
+        *("--do_train", "--do_predict"),
+    )
+    assert done.returncode == 0, done.stderr
+    experiment = Path(done.stdout.strip())
+    said = done.stderr
+    assert "Train.csv: columns are separated by semicolon; text is 'Text', label is 'Label'" in said
+    assert "Train.csv: skipped 1 bad row" in said
+    assert "1 of 4 rows of test are among those to train on too" in said
+    assert "rows of valid are among" not in said
+    assert re.search(r"classes: (-1|0|1) \(\d+\), (-1|0|1) \(\d+\), (-1|0|1) \(\d+\)", said)
+    assert said.index("classes: ") < said.index(" parameters on ")
+    assert "the test rows: 1 of 4 labels are none of the training rows' and count as errors" in said
+    assert len((experiment / "test_predictions.jsonl").read_text().splitlines()) == 4
+    results = json.loads((experiment / "test_results.json").read_text())
+    assert results["accuracy"] <= 0.75
+    evaluated = run_fst(
+        "evaluate", experiment, rows, "--on_bad_row", "skip", "--num_resamples", "9"
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    content = json.loads(evaluated.stdout)
+    assert content["figures"]["accuracy"] == results["accuracy"]
+    assert {one["label"]: one["support"] for one in content["classes"]} == {
+        "-1": 1,
+        "0": 1,
+        "1": 1,
+        "other": 1,
+    }
+    assert set(content["baselines"]) == {"majority", "words", "untrained"}
+
+
+def test_the_column_of_labels_is_given_for_training_and_evaluation(
+    tmp_path: Path, run_fst: RunFst
+) -> None:
+    path = tmp_path / "words.conll"
+    path.write_text("".join(f"Anna{n} B-PER 0\nleft O 0\n\n" for n in range(30)))
+    words = ("--task", "token_labelling", "--train_file", path, *_encoder(tmp_path))
+    refused = run_fst("train", *words)
+    assert refused.returncode == 1
+    assert "pass --label_column N, counted from 1" in refused.stderr
+    assert not (tmp_path / "experiment" / "0").exists()
+    done = run_fst("train", *words, "--label_column", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"labels: B-PER \((\d+)\), O \(\1\)", done.stderr)
+    experiment = Path(done.stdout.strip())
+    arguments = EvaluateArguments(experiment, path, label_column="2", num_resamples=0, device="cpu")
+    assert measured(arguments)["number_of_rows"] == 30
+    arguments = EvaluateArguments(experiment, path, label_column="3", num_resamples=0, device="cpu")
+    with pytest.raises(RowError, match=r"none of its labels \(0 \(60\)\) is one of the training"):
+        measured(arguments)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "label", "message"),
+    [
+        ("sequence_classification", "label", "x", "two labels at least; found only 'x'"),
+        ("sequence_classification", "label", 0.5, "two labels at least; found only '0.5'"),
+        ("sequence_classification", "label", ["x"], "two labels at least"),
+        ("span_selection", "answers", [], "all 8 rows have none"),
+        (
+            "sentence_embedding",
+            "label",
+            1,
+            "cosine needs two different labels at least; found only 1",
+        ),
+    ],
+)
+def test_one_label_for_all_rows_is_refused(
+    task: str, field: str, label: Any, message: str, tmp_path: Path
+) -> None:
+    rows = [{**row, field: label} for row in small_rows(task, 8)]
+    with pytest.raises(RowError, match=message):
+        small_task(task, rows, small_tokenizer(tmp_path))
+
+
+def test_labels_that_differ_by_case_or_white_space_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("Good", "good ", "bad")
+    rows = [{"text": f"text {n}", "label": names[n % 3]} for n in range(9)]
+    task, _ = small_task("sequence_classification", rows, small_tokenizer(tmp_path))
+    task.log_labels(rows, "x.csv")
+    assert "x.csv: the labels 'Good' and 'good ' differ by case or white space only" in caplog.text
+
+
+def test_labels_that_were_not_learned_count_as_errors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("sequence_classification", "token_labelling", "multi_label"):
+        task_name = "sequence_classification" if name == "multi_label" else name
+        rows = small_rows(name, 12)
+        tokenizer = small_tokenizer(tmp_path / name)
+        task, backbone = small_task(task_name, rows, tokenizer)
+        asked = small_rows(name, 4, seed=1)
+        field = "labels" if name == "token_labelling" else "label"
+        unseen = {"token_labelling": ["B-STONE"] * len(asked[0].get("words", ()))}
+        asked[0][field] = unseen.get(name, ["stone"] if name == "multi_label" else "stone")
+        predictions = task.predict(asked, backbone)
+        assert len(predictions) == 4
+        features = task.labelled_features(asked)
+        if name != "multi_label":
+            assert task.num_targets(features[0]) == 0
+        assert torch.isfinite(
+            task.loss_sum(
+                torch.cat([task.forward(backbone, task.collate([one])) for one in features[1:2]]),
+                task.collate(features[1:2]),
+            )
+        )
+        metrics = task.metrics(asked, predictions)
+        assert any("tone" in one.label.casefold() for one in metrics.per_class)
+        assert task.is_right(asked[0], predictions[0]) < 0.5
+        task.log_unknown_labels(asked, "test.jsonl")
+        with pytest.raises(RowError, match="none of its labels"):
+            task.log_unknown_labels(asked[:1], "test.jsonl")
+    assert "labels are none of the training rows' and count as errors: stone (1)" in caplog.text
+
+
+def test_rows_without_a_text_or_a_label_are_left_out_when_told(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(20)]
+    bare = [{"text": None, "label": "a"}, {"text": "no label", "label": None}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bare]))
+    options: dict[str, Any] = {"task": "sequence_classification", "train_file": path}
+    data = FileRows(TrainArguments(**options, on_bad_row="skip"))
+    assert sum(len(data.named_rows(split)) for split in ("train", "valid")) == 20
+    with pytest.raises(RowError, match="line 21 has no text: 'text' is null; correct it, or pass"):
+        FileRows(TrainArguments(**options)).named_rows("train")
