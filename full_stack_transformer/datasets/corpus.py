@@ -7,6 +7,7 @@ Little-endian, in NumPy's own file format. Reading is memory-mapped: a corpus ma
 Knows nothing of text.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -231,6 +232,16 @@ class Corpus:
         ends = self.start_positions.take(following, mode="clip")
         ends[following == len(self)] = len(self.tokens)
         return starts, ends - starts
+
+    def without_first(self, token_id: int) -> Self:
+        """A copy in memory whose samples do not begin with this token."""
+        firsts = self.start_positions[self.tokens[self.start_positions] == token_id]
+        changed = copy.copy(self)
+        changed.tokens = np.delete(self.tokens, firsts)
+        starts = self.start_positions - np.searchsorted(firsts, self.start_positions)
+        # A sample of this token alone is gone.
+        changed.start_positions = starts[np.diff(starts, append=len(changed.tokens)) > 0]
+        return changed
 
     def num_targets(
         self, starts: NDArray[np.int64], lengths: NDArray[np.int64]

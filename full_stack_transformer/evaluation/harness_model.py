@@ -28,7 +28,7 @@ _MAX_NEW_TOKENS = 256
 
 
 class HarnessModel(LM):
-    """An opened model; texts begin with its begin token, as documents did in training.
+    """An opened model; texts begin as its tokenizer says: with a begin token, or without one.
 
     Args:
         model: what computes and its tokenizer.

@@ -52,8 +52,9 @@ def continuation_span(
     not fit into the model is cut off at the beginning.
     """
     bare = context.rstrip()
-    whole = tokenizer.encode_prompt(context + continuation)
-    num_context = len(tokenizer.encode_prompt(bare)) if bare else 1
+    # Without a context the first token is predicted from the begin token, as lm-evaluation-harness does.
+    encode = tokenizer.encode_prompt if bare else tokenizer.encode_after_begin
+    whole, num_context = encode(context + continuation), len(encode(bare))
     # A token over the border counts to the continuation.
     num_targets = min(max(1, len(whole) - num_context), len(whole) - 1, max_length)
     return TokenSpan(whole[-(max_length + 1) :], num_targets)
@@ -63,8 +64,9 @@ def rolling_spans(
     text: str, tokenizer: DocumentTokenizer, *, max_length: int
 ) -> Iterator[TokenSpan]:
     """A whole text, each token predicted once, after as many as the model takes where there are so many."""
-    token_ids = tokenizer.encode_prompt(text)
-    for start in range(1, len(token_ids), max_length):
+    token_ids = tokenizer.encode_after_begin(text)
+    num_before = max(1, len(tokenizer.prefix_ids))
+    for start in range(num_before, len(token_ids), max_length):
         end = min(start + max_length, len(token_ids))
         yield TokenSpan(token_ids[max(0, end - 1 - max_length) : end], end - start)
 

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.datasets.batches import SortedBatches
-from full_stack_transformer.datasets.corpus import Corpus, open_dataset
+from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory, open_dataset
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
 from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows
@@ -66,7 +66,7 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
     opened = open_task(arguments.model, cls=cls, device=arguments.device)
     task, backbone = opened.task, opened.backbone
     assert isinstance(task, CorpusTask)
-    dataset = open_dataset(arguments.data)
+    dataset = _as_asked(open_dataset(arguments.data), task)
     task.read_dataset(dataset)
     started = time.perf_counter()
     loss, sums = measure_corpus(task, backbone, dataset.valid, batch_size=arguments.batch_size)
@@ -92,6 +92,14 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
             temperature=arguments.temperature,
         ).as_json()
     return content
+
+
+def _as_asked(dataset: DatasetDirectory, task: CorpusTask) -> DatasetDirectory:
+    """The dataset without begin tokens, where the model has never seen one before a text."""
+    tokenizer = task.tokenizer
+    if not task.generates or tokenizer.prefix_ids:
+        return dataset
+    return replace(dataset, valid=dataset.valid.without_first(tokenizer.begin_id))
 
 
 @torch.inference_mode()

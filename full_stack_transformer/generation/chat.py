@@ -1,25 +1,38 @@
 """Messages of a chat -> token ids, by the Jinja template of the model directory or a plain default.
 
-    messages --template--> markup, marks in place of texts --control tokens found--> pieces
-      --texts put in, encoded as text--> token ids
+    messages --template--> text, as transformers renders it
+        \\--texts broken, template--> the same text, in which only the template wrote control tokens
+                                       --> control tokens and the texts between them --> token ids
 
-Only the template can write control tokens: they are looked for before the texts of messages are put in.
+A template is a program that looks at the texts, so it is given the real ones. Which control tokens are its
+own is seen in a second rendering, of broken texts, in which none can arise: if it is the first one again once
+the broken characters are put back, the two have control tokens in the same places.
+
 Knows nothing of models and of HTTP.
 """
 
+import itertools
 import json
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from full_stack_transformer.errors import ModelError, RequestError
+from full_stack_transformer.generation.control_tokens import (
+    Markup,
+    broken_template,
+    mapped,
+    unused_characters,
+)
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 # For a base model that has never seen a chat: the form in which texts report a conversation.
@@ -30,8 +43,10 @@ _PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 _PLAIN_STOPS = ("\nUser:", "\nSystem:")
-_TEMPLATE_FILE_NAME = "chat_template.jinja"
-_CONFIG_FILE_NAME = "tokenizer_config.json"
+_TEMPLATE_FILE_NAME, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_PROCESSOR_FILE_NAME = "chat_template.json"
+_CONFIG_FILE_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
+_TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class ChatMessage(TypedDict):
@@ -48,6 +63,8 @@ class ChatTemplate:
     source: str
     is_plain: bool = False
     """No template came with the model."""
+    special_tokens: tuple[tuple[str, str], ...] = ()
+    """What the template may write by name; without any begin, end and padding of the tokenizer."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -74,29 +91,25 @@ class ChatTemplate:
         if continues and not messages[-1]["content"].strip():  # nothing has begun
             messages, continues = messages[:-1], False
         if self.is_plain:
-            plain = [_with_content(message, message["content"].strip()) for message in messages]
-            rendered = self._render(plain, tokenizer, add_generation_prompt=not continues)
-            if continues:
-                rendered = rendered.removesuffix("\n") + _space_behind(messages[-1]["content"])
-            return tokenizer.encode_prompt(rendered)
-        token_ids: list[int] = []
-        for piece in self._pieces(
-            messages, tokenizer, add_generation_prompt=not continues, continues=continues
-        ):
-            token_ids += [piece] if isinstance(piece, int) else tokenizer.encode_text(piece)
-        return token_ids
+            return tokenizer.encode_prompt(_plain(messages, continues=continues))
+        markup = _markup(tokenizer, self.source)
+        pieces = self._pieces(
+            messages, tokenizer, markup, add_generation_prompt=not continues, continues=continues
+        )
+        return markup.encode(pieces)
 
     def stop_ids(self, tokenizer: DocumentTokenizer) -> frozenset[int]:
         """The control token that the template writes after an answer, where it has one."""
         if self.is_plain:
             return frozenset()
-        answer = secrets.token_hex(8)
+        answer = "0123456789"
         example: list[ChatMessage] = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": answer},
         ]
+        markup = _markup(tokenizer, self.source)
         try:
-            pieces = list(self._pieces(example, tokenizer, add_generation_prompt=False))
+            pieces = self._pieces(example, tokenizer, markup, add_generation_prompt=False)
         except RequestError:
             return frozenset()
         found = [
@@ -113,58 +126,61 @@ class ChatTemplate:
         self,
         messages: Sequence[ChatMessage],
         tokenizer: DocumentTokenizer,
+        markup: Markup,
         *,
         add_generation_prompt: bool,
         continues: bool = False,
-    ) -> Iterator[int | str]:
+    ) -> list[int | str]:
         """Control tokens of the template, and the texts between them."""
-        # Marks that no message can contain stand for the texts while the template is rendered and its
-        # control tokens are found. White space around a text stays visible: templates strip it.
-        mark = secrets.token_hex(16)
-        marked = [
-            _with_content(message, _marked(message["content"], f"<{mark}:{index}>"))
-            for index, message in enumerate(messages)
-        ]
-        rendered = self._render(marked, tokenizer, add_generation_prompt=add_generation_prompt)
-        last = f"<{mark}:{len(messages) - 1}>"
-        if continues and last in rendered:
-            rendered = rendered[: rendered.rindex(last) + len(last)]
-            rendered += _space_behind(messages[-1]["content"])
-        for piece in tokenizer.split_markup(rendered):
-            if isinstance(piece, int):
-                yield piece
-                continue
-            for index, message in enumerate(messages):
-                text = tokenizer.normalize(message["content"].strip())
-                piece = piece.replace(f"<{mark}:{index}>", text)
-            if mark in piece.lower():
-                raise RequestError(
-                    "the chat template changes the texts of messages, not only white space at their ends; "
-                    "such a template cannot be used here"
-                )
-            yield piece
-
-    def _render(
-        self,
-        messages: Sequence[ChatMessage],
-        tokenizer: DocumentTokenizer,
-        *,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        try:
-            return _compiled(self.source).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=tokenizer.begin,
-                eos_token=tokenizer.end,
-                pad_token=tokenizer.pad,
+        given = [_normalized(message, tokenizer) for message in messages]
+        # Names and roles of messages are words of the template.
+        words = frozenset(word for one in given for word in (*one, str(one.get("role"))))
+        num_private = 1 + max(len(one.characters) for one in markup.alphabets)
+        end, *others = itertools.islice(unused_characters(self.source, given), num_private)
+        private, end = "".join(others), end if continues else ""
+        if continues:
+            given[-1]["content"] += end
+        variables = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._named_tokens(tokenizer),
+        }
+        rendered = _render(_compiled(self.source), {**variables, "messages": given}, end)
+        with_broken_texts = ""
+        for alphabet in markup.alphabets:
+            breaking, template = broken_template(
+                _environment(), self.source, alphabet, private, words
             )
-        # A template is a foreign program and can raise anything.
-        except Exception as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
+            with suppress(RequestError):  # where the template decides by what was broken
+                broken = {**variables, "messages": mapped(breaking.apply, given)}
+                with_broken_texts = _render(template, broken, end)
+            if breaking.undo(with_broken_texts) == rendered:
+                return [
+                    breaking.undo(piece) if isinstance(piece, str) else piece
+                    for piece in markup.split(with_broken_texts)
+                ]
+        pieces = markup.split(rendered)
+        if _ids(pieces) != _ids(markup.split(with_broken_texts)):
+            raise RequestError(
+                "the chat template decides by control tokens that the text of a message has; leave them out"
+            )
+        return pieces
+
+    def _named_tokens(self, tokenizer: DocumentTokenizer) -> dict[str, str]:
+        if self.special_tokens:
+            return dict(self.special_tokens)
+        return {
+            "bos_token": tokenizer.begin,
+            "eos_token": tokenizer.end,
+            "pad_token": tokenizer.pad,
+        }
 
 
 PLAIN_TEMPLATE = ChatTemplate(_PLAIN_TEMPLATE, is_plain=True)
+
+
+# ---------------------------------------------------------------------- the files of a model
 
 
 def load_chat_template(directory: Path) -> ChatTemplate:
@@ -173,49 +189,134 @@ def load_chat_template(directory: Path) -> ChatTemplate:
     Raises:
         ModelError: the template is not a text, or not valid Jinja.
     """
-    file, config = directory / _TEMPLATE_FILE_NAME, directory / _CONFIG_FILE_NAME
-    source: Any = None
-    if file.is_file():
-        source = file.read_text(encoding="utf-8")
-    elif config.is_file():
-        source = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(source, list):  # several, for chats with and without tools
-        named = [entry for entry in source if entry.get("name") == "default"]
-        source = named[0]["template"] if named else source
+    try:
+        config = _read_config(directory)
+        source = _found_template(directory, config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{directory}: the chat template cannot be read: {error}") from error
     if source is None:
         return PLAIN_TEMPLATE
     try:
         if not isinstance(source, str):
-            raise ModelError(f"{directory}: chat_template should be one text, found {source!r:.60}")
+            raise ModelError(
+                f"{directory}: chat_template should be one text, or several of which one has the name "
+                f"default; found {source!r:.60}"
+            )
         _compiled(source)
     except TemplateError as error:
         raise ModelError(f"{directory}: the chat template is not valid Jinja: {error}") from error
-    return ChatTemplate(source)
+    tokens = {name: config.get(name) for name in _TOKEN_NAMES}
+    texts = {
+        name: str(token["content"] if isinstance(token, Mapping) else token)
+        for name, token in tokens.items()
+        if token is not None
+    }
+    return ChatTemplate(source, special_tokens=tuple(texts.items()))
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for file in (directory / name for name in _CONFIG_FILE_NAMES):
+        if file.is_file():
+            merged |= json.loads(file.read_text(encoding="utf-8"))
+    return merged
+
+
+def _found_template(directory: Path, config: Mapping[str, Any]) -> Any:
+    """Files win over the configuration, as in transformers; of several the one for chats without tools."""
+    named: dict[str, Any] = {}
+    if (file := directory / _TEMPLATE_FILE_NAME).is_file():
+        named["default"] = file.read_text(encoding="utf-8")
+    for file in sorted((directory / _MORE_TEMPLATES).glob("*.jinja")):
+        named[file.stem] = file.read_text(encoding="utf-8")
+    if not named:
+        written = config.get("chat_template")
+        file = directory / _PROCESSOR_FILE_NAME
+        if written is None and file.is_file():
+            written = json.loads(file.read_text(encoding="utf-8"))
+            written = written.get("chat_template") if isinstance(written, dict) else written
+        if not isinstance(written, list | dict):
+            return written
+        entries = written.items() if isinstance(written, dict) else None
+        named = dict(entries or ((entry["name"], entry["template"]) for entry in written))
+    return named.get("default", next(iter(named.values())) if len(named) == 1 else sorted(named))
+
+
+# ---------------------------------------------------------------------- rendering
+
+
+class _GenerationBlocks(Extension):
+    """`{% generation %} … {% endgeneration %}`: what a model learns to write; without effect here."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own attribute)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """A call of a macro with the block as its body, as in transformers: its variables are its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+
+    def _written(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As transformers sets it up, so that a template means the same there and here."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
 
 
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> Template:
-    # As transformers sets it up, so that a template means the same there and here.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    return _environment().from_string(source)
+
+
+def _render(template: Template, variables: Mapping[str, Any], end: str = "") -> str:
+    """What the template writes, up to `end`, which stands behind the message to be continued."""
+    try:
+        text = template.render(variables)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("a message has half of a surrogate pair, which is no text") from error
+    # A template is a foreign program and can raise anything.
+    except Exception as error:
+        raise RequestError(f"the chat template refuses these messages: {error}") from error
+    if end not in text:
+        raise RequestError("the chat template leaves out the message that is to be continued")
+    return text[: text.rindex(end)] if end else text
+
+
+def _ids(pieces: Sequence[int | str]) -> list[int]:
+    return [piece for piece in pieces if isinstance(piece, int)]
+
+
+@lru_cache(maxsize=8)
+def _markup(tokenizer: DocumentTokenizer, source: str) -> Markup:
+    return Markup(tokenizer, _environment().parse(source))
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
-
-
-def _with_content(message: ChatMessage, content: str) -> ChatMessage:
-    return {"role": message["role"], "content": content}
-
-
-def _marked(content: str, mark: str) -> str:
-    """`mark` in the place of the content, between its white space."""
-    return content.replace(stripped, mark, 1) if (stripped := content.strip()) else content
-
-
-def _space_behind(content: str) -> str:
-    return content[len(content.rstrip()) :]
 
 
 def _strftime_now(pattern: str) -> str:
@@ -224,3 +325,22 @@ def _strftime_now(pattern: str) -> str:
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def _plain(messages: Sequence[ChatMessage], *, continues: bool) -> str:
+    stripped = [{**message, "content": message["content"].strip()} for message in messages]
+    text = _render(
+        _compiled(_PLAIN_TEMPLATE), {"messages": stripped, "add_generation_prompt": not continues}
+    )
+    if not continues:
+        return text
+    last = messages[-1]["content"]
+    return text.removesuffix("\n") + last[len(last.rstrip()) :]
+
+
+def _normalized(message: ChatMessage, tokenizer: DocumentTokenizer) -> dict[str, Any]:
+    """What the template sees of a message: its text as the model sees it, and nothing that is None."""
+    seen = {name: value for name, value in message.items() if value is not None}
+    if isinstance(text := seen.get("content"), str) and (stripped := text.strip()):
+        seen["content"] = text.replace(stripped, tokenizer.normalize(stripped), 1)
+    return seen

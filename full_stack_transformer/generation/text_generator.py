@@ -63,7 +63,9 @@ class ScoredText:
     """How probable a text is as the beginning of a document."""
 
     tokens: tuple[TextToken, ...]
-    """All of them; their texts add up to the text."""
+    """All that the model predicts; with `start` before them their texts add up to the text."""
+    start: str = ""
+    """The text of the first token, where the model's tokenizer puts no begin token before it."""
 
     @property
     def log_likelihood(self) -> float:
@@ -297,21 +299,22 @@ class TextGenerator:
         if event.finish_reason == "error":
             raise _broken_model()
         stream = TextStream(tokenizer)
-        stream.push(prompt_ids[0])
-        texts = [stream.push(token_id) for token_id in prompt_ids[1:]]
-        if texts:
-            texts[-1] += stream.finish()
+        texts = [stream.push(token_id) for token_id in prompt_ids]
+        texts[-1] += stream.finish()
+        num_given = max(1, len(tokenizer.prefix_ids))
+        scored_tokens = event.scored_prompt[num_given - 1 :]
         return ScoredText(
             tuple(
                 as_text_token(scored, text, tokenizer)
-                for scored, text in zip(event.scored_prompt, texts, strict=True)
-            )
+                for scored, text in zip(scored_tokens, texts[num_given:], strict=True)
+            ),
+            start="" if tokenizer.prefix_ids else texts[0],
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """A vector for each text (texts, hidden): what the last norm gives, mean over the text's tokens.
 
-        The begin token, which is the same in all texts, counts in an empty one only.
+        What stands before all texts, such as a begin token, counts in an empty one only.
 
         Raises:
             RequestError: a text does not fit into the context.
@@ -320,7 +323,8 @@ class TextGenerator:
         while not self._engine.num_free_slots:
             self._step()
         states = self._engine.hidden_states(sequences)
-        words = [state[1:] if len(state) > 1 else state for state in states]
+        num_given = len(self.model.tokenizer.prefix_ids)
+        words = [state[num_given:] if len(state) > num_given else state for state in states]
         means = [state.mean(dim=0).cpu().numpy() for state in words]
         width: int = self.model.backbone.config.hidden_size
         return np.stack(means) if means else np.zeros((0, width), np.float32)

@@ -9,6 +9,7 @@ comes from) and, to change the text before encoding, `normalize`; then pass the 
 `--tokenizer_cls_name my_module.MyTokenizer`.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -57,6 +58,9 @@ class DocumentTokenizer:
         self.begin_id = self._id_of(begin)
         self.end_id = self._id_of(end)
         self.pad_id = self._id_of(pad)
+        self.prefix_ids = [self.begin_id]
+        """What stands before every text that the model is given. A pretrained model's own tokenizer may add
+        nothing: see `open_saved_tokenizer`."""
 
     @classmethod
     def load(cls, path: str | None) -> Self:
@@ -100,9 +104,17 @@ class DocumentTokenizer:
         return [[self.begin_id, *encoding.ids, self.end_id] for encoding in encodings]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of the beginning of a document: the begin token and `text`, without an end."""
+        """Token ids of the beginning of a document, without an end; an empty one has its begin token."""
+        return [*self.prefix_ids, *self._ids_of_beginning(text)] or [self.begin_id]
+
+    def encode_after_begin(self, text: str) -> list[int]:
+        """The same with something before the first token of `text`, so that it can be predicted."""
+        return [*(self.prefix_ids or [self.begin_id]), *self._ids_of_beginning(text)]
+
+    def _ids_of_beginning(self, text: str) -> list[int]:
         prepared = f"{self.text_before}{self.normalize(text)}" if text else ""
-        return [self.begin_id, *self.backend.encode(prepared, add_special_tokens=False).ids]
+        ids: list[int] = self.backend.encode(prepared, add_special_tokens=False).ids
+        return ids
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text, not normalized and not framed."""
@@ -259,6 +271,9 @@ def load_tokenizer(cls_name: str | None, path: str | None) -> DocumentTokenizer:
 def open_saved_tokenizer(directory: Path) -> DocumentTokenizer:
     """Open the tokenizer of a dataset or model directory, as it was when it was saved.
 
+    What was made here frames a text as its documents were. A pretrained model is given what its own tokenizer
+    gives it: a begin token or none.
+
     Raises:
         InputError: its class is of a module that is not trusted.
         TokenizerError: it cannot be opened.
@@ -266,7 +281,9 @@ def open_saved_tokenizer(directory: Path) -> DocumentTokenizer:
     config = _read_config(directory)
     cls_name = config.get(_CLASS_KEY)
     if cls_name is None:
-        return DocumentTokenizer.load(str(directory))
+        pretrained = DocumentTokenizer.load(str(directory))
+        pretrained.prefix_ids = _own_prefix(pretrained, directory, config)
+        return pretrained
     tokens = {
         name: _first_named(config, [f"{key}_token"])
         for name, key in (("begin", "bos"), ("end", "eos"), ("pad", "pad"))
@@ -277,6 +294,16 @@ def open_saved_tokenizer(directory: Path) -> DocumentTokenizer:
         )
     cls = _find_class(str(cls_name), directory / _CONFIG_FILE_NAME)
     return cls(_read_backend(directory), **{name: str(token) for name, token in tokens.items()})
+
+
+def _own_prefix(tokenizer: DocumentTokenizer, directory: Path, config: dict[str, Any]) -> list[int]:
+    """What transformers' tokenizer of this directory puts before a text."""
+    if not (directory / _TOKENIZER_FILE_NAME).is_file():
+        return [tokenizer.begin_id] if config.get("add_bos_token") else []
+    # Where there is a tokenizer.json, its post-processor decides, as in transformers 5.
+    encoding = tokenizer.backend.encode("a", add_special_tokens=True)
+    added = list(itertools.takewhile(bool, encoding.special_tokens_mask))
+    return list(encoding.ids[: len(added)])
 
 
 def class_name(cls: type[DocumentTokenizer]) -> str:

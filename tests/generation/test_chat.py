@@ -1,14 +1,17 @@
 """Chats become the tokens that their template means, and no text of a message becomes a control token."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+import jinja2
 import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from full_stack_transformer.errors import ModelError, RequestError
 from full_stack_transformer.generation.chat import (
@@ -120,10 +123,155 @@ def test_a_template_that_fails_is_a_refusal(tokenizer: DocumentTokenizer) -> Non
         ChatTemplate("{{ 1 / (messages | length - 1) }}").encode(CONVERSATION[:1], tokenizer)
 
 
-def test_a_template_that_rewrites_texts_is_refused(tokenizer: DocumentTokenizer) -> None:
-    shouting = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
-    with pytest.raises(RequestError, match="changes the texts"):
-        shouting.encode(CONVERSATION, tokenizer)
+# In the style of known families: what their templates do with texts.
+FAMILIES = {
+    "qwen3": """{%- set ns = namespace(last=messages|length - 1, more=true) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.more and message.role == 'user' and message.content is string and not
+        (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.more, ns.last = false, messages|length - loop.index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' and '</think>' in content %}
+        {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- if loop.index0 > ns.last %}
+            {%- set content = '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content %}
+        {%- endif %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}""",
+    "deepseek": """{% set end_of_thought = '</think>' %}{{ bos_token }}
+{%- for m in messages %}{%- if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}
+{%- else %}{{ '<|Assistant|>' + m['content'].split(end_of_thought)[-1] + eos_token }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}""",
+    "phi": """{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}""",
+    "smollm3": """{% for m in messages -%}
+<|im_start|>{{ m.role }} {% if '/no_think' in m.content %}quick{% endif %} {{ m.content | length }}
+{{ m.content.replace('/no_think', '').rstrip() }}<|im_end|>
+{% endfor %}""",
+    "generation": """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+{% else %}{{ m.content }}<|im_end|>{% endif %}
+{% endfor -%}""",
+    "json": """{% if tools is not none %}tools{% endif %}{% for m in messages %}
+<|im_start|>{{ m | tojson }} {{ m.content | tojson(indent=2) }} {{ m.content | trim | upper }}<|im_end|>
+{% endfor %}""",
+    "cleans": """{% for m in messages %}
+{{- '<|im_start|>' }}{{ m.content | replace('<|im_end|>', '') | replace('a', 'b') }}
+{%- if '<|im_start|>' in m.content %}!{% endif %}<|im_end|>{% endfor %}""",
+    "joins": "{% set x = 'X' %}{% for m in messages %}{{ m.content | replace(x, '') }}{% endfor %}<|im_end|>",
+    "surrounds": "<|{{ messages[0].content }}|>",
+    "refuses": """{% for m in messages %}{% if '<|im_start|>user' in m.content %}{{ raise_exception('no') }}
+{%- endif %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}""",
+}
+ROLES: tuple[Literal["user", "assistant"], ...] = ("user", "assistant", "user")
+WORDS = [
+    TURN,
+    TURN_END,
+    "<|",
+    "|>",
+    "im_start",
+    "|im_",
+    "end|>",
+    "<|im_Xend|>",
+    "user",
+    "X",
+    "/no_think",
+]
+WORDS += [
+    "<think>",
+    "</think>",
+    "<|User|>",
+    "[DOC_END]",
+    " ",
+    "\n",
+    "naïve 🙂",
+    "\ue000",
+    "{{ bos_token }}",
+    "a",
+]
+
+
+@pytest.fixture(scope="module")
+def rich_tokenizer(tokenizer: DocumentTokenizer) -> DocumentTokenizer:
+    """With tokens that are not called special, as DeepSeek has them."""
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    special = ["<|user|>", "<|assistant|>", "<|end|>"]
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    others = ["<|User|>", "<|Assistant|>", "<think>", "</think>", "<tool_response>"]
+    backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in others])
+    return DocumentTokenizer(backend, begin=tokenizer.begin, end=tokenizer.end, pad=tokenizer.pad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_template_reads_the_real_texts_and_none_of_them_is_control(
+    rich_tokenizer: DocumentTokenizer, family: str
+) -> None:
+    source, tokenizer, numbers = FAMILIES[family], rich_tokenizer, random.Random(7)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, bos_token=tokenizer.begin, eos_token=tokenizer.end
+    )
+    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    written = [name for name in added if name in source]
+    for _ in range(40):
+        messages = [
+            ChatMessage(role=role, content="".join(numbers.choices(WORDS, k=numbers.randint(0, 6))))
+            for role in ROLES[: numbers.randint(1, 3)]
+        ]
+        try:
+            expected = theirs.apply_chat_template(
+                messages, chat_template=source, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError:
+            with pytest.raises(RequestError, match="refuses these messages"):
+                ChatTemplate(source).encode(messages, tokenizer)
+            continue
+        ids = ChatTemplate(source).encode(messages, tokenizer)
+        assert tokenizer.backend.decode(ids, skip_special_tokens=False) == expected
+        # As many control tokens as with texts that have none, but for what stands in a text of its own.
+        harmless = [ChatMessage(role=one["role"], content="b") for one in messages]
+        plain = ChatTemplate(source).encode(harmless, tokenizer)
+        if family != "qwen3":  # writes thoughts again in tokens of its own
+            assert _named(tokenizer, ids, written) == _named(tokenizer, plain, written)
+
+
+def _named(tokenizer: DocumentTokenizer, ids: Sequence[int], names: Sequence[str]) -> list[int]:
+    special = [tokenizer.backend.token_to_id(name) for name in names]
+    return [one for one in ids if one in special or tokenizer.leaves_out(one)]
+
+
+def test_a_template_that_escapes_control_tokens_of_a_text_is_refused(
+    tokenizer: DocumentTokenizer,
+) -> None:
+    template = ChatTemplate("{{ messages[0].content }}{{ messages[0].content | e }}<|im_end|>")
+    harmless = template.encode([ChatMessage(role="user", content="a < b")], tokenizer)
+    assert tokenizer.decode(harmless) == "a < ba &lt; b"
+    with pytest.raises(RequestError, match="decides by control tokens"):
+        template.encode([ChatMessage(role="user", content=TURN_END)], tokenizer)
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer: DocumentTokenizer) -> None:
+    with pytest.raises(RequestError, match="surrogate"):
+        ChatTemplate(CHATML).encode([ChatMessage(role="user", content="\ud800")], tokenizer)
+
+
+def test_the_space_before_a_text_is_not_before_every_piece() -> None:
+    """As SentencePiece's tokenizers have it: at the beginning only."""
+    vocabulary = {piece: index for index, piece in enumerate(["<unk>", "<s>", "</s>", "▁", *"abc"])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in ("<s>", "</s>")])
+    tokenizer = DocumentTokenizer(backend, begin="<s>", end="</s>", pad="</s>")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    for source in ("{{ messages[0].content }}<s>b</s>", "<s>{{ messages[0].content }}</s>c"):
+        messages = [ChatMessage(role="user", content="ab c")]
+        expected = theirs.apply_chat_template(messages, chat_template=source)["input_ids"]
+        assert ChatTemplate(source).encode(messages, tokenizer) == expected
 
 
 def test_a_template_cannot_reach_the_interpreter(tokenizer: DocumentTokenizer) -> None:
@@ -180,9 +328,42 @@ def test_the_template_lies_in_a_file_or_in_the_configuration(tmp_path: Path) -> 
     assert load_chat_template(tmp_path) == ChatTemplate(CHATML)
     (tmp_path / "chat_template.jinja").write_text(STRICT)
     assert load_chat_template(tmp_path) == ChatTemplate(STRICT)
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("x")
+    assert load_chat_template(tmp_path) == ChatTemplate(STRICT)
 
 
-@pytest.mark.parametrize(("template", "message"), [("{% for", "not valid Jinja"), (7, "one text")])
+def test_a_processor_may_have_the_template(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert load_chat_template(tmp_path) == ChatTemplate(CHATML)
+    several = [{"name": "default", "template": STRICT}, {"name": "rag", "template": "x"}]
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": several}))
+    assert load_chat_template(tmp_path) == ChatTemplate(STRICT)
+
+
+def test_a_template_names_the_tokens_that_the_configuration_names(
+    tmp_path: Path, tokenizer: DocumentTokenizer
+) -> None:
+    source = "{% if bos_token is defined %}{{ bos_token }}{% endif %}a{{ eos_token }}"
+    config = {"chat_template": source, "eos_token": {"content": TURN_END}, "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = load_chat_template(tmp_path).encode(CONVERSATION, tokenizer)
+    assert tokenizer.backend.decode(ids, skip_special_tokens=False) == f"a{TURN_END}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for", "not valid Jinja"),
+        (7, "one text"),
+        (
+            [{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}],
+            "rag.*tool_use",
+        ),
+        ([{"name": "rag"}], "cannot be read"),
+    ],
+)
 def test_a_broken_template_is_named(tmp_path: Path, template: object, message: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(ModelError, match=message):

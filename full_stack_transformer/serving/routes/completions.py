@@ -218,10 +218,12 @@ class _CompletionAnswer(OpenAIAnswer):
     ) -> list[dict[str, list[Any]]]:
         if not self._body.echo or self._body.logprobs is None:
             return []
-        ids = self._prompt_ids[prompt_index]
-        # The token that begins a document was put before a text here; it is no part of what was sent.
-        is_text = isinstance(self.prompts[prompt_index], str)
-        return [*([] if is_text else [writer.unscored(ids[0])]), writer.scored(scored)]
+        ids, is_text = self._prompt_ids[prompt_index], isinstance(self.prompts[prompt_index], str)
+        # A begin token that was put before a text here is no part of what was sent.
+        num_added = len(self._model.tokenizer.prefix_ids) if is_text else 0
+        if num_added:
+            return [writer.scored(scored[num_added - 1 :])]
+        return [writer.unscored(ids[0]), writer.scored(scored)]
 
     def _echoed(self, prompt_index: int) -> str:
         if not self._body.echo:

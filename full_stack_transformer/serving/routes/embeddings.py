@@ -127,9 +127,9 @@ async def embed(
     states = await unless_gone(
         request.receive, worker.hidden_states(model.name, model.engine, token_ids, deadline)
     )
-    begin_id = model.tokenizer.begin_id
+    prefix = model.tokenizer.prefix_ids
     words = [
-        one[1:] if ids[0] == begin_id and len(ids) > 1 else one
+        one[len(prefix) :] if ids[: len(prefix)] == prefix and len(ids) > len(prefix) else one
         for one, ids in zip(states, token_ids, strict=True)
     ]
     means = torch.stack([one.float().mean(dim=0) for one in words])
