@@ -42,6 +42,9 @@ _KNOWN_FILES = (
     (re.compile(r"\d+\t[^\t]+\t[^\t]+\t[01]"), ("id", "sentence1", "sentence2", "label")),  # ATEC
     (re.compile(r"\w+\t[01]\t\*?\t[^\t]+"), ("source", "label", "mark", "sentence")),  # CoLA
 )
+# A line of fastText: its labels, then the text.
+_FASTTEXT = "__label__"
+_FASTTEXT_LINE = re.compile(rf"((?:{_FASTTEXT}\S+\s+)+)(.*)", re.DOTALL)
 # Lines that are looked at to find out how a file is laid out.
 _NUM_LINES_LOOKED_AT = 5000
 # A delimiter that parts this share of the lines alike is the right one, if none parts all of them.
@@ -72,6 +75,9 @@ def read_table(
     first = next((line.rstrip("\r\n") for line in lines if line.strip()), None)
     if first is None:
         raise RowError(f"{path} should start with a line of column names; it is empty")
+    if first.startswith(_FASTTEXT) and options.delimiter is None:
+        yield from _fasttext(path, lines, columns, bad)
+        return
     known = next((names for pattern, names in _KNOWN_FILES if pattern.fullmatch(first)), None)
     delimiter = _delimiter(path, lines, options) if known is None else "\t"
     records = _best_records(path, lines, delimiter)
@@ -88,6 +94,26 @@ def read_table(
     names = columns_to_read(header, options, columns, f"{path}, line 1", by_number=True)
     _say_what_was_read(path, delimiter, found, names)
     yield from _rows(path, records, header, names, bad)
+
+
+def _fasttext(path: Path, lines: Sequence[str], columns: Columns, bad: BadRows) -> Iterator[Row]:
+    """Labels and a text on each line; several labels where a line of the file has several."""
+    found = [
+        (number, _FASTTEXT_LINE.fullmatch(line.strip())) for number, line in enumerate(lines, 1)
+    ]
+    labels = {
+        number: match[1].replace(_FASTTEXT, "").split()
+        for number, match in found
+        if match is not None
+    }
+    has_several = any(len(names) > 1 for names in labels.values())
+    for number, match in found:
+        place = f"{path}, line {number}"
+        if match is not None:
+            label = labels[number] if has_several else labels[number][0]
+            yield {columns.texts[0]: match[2], columns.label: label, PLACE: place}
+        elif lines[number - 1].strip():
+            bad.add(RowError(f"{place} should be {_FASTTEXT}NAME and a text, as fastText has it"))
 
 
 def _rows(
@@ -142,7 +168,8 @@ def _records(
                     yield at + 1, cells
         except csv.Error as error:
             start = first + number_read + 1
-            yield start, error
+            is_open = "unexpected end" in str(error)
+            yield start, csv.Error("a quotation mark is not closed") if is_open else error
 
 
 def _best_records(path: Path, lines: Sequence[str], delimiter: str) -> list[_Record]:
@@ -150,18 +177,31 @@ def _best_records(path: Path, lines: Sequence[str], delimiter: str) -> list[_Rec
 
     Tab-separated files usually have none: GLUE's hold marks that are never closed.
     """
-    readings = []
-    for is_quoted in (delimiter != "\t", delimiter == "\t"):
-        found = list(_records(lines, delimiter, is_quoted=is_quoted))
-        width = _usual_width(found)
-        found = list(_records(lines, delimiter, is_quoted=is_quoted, width=width))
-        readings.append(found)
-        if all(isinstance(record, list) and len(record) == width for _, record in found):
-            if len(readings) > 1:
-                how = "removed" if is_quoted else "kept, as they do not pair up"
-                logger.info("%s: quotation marks around cells are %s", path, how)
-            return found
-    return readings[0]
+    found = list(_records(lines, delimiter, is_quoted=delimiter != "\t"))
+    if _are_whole(found):
+        return found
+    other = list(_records(lines, delimiter, is_quoted=delimiter == "\t"))
+    # Marks that pair up are no part of a text, whatever one damaged row holds.
+    if _are_whole(other) and (delimiter == "\t" or not _has_quoted_cells(other)):
+        how = "removed" if delimiter == "\t" else "kept, as they do not pair up"
+        logger.info("%s: quotation marks around cells are %s", path, how)
+        return other
+    width = _usual_width(found)
+    return list(_records(lines, delimiter, is_quoted=delimiter != "\t", width=width))
+
+
+def _are_whole(records: Sequence[_Record]) -> bool:
+    width = _usual_width(records)
+    return all(isinstance(record, list) and len(record) == width for _, record in records)
+
+
+def _has_quoted_cells(records: Sequence[_Record]) -> bool:
+    return any(
+        len(cell) > 1 and cell[0] == cell[-1] == '"'
+        for _, record in records
+        if isinstance(record, list)
+        for cell in record
+    )
 
 
 def _usual_width(records: Sequence[_Record]) -> int:

@@ -40,6 +40,7 @@ def _facts(row: Row) -> tuple[Any, ...]:
         ("x.csv", "text;label", "{t};{c}", (_TEXTS[0], None, "0")),
         ("x.csv", "\ufeff Text\t LABEL", "{t}\t{c}", (_TEXTS[0], None, "0")),
         ("X.CSV", "Sentence1,Sentence2,Score", "a {n},b {n},{s}", ("a 0", "b 0", "0.0")),
+        ("x.txt", "", "__label__{w} {t}", (_TEXTS[0], None, "bad")),
         ("x.csv", ",text,label,,", '{n},"{t}",{c},,', (_TEXTS[0], None, "0")),
         (
             "x.tsv",
@@ -102,6 +103,11 @@ def test_what_was_found_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ),
         ("text,label\na,0\nb\nc,1\n", {}, "line 3 should have 2 columns .* pass --on_bad_row skip"),
         ('text,label\n"a,b",0\n"b, c,1\n', {}, "line 3: .* pass --on_bad_row skip"),
+        (
+            'text,label\n"a",0\n"b, c',
+            {},
+            "line 3: a quotation mark is not closed; .* pass --on_bad_row skip",
+        ),
         ("text,label\na,0\n".encode("utf-16"), {}, "should be UTF-8.* iconv"),
     ],
 )
@@ -156,6 +162,7 @@ def test_options_of_tables_are_refused_where_there_is_no_table(tmp_path: Path) -
     [
         ("x.tsv", 'text\tlabel\na\t0\nhow tall\n"\tb\t0\nc\t1\n', ["a", "c"]),
         ("x.csv", 'text,label\n"a, b",0\n"not closed,1\n"c, d",1\n', ["a, b", "c, d"]),
+        ("x.txt", "__label__x a\nno label\n__label__y b\n", ["a", "b"]),
         ("x.jsonl", '{"text": "a"}\n{"text"\n[1]\n{"text": "b"}\n', ["a", "b"]),
         ("x.json", '[{"text": "a"}, 3]', ["a"]),
     ],
