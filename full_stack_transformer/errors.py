@@ -24,7 +24,7 @@ A message says what was wrong, where, and what to do. The command line shows it 
 as an HTTP status, the bot as a chat message. This module knows none of them.
 """
 
-from pathlib import Path
+import pathlib
 
 
 class FullStackTransformerError(Exception):
@@ -73,7 +73,7 @@ class MissingExtraError(MachineError):
 
 def install_command(extra: str) -> str:
     """The command that installs an extra: in a checkout with its constraints, else from the index."""
-    if (Path(__file__).parents[1] / "constraints.txt").is_file():
+    if (pathlib.Path(__file__).parents[1] / "constraints.txt").is_file():
         return f"pip install -c constraints.txt -e '.[{extra}]'"
     return f"pip install 'full_stack_transformer[{extra}]'"
 
