@@ -1,8 +1,8 @@
 """Options of the commands that write and check data, and of the demo."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
 from full_stack_transformer.errors import UsageError
@@ -44,6 +44,15 @@ class RowFileOptions:
     def delimiter_character(self) -> str | None:
         """What --delimiter stands for."""
         return None if self.delimiter is None else _DELIMITERS.get(self.delimiter, self.delimiter)
+
+    def how_to_read(self) -> dict[str, Any]:
+        """The options that are not the default, as JSON has them: they decide what the rows are."""
+        values = {field: getattr(self, field.name) for field in fields(RowFileOptions)}
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field, value in values.items()
+            if value != field.default
+        }
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ data set has its own splits, `prepare` to download or make it, `augment` to chan
 the class: `fst run_experiment --data_class my_module.MyData`.
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -17,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.batches import BatchSpans, LengthBatches, SortedBatches
 from full_stack_transformer.datasets.collators import Batch, Collator
@@ -424,7 +422,7 @@ class FileRows(BaseDataModule):
             described["data_set"] = str(self.arguments.dataset_dir)
         for split, path in self._paths.items():
             described[split] = describe_rows(path)
-        return described | _how_to_read(self.arguments)
+        return described | self.arguments.how_to_read()
 
     def rows(self, split: Split) -> list[Row]:
         """Those of the split's file; without one for validation a part of the training rows."""
@@ -459,18 +457,6 @@ class FileRows(BaseDataModule):
                     f"{len(found[split]):,}",
                     split,
                 )
-
-
-def _how_to_read(arguments: RowFileOptions) -> dict[str, Any]:
-    """The options that decide how files are read, where they are given."""
-    fields = dataclasses.fields(RowFileOptions)
-    given = {field.name: getattr(arguments, field.name) for field in fields}
-    changed = {field.name for field in fields if given[field.name] != field.default}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in given.items()
-        if name in changed
-    }
 
 
 def _paths(arguments: TrainArguments, *, has_directory: bool) -> dict[Split, Path]:
