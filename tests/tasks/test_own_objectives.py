@@ -39,7 +39,8 @@ def _train(run_fst: RunFst, task: str, data: Path, root: Path, *options: str) ->
 
 
 def _evaluate(run_fst: RunFst, experiment: Path, data: Path) -> dict[str, Any]:
-    done = run_fst("evaluate", experiment, data, "--device", "cpu", "--num_resamples", "20")
+    words = ("--device", "cpu", "--num_resamples", "20", "--allow_code_from", _HERE)
+    done = run_fst("evaluate", experiment, data, *words)
     assert done.returncode == 0, done.stderr
     content: dict[str, Any] = json.loads(done.stdout)
     return content
@@ -87,7 +88,7 @@ def test_objectives_of_ones_own_are_trained_evaluated_and_served(
     assert set(found["baselines"]) == {"majority", "untrained"}
     assert found["baselines"]["majority"]["accuracy"] < found["figures"]["accuracy"]
 
-    served = running_service(loud, "--more_models", f"ahead={ahead}")
+    served = running_service(loud, "--more_models", f"ahead={ahead}", "--allow_code_from", _HERE)
     with served as (url, process), httpx.Client(base_url=url, timeout=120) as http:
         answer = http.post("/is_shouting", json={"utterances": ["HEY YOU COME HERE!", "hey you"]})
         assert answer.status_code == 200, answer.text
