@@ -58,7 +58,7 @@ def test_nothing_is_lost_when_the_database_is_deleted_under_the_bot(
                         path.unlink()
             assert own_bot.wait() == 1
         *_, sentence = own_bot.log.splitlines()
-        assert sentence.startswith(f"fst: --database {database} was deleted, moved")
+        assert sentence.startswith(f"fst: --database {database} was deleted or moved while")
         assert f"are in {database}: start it again" in sentence
         assert "Traceback" not in own_bot.log
         own_bot.start()
@@ -190,6 +190,14 @@ def test_a_path_that_is_no_file_is_refused() -> None:
     assert stat.S_IMODE(Path("/dev/null").stat().st_mode) != 0o600
 
 
+def test_a_file_of_something_else_is_refused_and_left_alone(database: Path) -> None:
+    database.write_text("notes")
+    database.chmod(0o644)
+    with pytest.raises(MachineError, match="is not a database"):
+        Store(database, 42)
+    assert stat.S_IMODE(database.stat().st_mode) == 0o644
+
+
 def test_one_database_is_used_by_one_bot_under_all_its_names(
     telegram: FakeBotApi, own_bot: ForkedBot, forks: BotForks, database: Path
 ) -> None:
@@ -214,19 +222,19 @@ def test_one_database_is_used_by_one_bot_under_all_its_names(
         own_bot.kill()
 
 
-@pytest.mark.parametrize("kind", ["429", "reset"])
+@pytest.mark.parametrize("kind", ["429", "hang", "reset"])
 def test_a_chat_that_takes_no_messages_does_not_hold_up_the_end(
     telegram: FakeBotApi, own_bot: ForkedBot, chat_id: int, kind: str
 ) -> None:
     if kind == "429":
         telegram.fail("sendMessage", "retry_after", 9, chat_id=chat_id, retry_after=300)
     else:
-        telegram.fail("sendMessage", "reset", 9999, chat_id=chat_id)
+        telegram.fail("sendMessage", kind, 9999, chat_id=chat_id)
     own_bot.start()
     try:
         telegram.write(chat_id, "For later")
         telegram.write(chat_id, "/help")
-        telegram.requests("sendMessage", chat_id, at_least=1)
+        telegram.requests("sendMessage", chat_id, at_least=1, answered=kind != "hang")
         started = time.monotonic()
         assert own_bot.stop() == 0
         assert time.monotonic() - started < 20  # 61 s before

@@ -345,7 +345,7 @@ class Courier:
             await self._limiter.acquire(chat_id, self._wait)
             called_at = time.monotonic()
             try:
-                return await self._bot(method), is_uncertain
+                return await self._called(method), is_uncertain
             except TelegramRetryAfter as error:
                 self._limiter.pause(chat_id, error.retry_after)
                 cause, wait_seconds = type(error).__name__, float(error.retry_after)
@@ -368,6 +368,21 @@ class Courier:
                     raise PostponedError
             await self._wait(wait_seconds)
             pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
+
+    async def _called(self, method: TelegramMethod[_Result]) -> _Result:
+        """The result of one call; PostponedError if the process ends and Telegram does not respond."""
+        call = asyncio.create_task(self._bot(method))
+        ending = asyncio.create_task(self._ending.wait())
+        try:
+            await asyncio.wait({call, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                await asyncio.wait({call}, timeout=_MAX_ENDING_SECONDS)
+            if not call.done():
+                raise PostponedError  # recorded as sent or not; the next process finds out
+            return call.result()
+        finally:
+            ending.cancel()
+            call.cancel()
 
     async def _wait(self, seconds: float) -> None:
         """Wait; raises PostponedError if the process ends and much of it is left then."""

@@ -6,30 +6,21 @@ and `rescue` saves what it held. Knows the tables, not what their rows mean.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
-import shlex
 import sqlite3
-import stat
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from full_stack_transformer.errors import MachineError, UsageError
+from full_stack_transformer.telegram.state.database_file import DatabaseFile, moved_to_a_free_name
 
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1
-# SQLite's own locks are at 2**30, https://www.sqlite.org/src/file/src/os.h; this byte is never reached.
-# A lock of the open file: SQLite, which opens and closes the file, would end a lock of the process.
-# `struct flock` of fcntl(2): type, whence, start, length, process.
-_ONE_BYTE_LOCK = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 2**40, 1, 0)
-# Where a number of each process stands in the file's header: https://www.sqlite.org/fileformat2.html
-_VERSION_OFFSET, _VERSION_BYTES = 60, 4
 # Telegram keeps unconfirmed updates for a day; https://core.telegram.org/bots/api#getupdates
 _KEEP_UPDATES_SECONDS = 8 * 24 * 3600
 _KEEP_REPLIES_SECONDS = 90 * 24 * 3600
@@ -85,140 +76,6 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
-class _File:
-    """The file at the path of a database: private, locked for one process, and watched.
-
-    The lock belongs to the file, not to its name: it is the same through links and other paths. The
-    descriptor stays open until SQLite has closed its own: closing it would end SQLite's locks.
-
-    Raises:
-        MachineError: another process uses the file, or it cannot be opened or made private.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.real_path = path.resolve()
-            if path.exists() and not path.is_file():
-                raise MachineError(f"--database {path} is not a regular file; pass another file")
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise MachineError(
-                f"--database {path} cannot be written: {error.strerror}; pass another file"
-            ) from None
-        try:
-            self._lock()
-            self._make_private()
-        except BaseException:
-            self.close()
-            raise
-        self._identities: dict[Path, tuple[int, int] | None] = {}
-        self._version: bytes | None = None
-
-    def sibling(self, ending: str) -> Path:
-        """A file beside the database; SQLite puts its log beside what a symbolic link points to."""
-        return self.real_path.with_name(self.real_path.name + ending)
-
-    def _lock(self) -> None:
-        try:
-            if hasattr(fcntl, "F_OFD_SETLK"):
-                fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _ONE_BYTE_LOCK)
-            else:  # not Linux: a lock of the name, links to which are followed
-                self._lock_file = self.sibling(".lock").open("w")
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise MachineError(
-                f"--database {self.path} is used by another bot process; stop it, or pass another file"
-            ) from None
-        except OSError as error:
-            raise MachineError(
-                f"--database {self.path} cannot be locked: {error.strerror}; put it on a local disk"
-            ) from None
-
-    def _make_private(self) -> None:
-        """Let nobody else read users' texts, whatever the umask; SQLite's log gets the same mode."""
-        found = os.fstat(self._descriptor)
-        mode = stat.S_IMODE(found.st_mode)
-        try:
-            if mode != 0o600:
-                os.fchmod(self._descriptor, 0o600)
-            for ending in ("-wal", "-shm", ".lock"):
-                with contextlib.suppress(FileNotFoundError):
-                    self.sibling(ending).chmod(0o600)
-        except OSError:
-            raise MachineError(
-                f"--database {self.path} belongs to another user (its mode is {mode:04o}), so it cannot "
-                f"be made private; as that user, type: chmod 600 {shlex.quote(str(self.path))}*"
-            ) from None
-        if mode & 0o077 and found.st_size:
-            logger.warning(
-                "--database %s could be read by other users (mode %04o); now only by its owner (0600)",
-                *(self.path, mode),
-            )
-        if found.st_nlink > 1:
-            logger.warning(
-                "--database %s has %d names (hard links); always start the bot with this one, as "
-                "SQLite's log belongs to one name",
-                *(self.path, found.st_nlink),
-            )
-
-    def watch(self, version: int | None) -> None:
-        """Remember what the file and its log are now; `version` is in the header, if known."""
-        self._version = None if version is None else version.to_bytes(_VERSION_BYTES, "big")
-        paths = (self.path, self.real_path, self.sibling("-wal"))
-        self._identities = {path: _identity(path) for path in paths}
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the file and its log are still at their paths."""
-        return all(_identity(path) == known for path, known in self._identities.items())
-
-    @property
-    def has_log(self) -> bool:
-        """Whether what is beside the path is still the log."""
-        path = self.sibling("-wal")
-        return _identity(path) == self._identities[path]
-
-    @property
-    def is_at_its_path(self) -> bool:
-        """Whether the file is at its path, with or without its log."""
-        return all(_identity(p) == self._identities[p] for p in (self.path, self.real_path))
-
-    @property
-    def is_overwritten(self) -> bool:
-        """Whether somebody else has written into the file, such as by copying another one over it."""
-        found = os.pread(self._descriptor, _VERSION_BYTES, _VERSION_OFFSET)
-        return self._version not in (None, found)
-
-    @contextlib.contextmanager
-    def spared(self) -> Iterator[None]:
-        """Inside, SQLite does not write its log into a file that somebody else has written."""
-        if not (self.is_overwritten and self.is_at_its_path):
-            yield
-            return
-        aside = self.sibling(f".{secrets.token_hex(4)}")
-        self.real_path.rename(aside)  # SQLite leaves a file alone that is not at its path
-        try:
-            yield
-        finally:
-            aside.rename(self.real_path)
-            for ending in ("-wal", "-shm"):
-                self.sibling(ending).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Release the lock."""
-        os.close(self._descriptor)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 class Database:
     """The file of one bot; its methods are quick and are called from the event loop's thread.
 
@@ -231,7 +88,7 @@ class Database:
         self._has_deleted = False
         self.is_failing = False
         """Whether the last attempt to write failed, such as on a full disk."""
-        self._file = _File(path)
+        self._file = DatabaseFile(path)
         try:
             self._connection = self._open(path, bot_id)
         except BaseException:
@@ -239,7 +96,8 @@ class Database:
             raise
 
     def _open(self, path: Path, bot_id: int) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._file.real_path, isolation_level=None)
+        # A short time-out, as waiting for another program's lock holds up all chats.
+        connection = sqlite3.connect(self._file.real_path, timeout=1.0, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
@@ -280,7 +138,7 @@ class Database:
         Raises:
             DatabaseLostError: the file or its log was deleted, moved, replaced or overwritten.
         """
-        if self._file.is_overwritten or not self._file.is_complete:
+        if self._file.loss is not None:
             raise DatabaseLostError
 
     def rescue(self) -> str:
@@ -289,10 +147,7 @@ class Database:
         It goes back to its path if nothing is there now, else beside it.
         """
         path, num_jobs = self._file.path, "the"
-        begin = (
-            f"--database {path} was deleted, moved, replaced or overwritten while the bot ran, so it "
-            "stopped"
-        )
+        begin = f"--database {path} {self._file.loss} while the bot was running, so it stopped"
         try:
             num_jobs = str(self._integer("SELECT count(*) FROM jobs"))
             saved = self._saved()
@@ -326,7 +181,7 @@ class Database:
                 # SQLite would take the log for that of the file that comes here now.
                 for ending in ("-wal", "-shm"):
                     file.sibling(ending).unlink(missing_ok=True)
-            return _moved_to_a_free_name(copy, file.path)
+            return moved_to_a_free_name(copy, file.path)
         finally:
             copy.unlink(missing_ok=True)
 
@@ -397,24 +252,11 @@ def _prune(connection: sqlite3.Connection) -> None:
 def _advice(error: sqlite3.Error) -> str:
     if any(words in str(error) for words in ("full", "disk I/O")):
         return "free some space"
+    if "readonly" in str(error):
+        return "make it and its folder writable"
     if "locked" in str(error):
         return "close the program that uses it"
     return "move it away, or pass another file"
-
-
-def _moved_to_a_free_name(file: Path, path: Path) -> Path:
-    """Move a file to a path, or beside it if the path is taken; where it is now."""
-    number = 0
-    while True:
-        ending = ".rescued" + (f"-{number}" if number > 1 else "") if number else ""
-        target = path.with_name(path.name + ending)
-        try:
-            os.link(file, target)  # unlike a renaming it never replaces a file
-        except FileExistsError:
-            number += 1
-        else:
-            file.unlink()
-            return target
 
 
 def day_of(seconds: float) -> str:
