@@ -3,25 +3,34 @@
     one text ──counts──> one row of a matrix ──sum──> metric of all texts
 
 BLEU and chrF of many texts are computed from summed counts, not as means. The counts of each text are kept,
-so that a bootstrap only adds rows. Each text may have several expected ones. BLEU and ROUGE split English
-alone into words; here each Chinese or Japanese character counts as a word, and ROUGE reads all letters.
+so that a bootstrap only adds rows. Each text may have several expected ones.
+
+Their own tokenizers know English alone: rouge-score's drops every other letter. The rule here:
+- Texts are compared in Unicode's form NFC, so that `é` is the same as one character or as two.
+- A word is a run of letters, digits and the marks on them (vowel signs and accents, also of Hindi or Tamil).
+- In scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter, with its
+  marks, counts as a word; also for BLEU.
 """
 
 import itertools
 import re
 import string
+import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 _ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
-# Scripts without spaces between words: each character counts as a word.
-_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-_LONE_CHARACTER = re.compile(f"([{_IDEOGRAPH}])")
-_WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W_{_IDEOGRAPH}]+")
+# Blocks of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+_LONE = (
+    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF)),
+    *((0x4E00, 0x9FFF), (0xAA60, 0xAA7F), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x20000, 0x323AF)),
+)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -48,6 +57,8 @@ class Overlap:
 
         _check(predicted, expected)
         scorer = RougeScorer(_ROUGE_NAMES, tokenizer=_Words())
+        predicted = [_composed(text) for text in predicted]
+        expected = [[_composed(text) for text in several] for several in expected]
         pairs = list(zip(predicted, expected, strict=True))
         scores = [scorer.score_multi(several, text) for text, several in pairs]
         self._rouge = np.array([[row[name].fmeasure for name in _ROUGE_NAMES] for row in scores])
@@ -111,8 +122,48 @@ def repetition_of_texts(texts: Sequence[Sequence[Hashable]], order: int) -> list
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits in lower case; each ideograph by itself."""
-    return _WORD.findall(text.lower())
+    """The words in lower case, by the rule of the module."""
+    word, _ = _patterns()
+    return word.findall(_composed(text.lower()))
+
+
+@cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A word, and a letter that is one by itself, each with its marks, of which Python's \\w has none."""
+    letters = [code for first, last in _LONE for code in range(first, last + 1) if _is(code, "L")]
+    # And the joiners inside words of Persian or Hindi.
+    marks = [0x200C, 0x200D, *(code for code in range(sys.maxunicode + 1) if _is(code, "M"))]
+    # A class of rare characters above U+FFFF is slow, so it is looked at only where such a character is.
+    rare_letters, rare_marks = (
+        f"(?=[\U00010000-\U0010ffff])[{_ranges(code for code in codes if code > 0xFFFF)}]"
+        for codes in (letters, marks)
+    )
+    usual_letters = _ranges(code for code in letters if code <= 0xFFFF)
+    usual_marks = _ranges(code for code in marks if code <= 0xFFFF)
+    mark = f"(?:[{usual_marks}]|{rare_marks})"
+    lone = f"(?:[{usual_letters}]|{rare_letters}){mark}*"
+    run = rf"(?:(?!{rare_letters})[^\W_{usual_letters}])+"
+    fast_run = rf"[a-z0-9]+(?![^\W_]|{mark})"
+    return re.compile(f"{fast_run}|{run}(?:{mark}+(?:{run})*)*|{lone}"), re.compile(f"({lone})")
+
+
+def _is(code: int, category: str) -> bool:
+    return unicodedata.category(chr(code)).startswith(category)
+
+
+def _ranges(codes: Iterable[int]) -> str:
+    """The characters for a class of a pattern, as ranges."""
+    ranges: list[list[int]] = []
+    for code in codes:
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 @dataclass(frozen=True)
@@ -165,7 +216,7 @@ def span_metrics(expected: Sequence[Sequence[str]], predicted: Sequence[str]) ->
 
 def normalized_answer(answer: str) -> str:
     """Lower case, without punctuation, English articles and doubled white space."""
-    plain = answer.lower().translate(_NO_PUNCTUATION)
+    plain = _composed(answer.lower()).translate(_NO_PUNCTUATION)
     return " ".join(_ARTICLE.sub(" ", plain).split())
 
 
@@ -190,11 +241,10 @@ class _Words:
 def _with_lone_characters(
     predicted: Sequence[str], expected: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """The texts with spaces around each ideograph, which sacrebleu's default tokenizer does not part."""
-    parted = [_LONE_CHARACTER.sub(r" \1 ", text) for text in predicted]
-    return parted, [
-        [_LONE_CHARACTER.sub(r" \1 ", text) for text in several] for several in expected
-    ]
+    """The texts with spaces around each lone letter, which sacrebleu's default tokenizer does not part."""
+    _, lone = _patterns()
+    parted = [lone.sub(r" \1 ", text) for text in predicted]
+    return parted, [[lone.sub(r" \1 ", text) for text in several] for several in expected]
 
 
 def _check(predicted: Sequence[str], expected: Sequence[Sequence[str]]) -> None:

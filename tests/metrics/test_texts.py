@@ -2,6 +2,7 @@
 
 import math
 import random
+import unicodedata
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -216,3 +217,45 @@ def test_answers_without_questions_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="as many answers as questions"):
         span_metrics(expected, predicted)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("हिन्दी में लिखा", ["हिन्दी", "में", "लिखा"]),
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+        ("ที่นี่ ๑๒ abc", ["ที่", "นี่", "๑๒", "abc"]),
+        ("ປະເທດ", ["ປ", "ະ", "ເ", "ທ", "ດ"]),
+        ("Việt déjà-vu", ["việt", "déjà", "vu"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),
+        ("עִבְרִית", ["עִבְרִית"]),
+        ("한국어 データ", ["한국어", "デ", "ー", "タ"]),
+        ("\u0301 the_end", ["the", "end"]),
+        ("𑀅𑀁𑀓 \U00020000x", ["𑀅𑀁𑀓", "\U00020000", "x"]),
+    ],
+    ids=[
+        *("Hindi", "Tamil", "Thai", "Lao", "Latin", "Persian", "Hebrew", "Korean and Japanese"),
+        *("a lone mark", "above U+FFFF"),
+    ],
+)
+def test_marks_belong_to_their_letters_in_every_form(text: str, expected: list[str]) -> None:
+    expected = [unicodedata.normalize("NFC", word) for word in expected]
+    for form in ("NFC", "NFD"):
+        assert words(unicodedata.normalize(form, text)) == expected
+
+
+def test_words_that_differ_in_a_vowel_sign_differ() -> None:
+    assert rouge(["कि"], [["का"]])["rouge1"] == 0
+    # Two words of three.
+    assert rouge(["கல் நல்ல பால்"], [["கல் நல்ல பல்"]])["rouge1"] == pytest.approx(2 / 3)
+    # ฉั น กิ น in common, of 9 and 8 letters.
+    assert rouge(["ฉันกินข้าว"], [["ฉันกินปลา"]])["rouge1"] == pytest.approx(5 / 7)
+
+
+def test_the_normal_form_makes_no_difference() -> None:
+    composed = ["à la carte, voilà le café", "データ"]
+    decomposed = [unicodedata.normalize("NFD", text) for text in composed]
+    assert decomposed != composed
+    expected = Overlap(composed, [[text] for text in composed]).metrics()
+    assert Overlap(decomposed, [[text] for text in composed]).metrics() == expected
+    assert normalized_answer(decomposed[0]) == normalized_answer(composed[0])
