@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 an error explained by the message, 2 wrong usage, 130 i
 import contextlib
 import dataclasses
 import importlib
+import io
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from cyclopts import App, Parameter
 
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments import data, models, serving, training
+from full_stack_transformer.arguments.checks import check_texts
 from full_stack_transformer.arguments.familiar_options import RENAMED, translate
 from full_stack_transformer.arguments.typed import CommandLine, running
 from full_stack_transformer.errors import (
@@ -33,6 +35,7 @@ from full_stack_transformer.errors import (
 )
 from full_stack_transformer.machine import restart_with_kept_memory
 from full_stack_transformer.own_classes import leave_working_directory, trust_options
+from full_stack_transformer.storage import not_utf_8, readable
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
@@ -88,6 +91,8 @@ _EXTRA_OF_PACKAGE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not be UTF-8
     leave_working_directory()
     if _is_training(words) and not {"--help", "-h", _SHOW_ALL} & {*words}:
         restart_with_kept_memory(words)
@@ -130,13 +135,32 @@ def run(argv: list[str]) -> int:
         return 0
     except OSError as error:  # such as a failing disk
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    except MemoryError as error:
+        return _complain(f"there is not enough memory{f': {error}' if str(error) else ''}", 1)
+    except UnicodeEncodeError as error:
+        if not_utf_8(str(error.object)) is None:
+            raise
+        return _complain(
+            f"{error.object!r} is not UTF-8, which is needed here; rename the file or directory", 1
+        )
     if isinstance(result, Path):
-        sys.stdout.write(f"{result}\n")
+        _print_path(result)
     return result if isinstance(result, int) else 0
 
 
+def _print_path(path: Path) -> None:
+    """Print a path as it is, whatever bytes it has."""
+    sys.stdout.flush()
+    stream = getattr(sys.stdout, "buffer", None)
+    if stream is None:
+        sys.stdout.write(f"{path}\n")
+    else:
+        stream.write(os.fsencode(path) + b"\n")
+        stream.flush()
+
+
 def _complain(message: str, exit_code: int) -> int:
-    sys.stderr.write(f"fst: {message}\n")
+    sys.stderr.write(f"fst: {readable(message)}\n")
     return exit_code
 
 
@@ -261,8 +285,9 @@ def _runner(options: type, module_name: str) -> Callable[..., Any]:
     """A function that takes `options` from cyclopts, imports the module and calls its `main`."""
 
     def runner(given: Any) -> Any:
-        module = importlib.import_module(f"full_stack_transformer.{module_name}")
         given = options() if given is None else given
+        check_texts(given)
+        module = importlib.import_module(f"full_stack_transformer.{module_name}")
         trust_options(given)
         return module.main(given)
 
@@ -276,7 +301,8 @@ def _runner(options: type, module_name: str) -> Callable[..., Any]:
 
 
 def _normalize(argv: list[str]) -> list[str]:
-    """Accept `prepare-dataset` for `prepare_dataset` and `--strip_lines false` for `--strip_lines=false`.
+    """Accept `prepare-dataset` for `prepare_dataset`, `--strip_lines false` for `--strip_lines=false`, and
+    `-` as a value.
 
     Also `help COMMAND` for `COMMAND --help`, and `-p` for `--prompt`. For training also accept the
     option names of other trainers.
@@ -286,6 +312,8 @@ def _normalize(argv: list[str]) -> list[str]:
         is_value = bool(words) and words[-1].startswith("--") and "=" not in words[-1]
         if is_value and word.lower() in ("true", "false"):
             words[-1] += f"={word.lower()}"
+        elif is_value and word == "-":
+            words[-1] += "=-"
         else:
             words.append(word)
     if words[:1] == ["help"]:
@@ -294,6 +322,8 @@ def _normalize(argv: list[str]) -> list[str]:
         words[0] = words[0].replace("-", "_")
     if words[:1] == ["generate"]:
         words = ["--prompt" if word == "-p" else word for word in words]
+    if words[:1] == ["whiten"]:  # cyclopts takes - for an option
+        words = ["/dev/stdin" if word == "-" else word for word in words]
     return translate(words) if _is_training(words) else words
 
 

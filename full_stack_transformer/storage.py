@@ -53,7 +53,14 @@ def _next_version(root: Path, name: str) -> Path:
 
 
 def claim_version(root: Path, name: str) -> Path:
-    """Create the next version directory, empty; two callers never get the same."""
+    """Create the next version directory, empty; two callers never get the same.
+
+    Raises:
+        UsageError: the root is not UTF-8, which the writers of weights and of TensorBoard's events need.
+    """
+    problem = not_utf_8(str(root))
+    if problem is not None:
+        raise UsageError(f"{root} is not UTF-8 ({problem}); name a directory that is")
     while True:
         directory = _next_version(root, name)
         try:
@@ -260,6 +267,29 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def readable(text: str) -> str:
+    """A text with file names: bytes that are not UTF-8, which Python keeps as surrogates, become \\xe9."""
+    if not_utf_8(text) is None:
+        return text
+    parts = [
+        character.encode(
+            "utf-8", "surrogateescape" if "\udc80" <= character <= "\udcff" else "replace"
+        )
+        for character in text
+    ]
+    return b"".join(parts).decode("utf-8", "backslashreplace")
+
+
+def not_utf_8(text: str) -> str | None:
+    """The first byte of a text or path that is not UTF-8, and where; None if all are."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = len(text[: error.start].encode())
+        return f"byte {ord(text[error.start]) & 0xFF:#04x} at offset {before}"
+    return None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file durably: the old content stays until the new one is on the disk."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -277,7 +307,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as indented JSON, durably."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    # Paths may not be UTF-8. The escape of a surrogate is JSON, and gives the same path when it is read.
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -269,3 +269,29 @@ def test_a_missing_extra_names_its_install_command(tmp_path: Path, run_fst: RunF
     assert done.returncode == 1
     assert "pip install -c constraints.txt -e '.[telegram]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "expected"),
+    [
+        (
+            [b"--prompt", b"caf\xe9"],
+            b"",
+            b"--prompt is not UTF-8: byte 0xe9 at offset 3; convert it",
+        ),
+        ([b"--stop", b"\xc3\xa9\xff"], b"a", b"--stop is not UTF-8: byte 0xff at offset 2"),
+        ([], b"caf\xe9", b"standard input is not UTF-8: byte 0xe9 at offset 3"),
+        ([b"--prompt_file", b"-"], b"\xff\xfea\0", b"standard input is not UTF-8: it is UTF-16"),
+        ([b"--prompt_file", b"/no\xe9"], b"", b"--prompt_file /no\\xe9: No such file"),
+        ([b"--device", b"cp\xe9"], b"a", b"--device is not UTF-8"),
+    ],
+    ids=["prompt", "second word", "stdin", "utf-16", "path", "other text"],
+)
+def test_texts_that_are_not_utf_8_are_one_sentence(
+    words: list[bytes], stdin: bytes, expected: bytes
+) -> None:
+    command = [sys.executable.encode(), b"-m", b"full_stack_transformer", b"generate", b"model\xe9"]
+    done = subprocess.run([*command, *words], input=stdin, capture_output=True, check=False)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(b"fst: " + expected)
+    assert done.stderr.count(b"\n") == 1

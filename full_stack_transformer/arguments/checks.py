@@ -1,9 +1,11 @@
 """What options of several commands share: the one that trusts code, and checks, which raise UsageError."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.storage import not_utf_8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +29,18 @@ def between(options: object, least: float, most: float, *names: str) -> None:
         value = getattr(options, name)
         if not least <= value <= most:
             raise UsageError(f"--{name} must be between {least:g} and {most:g}, found {value!r}")
+
+
+def check_texts(arguments: Any) -> None:
+    """Raise UsageError for a text that is not UTF-8; paths may be anything.
+
+    Python keeps the other bytes of a command line as surrogates (PEP 383), which no tokenizer takes.
+    """
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        for text in value if isinstance(value, tuple) else (value,):
+            problem = not_utf_8(text) if isinstance(text, str) else None
+            if problem is not None:
+                raise UsageError(
+                    f"--{field.name} is not UTF-8: {problem}; convert it, or set the terminal to UTF-8"
+                )

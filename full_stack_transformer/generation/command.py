@@ -1,6 +1,7 @@
 """`fst generate`: continue a prompt and print the text while it is generated, or talk to a model."""
 
 import contextlib
+import io
 import json
 import logging
 import secrets
@@ -16,6 +17,7 @@ from full_stack_transformer.errors import InputError, RequestError, UsageError
 from full_stack_transformer.generation.chat import ChatMessage
 from full_stack_transformer.generation.requests import MAX_RANDOM_SEED, Piece
 from full_stack_transformer.generation.text_generator import TextGenerator, as_text_token
+from full_stack_transformer.storage import not_utf_8
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 logger = logging.getLogger(__name__)
@@ -63,22 +65,34 @@ def _seed_of(given: SamplingKeywords) -> int:
 def _read_prompt(arguments: GenerateArguments) -> str:
     if arguments.prompt is not None:
         return arguments.prompt
-    if arguments.prompt_file is not None:
+    if arguments.prompt_file is not None and str(arguments.prompt_file) != "-":
         return _read_file(arguments.prompt_file).rstrip("\n")
-    if sys.stdin.isatty():
+    if sys.stdin is None or (arguments.prompt_file is None and sys.stdin.isatty()):
         raise UsageError(
             "expected --prompt TEXT, --prompt_file FILE, --interactive, or a text on standard input"
         )
-    return sys.stdin.read().rstrip("\n")
+    return _decoded(sys.stdin.buffer.read(), "standard input").rstrip("\n")
 
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _decoded(path.read_bytes(), f"--prompt_file {path}")
     except OSError as error:
         raise InputError(f"--prompt_file {path}: {error.strerror or error}") from error
+
+
+def _decoded(content: bytes, place: str) -> str:
+    """The text of a prompt, with line feeds and without a byte order mark."""
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompt_file {path} is not UTF-8: {error}") from error
+        is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        byte = f"byte {content[error.start]:#04x} at offset {error.start}"
+        raise InputError(
+            f"{place} is not UTF-8: {'it is UTF-16' if is_utf_16 else byte}; convert it, for instance with "
+            "iconv"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _print_texts(prompt: str, pieces: Iterable[tuple[int, Piece]], num_sequences: int) -> None:
@@ -129,6 +143,10 @@ class Session:
         """Read and answer until the end of input."""
         kind = "a chat" if self._is_chat else "a text that you and the model continue in turn"
         logger.info("model %s: %s; %s", self._generator.model.name, kind, _HELP)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(
+                errors="surrogateescape"
+            )  # a wrong byte shall not end the session
         with contextlib.suppress(EOFError):
             while True:
                 line = _read_line()
@@ -181,7 +199,11 @@ def _read_line() -> str:
     """
     while True:
         try:
-            return input("> " if sys.stdin.isatty() else "").rstrip()
+            line = input("> " if sys.stdin.isatty() else "").rstrip()
+            problem = not_utf_8(line)
+            if problem is None:
+                return line
+            logger.info("this line is not UTF-8 (%s) and was passed over", problem)
         except KeyboardInterrupt:
             sys.stdout.write("\n")  # the line is given up, as in a shell
 

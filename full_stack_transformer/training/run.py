@@ -22,7 +22,7 @@ from full_stack_transformer.machine import multiplies_bfloat16
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
 from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
 from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
-from full_stack_transformer.storage import read_json, write_json
+from full_stack_transformer.storage import read_json, readable, write_json
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.control import (
     NEVER,
@@ -331,7 +331,7 @@ def _resolve_precision(arguments: TrainArguments) -> str:
 
 
 def _as_markdown(content: dict[str, Any]) -> str:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = readable(json.dumps(content, indent=2, ensure_ascii=False))
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
