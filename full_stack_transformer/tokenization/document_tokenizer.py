@@ -22,7 +22,11 @@ from tokenizers.trainers import BpeTrainer
 
 from full_stack_transformer.errors import TokenizerError, UsageError
 from full_stack_transformer.own_classes import class_of_file, class_of_option
-from full_stack_transformer.tokenization.encoders import is_plain_byte_level
+from full_stack_transformer.tokenization.encoders import (
+    explained_failures,
+    is_plain_byte_level,
+    pieces,
+)
 
 BEGIN_OF_DOCUMENT = "[DOC_START]"
 END_OF_DOCUMENT = "[DOC_END]"
@@ -30,6 +34,8 @@ PADDING = "[PAD]"
 # In the place of a token id (or another label): nothing to predict here. PyTorch's default `ignore_index`.
 IGNORED_LABEL = -100
 
+# Of texts to train on.
+_PIECE_CHARACTERS = 1 << 16
 _CONFIG_FILE_NAME = "tokenizer_config.json"
 _TOKENIZER_FILE_NAME = "tokenizer.json"
 # The replacement for bytes that are not valid UTF-8.
@@ -100,7 +106,8 @@ class DocumentTokenizer:
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each document, framed by the begin and the end token."""
         prepared = [f"{self.text_before}{self.normalize(text)}{self.text_after}" for text in texts]
-        encodings = self.backend.encode_batch_fast(prepared, add_special_tokens=False)
+        with explained_failures():
+            encodings = self.backend.encode_batch_fast(prepared, add_special_tokens=False)
         return [[self.begin_id, *encoding.ids, self.end_id] for encoding in encodings]
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -113,12 +120,12 @@ class DocumentTokenizer:
 
     def _ids_of_beginning(self, text: str) -> list[int]:
         prepared = f"{self.text_before}{self.normalize(text)}" if text else ""
-        ids: list[int] = self.backend.encode(prepared, add_special_tokens=False).ids
-        return ids
+        return self.encode_text(prepared)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text, not normalized and not framed."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        with explained_failures():
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def split_markup(self, text: str) -> list[int | str]:
@@ -240,7 +247,9 @@ class TrainedTokenizer(DocumentTokenizer):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(documents, trainer=trainer)
+        # The trainer holds 256 texts at a time. Words are counted, and a piece ends where a word ends.
+        parts = (part for document in documents for part in pieces(document, _PIECE_CHARACTERS))
+        backend.train_from_iterator(parts, trainer=trainer)
         backend = _with_control_tokens(backend)
         return cls(backend, begin=BEGIN_OF_DOCUMENT, end=END_OF_DOCUMENT, pad=PADDING)
 
@@ -426,7 +435,8 @@ def _read_backend(directory: Path) -> Tokenizer:
     vocabulary_file, merges_file = directory / "vocab.json", directory / "merges.txt"
     try:
         if tokenizer_file.is_file():
-            return Tokenizer.from_file(str(tokenizer_file))
+            # Not by name: tokenizers takes only names in UTF-8.
+            return Tokenizer.from_buffer(tokenizer_file.read_bytes())
         if vocabulary_file.is_file() and merges_file.is_file():
             backend = Tokenizer(models.BPE.from_file(str(vocabulary_file), str(merges_file)))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -6,8 +6,10 @@ different years may differ goes to the reference (`_is_doubtful`). Knows nothing
 """
 
 import logging
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from full_stack_transformer.errors import MissingExtraError, TokenizerError, install_command
 from full_stack_transformer.machine import resident_bytes
@@ -30,6 +32,14 @@ BackendName = Literal["tokenizers", "gigatoken"]
 # second loading and filled the cache twice, 0.4 of 1.8 processor seconds.
 _MAX_CACHE_BYTES = 80 << 20
 _LAST_OF_PLANE = 0xFFFF
+# Where a match of GPT-2's pattern always ends, so that a byte-level BPE gives both sides the ids that they
+# have in the whole text: white space after anything else, and a mark after a Chinese or Japanese character;
+# only characters of which all Unicode versions say the same.
+_CJK = "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5"
+_BORDER = re.compile(rf"[!-~{_CJK}](?=[ \t\n\r])|[{_CJK}](?=[\u3001\u3002\uff01\uff0c\uff1f])")
+_NEAR_CHARACTERS = 1 << 12
+# A part without a border is cut anywhere: encoding takes some 200 times its size in memory.
+MAX_WORD_CHARACTERS = 1 << 22
 # If the growth cannot be read, loaded again after so many characters, which fit even if every word is new.
 _MAX_CACHE_CHARACTERS = 6 << 20
 
@@ -38,7 +48,7 @@ _MAX_CACHE_CHARACTERS = 6 << 20
 class EncodedTexts:
     """Token ids of texts, concatenated."""
 
-    token_ids: NDArray[np.uint32]
+    token_ids: NDArray[np.unsignedinteger]
     """(tokens,)"""
     offsets: NDArray[np.int64]
     """(texts + 1,): text i has the ids from offsets[i] to offsets[i + 1]."""
@@ -63,12 +73,29 @@ class ReferenceEncoder:
         self._backend = backend
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Token ids, with all cores at once."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Token ids, with all cores at once.
+
+        Raises:
+            TokenizerError: the tokenizer has no token for a text, and none for unknown ones.
+        """
+        with explained_failures():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         offsets = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum([len(text_ids) for text_ids in ids], out=offsets[1:])
         return EncodedTexts(np.concatenate(ids) if ids else np.zeros(0, np.uint32), offsets)
+
+
+@contextmanager
+def explained_failures() -> Iterator[None]:
+    """Around encoding: turns the bare exceptions of tokenizers into a TokenizerError."""
+    try:
+        yield
+    except Exception as error:
+        raise TokenizerError(
+            f"the tokenizer cannot encode a text ({error}); if it has no token for unknown text, add one: "
+            "unk_token of the model in tokenizer.json, or unk_id for Unigram"
+        ) from error
 
 
 class GigatokenEncoder:
@@ -102,7 +129,13 @@ class GigatokenEncoder:
         if not texts:
             return EncodedTexts(np.zeros(0, np.uint32), np.zeros(1, np.int64))
         # An awkward array: its two buffers are taken without a copy into lists.
-        layout = gigatoken.encode_batch(list(texts), parallel=False).layout
+        try:
+            layout = gigatoken.encode_batch(list(texts), parallel=False).layout
+        except BaseException as error:  # a panic of Rust is no Exception
+            if not _is_failure(error):
+                raise
+            logger.warning("tokenizers encodes what gigatoken cannot: %s", _first_line(error))
+            return self._reference.encode(texts)
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         token_ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return EncodedTexts(token_ids, offsets - offsets[0])
@@ -157,17 +190,34 @@ def choose_encoder(
         )
     problem = "it is not a byte-level BPE with GPT-2's pattern"
     if is_plain_byte_level(backend):
-        encoder = GigatokenEncoder(backend)
-        found = difference(encoder, reference, [*adversarial_texts(), *texts])
-        if found is None:
-            return encoder
-        problem = f"tokenizers encodes {found} differently"
+        try:
+            encoder = GigatokenEncoder(backend)
+            found = difference(encoder, reference, [*adversarial_texts(), *texts])
+        except TokenizerError:  # of the reference
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception
+            if not _is_failure(error):
+                raise
+            problem = f"it cannot open it ({_first_line(error)})"
+        else:
+            if found is None:
+                return encoder
+            problem = f"tokenizers encodes {found} differently"
     if wanted == "gigatoken":
         raise TokenizerError(
             f"--tokenizer_backend gigatoken does not fit this tokenizer: {problem}; pass tokenizers"
         )
     logger.warning("encoding with tokenizers instead of gigatoken, which is faster: %s", problem)
     return reference
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether a library failed, by an exception or by a panic of Rust."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_installed(package: str) -> bool:
@@ -209,6 +259,48 @@ def is_plain_byte_level(backend: Tokenizer) -> bool:
         # Added tokens that are not special would match inside text.
         and all(token.special for token in backend.get_added_tokens_decoder().values())
     )
+
+
+def what_is_lost(backend: Tokenizer) -> str | None:
+    """The parts of texts that a BPE leaves out without a word, as it has no token for them; None if none."""
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.unk_token is not None or model.byte_fallback:
+        return None
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        return "characters that are not in its vocabulary"
+    # The bytes 0xc0, 0xc1 and above 0xf4 never occur in UTF-8.
+    possible = [*range(0xC0), *range(0xC2, 0xF5)]
+    missing = [byte for byte in possible if backend.token_to_id(_byte_characters()[byte]) is None]
+    return f"{len(missing)} of the 256 bytes, such as {missing[0]:#04x}" if missing else None
+
+
+@cache
+def _byte_characters() -> tuple[str, ...]:
+    """The character that stands for each byte in the vocabulary of a byte-level BPE (Radford et al. 2019)."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return tuple(chr(byte if byte in shown else next(others)) for byte in range(256))
+
+
+def pieces(text: str, num_characters: int) -> Iterator[str]:
+    """A text in pieces of about `num_characters`, which a byte-level BPE encodes as it does the whole."""
+    start = 0
+    while len(text) - start > num_characters:
+        end = start + num_characters
+        cut = _last_border(text, end - min(num_characters // 2, _NEAR_CHARACTERS), end)
+        if cut is None:
+            limit = start + max(num_characters, MAX_WORD_CHARACTERS)
+            found = _BORDER.search(text, end - 1, limit)
+            cut = found.end() if found else limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _last_border(text: str, start: int, end: int) -> int | None:
+    # One more character, which the pattern looks at.
+    borders = [found.end() for found in _BORDER.finditer(text, start, end + 1)]
+    return borders[-1] if borders else None
 
 
 def has_doubtful_character(text: str) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from full_stack_transformer.errors import TokenizerError
 from full_stack_transformer.tokenization import encoders
@@ -25,6 +25,8 @@ from full_stack_transformer.tokenization.encoders import (
     difference,
     has_doubtful_character,
     is_plain_byte_level,
+    pieces,
+    what_is_lost,
 )
 from tests.conftest import SHARED_DATA
 
@@ -186,3 +188,103 @@ def test_a_difference_is_noticed_and_falls_back_aloud(
     monkeypatch.setattr(encoders, "GigatokenEncoder", Broken)
     assert choose_encoder(backend, "auto", ["the cat"]).name == "tokenizers"
     assert "tokenizers encodes 'the cat' differently" in caplog.text
+
+
+def _lacking_bytes() -> Tokenizer:
+    """A byte-level BPE with the bytes of some words alone, as some published vocabularies lack a few."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<s>"], show_progress=False)
+    backend.train_from_iterator(["the quick brown fox"] * 9, trainer=trainer)
+    return backend
+
+
+def test_a_vocabulary_that_lacks_bytes_goes_to_the_reference(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = _lacking_bytes()
+    assert choose_encoder(backend, "auto", ["the fox"]).name == "tokenizers"
+    [record] = caplog.records
+    assert "instead of gigatoken" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    with pytest.raises(
+        TokenizerError, match=r"does not fit this tokenizer: it cannot open it .*pass tokenizers"
+    ):
+        choose_encoder(backend, "gigatoken", ["the fox"])
+    lost = what_is_lost(backend)
+    assert lost is not None
+    assert "of the 256 bytes, such as 0x00" in lost
+    assert what_is_lost(TrainedTokenizer.train(["a"], vocab_size=300).backend) is None
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("broken"), BaseException("a panic")], ids=repr)
+def test_any_failure_of_the_fast_encoder_is_made_good(
+    failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is opened, and while it encodes; but not Ctrl-C."""
+    backend = TrainedTokenizer.train(["the cat"], vocab_size=300).backend
+    expected = _ids(ReferenceEncoder(backend).encode(["the cat", "é"]))
+
+    class PanicException(BaseException):
+        """As the bindings of Rust raise it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure if isinstance(failure, Exception) else PanicException(failure)
+
+    encoder = GigatokenEncoder(backend)
+    monkeypatch.setattr(encoder, "_gigatoken", type("Broken", (), {"encode_batch": fail})())
+    assert _ids(encoder.encode(["the cat", "é"])) == expected
+    monkeypatch.setattr(GigatokenEncoder, "_load", fail)
+    assert choose_encoder(backend, "auto", []).name == "tokenizers"
+    monkeypatch.setattr(
+        GigatokenEncoder, "_load", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        choose_encoder(backend, "auto", [])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordPiece({"the": 0}, unk_token="[UNK]"),
+        models.WordLevel({"the": 0}, unk_token="[UNK]"),
+        models.Unigram([("the", 0.0)]),
+    ],
+    ids=["WordPiece", "WordLevel", "Unigram"],
+)
+def test_a_tokenizer_without_an_unknown_token_is_named(model: models.Model) -> None:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = choose_encoder(backend, "auto", ["the"])
+    with pytest.raises(TokenizerError, match=r"cannot encode a text .* add one: unk_token"):
+        encoder.encode(["the cat"])
+
+
+_PIECE_TEXTS = st.text(
+    alphabet=st.one_of(
+        st.sampled_from("ab '\n\t\r.,!1é中文字、。，\u3000\u2028\x1c\x85カ\U0001f642"),
+        st.characters(codec="utf-8"),
+    ),
+    max_size=300,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(text=_PIECE_TEXTS, size=st.integers(2, 40))
+def test_pieces_have_the_ids_of_the_whole(
+    backend: Tokenizer, text: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "_NEAR_CHARACTERS", 8)
+    found = list(pieces(text, size))
+    assert "".join(found) == text
+    reference = ReferenceEncoder(backend)
+    joined = [token_id for ids in _ids(reference.encode(found)) for token_id in ids]
+    assert joined == _ids(reference.encode([text]))[0]
+
+
+def test_a_word_without_an_end_is_cut_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "MAX_WORD_CHARACTERS", 50)
+    assert [len(piece) for piece in pieces("x" * 120 + " y", 10)] == [50, 50, 20, 2]
