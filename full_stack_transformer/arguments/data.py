@@ -153,8 +153,8 @@ class PrepareDatasetArguments(
 
     _: KW_ONLY
     documents_train_file: tuple[Path, ...]
-    """Training documents: a file, or a directory of files; may be repeated. Delimited text, .jsonl or
-    .parquet, optionally compressed (.gz, .zst)."""
+    """Training documents: a file, a directory of files, a pipe, or - for standard input; may be repeated.
+    Delimited text, .jsonl or .parquet, optionally compressed (.gz, .zst)."""
     documents_valid_file: tuple[Path, ...] = ()
     """Validation documents: a file, or a directory of files; may be repeated."""
     dataset_name: str

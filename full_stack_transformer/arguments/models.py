@@ -74,8 +74,8 @@ class WhitenArguments:
     model: Path
     """Model directory or experiment directory: a sentence encoder, a masked or a causal language model."""
     texts: tuple[Path, ...]
-    """Files of texts, or directories of them: .jsonl, or one text per line, optionally compressed (.gz,
-    .zst)."""
+    """Files of texts, or directories of them: .jsonl, .csv, .tsv, .parquet, or one text per line,
+    optionally compressed (.gz, .zst); - for standard input."""
     _: KW_ONLY
     output_dir: Path
     """Model directory to write; must not exist."""
@@ -84,7 +84,7 @@ class WhitenArguments:
     pooling: Literal["cls", "mean", "max", "first_last_avg", "last"] | None = None
     """How the token vectors become one vector. Default: the pooling of the model, else mean."""
     text_field: tuple[str, ...] = ("text", "sentence1", "sentence2")
-    """JSON Lines fields with texts; may be repeated."""
+    """Fields or columns with texts; may be repeated."""
     max_length: int | None = None
     """Maximum tokens of a text. Default: the maximum length of the model."""
     normalize: bool = False

@@ -3,25 +3,55 @@
 A file may be compressed (.gz, .zst); positions count its decompressed bytes.
 """
 
+import contextlib
 import gzip
 import io
+import logging
+import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from full_stack_transformer.errors import DocumentsError, MissingExtraError, install_command
+
+logger = logging.getLogger(__name__)
 
 EncodingErrors = Literal["error", "replace"]
 
 # Bytes of a block, many times those of the longest delimiter line. Splitting and stripping the lines of
 # 100 MB takes 0.45 s in blocks of 1 MB and 0.91 s in blocks of 4 MB, whose lines do not fit the cache.
 BLOCK_BYTES = 1 << 20
+# The longest line of JSON Lines, and the largest document that a tokenizer wants whole. Each takes some
+# five times its size in memory.
+MAX_WHOLE_BYTES = 1 << 28
 _COMPRESSIONS = (".gz", ".zst")
-_ZSTD_BLOCK_BYTES = 1 << 14
+# Compressed bytes at a time: 4 of them can become a block of 128 KiB, so these become at most 16 MiB.
+_ZSTD_BLOCK_BYTES = 1 << 9
+# The longest frame header (RFC 8878, section 3.1.1.1).
+_ZSTD_HEADER_BYTES = 18
+# zstd --long=31, the largest window there is. Decompressing takes as much memory as the window, at most.
+_ZSTD_MAX_WINDOW_BYTES = 1 << 31
+# Larger than this the zstd program asks for --long.
+_ZSTD_USUAL_WINDOW_BYTES = 1 << 27
 _REPLACEMENT = "\ufffd"
+# What to do about lines that end with a carriage return alone, as in files of the first Macintosh.
+CONVERT_LINE_ENDS = r"convert them: perl -pe 's/\r\n?/\n/g' {} > NEW_FILE"
+# How files begin that are no UTF-8 text, what they are, and what to do.
+_CONVERT = "convert it: iconv -f {name} -t UTF-8 {path} > NEW_FILE"
+_SIGNATURES = (
+    (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"), "UTF-32", _CONVERT),
+    (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16", _CONVERT),
+    (re.compile(rb"\x1f\x8b"), "gzip", "rename it so that it ends in .gz"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd", "rename it so that it ends in .zst"),
+    (re.compile(rb"PAR1"), "Parquet", "rename it so that it ends in .parquet"),
+    (re.compile(rb"BZh[1-9]1AY&SY"), "bzip2", "decompress it"),
+    (re.compile(rb"\xfd7zXZ\0"), "xz", "decompress it"),
+    (re.compile(rb"PK\x03\x04"), "a ZIP archive (or .docx, .xlsx, .epub)", "extract its text"),
+    (re.compile(rb"%PDF-\d\.\d"), "PDF", "extract its text"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +75,7 @@ class Block:
     """Where it begins in the decompressed file: a byte, or a row of a Parquet file."""
     end: int
     """Where the next block begins."""
-    content: bytes | Sequence[str]
+    content: bytes | Sequence[str | bytes | None]
     continues: bool = False
     """Its first document began in the block before."""
     unfinished: bool = False
@@ -54,6 +84,13 @@ class Block:
     """It is the last block of its file."""
     is_forced: bool = False
     """It was cut between two characters, as no border between words was found."""
+
+    @property
+    def num_held(self) -> int:
+        """Its size in memory: bytes, or characters of rows."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        return sum(len(text) for text in self.content if text)
 
 
 @dataclass
@@ -66,6 +103,7 @@ class DocumentCounts:
     num_unterminated_documents: int = 0
     num_replaced_characters: int = 0
     num_forced_cuts: int = 0
+    num_files_without_documents: int = 0
     num_bytes: int = 0
 
     def add(self, other: "DocumentCounts") -> None:
@@ -101,11 +139,12 @@ class DocumentFormat(Protocol):
 
 
 def ending(path: Path) -> str:
-    """The ending of the file name that names the format: the one before .gz and .zst."""
-    return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
+    """The ending of the file name that names the format, in lower case: the one before .gz and .zst."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _COMPRESSIONS else suffix
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_decompressed(path: Path, start: int) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed, from position `start`.
 
@@ -115,6 +154,8 @@ def open_decompressed(path: Path, start: int) -> Iterator[BinaryIO]:
     """
     try:
         with path.open("rb") as raw, _decompressed(path, raw) as file:
+            if start == 0:
+                _refuse_what_is_no_text(path, file)
             _skip_to(file, start)
             yield file
     except (OSError, EOFError, zlib.error, _zstd_error()) as error:
@@ -122,6 +163,38 @@ def open_decompressed(path: Path, start: int) -> Iterator[BinaryIO]:
         raise DocumentsError(
             f"{path} should be a file of documents, but cannot be read: {reason}"
         ) from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, from 1; a line ends at a line feed.
+
+    Raises:
+        DocumentsError: as `open_decompressed`, or a line is longer than can be held in memory.
+    """
+    with open_decompressed(path, 0) as file:
+        number = 0
+        while line := file.readline(MAX_WHOLE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_WHOLE_BYTES:
+                raise too_large(f"{path}: line {number}")
+            yield number, line
+
+
+def too_large(what: str) -> DocumentsError:
+    """The error for a line or document that is larger than what is read as a whole."""
+    return DocumentsError(
+        f"{what} has more than {MAX_WHOLE_BYTES >> 20} MiB, and is read as a whole; split it into "
+        "documents of less"
+    )
+
+
+def _refuse_what_is_no_text(path: Path, file: BinaryIO) -> None:
+    assert isinstance(file, io.BufferedReader)
+    start = file.peek(16)[:16]
+    for pattern, name, advice in _SIGNATURES:
+        if pattern.match(start):
+            advice = advice.format(name=name, path=path)
+            raise DocumentsError(f"{path} is {name}, expected text in UTF-8; {advice}")
 
 
 def _skip_to(file: BinaryIO, start: int) -> None:
@@ -136,9 +209,10 @@ def _skip_to(file: BinaryIO, start: int) -> None:
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":
+    if suffix == ".zst":
         try:
             import zstandard
         except ModuleNotFoundError as error:
@@ -146,14 +220,16 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
                 f"{path} needs the package zstandard, which is not installed; "
                 f"install it with: {install_command('data')}"
             ) from error
-        return io.BufferedReader(_ZstdFile(raw, zstandard.ZstdDecompressor()))
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
+        return io.BufferedReader(_ZstdFile(path, raw, decompressor))
     return raw
 
 
 class _ZstdFile(io.RawIOBase):
     """Reads all frames of a file; unlike zstandard's own reader it raises if the file is truncated."""
 
-    def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
+    def __init__(self, path: Path, raw: BinaryIO, decompressor: Any) -> None:
+        self._path = path
         self._raw = raw
         self._decompressor = decompressor
         self._frame: Any = None
@@ -177,7 +253,7 @@ class _ZstdFile(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("the compressed file ends in the middle")
                 return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
+            self._frame = self._frame or self._next_frame()
             self._content = memoryview(self._frame.decompress(self._compressed))
             self._compressed = self._frame.unused_data
             if self._frame.eof:
@@ -185,6 +261,27 @@ class _ZstdFile(io.RawIOBase):
         found, self._content = self._content[: len(buffer)], self._content[len(buffer) :]
         buffer[: len(found)] = found
         return len(found)
+
+    def _next_frame(self) -> Any:
+        """A decompressor for the frame that begins here; a window that takes much memory is logged."""
+        import zstandard
+
+        self._compressed += self._raw.read(max(0, _ZSTD_HEADER_BYTES - len(self._compressed)))
+        with contextlib.suppress(zstandard.ZstdError):  # no frame: decompressing says so
+            window_bytes = zstandard.get_frame_parameters(self._compressed).window_size
+            if window_bytes > _ZSTD_USUAL_WINDOW_BYTES:
+                _log_window(self._path, window_bytes >> 20)
+        return self._decompressor.decompressobj()
+
+
+@cache
+def _log_window(path: Path, num_mebibytes: int) -> None:
+    """Once for each file, which is read several times."""
+    logger.info(
+        "%s was compressed with a window of %s MiB (zstd --long); reading it takes up to as much memory",
+        path,
+        f"{num_mebibytes:,}",
+    )
 
 
 def _zstd_error() -> type[Exception]:
@@ -203,16 +300,23 @@ def decode(block: Block, errors: EncodingErrors, counts: DocumentCounts) -> str:
         DocumentsError: the block is not UTF-8 and nothing may be replaced.
     """
     assert isinstance(block.content, bytes)
+    return decoded(block.content, str(block.path), block.start, errors, counts)
+
+
+def decoded(
+    content: bytes, place: str, start: int, errors: EncodingErrors, counts: DocumentCounts
+) -> str:
+    """As `decode`, of bytes that begin at `start` of the place that errors name."""
     try:
-        return block.content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         if errors == "error":
-            byte = block.content[error.start]
+            byte = content[error.start]
             raise DocumentsError(
-                f"{block.path} is not UTF-8: byte {byte:#04x} at offset {block.start + error.start}; convert "
+                f"{place} is not UTF-8: byte {byte:#04x} at offset {start + error.start}; convert "
                 "it, for instance with iconv, or pass --encoding_errors replace"
             ) from error
-    text = block.content.decode("utf-8", "replace")
+    text = content.decode("utf-8", "replace")
     counts.num_replaced_characters += text.count(_REPLACEMENT)
-    counts.num_replaced_characters -= block.content.count(_REPLACEMENT.encode())
+    counts.num_replaced_characters -= content.count(_REPLACEMENT.encode())
     return text

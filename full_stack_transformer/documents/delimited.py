@@ -1,7 +1,7 @@
 """Delimited text: a document ends before a line that, stripped, equals the delimiter.
 
-Lines end at a line feed only; a carriage return before it belongs to the line end. Text after the last
-delimiter is dropped, and counted.
+Lines end at a line feed only; a carriage return before it belongs to the line end. A delimiter whose line
+ends with a carriage return alone is an error. Text after the last delimiter is dropped, and counted.
 """
 
 import re
@@ -10,13 +10,17 @@ from pathlib import Path
 
 from full_stack_transformer.documents.blocks import (
     BLOCK_BYTES,
+    CONVERT_LINE_ENDS,
+    MAX_WHOLE_BYTES,
     Block,
     DocumentCounts,
     Documents,
     ReadingOptions,
     decode,
     open_decompressed,
+    too_large,
 )
+from full_stack_transformer.errors import DocumentsError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A border between two words: a byte-level BPE with GPT-2's pattern gives both sides the tokens that they have
@@ -58,6 +62,11 @@ class DelimitedText:
                     is_inside_line = num_held > buffer.rfind(b"\n") + 1
                     held.append(buffer[:num_held])
                     pending = buffer[num_held:]
+                    # Blocks grow by a block: compared with the number of them.
+                    if len(held) * BLOCK_BYTES > MAX_WHOLE_BYTES:
+                        raise too_large(
+                            f"{path}: the document at byte {start:,} (up to a line {self._delimiter!r})"
+                        )
                     continue
                 content = b"".join([*held, buffer[:cut]])
                 end = start + len(content)
@@ -75,6 +84,8 @@ class DelimitedText:
         )
         lines = decode(block, self._options.encoding_errors, counts).split("\n")
         stripped = list(map(str.strip, lines))
+        if b"\r" in block.content:
+            self._refuse_lone_returns(block, lines, stripped)
         # The lines at a cut are parts of a line, never delimiters.
         first = 1 if block.continues else 0
         stop = len(lines) - 1 if block.unfinished else len(lines)
@@ -92,6 +103,20 @@ class DelimitedText:
             assert block.is_last, "only the last block ends without a delimiter"
             counts.num_unterminated_documents += 1
         return found
+
+    def _refuse_lone_returns(self, block: Block, lines: list[str], stripped: list[str]) -> None:
+        """Raise if a delimiter would be one if lines ended at lone carriage returns."""
+        for index, line in enumerate(stripped):
+            if "\r" not in line or self._delimiter not in line:
+                continue
+            parts = lines[index].split("\r")
+            if any(part.strip() == self._delimiter for part in parts):
+                offset = sum(len(other.encode()) + 1 for other in lines[:index])
+                advice = CONVERT_LINE_ENDS.format(block.path)
+                raise DocumentsError(
+                    f"{block.path}: a line {self._delimiter!r} after byte {block.start + offset:,} ends with "
+                    f"a carriage return alone (CR); lines should end with LF or CRLF, {advice}"
+                )
 
     def _kept_lines(self, block: Block, lines: list[str], stripped: list[str]) -> list[str]:
         """The lines as documents keep them."""

@@ -2,9 +2,9 @@
 
     reader (this thread) --blocks--> workers: documents, ids, frames --EncodedBlock, in order--> SampleWriter
 
-Only a few blocks are in memory at a time. Up to four workers are threads, as decoding and encoding release
-the interpreter's lock most of the time; more are spawned processes. The results do not depend on the number
-of workers.
+Only a few blocks are in memory at a time, or one that is large. Small files share a call of a worker. Up to
+four workers are threads, as decoding and encoding release the interpreter's lock most of the time; more are
+spawned processes. The results do not depend on the number of workers.
 
 A document is cut into consecutive samples of `max_sample_length` tokens, the last one shorter; samples
 shorter than `min_sample_length` are dropped and counted.
@@ -12,7 +12,7 @@ shorter than `min_sample_length` are dropped and counted.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -24,31 +24,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from full_stack_transformer.datasets.corpus import CorpusWriter, token_dtype
-from full_stack_transformer.documents.blocks import Block, DocumentCounts, ReadingOptions
+from full_stack_transformer.documents.blocks import (
+    BLOCK_BYTES,
+    Block,
+    DocumentCounts,
+    Documents,
+    ReadingOptions,
+)
 from full_stack_transformer.documents.formats import format_of
 from full_stack_transformer.own_classes import trust, trusted_modules
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
     open_saved_tokenizer,
 )
-from full_stack_transformer.tokenization.encoders import BackendName, Encoder, make_encoder
+from full_stack_transformer.tokenization.encoders import (
+    BackendName,
+    EncodedTexts,
+    Encoder,
+    make_encoder,
+    pieces,
+)
 
 MAX_THREADS = 4
 DIGEST_BYTES = 16
+# Of blocks that are read but not yet encoded.
+_MAX_PENDING_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Framed documents of a block, concatenated."""
+    """Framed documents of a block, or of several small ones, concatenated."""
 
     block_end: int
+    """Where the next block begins in its file; 0 if that is another file."""
     token_ids: NDArray[np.unsignedinteger]
     """(tokens,) in the type of the corpus."""
     lengths: NDArray[np.int64]
     """(documents,) tokens of each document, or of the piece of it that is in this block."""
+    text_bytes: NDArray[np.int64]
+    """(documents,) bytes of the texts."""
     digests: tuple[bytes, ...]
     """(documents,) hashes of their texts; empty without --deduplicate and --validation_fraction."""
     counts: DocumentCounts
+    ended_files: tuple[int, ...]
+    """Of each file that ends here, the documents that are here; the rest is of the file that goes on."""
     continues: bool
     """The first piece belongs to the document that is open."""
     unfinished: bool
@@ -78,32 +97,62 @@ class BlockEncoder:
         self._encoder = encoder
         self._dtype = token_dtype(tokenizer.vocab_size)
 
-    def __call__(self, block: Block) -> EncodedBlock:
-        """The documents of a block, encoded and framed."""
-        found = format_of(block.path, self._options.reading).documents(block)
-        drops_open_document = found.has_head and not found.head_ends and not found.has_tail
-        begins = np.ones(len(found.texts), dtype=bool)
-        ends = np.ones(len(found.texts), dtype=bool)
-        if found.has_head and found.texts and not drops_open_document:
+    def __call__(self, blocks: Sequence[Block]) -> EncodedBlock:
+        """The documents of a block, or of several small ones, encoded and framed."""
+        found = [format_of(block.path, self._options.reading).documents(block) for block in blocks]
+        counts = DocumentCounts()
+        for documents in found:
+            counts.add(documents.counts)
+        texts = [text for documents in found for text in documents.texts]
+        first, last = found[0], found[-1]
+        drops_open_document = first.has_head and not first.head_ends and not first.has_tail
+        begins = np.ones(len(texts), dtype=bool)
+        ends = np.ones(len(texts), dtype=bool)
+        if first.has_head and texts and not drops_open_document:
             begins[0] = False
-        if found.has_tail:
+        if last.has_tail:
             ends[-1] = False
-        encoded = self._encoder.encode(
-            framed_texts(found.texts, begins.tolist(), ends.tolist(), self._tokenizer)
-        )
+        encoded = self._encode(framed_texts(texts, begins.tolist(), ends.tolist(), self._tokenizer))
         lengths = np.diff(encoded.offsets) + begins + ends
         return EncodedBlock(
-            block_end=block.end,
+            block_end=0 if blocks[-1].is_last else blocks[-1].end,
             token_ids=_framed_ids(encoded.token_ids, lengths, begins, ends, self._tokenizer).astype(
                 self._dtype, copy=False
             ),
             lengths=lengths,
-            digests=tuple(map(_digest, found.texts)) if self._options.with_digests else (),
-            counts=found.counts,
-            continues=found.has_head and not drops_open_document,
-            unfinished=found.has_tail,
+            text_bytes=np.array([_num_bytes(text) for text in texts], dtype=np.int64),
+            digests=tuple(map(_digest, texts)) if self._options.with_digests else (),
+            counts=counts,
+            ended_files=_ended_files(blocks, found),
+            continues=first.has_head and not drops_open_document,
+            unfinished=last.has_tail,
             drops_open_document=drops_open_document,
         )
+
+    def _encode(self, texts: list[str]) -> EncodedTexts:
+        """The ids of the texts; long ones are encoded in pieces where that gives the same ids."""
+        is_long = max(map(len, texts), default=0) > 2 * BLOCK_BYTES
+        if not is_long or not self._tokenizer.can_be_cut:
+            return self._encoder.encode(texts)
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        ids: list[NDArray[np.unsignedinteger]] = []
+        for index, text in enumerate(texts):
+            for piece in pieces(text, BLOCK_BYTES):
+                piece_ids = self._encoder.encode([piece]).token_ids
+                lengths[index] += len(piece_ids)
+                ids.append(piece_ids.astype(self._dtype))
+        return EncodedTexts(np.concatenate(ids), np.concatenate(([0], np.cumsum(lengths))))
+
+
+def _ended_files(blocks: Sequence[Block], found: Sequence[Documents]) -> tuple[int, ...]:
+    ended: list[int] = []
+    num_documents = 0
+    for block, documents in zip(blocks, found, strict=True):
+        num_documents += documents.counts.num_documents
+        if block.is_last:
+            ended.append(num_documents)
+            num_documents = 0
+    return tuple(ended)
 
 
 def framed_texts(
@@ -112,6 +161,8 @@ def framed_texts(
     """The texts to encode: normalized, with the tokenizer's text before and after each document."""
     before, after = tokenizer.text_before, tokenizer.text_after
     normalize = tokenizer.normalize
+    if not before and not after:  # without a copy
+        return list(map(normalize, texts))
     return [
         f"{before if begin else ''}{normalize(text)}{after if end else ''}"
         for text, begin, end in zip(texts, begins, ends, strict=True)
@@ -119,15 +170,15 @@ def framed_texts(
 
 
 def _framed_ids(
-    token_ids: NDArray[np.uint32],
+    token_ids: NDArray[np.unsignedinteger],
     lengths: NDArray[np.int64],
     begins: NDArray[np.bool_],
     ends: NDArray[np.bool_],
     tokenizer: DocumentTokenizer,
-) -> NDArray[np.uint32]:
+) -> NDArray[np.unsignedinteger]:
     """The ids with begin and end tokens; `lengths` (documents,) counts those."""
     stops = np.cumsum(lengths)
-    framed = np.empty(int(stops[-1]) if len(stops) else 0, dtype=np.uint32)
+    framed = np.empty(int(stops[-1]) if len(stops) else 0, dtype=token_ids.dtype)
     is_text = np.ones(len(framed), dtype=bool)
     begin_positions, end_positions = (stops - lengths)[begins], (stops - 1)[ends]
     is_text[begin_positions] = is_text[end_positions] = False
@@ -135,6 +186,10 @@ def _framed_ids(
     framed[begin_positions] = tokenizer.begin_id
     framed[end_positions] = tokenizer.end_id
     return framed
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _digest(text: str) -> bytes:
@@ -161,7 +216,7 @@ class Workers:
     ) -> None:
         self._num_workers = num_workers
         self._executor: Executor
-        self._encode: Callable[[Block], EncodedBlock]
+        self._encode: Callable[[Sequence[Block]], EncodedBlock]
         if num_workers <= MAX_THREADS:
             self._executor = ThreadPoolExecutor(num_workers)
             self._encode = BlockEncoder(options, tokenizer, encoder)
@@ -177,17 +232,25 @@ class Workers:
 
     def encode(self, blocks: Iterable[Block]) -> Iterator[EncodedBlock]:
         """The blocks, encoded, in their order."""
-        pending: deque[Future[EncodedBlock]] = deque()
+        pending: deque[tuple[Future[EncodedBlock], int]] = deque()
+        num_held = 0
         try:
-            for block in blocks:
-                pending.append(self._executor.submit(self._encode, block))
+            for group in _groups(blocks):
+                size = sum(block.num_held for block in group)
+                pending.append((self._executor.submit(self._encode, tuple(group)), size))
+                num_held += size
+                group.clear()  # not kept while the next is read
                 # One more than workers, so that no worker waits for the reader.
-                if len(pending) > self._num_workers + 1:
-                    yield pending.popleft().result()
+                while pending and (
+                    len(pending) > self._num_workers + 1 or num_held > _MAX_PENDING_BYTES
+                ):
+                    future, size = pending.popleft()
+                    num_held -= size
+                    yield future.result()
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()[0].result()
         finally:
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()
 
     def __enter__(self) -> Self:
@@ -202,6 +265,29 @@ class Workers:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _groups(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """The blocks, small ones of whole documents together up to the size of a block, also of several files.
+
+    A hand-over to a worker takes longer than encoding a small file.
+    """
+    group: list[Block] = []
+    size = 0
+    for block in blocks:
+        is_apart = block.continues or block.unfinished or size + block.num_held > BLOCK_BYTES
+        if group and is_apart:
+            yield group
+            group, size = [], 0
+        group.append(block)
+        size += block.num_held
+        is_large = block.continues or block.unfinished or size >= BLOCK_BYTES
+        del block  # not kept while the next is read
+        if is_large:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
 _encoder_of_process: BlockEncoder | None = None
 
 
@@ -213,9 +299,9 @@ def _start_process(options: BlockEncoderOptions, trusted: tuple[str, ...]) -> No
     _encoder_of_process = BlockEncoder(options, tokenizer, encoder)
 
 
-def _encode_in_process(block: Block) -> EncodedBlock:
+def _encode_in_process(blocks: Sequence[Block]) -> EncodedBlock:
     assert _encoder_of_process is not None
-    return _encoder_of_process(block)
+    return _encoder_of_process(blocks)
 
 
 @dataclass
@@ -226,6 +312,8 @@ class SampleCounts:
     num_tokens: int = 0
     num_dropped_samples: int = 0
     num_dropped_tokens: int = 0
+    num_text_bytes: int = 0
+    """Bytes of the texts that became the tokens, also the dropped ones."""
 
 
 @dataclass
@@ -259,6 +347,7 @@ class SampleWriter:
         self,
         token_ids: NDArray[np.unsignedinteger],
         lengths: NDArray[np.int64],
+        text_bytes: NDArray[np.int64],
         *,
         continues: bool = False,
         unfinished: bool = False,
@@ -268,6 +357,7 @@ class SampleWriter:
         Args:
             token_ids: (tokens,) of all documents, concatenated.
             lengths: (documents,) tokens of each.
+            text_bytes: (documents,) bytes of the text of each.
             continues: the first document continues the open one.
             unfinished: the last document stays open.
         """
@@ -288,6 +378,7 @@ class SampleWriter:
             lengths[-1] -= num_rest
             is_new = not (continues and len(lengths) == 1)
         self._append(token_ids, lengths)
+        self.counts.num_text_bytes += int(text_bytes.sum())
         if unfinished:
             if is_new:
                 # Only whole samples of it were appended, so the counts before it are known.
@@ -295,6 +386,7 @@ class SampleWriter:
                 counts_before = SampleCounts(**vars(self.counts))
                 counts_before.num_tokens -= num_own
                 counts_before.num_samples -= num_own // self._max_length
+                counts_before.num_text_bytes -= int(text_bytes[-1])
             self.open_document = OpenDocument(rest_ids, counts_before)
 
     def drop_open_document(self) -> None:

@@ -40,8 +40,8 @@ class Progress:
     file_number: int = 0
     position: int = 0
     """Where the next block begins in that file."""
-    num_documents_before: int = 0
-    """Documents of the files before that one."""
+    num_documents: int = 0
+    """Documents of that file before the position."""
     num_digests: int = 0
     splits: dict[str, SplitState] = field(default_factory=dict)
     is_done: bool = False

@@ -6,23 +6,23 @@ Everything that depends on the order of the documents happens here, in one threa
 """
 
 import contextlib
+import logging
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import progress as rich_progress
-from rich.console import Console
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.corpus import CorpusWriter, shorter_than_journal
 from full_stack_transformer.documents.blocks import Block, ReadingOptions
-from full_stack_transformer.documents.formats import format_of
+from full_stack_transformer.documents.formats import (
+    format_of,
+    shortened,
+    why_without_documents,
+)
 from full_stack_transformer.errors import DocumentsError
 from full_stack_transformer.preparation.encoding import (
     DIGEST_BYTES,
@@ -31,10 +31,11 @@ from full_stack_transformer.preparation.encoding import (
     Workers,
 )
 from full_stack_transformer.preparation.journal import Journal, Progress, SplitState
+from full_stack_transformer.preparation.report import ProgressDisplay
+
+logger = logging.getLogger(__name__)
 
 DIGESTS_FILE_NAME = "digests.bin"
-# Positions in these count decompressed bytes or rows, whose total is not known before the end.
-_UNKNOWN_LENGTHS = (".gz", ".zst", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Pass:
     files: list[Path]
     validation_fraction: float = 0.0
     """Fraction of the documents that goes to valid instead."""
+    directories: tuple[Path, ...] = ()
+    """Those that files were found in: of these files some may have no documents."""
 
     @property
     def splits(self) -> list[str]:
@@ -60,6 +63,7 @@ def run_pass(
     workers: Workers,
     arguments: PrepareDatasetArguments,
     journal: Journal,
+    display: ProgressDisplay,
     *,
     vocab_size: int,
 ) -> dict[str, SplitState]:
@@ -76,8 +80,8 @@ def run_pass(
             duplicates = stack.enter_context(
                 contextlib.closing(_Duplicates(directory / DIGESTS_FILE_NAME, progress.num_digests))
             )
-        line = stack.enter_context(_ProgressLine(file_pass.name, file_pass.files))
-        _write_blocks(file_pass, reading, workers, progress, splits, duplicates, journal, line)
+        stack.enter_context(display.phase(f"encoding {file_pass.name}", file_pass.files))
+        _write_blocks(file_pass, reading, workers, progress, splits, duplicates, journal, display)
     # Recorded now that leaving the stack has completed the files.
     progress.is_done = True
     journal.write(progress)
@@ -92,44 +96,80 @@ def _write_blocks(
     splits: "_Splits",
     duplicates: "_Duplicates | None",
     journal: Journal,
-    line: "_ProgressLine",
+    display: ProgressDisplay,
 ) -> None:
-    while progress.file_number < len(file_pass.files):
-        path = file_pass.files[progress.file_number]
-        blocks = format_of(path, reading).blocks(
-            path, start=progress.position, continues=splits.has_open_document
+    counts = progress.splits[file_pass.name].documents
+    without: list[Path] = []
+    blocks = _blocks(file_pass, reading, progress, splits.has_open_document, display)
+    with contextlib.closing(blocks):
+        for encoded in workers.encode(blocks):
+            num_documents = counts.num_documents
+            splits.add(encoded, file_pass, duplicates)
+            num_documents = counts.num_documents - num_documents
+            for num_ended in encoded.ended_files:
+                if not progress.num_documents + num_ended:
+                    without.append(file_pass.files[progress.file_number])
+                    _check_file(without[-1], file_pass, reading)
+                    counts.num_files_without_documents += 1
+                progress.file_number += 1
+                progress.num_documents = 0
+                num_documents -= num_ended
+            progress.num_documents += num_documents
+            progress.position = encoded.block_end
+            if journal.is_due:
+                progress.num_digests = duplicates.flush() if duplicates else 0
+                splits.flush()
+                journal.write(progress)
+    if without:
+        check_documents(file_pass, reading, len(without), without[0])
+        logger.warning(
+            "%s: %s of %s files have no documents: %s",
+            file_pass.name,
+            f"{len(without):,}",
+            f"{len(file_pass.files):,}",
+            shortened(list(map(str, without))),
         )
-        line.begin_file(path, progress.position)
-        with contextlib.closing(blocks):
-            for encoded in workers.encode(_seen(blocks, line)):
-                splits.add(encoded, file_pass, duplicates)
-                progress.position = encoded.block_end
-                if journal.is_due:
-                    progress.num_digests = duplicates.flush() if duplicates else 0
-                    splits.flush()
-                    journal.write(progress)
-        counts = progress.splits[file_pass.name].documents
-        num_documents = counts.num_documents - progress.num_documents_before
-        _check_file(path, num_documents, reading, counts.num_bytes)
-        progress.file_number += 1
-        progress.position = 0
-        progress.num_documents_before = counts.num_documents
 
 
-def _seen(blocks: Iterator[Block], line: "_ProgressLine") -> Iterator[Block]:
-    for block in blocks:
-        line.advance_to(block.end)
-        yield block
+def _blocks(
+    file_pass: Pass,
+    reading: ReadingOptions,
+    progress: Progress,
+    continues: bool,
+    display: ProgressDisplay,
+) -> Generator[Block, None, None]:
+    """The blocks of all files, from where the progress ends."""
+    start = progress.position
+    for path in file_pass.files[progress.file_number :]:
+        display.begin_file(path, start)
+        with contextlib.closing(
+            format_of(path, reading).blocks(path, start=start, continues=continues)
+        ) as blocks:
+            for block in blocks:
+                display.advance_to(block.end)
+                yield block
+                del block
+        start, continues = 0, False
 
 
-def _check_file(path: Path, num_documents: int, reading: ReadingOptions, num_bytes: int) -> None:
-    """Raise if a file has no documents."""
-    if num_documents:
-        return
-    raise DocumentsError(
-        f"{path}: expected documents that end with a line {reading.end_of_document!r} (or the "
-        f"texts of .jsonl and .parquet files), found none in {num_bytes:,} bytes; end each document "
-        "with such a line, or pass --end_of_document"
+def _check_file(path: Path, file_pass: Pass, reading: ReadingOptions) -> None:
+    """Raise if a file that was named itself has no documents."""
+    if not any(directory in path.parents for directory in file_pass.directories):
+        raise _without_documents(path, reading)
+
+
+def check_documents(
+    file_pass: Pass, reading: ReadingOptions, num_without: int, first: Path
+) -> None:
+    """Raise if no file of a pass has documents."""
+    if num_without == len(file_pass.files):
+        raise _without_documents(first, reading)
+
+
+def _without_documents(path: Path, reading: ReadingOptions) -> DocumentsError:
+    return DocumentsError(
+        f"{path}: no document found in {path.stat().st_size:,} bytes: "
+        f"{why_without_documents(path, reading)}"
     )
 
 
@@ -189,15 +229,16 @@ class _Splits:
             self._states[split].open_document = writer.open_document
 
     def _append(self, split: str, encoded: EncodedBlock, is_wanted: NDArray[np.bool_]) -> None:
-        token_ids, lengths = encoded.token_ids, encoded.lengths
+        token_ids, lengths, text_bytes = encoded.token_ids, encoded.lengths, encoded.text_bytes
         if not is_wanted.all():
             token_ids = token_ids[np.repeat(is_wanted, lengths)]
-            lengths = lengths[is_wanted]
+            lengths, text_bytes = lengths[is_wanted], text_bytes[is_wanted]
         if len(lengths):
             is_whole = split == "valid" and len(self._writers) > 1  # pieces always go to train
             self._writers[split].add(
                 token_ids,
                 lengths,
+                text_bytes,
                 continues=encoded.continues and not is_whole,
                 unfinished=encoded.unfinished and not is_whole,
             )
@@ -267,46 +308,3 @@ class _Duplicates:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-class _ProgressLine:
-    """Shows the bytes that were read of all input files."""
-
-    def __init__(self, name: str, files: Sequence[Path]) -> None:
-        is_known = not any(path.suffix in _UNKNOWN_LENGTHS for path in files)
-        self._progress = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
-            rich_progress.BarColumn(),
-            rich_progress.DownloadColumn(),
-            rich_progress.TransferSpeedColumn(),
-            rich_progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        total = sum(path.stat().st_size for path in files) if is_known else None
-        self._task = self._progress.add_task(name, total=total)
-        self._position = 0
-
-    def begin_file(self, path: Path, position: int) -> None:
-        """The next positions are of this file; an earlier run read what is before `position`."""
-        self._progress.update(self._task, description=path.name)
-        self._progress.advance(self._task, position)
-        self._position = position
-
-    def advance_to(self, position: int) -> None:
-        """The file has been read up to `position`."""
-        self._progress.advance(self._task, position - self._position)
-        self._position = position
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()

@@ -13,17 +13,27 @@ import time
 from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.documents.blocks import ReadingOptions
-from full_stack_transformer.documents.formats import find_document_files, format_of
+from full_stack_transformer.documents.formats import (
+    StreamCopies,
+    find_document_files,
+    format_of,
+)
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.machine import num_cores
 from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.preparation.encoding import BlockEncoderOptions, Workers
 from full_stack_transformer.preparation.journal import Journal, SplitState, fingerprint
-from full_stack_transformer.preparation.passes import DIGESTS_FILE_NAME, Pass, run_pass
-from full_stack_transformer.preparation.report import describe, log_report
+from full_stack_transformer.preparation.passes import (
+    DIGESTS_FILE_NAME,
+    Pass,
+    check_documents,
+    run_pass,
+)
+from full_stack_transformer.preparation.report import ProgressDisplay, describe, log_report
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     new_version,
@@ -36,7 +46,7 @@ from full_stack_transformer.tokenization.document_tokenizer import (
     load_tokenizer,
     open_saved_tokenizer,
 )
-from full_stack_transformer.tokenization.encoders import choose_encoder
+from full_stack_transformer.tokenization.encoders import choose_encoder, what_is_lost
 
 logger = logging.getLogger(__name__)
 
@@ -56,65 +66,107 @@ def main(arguments: PrepareDatasetArguments) -> Path:
     """
     started = time.perf_counter()
     trust_options(arguments)
-    passes = _passes(arguments)
-    # Opened before anything is written, so that a wrong path leaves nothing behind.
-    given_tokenizer = _given_tokenizer(arguments)
-    mark = _fingerprint(arguments, passes)
+    with StreamCopies() as copies, ProgressDisplay() as display:
+        with display.phase("looking for files"):
+            passes = _passes(arguments, copies)
+        # Opened before anything is written, so that a wrong path leaves nothing behind.
+        given_tokenizer = _given_tokenizer(arguments)
+        mark = _fingerprint(arguments, passes)
 
-    def adopt(directory: Path) -> bool:
-        return arguments.resume and Journal.fingerprint_of(directory) == mark
+        def adopt(directory: Path) -> bool:
+            return arguments.resume and Journal.fingerprint_of(directory) == mark
 
-    with new_version(arguments.datasets_root, arguments.dataset_name, adopt=adopt) as dataset:
-        tokenizer_directory = dataset.directory / TOKENIZER_DIRECTORY_NAME
-        journal = Journal(dataset.directory, mark)
-        if journal.last:
-            logger.info("resuming the interrupted preparation in %s", dataset.directory)
-            tokenizer = open_saved_tokenizer(tokenizer_directory)
-        else:
-            tokenizer = given_tokenizer or _trained_tokenizer(arguments, passes)
-            tokenizer.save(tokenizer_directory, model_max_length=arguments.max_sample_length)
-            sync_tree(tokenizer_directory)  # the journal's next line relies on it
-        reading = reading_options(arguments, can_cut=tokenizer.can_be_cut)
-        encoder = choose_encoder(
-            tokenizer.backend, arguments.tokenizer_backend, _first_texts(passes[0], reading)
-        )
-        options = BlockEncoderOptions(
-            tokenizer_directory=tokenizer_directory,
-            backend=encoder.name,
-            reading=reading,
-            with_digests=arguments.deduplicate == "exact" or bool(arguments.validation_fraction),
-        )
-        states: dict[str, SplitState] = {}
-        num_workers = arguments.num_workers or num_cores()
-        with Workers(options, tokenizer, encoder, num_workers=num_workers) as workers:
-            for file_pass in passes:
-                states |= run_pass(
-                    file_pass,
-                    dataset.directory,
-                    reading,
-                    workers,
-                    arguments,
-                    journal,
-                    vocab_size=tokenizer.vocab_size,
-                )
-        _check_samples(states, arguments)
-        journal.remove()
-        (dataset.directory / DIGESTS_FILE_NAME).unlink(missing_ok=True)
-        description = describe(
-            arguments, tokenizer, encoder.name, states, passes, dataset.directory, started
-        )
-        write_json(dataset.directory / DESCRIPTION_FILE_NAME, description)
+        with new_version(arguments.datasets_root, arguments.dataset_name, adopt=adopt) as dataset:
+            journal = Journal(dataset.directory, mark)
+            tokenizer = _tokenizer(
+                arguments, given_tokenizer, passes, dataset.directory, journal, display
+            )
+            description, states = _prepare(
+                arguments, tokenizer, passes, dataset.directory, journal, display, started
+            )
+            write_json(dataset.directory / DESCRIPTION_FILE_NAME, description)
     log_report(description, states, time.perf_counter() - started)
     return dataset.directory
 
 
-def _passes(arguments: PrepareDatasetArguments) -> list[Pass]:
+def _tokenizer(
+    arguments: PrepareDatasetArguments,
+    given: DocumentTokenizer | None,
+    passes: list[Pass],
+    directory: Path,
+    journal: Journal,
+    display: ProgressDisplay,
+) -> DocumentTokenizer:
+    """The tokenizer of the dataset, which is saved in it."""
+    tokenizer_directory = directory / TOKENIZER_DIRECTORY_NAME
+    if journal.last:
+        logger.info("resuming the interrupted preparation in %s", directory)
+        return open_saved_tokenizer(tokenizer_directory)
+    tokenizer = given or _trained_tokenizer(arguments, passes, display)
+    tokenizer.save(tokenizer_directory, model_max_length=arguments.max_sample_length)
+    sync_tree(tokenizer_directory)  # the journal's next line relies on it
+    lost = what_is_lost(tokenizer.backend)
+    if lost is not None:
+        logger.warning("the tokenizer has no token for %s; they are left out of the samples", lost)
+    return tokenizer
+
+
+def _prepare(
+    arguments: PrepareDatasetArguments,
+    tokenizer: DocumentTokenizer,
+    passes: list[Pass],
+    directory: Path,
+    journal: Journal,
+    display: ProgressDisplay,
+    started: float,
+) -> tuple[dict[str, Any], dict[str, SplitState]]:
+    """Write the corpora; the description, and the final state of each split."""
+    reading = reading_options(arguments, can_cut=tokenizer.can_be_cut)
+    with display.phase("choosing the encoder"):
+        encoder = choose_encoder(
+            tokenizer.backend, arguments.tokenizer_backend, _first_texts(passes[0], reading)
+        )
+    options = BlockEncoderOptions(
+        tokenizer_directory=directory / TOKENIZER_DIRECTORY_NAME,
+        backend=encoder.name,
+        reading=reading,
+        with_digests=arguments.deduplicate == "exact" or bool(arguments.validation_fraction),
+    )
+    states: dict[str, SplitState] = {}
+    num_workers = arguments.num_workers or num_cores()
+    with Workers(options, tokenizer, encoder, num_workers=num_workers) as workers:
+        for file_pass in passes:
+            states |= run_pass(
+                file_pass,
+                directory,
+                reading,
+                workers,
+                arguments,
+                journal,
+                display,
+                vocab_size=tokenizer.vocab_size,
+            )
+    _check_samples(states, arguments)
+    journal.remove()
+    (directory / DIGESTS_FILE_NAME).unlink(missing_ok=True)
+    input_files = {file_pass.name: file_pass.files for file_pass in passes}
+    description = describe(
+        arguments, tokenizer, encoder.name, states, input_files, directory, started, display
+    )
+    return description, states
+
+
+def _passes(arguments: PrepareDatasetArguments, copies: StreamCopies) -> list[Pass]:
     """The input files, by the splits that they become."""
-    train = find_document_files(arguments.documents_train_file, "--documents_train_file")
-    if not arguments.documents_valid_file:
-        return [Pass("train", train, arguments.validation_fraction)]
-    valid = find_document_files(arguments.documents_valid_file, "--documents_valid_file")
-    return [Pass("train", train), Pass("valid", valid)]
+
+    def files_of(name: str, paths: tuple[Path, ...], fraction: float) -> Pass:
+        files = find_document_files(paths, f"--documents_{name}_file", copies)
+        return Pass(name, files, fraction, tuple(path for path in paths if path.is_dir()))
+
+    passes = [files_of("train", arguments.documents_train_file, arguments.validation_fraction)]
+    if arguments.documents_valid_file:
+        passes.append(files_of("valid", arguments.documents_valid_file, 0))
+    return passes
 
 
 def _fingerprint(arguments: PrepareDatasetArguments, passes: list[Pass]) -> str:
@@ -148,23 +200,45 @@ def _given_tokenizer(arguments: PrepareDatasetArguments) -> DocumentTokenizer | 
     return load_tokenizer(arguments.tokenizer_cls_name, arguments.tokenizer_path)
 
 
-def _trained_tokenizer(arguments: PrepareDatasetArguments, passes: list[Pass]) -> DocumentTokenizer:
+def _trained_tokenizer(
+    arguments: PrepareDatasetArguments, passes: list[Pass], display: ProgressDisplay
+) -> DocumentTokenizer:
     train = passes[0]
     logger.info(
         "training a byte-level BPE of %s tokens on %s",
         f"{arguments.vocab_size:,}",
         ", ".join(str(path) for path in arguments.documents_train_file),
     )
-    texts = _texts(train, reading_options(arguments, can_cut=True))
-    return TrainedTokenizer.train(texts, vocab_size=arguments.vocab_size)
+    texts = _texts(train, reading_options(arguments, can_cut=True), display)
+    with display.phase("training the tokenizer", train.files):
+        return TrainedTokenizer.train(texts, vocab_size=arguments.vocab_size)
 
 
-def _texts(file_pass: Pass, reading: ReadingOptions) -> Generator[str, None, None]:
+def _texts(
+    file_pass: Pass, reading: ReadingOptions, display: ProgressDisplay | None = None
+) -> Generator[str, None, None]:
+    """The texts of all files, documents or pieces of them.
+
+    Raises:
+        DocumentsError: after the last text, if there is no whole document.
+    """
+    num_documents = 0
     for path in file_pass.files:
         document_format = format_of(path, reading)
+        if display is not None:
+            display.begin_file(path)
         with contextlib.closing(document_format.blocks(path, start=0, continues=False)) as blocks:
             for block in blocks:
-                yield from document_format.documents(block).texts
+                if display is not None:
+                    display.advance_to(block.end)
+                found = document_format.documents(block)
+                num_documents += found.counts.num_documents
+                del block
+                found.texts.reverse()
+                while found.texts:  # taken out, as a document may be large
+                    yield found.texts.pop()
+    if not num_documents:
+        check_documents(file_pass, reading, len(file_pass.files), file_pass.files[0])
 
 
 def _first_texts(file_pass: Pass, reading: ReadingOptions) -> list[str]:
@@ -183,8 +257,18 @@ def _check_samples(states: dict[str, SplitState], arguments: PrepareDatasetArgum
     for split, state in states.items():
         if state.samples.num_samples:
             continue
+        num_documents = state.documents.num_documents
+        if not num_documents:
+            # Without a file of its own, or the pass had raised.
+            num_train = states["train"].documents.num_documents
+            raise DatasetError(
+                f"no document was chosen for validation: --validation_fraction takes whole documents, and "
+                f"there {'is 1' if num_train == 1 else f'are {num_train:,}'} (never one above 1 MB of "
+                f"delimited text); divide the text with lines {arguments.end_of_document!r}, for instance "
+                "between chapters, or name texts with --documents_valid_file"
+            )
         raise DatasetError(
-            f"no {split} sample is left: {state.documents.num_documents:,} documents gave only "
+            f"no {split} sample is left: {num_documents:,} documents gave only "
             f"{state.samples.num_dropped_samples:,} samples shorter than --min_sample_length "
             f"{arguments.min_sample_length}; lower it, or supply more or longer documents"
         )

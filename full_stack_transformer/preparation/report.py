@@ -1,21 +1,25 @@
-"""The results of a preparation: description.json, and log lines."""
+"""What a preparation shows: its progress, description.json, and the results as log lines."""
 
+import contextlib
 import dataclasses
 import logging
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import progress as rich_progress
+from rich.console import Console
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.corpus import FORMAT_VERSION, POSITIONS_FILE_NAME, token_dtype
 from full_stack_transformer.preparation.journal import SplitState
-from full_stack_transformer.preparation.passes import Pass
-from full_stack_transformer.storage import file_facts, files_below
+from full_stack_transformer.storage import file_facts, files_below, readable
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, class_name
 from full_stack_transformer.tokenization.encoders import BackendName
 
@@ -23,6 +27,88 @@ logger = logging.getLogger(__name__)
 
 _NUM_BINS = 8
 _BAR_CHARACTERS = 40
+# Positions in these count decompressed bytes or rows, whose total is not known before the end.
+_UNKNOWN_LENGTHS = (".gz", ".zst", ".parquet")
+# Without a terminal: seconds from the start to the first log line, and between later ones.
+_SECONDS_BETWEEN_LINES = (8.0, 15.0, 30.0, 60.0)
+
+
+class ProgressDisplay:
+    """Shows how far a preparation is: a bar on a terminal, elsewhere a log line now and then.
+
+    The lines come from a thread, so that there are some whatever takes long.
+    """
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._started = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._log, daemon=True)
+        self._bar: rich_progress.Progress | None = None
+        self._task = rich_progress.TaskID(0)
+        self._name = "starting"
+        self._num_files = self._files_begun = self._num_bytes = 0
+        self._position = 0
+        self._counts_rows = False
+
+    @contextlib.contextmanager
+    def phase(self, name: str, files: Sequence[Path] = ()) -> Iterator[None]:
+        """Inside the `with` this is done, with these files one after the other."""
+        self._name = name
+        self._num_files, self._files_begun, self._num_bytes = len(files), 0, 0
+        if not self._is_terminal:
+            yield
+            return
+        is_known = files and not any(path.suffix.lower() in _UNKNOWN_LENGTHS for path in files)
+        total = sum(path.stat().st_size for path in files) if is_known else None
+        with rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.DownloadColumn(),
+            rich_progress.TransferSpeedColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as self._bar:
+            self._task = self._bar.add_task(name, total=total)
+            yield
+        self._bar = None
+
+    def begin_file(self, path: Path, position: int = 0) -> None:
+        """The next positions are of this file; an earlier run read what is before `position`."""
+        self._files_begun += 1
+        self._position = 0
+        self._counts_rows = path.suffix.lower() == ".parquet"
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{self._name}: {readable(path.name)}")
+        self.advance_to(position)
+
+    def advance_to(self, position: int) -> None:
+        """The file has been read up to `position`."""
+        advance, self._position = position - self._position, position
+        if not self._counts_rows:
+            self._num_bytes += advance
+        if self._bar is not None:
+            self._bar.advance(self._task, advance)
+
+    def _log(self) -> None:
+        for seconds in (*_SECONDS_BETWEEN_LINES, *(_SECONDS_BETWEEN_LINES[-1:] * (1 << 20))):
+            if self._ended.wait(seconds):
+                return
+            done = ""
+            if self._num_files:
+                begun = min(self._files_begun, self._num_files)
+                done = f": file {begun:,} of {self._num_files:,}"
+                done += f", {self._num_bytes / 1e6:,.1f} MB" if self._num_bytes else ""
+            logger.info("%s%s, after %.0f s", self._name, done, time.monotonic() - self._started)
+
+    def __enter__(self) -> "ProgressDisplay":
+        if not self._is_terminal:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
 
 
 def describe(
@@ -30,17 +116,20 @@ def describe(
     tokenizer: DocumentTokenizer,
     backend: BackendName,
     states: dict[str, SplitState],
-    passes: Sequence[Pass],
+    input_files: Mapping[str, Sequence[Path]],
     directory: Path,
     started: float,
+    display: ProgressDisplay,
 ) -> dict[str, Any]:
     """The content of description.json, without paths of this machine."""
-    inputs = [path for file_pass in passes for path in file_pass.files]
     outputs = files_below(directory)
-    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
-        facts = dict(
-            zip([*inputs, *outputs], threads.map(file_facts, [*inputs, *outputs]), strict=True)
-        )
+    hashed = [*(path for paths in input_files.values() for path in paths), *outputs]
+    facts: dict[Path, dict[str, str | int]] = {}
+    # Hashing releases the interpreter's lock.
+    with display.phase("hashing files", hashed), ThreadPoolExecutor() as threads:
+        for path, found in zip(hashed, threads.map(file_facts, hashed), strict=True):
+            facts[path] = found
+            display.begin_file(path)
     return {
         **_portable_options(arguments),
         **{
@@ -58,13 +147,19 @@ def describe(
             "end": tokenizer.end_id,
             "pad": tokenizer.pad_id,
         },
+        "document_framing": {
+            "begin": tokenizer.begin,
+            "text_before": tokenizer.text_before,
+            "text_after": tokenizer.text_after,
+            "end": tokenizer.end,
+        },
         "counts": _counts(states),
         "sample_lengths": {
             split: _histogram(directory / split, states[split], arguments) for split in states
         },
         "input_files": {
-            file_pass.name: [{"name": path.name, **facts[path]} for path in file_pass.files]
-            for file_pass in passes
+            split: [{"name": readable(path.name), **facts[path]} for path in paths]
+            for split, paths in input_files.items()
         },
         "output_files": {path.relative_to(directory).as_posix(): facts[path] for path in outputs},
         "package_versions": {
@@ -77,7 +172,7 @@ def describe(
 def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
     options = dataclasses.asdict(arguments)
     for option in ("documents_train_file", "documents_valid_file"):
-        options[option] = [path.name for path in options[option]]
+        options[option] = [readable(path.name) for path in options[option]]
     if options["tokenizer_path"] is not None and Path(options["tokenizer_path"]).is_dir():
         options["tokenizer_path"] = Path(options["tokenizer_path"]).name
     for of_this_run in ("datasets_root", "resume", "num_workers", "allow_code_from"):
@@ -123,6 +218,7 @@ def log_report(description: dict[str, Any], states: dict[str, SplitState], secon
             f"{count:,} {what}"
             for count, what in (
                 (documents.num_empty_documents, "empty documents"),
+                (documents.num_unterminated_documents, "texts after the last delimiter dropped"),
                 (documents.num_duplicate_documents, "duplicates dropped"),
                 (documents.num_replaced_characters, "characters replaced"),
                 (documents.num_forced_cuts, "words cut because they are longer than a block"),
@@ -148,9 +244,16 @@ def log_report(description: dict[str, Any], states: dict[str, SplitState], secon
         seconds,
         f"{num_tokens / seconds:,.0f}",
         num_bytes / seconds / 1e6,
-        num_bytes / max(1, num_tokens),
+        _bytes_per_token(states),
         description["tokenizer_backend"],
     )
+
+
+def _bytes_per_token(states: dict[str, SplitState]) -> float:
+    """Bytes of the texts for each token that they became, without what formats put around them."""
+    counts = [state.samples for state in states.values()]
+    num_tokens = sum(split.num_tokens + split.num_dropped_tokens for split in counts)
+    return sum(split.num_text_bytes for split in counts) / max(1, num_tokens)
 
 
 def _log_plot(histogram: dict[str, list[int]]) -> None:

@@ -18,7 +18,7 @@ from full_stack_transformer.datasets.corpus import DatasetDirectory, open_datase
 from full_stack_transformer.documents import delimited
 from full_stack_transformer.documents.blocks import ReadingOptions
 from full_stack_transformer.errors import DatasetError, DocumentsError, UsageError
-from full_stack_transformer.preparation import journal
+from full_stack_transformer.preparation import encoding, journal
 from full_stack_transformer.preparation.encoding import EncodedBlock, Workers
 from full_stack_transformer.preparation.prepare import main as prepare_dataset
 from full_stack_transformer.storage import versions
@@ -92,6 +92,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     """Five are spawned processes, fewer are threads; blocks are small enough to keep all busy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", 700)
+        patch.setattr(encoding, "BLOCK_BYTES", 700)
         patch.setattr(delimited, "_MAX_DELIMITER_LINE_BYTES", 100)
         again = prepare_dataset(
             _arguments(
@@ -145,6 +146,7 @@ def test_an_interrupted_preparation_is_gone_on_with(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", 2500)
+        patch.setattr(encoding, "BLOCK_BYTES", 2500)
         patch.setattr(delimited, "_MAX_DELIMITER_LINE_BYTES", 100)
         patch.setattr(journal, "_SECONDS_BETWEEN_LINES", 0.0)
         whole = prepare_dataset(_arguments(documents_dir, tmp_path / "whole", **options))
@@ -227,6 +229,7 @@ def test_a_giant_document_gives_the_samples_of_the_obvious_algorithm(
         expected += [ids[start : start + 50] for start in range(0, len(ids), 50)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", 5000)
+        patch.setattr(encoding, "BLOCK_BYTES", 5000)
         patch.setattr(delimited, "_MAX_DELIMITER_LINE_BYTES", 100)
         directory = prepare_dataset(
             _arguments(

@@ -17,11 +17,12 @@ The copy holds the model's own files unchanged; a Dense layer after the pooling 
 Shapes: n texts, d dimensions before, k after.
 """
 
+import csv
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,8 +34,19 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 
 from full_stack_transformer.arguments.models import WhitenArguments
-from full_stack_transformer.documents.blocks import ending, open_decompressed
-from full_stack_transformer.documents.formats import JSON_LINES_ENDINGS, find_document_files
+from full_stack_transformer.documents.blocks import (
+    MAX_WHOLE_BYTES,
+    ReadingOptions,
+    ending,
+    read_lines,
+)
+from full_stack_transformer.documents.formats import (
+    JSON_LINES_ENDINGS,
+    PARQUET_ENDING,
+    StreamCopies,
+    find_document_files,
+)
+from full_stack_transformer.documents.parquet import Parquet
 from full_stack_transformer.errors import DocumentsError, MachineError, UsageError
 from full_stack_transformer.modelling.embedding.encoder import (
     SentenceEncoder,
@@ -58,6 +70,15 @@ _LEAST_VARIANCE = 1e-10
 EPSILON = 1e-12
 # Texts that are sorted by length together before they are embedded.
 _TEXTS_AT_ONCE = 4096
+
+
+class _Tabs(csv.excel_tab):
+    quoting = csv.QUOTE_NONE
+
+
+_DIALECTS = {".csv": csv.excel, ".tsv": _Tabs}
+# Formats whose lines are no texts.
+_NO_TEXTS = (".json", ".html", ".htm", ".xml", ".md", ".pdf", ".xls", ".xlsx", ".conll", ".npy")
 
 
 @dataclass(frozen=True)
@@ -158,8 +179,9 @@ def main(arguments: WhitenArguments) -> Path:
     # Whitening follows the pooling and replaces later layers.
     encoder.head = Head(arguments.pooling or encoder.head.pooling)
     encoder.max_length = min(encoder.max_length, arguments.max_length or encoder.max_length)
-    files = find_document_files(arguments.texts, "TEXTS")
-    whitening = _fit(encoder, read_texts(files, arguments.text_field), arguments)
+    with StreamCopies() as copies:
+        files = find_document_files(arguments.texts, "TEXTS", copies)
+        whitening = _fit(encoder, read_texts(files, arguments.text_field), arguments)
     head = Head(encoder.head.pooling, (whitening_dense(whitening),), arguments.normalize)
     _write(arguments, encoder, head, whitening)
     logger.info(
@@ -172,36 +194,84 @@ def main(arguments: WhitenArguments) -> Path:
 
 
 def read_texts(paths: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
-    """Each line of a text file; in JSON Lines each of the named fields of a row.
+    """Each of the named fields of a row of JSON Lines, CSV, TSV or Parquet; of other files each line.
 
     Raises:
-        DocumentsError: a file cannot be read, is not JSON Lines, or has none of the fields.
+        DocumentsError: a file cannot be read, or has none of the fields.
     """
     for path in paths:
-        is_json = ending(path) in JSON_LINES_ENDINGS
         num_texts = 0
-        with open_decompressed(path, 0) as file:
-            for number, raw in enumerate(file, 1):
-                line = raw.decode("utf-8", "replace").strip()
-                found = _texts_of_row(line, path, number, fields) if is_json else [line]
-                for text in found:
-                    num_texts += bool(text)
-                    if text:
-                        yield text
+        for text in map(str.strip, _texts_of(path, fields)):
+            num_texts += bool(text)
+            if text:
+                yield text
         if not num_texts:
-            wanted = f"texts under {', '.join(fields)}" if is_json else "lines of text"
+            is_table = _kind(path) is not _texts_of_lines
+            wanted = f"texts under {', '.join(fields)}" if is_table else "lines of text"
             raise DocumentsError(f"{path} should hold {wanted}; found none (--text_field)")
 
 
-def _texts_of_row(line: str, path: Path, number: int, fields: Sequence[str]) -> list[str]:
-    if not line:
-        return []
+def _texts_of(path: Path, fields: Sequence[str]) -> Iterator[str]:
+    return _kind(path)(path, fields)
+
+
+def _kind(path: Path) -> Callable[[Path, Sequence[str]], Iterator[str]]:
+    kind = ending(path)
+    if kind in _NO_TEXTS:
+        raise DocumentsError(
+            f"{path}: {kind} is not read; expected .jsonl, .csv, .tsv, .parquet, or a text per line"
+        )
+    if kind in JSON_LINES_ENDINGS:
+        return _texts_of_json_lines
+    return {PARQUET_ENDING: _texts_of_parquet, **dict.fromkeys(_DIALECTS, _texts_of_table)}.get(
+        kind, _texts_of_lines
+    )
+
+
+def _texts_of_lines(path: Path, fields: Sequence[str]) -> Iterator[str]:
+    for _, line in read_lines(path):
+        yield line.decode("utf-8", "replace")
+
+
+def _texts_of_json_lines(path: Path, fields: Sequence[str]) -> Iterator[str]:
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig", "replace"))
+        except (ValueError, RecursionError) as error:
+            raise DocumentsError(
+                f"{path}, line {number}: should be a JSON object: {error}"
+            ) from error
+        values = [row.get(field) for field in fields] if isinstance(row, dict) else []
+        yield from (value for value in values if isinstance(value, str))
+
+
+def _texts_of_table(path: Path, fields: Sequence[str]) -> Iterator[str]:
+    lines = (line.decode("utf-8-sig", "replace") for _, line in read_lines(path))
+    csv.field_size_limit(MAX_WHOLE_BYTES)
+    # Fields of .tsv files are not quoted, as in GLUE's.
+    rows = csv.DictReader(lines, dialect=_DIALECTS[ending(path)])
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DocumentsError(f"{path}, line {number}: should be a JSON object: {error}") from error
-    values = [row.get(field) for field in fields] if isinstance(row, dict) else []
-    return [value.strip() for value in values if isinstance(value, str)]
+        names = rows.fieldnames or ()
+        if not {*names} & {*fields}:
+            raise DocumentsError(
+                f"{path}, line 1: expected column names, one of them {' or '.join(fields)}; found "
+                f"{', '.join(map(repr, names)) or 'nothing'}; name the column with --text_field"
+            )
+        for row in rows:
+            yield from (row[field] for field in fields if isinstance(row.get(field), str))
+    except csv.Error as error:
+        raise DocumentsError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _texts_of_parquet(path: Path, fields: Sequence[str]) -> Iterator[str]:
+    for field in fields:
+        options = ReadingOptions(end_of_document="", text_field=field, encoding_errors="replace")
+        parquet = Parquet(options)
+        if field in parquet.column_names(path):
+            for block in parquet.blocks(path, start=0, continues=False):
+                yield from parquet.documents(block).texts
 
 
 def _fit(encoder: SentenceEncoder, texts: Iterator[str], arguments: WhitenArguments) -> Whitening:

@@ -1,10 +1,21 @@
 """The algebra of whitening: a plain eigen-decomposition, the rank, batches and rounding."""
 
+import gzip
+import json
+from pathlib import Path
+
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from numpy.typing import NDArray
 
-from full_stack_transformer.modelling.embedding.whitening import CovarianceSum, fit_whitening
+from full_stack_transformer.errors import DocumentsError
+from full_stack_transformer.modelling.embedding.whitening import (
+    CovarianceSum,
+    fit_whitening,
+    read_texts,
+)
 
 
 def _correlated(num_texts: int, width: int, *, rank: int | None = None) -> NDArray[np.float64]:
@@ -77,3 +88,43 @@ def test_a_larger_epsilon_damps_the_small_directions() -> None:
 def test_embeddings_that_are_all_equal_are_refused(embeddings: NDArray[np.float64]) -> None:
     with pytest.raises(ValueError, match="at least two texts"):
         fit_whitening(embeddings)
+
+
+def _table(path: Path, content: str) -> Path:
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_texts_are_the_cells_of_tables_and_the_lines_of_other_files(tmp_path: Path) -> None:
+    fields = ("text", "sentence1")
+    rows = [{"text": "one, with a comma", "label": 1}, {"text": "two\nlines", "label": 0}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    table = 'label,text\n1,"one, with a comma"\n0,"two\nlines"\n'
+    _table(tmp_path / "x.CSV", f"\ufeff{table}")
+    with gzip.open(tmp_path / "x.csv.gz", "wt", encoding="utf-8") as file:
+        file.write(table)
+    for name in ("x.jsonl", "x.parquet", "x.CSV", "x.csv.gz"):
+        assert [*read_texts([tmp_path / name], fields)] == ["one, with a comma", "two\nlines"], name
+    tabs = _table(tmp_path / "x.tsv", 'sentence1\tsentence2\nan "open quote\tb\nc\td\n')
+    assert [*read_texts([tabs], fields)] == ['an "open quote', "c"]
+    lines = _table(tmp_path / "x.txt", "label,text\n\n1,a\n")
+    assert [*read_texts([lines], fields)] == ["label,text", "1,a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "a,b\n1,2\n", r"line 1: expected column names, .*found 'a', 'b'.*--text_field"),
+        ("x.csv", "", "expected column names"),
+        ("x.json", "[]", r"\.json is not read"),
+        ("x.html", "<p>", r"\.html is not read"),
+        ("x.csv", "text\n\n", "should hold texts under text"),
+    ],
+    ids=["other columns", "nothing", "json", "html", "no text"],
+)
+def test_files_whose_lines_are_no_texts_are_refused(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DocumentsError, match=message):
+        list(read_texts([_table(tmp_path / name, content)], ["text"]))
