@@ -4,10 +4,12 @@
 torch is imported only for questions about a device. Knows nothing of models.
 """
 
+import contextlib
 import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,14 @@ _HIDDEN_FEATURES = {"avx512": (), "avx2": ("avx512", "amx")}
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
+# Limit and use of a container's memory, by the two versions of Linux's control groups.
+_GROUP_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 
 # glibc returns large blocks to the system when they are freed and requests them again, zeroed, in the next
 # training step. With freed memory kept, training on a processor is 1.1 to 1.5 times as fast (a model of
@@ -87,17 +97,81 @@ def multiplies_bfloat16(device: "torch.device") -> bool:
 
 
 def free_memory_bytes(device: "torch.device") -> int | None:
-    """Memory that can still be allocated on the device without swapping; None if unknown."""
+    """Memory that can still be allocated on the device without swapping; None if unknown.
+
+    On the processor also bounded by `ulimit -v` and by the memory of a container.
+    """
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
+    bounds = (_available_bytes(), _bytes_under_address_limit(), _bytes_under_group_limit())
+    return min((one for one in bounds if one is not None), default=None)
+
+
+def _available_bytes() -> int | None:
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     available = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
     return int(available[0]) * 1024 if available else None
+
+
+def _bytes_under_address_limit() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        used = int(_STATM.read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return None
+    return max(0, limit - used)
+
+
+def _bytes_under_group_limit() -> int | None:
+    for limit, used in _GROUP_LIMITS:
+        try:
+            # Pages of files count as used, though they are given up when memory is short.
+            files = sum(
+                int(line.split()[1])
+                for line in used.with_name("memory.stat").read_text().splitlines()
+                if line.startswith("inactive_file ")
+            )
+            return max(0, int(limit.read_text()) - int(used.read_text()) + files)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python and PyTorch, on processors and devices, say so in several ways."""
+    text = str(error).lower()
+    words = (
+        "can't allocate memory",
+        "cannot allocate memory",
+        "not enough memory",
+        "out of memory",
+    )
+    return isinstance(error, MemoryError) or any(one in text for one in words)
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Inside, an allocation that fails is an error in words.
+
+    Raises:
+        MachineError: memory is short.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"memory is short for {what}; free some, raise the limit (ulimit -v, the container's) or "
+            "choose a smaller model"
+        ) from error
 
 
 def resident_bytes() -> int | None:

@@ -6,6 +6,7 @@ Knows nothing of datasets and of training.
 
 import json
 import logging
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError, UsageError
+from full_stack_transformer.machine import memory_for
 
 # name -> (layers, hidden size, attention heads). Decoders with rotary positions, RMSNorm, SwiGLU and tied
 # embeddings: at the same number of parameters and tokens they reach a lower loss than GPT-2's shape.
@@ -145,17 +147,19 @@ def load_backbone(
 
     Raises:
         ModelError: the model cannot be opened, or tensors are missing (transformers would fill in noise).
+        MachineError: memory is short.
     """
     quieten_transformers()
     try:
-        backbone, loading = model_class.from_pretrained(
-            model_path,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=new_head,
-            **fields,
-        )
+        with memory_for(f"the weights at {model_path}"):
+            backbone, loading = model_class.from_pretrained(
+                model_path,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=new_head,
+                **fields,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(
             f"no {_describe(model_class)} at {model_path!r}: {reason_of(error)}"
@@ -179,6 +183,33 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, UnpicklingError):
         return "it holds more than tensors and plain values, such as code, which is never run"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def convert(backbone: Backbone, dtype: torch.dtype) -> Backbone:
+    """The backbone with weights of this type, changed in place, as if transformers had opened it so.
+
+    What transformers keeps in fp32 stays: rotary frequencies in bfloat16 put the tokens at positions above
+    2,000 in places that the model has not been trained on.
+    """
+    if dtype == torch.float32:
+        return backbone.to(dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            opened = type(backbone)(backbone.config)
+    finally:
+        torch.set_default_dtype(default)
+    tensors = [*opened.named_parameters(), *opened.named_buffers()]
+    dtypes = {name: tensor.dtype for name, tensor in tensors}
+    exact = getattr(backbone, "_keep_in_fp32_modules_strict", None) or ()
+    patterns = [re.compile(name.replace("*", ".*")) for name in exact]
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        is_exact = any(pattern.search(name) for pattern in patterns)
+        tensor.data = tensor.data.to(torch.float32 if is_exact else dtypes.get(name, dtype))
+    return backbone
 
 
 def quieten_transformers() -> None:

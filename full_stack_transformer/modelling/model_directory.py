@@ -23,6 +23,7 @@ from full_stack_transformer.arguments.sampling import FOR_SMALL_MODELS
 from full_stack_transformer.errors import MachineError, ModelError
 from full_stack_transformer.modelling.backbones import (
     backbone_of_config,
+    convert,
     load_backbone,
     reason_of,
 )
@@ -184,7 +185,7 @@ def backbone_of_checkpoint(
         raise ModelError(
             f"{path} is not a checkpoint of the model in {directory}: {reason_of(error)}"
         ) from error
-    return backbone.to(dtype)
+    return convert(backbone, dtype)
 
 
 def name_of_model(directory: Path) -> str:

@@ -7,6 +7,8 @@ A runner knows tokens, slots and positions, and nothing of requests. `native/` h
 In shapes: Q queries, K keys of a slot. The index of a key in its slot is its position in the text.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +22,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.backbones import context_length
 
+# Tokens of a slot that are allocated at least.
+_MIN_SLOT_TOKENS = 256
+_OWN_PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -188,7 +193,7 @@ class AttentionMasks:
 
 
 class SlotCache(Cache):
-    """Keys and values of the requests under way (slots, heads, max_length, head size), allocated once.
+    """Keys and values of the requests under way (slots, heads, length, head size), for the longest so far.
 
     Fits any transformers model through its cache interface: before a forward pass the runner says which
     slots the rows of the batch belong to and which positions they write.
@@ -200,6 +205,8 @@ class SlotCache(Cache):
         self.slots = torch.zeros(0, dtype=torch.long)
         self.positions = torch.zeros(0, 0, dtype=torch.long)
         self.length = 0
+        self.held = [0] * num_slots
+        """Tokens that each slot may hold."""
         super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
 
     def select(self, slots: Tensor, positions: Tensor) -> int:
@@ -211,10 +218,13 @@ class SlotCache(Cache):
         """
         self.slots, self.positions = slots, positions
         self.length = int(positions.max()) + 1
+        for slot, last in zip(slots.tolist(), positions[:, -1].tolist(), strict=True):
+            self.held[slot] = last + 1
         return self.length
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Let slot `target` hold the first tokens of `source`."""
+        self.held[target] = num_tokens
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
                 stored[target, :, :num_tokens] = stored[source, :, :num_tokens]
@@ -229,11 +239,33 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate, now that heads, size and type are known."""
-        cache = self._cache
-        shape = (cache.num_slots, key_states.shape[1], cache.max_length)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.keys, self.values = self._empty(key_states, 0), self._empty(value_states, 0)
         self.is_initialized = True
+
+    def _empty(self, states: Tensor, length: int) -> Tensor:
+        """Zeros (slots, heads, length, size) like the states (rows, heads, queries, size)."""
+        shape = (self._cache.num_slots, states.shape[1], length, states.shape[-1])
+        if states.device.type != "cpu" or not length:
+            return states.new_zeros(shape)
+        # Pages of the system take memory when they are first written, so a slot takes what it holds.
+        pages = mmap.mmap(-1, math.prod(shape) * states.element_size(), flags=_OWN_PAGES)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(pages, dtype=states.dtype).view(shape)
+
+    def _make_room(self, length: int) -> None:
+        """Let the slots be long enough, and twice as long as before."""
+        before = self.keys.shape[2]
+        if length <= before:
+            return
+        after = min(self._cache.max_length, max(length, 2 * before, _MIN_SLOT_TOKENS))
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = self._empty(old, after)
+            for slot, num_held in enumerate(self._cache.held):
+                if kept := min(num_held, before):
+                    new[slot, :, :kept] = old[slot, :, :kept]
+            setattr(self, name, new)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -242,6 +274,7 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots, positions, length = self._cache.slots, self._cache.positions, self._cache.length
+        self._make_room(length)
         # Indices around a slice put the indexed dimensions first: (rows, queries, heads, size).
         self.keys[slots[:, None], :, positions] = key_states.transpose(1, 2)
         self.values[slots[:, None], :, positions] = value_states.transpose(1, 2)

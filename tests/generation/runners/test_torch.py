@@ -1,5 +1,6 @@
 """Any architecture of transformers is computed right through the cache of slots, or refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.errors import ModelError
+from full_stack_transformer.errors import MachineError, ModelError
 from full_stack_transformer.generation.open_engine import open_runner
+from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
 from full_stack_transformer.generation.runners.torch import SlotWork, TorchRunner
+from full_stack_transformer.modelling.backbones import convert
 
 SIZES = {
     "vocab_size": 120,
@@ -81,3 +84,77 @@ def test_a_model_that_keeps_something_else_is_refused(
         open_runner(backbone, num_slots=1, weights_dtype="float32", max_length=32)
     assert model_type in str(raised.value)
     assert reason in str(raised.value)
+
+
+MORE_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+    "gpt_neox": {},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 4},
+    "hy_v3": {"num_local_experts": 4, "num_experts": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt_oss", "llama4_text", *MORE_ARCHITECTURES])
+def test_rounded_weights_are_those_that_transformers_opens(model_type: str, tmp_path: Path) -> None:
+    """Rotary frequencies, and whatever else it keeps in fp32, stay so."""
+    fields = {
+        **SIZES,
+        **ARCHITECTURES.get(model_type, {}),
+        **MORE_ARCHITECTURES.get(model_type, {}),
+    }
+    backbone = _backbone(model_type, fields)
+    backbone.save_pretrained(tmp_path)
+    theirs = type(backbone).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = dict(named_tensors(convert(backbone, torch.bfloat16)))
+    for name, tensor in named_tensors(theirs):
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def named_tensors(backbone: Backbone) -> list[tuple[str, torch.Tensor]]:
+    return [*backbone.named_parameters(), *backbone.named_buffers()]
+
+
+def test_slots_grow_with_the_longest_text_and_keep_what_they_hold() -> None:
+    backbone = _backbone("qwen2", {**SIZES, "max_position_embeddings": 2048})
+    runner = TorchRunner(backbone, num_slots=3)
+    ids = torch.randint(3, 120, (1500,)).tolist()
+    with torch.inference_mode():
+        expected = backbone(torch.tensor([ids]), use_cache=False).logits[0]
+    lengths = []
+    for start, end in [(0, 40), (40, 250), (250, 300), (300, 1400), (1400, 1500)]:
+        found = runner.run(
+            [SlotWork(2, start, ids[start:end], end - start), SlotWork(0, 0, ids[:20], 20)]
+        )
+        assert torch.allclose(found[: end - start], expected[start:end], atol=1e-3)
+        lengths.append(runner._cache.layers[0].keys.shape[2])
+    assert lengths == [256, 256, 512, 1400, 2048]
+    runner.copy_slot(2, 1, 1000)
+    found = runner.run([SlotWork(1, 1000, ids[1000:1001]), SlotWork(0, 20, ids[20:21])])
+    assert torch.allclose(found, expected[[1000, 20]], atol=1e-3)
+
+
+@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
+def test_control_tokens_that_were_never_trained_do_not_make_a_model_suspicious(
+    weights_dtype: WeightsDtype,
+) -> None:
+    """SmolLM2's differ by 25 % in bfloat16, read in pieces or at once."""
+    backbone = _backbone("qwen2", SIZES)
+    with torch.no_grad():
+        backbone.get_input_embeddings().weight[:17] *= 1e4
+        for layer in backbone.model.layers:
+            layer.mlp.down_proj.weight *= 100
+    assert open_runner(backbone, num_slots=1, weights_dtype=weights_dtype, max_length=32)
+
+
+def test_a_lack_of_memory_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = _backbone("qwen2", SIZES)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(type(backbone), "forward", fail)
+    with pytest.raises(MachineError, match="memory is short"):
+        open_runner(backbone, num_slots=1, weights_dtype="float32", max_length=32)

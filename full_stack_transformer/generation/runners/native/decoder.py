@@ -108,7 +108,8 @@ class NativeRunner:
         self._decoder = self._library.decoder_new(ctypes.byref(shape))
         if not self._decoder:
             raise MachineError(
-                f"no memory for {num_slots} sequences of {self.max_length} tokens; ask for fewer or shorter"
+                f"memory is short for {num_slots} texts of {self.max_length:,} tokens at once; allow "
+                "fewer or shorter ones"
             )
         with torch.no_grad():
             if config.model_type == "gpt2":

@@ -1,8 +1,9 @@
-// Memory that grows on demand, and threads that share pieces of work. Knows nothing of numbers and of models.
+// Memory that is taken on demand, and threads that share pieces of work. Knows nothing of numbers and of models.
 
 #pragma once
 
 #include <immintrin.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdint>
@@ -36,6 +37,28 @@ class Buffer {  // 64-byte aligned, not initialized, grows on demand
     void operator()(void* pointer) const { std::free(pointer); }
   };
   std::unique_ptr<Value, Free> data_;
+  size_t size_ = 0;
+};
+
+class ZeroPages {  // zeros, which take memory page by page when they are first written
+ public:
+  ZeroPages() = default;
+  ZeroPages(const ZeroPages&) = delete;
+  ZeroPages& operator=(const ZeroPages&) = delete;
+  ~ZeroPages() {
+    if (data_) munmap(data_, size_);
+  }
+  void reserve(size_t size) {  // once
+    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    madvise(data, size, MADV_NOHUGEPAGE);  // a token of a slot would take 2 MB in each layer
+    data_ = static_cast<uint8_t*>(data);
+    size_ = size;
+  }
+  uint8_t* get() const { return data_; }
+
+ private:
+  uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
 

@@ -50,8 +50,6 @@ class Decoder {
         head_values_ * shape.num_layers * shape.num_slots * shape.num_key_value_heads;
     keys_.reserve(num_values * cache_bytes());
     values_.reserve(num_values * cache_bytes());
-    std::memset(keys_.get(), 0, num_values * cache_bytes());
-    std::memset(values_.get(), 0, num_values * cache_bytes());
   }
 
   DecoderShape shape_;
@@ -422,7 +420,7 @@ class Decoder {
   int num_blocks_ = 0, num_tokens_ = 0;
   size_t head_values_ = 0;  // numbers of one head of one slot of one layer
   const int32_t *ids_ = nullptr, *slots_ = nullptr, *positions_ = nullptr;
-  Buffer<uint8_t> keys_, values_;
+  ZeroPages keys_, values_;
   Buffer<float> hidden_, normalized_, projected_, attended_, inner_, scales_;
   Buffer<int32_t> groups_, sums_;
 };

@@ -1,0 +1,123 @@
+"""An engine takes the memory that it needs, and says what memory is short for."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from full_stack_transformer.arguments.sampling import SamplingParameters
+from full_stack_transformer.errors import MachineError
+from full_stack_transformer.generation import open_engine as opening
+from full_stack_transformer.generation.engine import TokenRequest
+from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.machine import (
+    free_memory_bytes,
+    is_out_of_memory,
+    memory_for,
+    resident_bytes,
+)
+from full_stack_transformer.modelling.backbones import new_backbone
+from tests.generation.small_models import small_backbone
+from tests.serving.tiny_model import make_tiny_model
+
+MB = 1_000_000
+
+
+def test_slots_take_memory_when_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long context costs nothing before it is used: 32 slots of 30,000 tokens would be 1 GB."""
+    monkeypatch.setattr(opening, "free_memory_bytes", lambda device: 8_000 * MB)
+    ids = {"begin": 0, "end": 1, "pad": 2}
+    backbone = new_backbone("tiny", vocab_size=300, max_length=30_000, special_token_ids=ids).eval()
+    before = resident_bytes() or 0
+    engine = open_engine(backbone, num_slots=32, weights_dtype="float32")
+    for seed in range(32):
+        engine.add(TokenRequest([5] * 300, SamplingParameters(max_new_tokens=2, seed=seed)))
+    while engine.num_running:
+        engine.step()
+    assert (engine.num_slots, engine.max_length) == (32, 30_000)
+    assert (resident_bytes() or 0) - before < 200 * MB
+
+
+# Of the small model: 2 layers, 2 heads of 32, in fp32.
+TOKEN_BYTES = 2 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "slots", "length"),
+    [(100_000, 8, 128), (128 * 3 + 1, 3, 128), (128, 1, 128)],
+)
+def test_memory_decides_how_many_texts_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_tokens: int,
+    slots: int,
+    length: int,
+) -> None:
+    monkeypatch.setattr(
+        opening, "free_memory_bytes", lambda device: (num_tokens + 1) * TOKEN_BYTES / 0.7
+    )
+    engine = open_engine(small_backbone("llama"), num_slots=8, weights_dtype="float32")
+    assert (engine.num_slots, engine.max_length) == (slots, length)
+    assert ("memory holds" in caplog.text) == (slots < 8)
+
+
+def test_a_long_context_is_cut_where_memory_holds_no_such_text(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = {"begin": 0, "end": 1, "pad": 2}
+    backbone = new_backbone("tiny", vocab_size=300, max_length=4096, special_token_ids=ids).eval()
+    monkeypatch.setattr(opening, "free_memory_bytes", lambda device: 1001 * TOKEN_BYTES / 0.7)
+    engine = open_engine(backbone, num_slots=8, weights_dtype="float32")
+    assert engine.num_slots == 1
+    assert 990 < engine.max_length <= 1001
+    assert "not of the model's 4,096" in caplog.text
+    monkeypatch.setattr(opening, "free_memory_bytes", lambda device: 100 * TOKEN_BYTES)
+    with pytest.raises(MachineError, match="a text of 256 tokens needs"):
+        open_engine(backbone, num_slots=8, weights_dtype="float32")
+
+
+def test_a_failed_allocation_is_known_by_its_words() -> None:
+    with (
+        pytest.raises(MachineError, match="memory is short for the dream"),
+        memory_for("the dream"),
+    ):
+        torch.empty(1 << 60)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux's proc")
+def test_a_limit_of_the_address_space_is_kept_to(tmp_path: Path) -> None:
+    """`ulimit -v`: fewer texts at once, said aloud."""
+    directory = make_tiny_model(tmp_path, max_length=1_000_000)
+
+    limit = 3_000 * MB
+    found = subprocess.run(
+        [
+            *(sys.executable, "-m", "full_stack_transformer", "generate", str(directory)),
+            *("--prompt", "a", "--max_new_tokens", "2", "--device", "cpu"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "memory holds" in found.stderr
+
+
+def test_free_memory_counts_the_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = free_memory_bytes(torch.device("cpu"))
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1000\n")
+    (tmp_path / "max").write_text("90000\n")
+    (tmp_path / "current").write_text("50000\n")
+    paths = ((tmp_path / "absent", tmp_path), (tmp_path / "max", tmp_path / "current"))
+    monkeypatch.setattr("full_stack_transformer.machine._GROUP_LIMITS", paths)
+    assert free_memory_bytes(torch.device("cpu")) == 41_000
+    (tmp_path / "max").write_text("max\n")
+    assert (free_memory_bytes(torch.device("cpu")) or 0) > 0.5 * (whole or 0)
