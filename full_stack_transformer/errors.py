@@ -14,7 +14,9 @@
     ├── RequestError                 client of the service: the request is invalid
     │   ├── AccessError                no valid key, or a web page of another origin
     │   ├── UnknownModelError          the model is not served
-    │   └── BodyTooLargeError          the body is too large
+    │   ├── ContextLengthError         the texts do not fit into the model's context
+    │   ├── BodyTooLargeError          the body is too large
+    │   └── BodyEncodingError          the body is compressed
     └── ServiceError                 operator of the service: it failed
         ├── ServiceUnavailableError    try again later
         │   └── ServiceBusyError       the queue is full; has the seconds to wait
@@ -94,8 +96,16 @@ class UnknownModelError(RequestError):
     """A request names a model that is not served."""
 
 
+class ContextLengthError(RequestError):
+    """Prompt and answer do not fit into the model's context."""
+
+
 class BodyTooLargeError(RequestError):
     """The body of a request is too large."""
+
+
+class BodyEncodingError(RequestError):
+    """The body of a request is compressed, which is not read."""
 
 
 class ServiceError(FullStackTransformerError):

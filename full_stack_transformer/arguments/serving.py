@@ -1,5 +1,6 @@
 """Options of the service and of the bot."""
 
+import re
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,8 @@ class EngineOptions:
     max_batch_size: int = 32
     """Maximum texts generated together, per model."""
     max_queue_size: int = 64
-    """Maximum waiting texts, per model; further requests are answered 429."""
+    """Maximum waiting texts of one client, per model; further requests are answered 429. Clients are keys, or
+    addresses without keys; as many places again are shared by the others."""
     max_length: int | None = None
     """Maximum tokens of prompt and answer together. Default: the model's context."""
     weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -36,6 +38,10 @@ class AccessOptions:
     api_keys_file: Path | None = None
     """File with one key per line, or sha256: and its digest. The environment variable FST_API_KEYS adds
     keys, separated by commas. With keys, everything except /health and the page at / requires one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Name by which clients reach the service, such as models.example.org, *.example.org, or * for any; may
+    be repeated. Always allowed: localhost, --host, the hosts of --allowed_origins; with --host 0.0.0.0 also
+    any IP address and the name of this machine."""
     allowed_origins: tuple[str, ...] = ()
     """Origin whose web pages may call the service from a browser, such as https://example.org; * for all;
     may be repeated."""
@@ -53,6 +59,9 @@ class LimitOptions:
     """Maximum seconds to receive the body of a request."""
     max_body_bytes: int = 1_048_576
     """Maximum bytes of a request body."""
+    strict_fields: bool = False
+    """Reject requests with fields that the service does not know. By default it ignores them and names
+    them in the header X-Ignored-Fields and once in the log."""
     shutdown_seconds: float = 20.0
     """Seconds that running requests have to finish after SIGTERM; then they end with an error."""
 
@@ -84,6 +93,11 @@ class ServeArguments(EngineOptions, AccessOptions, LimitOptions, OwnClassesOptio
         at_least(self, 0.01, "body_timeout_seconds")
         if self.max_length is not None:
             at_least(self, 2, "max_length")
+        for host in self.allowed_hosts:
+            if re.search("[/:@ ]", host) and not host.startswith("["):
+                raise UsageError(
+                    f"--allowed_hosts must be a name without scheme and port, found {host!r}"
+                )
         for word in self.more_models:
             name, _, path = word.partition("=")
             if not name or not path:

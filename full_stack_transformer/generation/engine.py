@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
-from full_stack_transformer.errors import RequestError
+from full_stack_transformer.errors import ContextLengthError, RequestError
 from full_stack_transformer.generation.runners.torch import Runner, SlotWork
 from full_stack_transformer.generation.sampling import (
     History,
@@ -157,7 +157,7 @@ class Engine:
         if num_new == 0 and request.num_prompt_log_probabilities is None:
             raise RequestError("max_new_tokens is 0; ask for at least one token")
         if num_prompt + num_new > self.max_length:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the model's context is {self.max_length} tokens, but the prompt has {num_prompt} and "
                 f"{num_new} new ones were asked for; shorten the prompt or ask for fewer"
             )
@@ -231,7 +231,7 @@ class Engine:
         for sequence in sequences:
             self._check_ids(sequence, ())
             if len(sequence) > self.max_length:
-                raise RequestError(
+                raise ContextLengthError(
                     f"the model's context is {self.max_length} tokens, but a text has {len(sequence)}; "
                     "shorten it"
                 )

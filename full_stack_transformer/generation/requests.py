@@ -19,7 +19,7 @@ from full_stack_transformer.arguments.sampling import (
     complete,
     named_by_model,
 )
-from full_stack_transformer.errors import FullStackTransformerError, RequestError
+from full_stack_transformer.errors import ContextLengthError, FullStackTransformerError
 from full_stack_transformer.generation.chat import PLAIN_TEMPLATE, ChatTemplate
 from full_stack_transformer.generation.engine import FinishReason, TokenEvent, TokenRequest
 from full_stack_transformer.generation.sampling import ScoredToken
@@ -87,7 +87,7 @@ class Conventions:
         room = max_length - len(prompt_ids)
         if room < 1:
             whose, them = ("messages have", "them") if is_chat else ("prompt has", "it")
-            raise RequestError(
+            raise ContextLengthError(
                 f"the model's context is {max_length} tokens, but the {whose} {len(prompt_ids)}; "
                 f"shorten {them}"
             )

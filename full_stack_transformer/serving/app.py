@@ -16,13 +16,15 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from full_stack_transformer import __version__
 from full_stack_transformer.errors import (
     AccessError,
+    BodyEncodingError,
     BodyTooLargeError,
+    ContextLengthError,
     FullStackTransformerError,
     MissingExtraError,
     RequestError,
@@ -30,8 +32,9 @@ from full_stack_transformer.errors import (
     ServiceUnavailableError,
     UnknownModelError,
 )
-from full_stack_transformer.serving.http.bodies import InvalidBodyError
+from full_stack_transformer.serving.http.bodies import InvalidBodyError, UnknownFields
 from full_stack_transformer.serving.http.guard import (
+    AllowedHosts,
     ApiKeys,
     Guard,
     HttpMetrics,
@@ -61,6 +64,7 @@ STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = 
     (AccessError, 401, "authentication_error"),
     (UnknownModelError, 404, "not_found_error"),
     (BodyTooLargeError, 413, "invalid_request_error"),
+    (BodyEncodingError, 415, "invalid_request_error"),
     (RequestError, 400, "invalid_request_error"),
     (MissingExtraError, 400, "invalid_request_error"),
     (ServiceBusyError, 429, "rate_limit_error"),
@@ -68,6 +72,13 @@ STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = 
     (FullStackTransformerError, 500, "server_error"),
 )
 _CODE_OF_STATUS = {404: "model_not_found", 429: "queue_full"}
+# Which field is too long for the context.
+_TEXT_OF_ROUTE = {
+    "/v1/completions": "prompt",
+    "/v1/chat/completions": "messages",
+    "/v1/embeddings": "input",
+    "/generated_texts/": "seed_text",
+}
 _CLIENT_HAS_GONE = 499  # nginx's number; nobody reads it
 
 
@@ -98,9 +109,12 @@ class AppOptions:
     """Options of the application."""
 
     keys: ApiKeys
+    host: str = "127.0.0.1"
+    allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
     request_timeout_seconds: float = 600.0
     max_body_bytes: int = 1 << 20
+    strict_fields: bool = False
     watches: bool = False
 
 
@@ -133,6 +147,7 @@ def make_app(
     app.state.worker = worker
     app.state.task_worker = task_worker
     app.state.max_body_bytes = options.max_body_bytes
+    app.state.unknown_fields = UnknownFields(refuses=options.strict_fields)
     app.state.request_timeout_seconds = options.request_timeout_seconds
     metrics.watch_worker(worker, [model.name for model in models.generating])
     app.add_exception_handler(FullStackTransformerError, _answer_error)
@@ -140,11 +155,10 @@ def make_app(
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_surprise)
     _add_operating_routes(app, models, registry)
-    app.include_router(make_native_router(models))
     task_router = make_task_router(models)
-    app.include_router(task_router)
-    app.include_router(_make_openai_router(models))
-    app.include_router(_make_playground_router())
+    routers = [make_native_router(models), task_router, _make_openai_router(models)]
+    for router in (*routers, _make_playground_router()):
+        app.include_router(router)
     task_paths = frozenset(route.path for route in task_router.routes if isinstance(route, Route))
 
     def at_end(tickets: list[Any]) -> dict[str, Any]:
@@ -154,12 +168,30 @@ def make_app(
     return Guard(
         app,
         keys=options.keys,
+        hosts=AllowedHosts(options.host, options.allowed_hosts, options.allowed_origins),
         allowed_origins=options.allowed_origins,
         open_paths=playground_files(),
         metrics=HttpMetrics(registry),
         at_end=at_end,
         early_answer=_make_early_answer(models, worker, task_worker, task_paths),
+        known_path=_make_known_path([app.router, *routers]),
     )
+
+
+def _make_known_path(routers: Sequence[Router]) -> Callable[[str], str]:
+    """Clients write paths with or without a slash at the end; the page's files have one spelling only."""
+    routes = [route for router in routers for route in router.routes]
+    known = {route.path for route in routes if isinstance(route, Route)}
+    names = "/v1/models/"
+
+    def known_path(path: str) -> str:
+        if path in known:
+            return path
+        other = path.removesuffix("/") if path.endswith("/") else f"{path}/"
+        is_model = path.endswith("/") and path.startswith(names)
+        return other if other in known or is_model else path
+
+    return known_path
 
 
 def _make_early_answer(
@@ -169,10 +201,12 @@ def _make_early_answer(
         """While every queue that a path may lead to is full: known before a body is read."""
         checks: list[Callable[[], None]] = []
         if path not in task_paths:
-            checks += [partial(worker.check_room, one.engine, 1) for one in models.generating]
+            checks += [
+                partial(worker.check_room, one.engine, 1, facts.client) for one in models.generating
+            ]
         # Vectors come from models of either kind.
         if path in task_paths or (path == "/v1/embeddings" and models.of_tasks):
-            checks.append(task_worker.check_room)
+            checks.append(partial(task_worker.check_room, facts.client))
         error: Exception | None = None
         for check in checks:
             try:
@@ -247,7 +281,6 @@ def _add_operating_routes(app: FastAPI, models: ServedModels, registry: Collecto
         )
 
     @app.get("/version", tags=["operations"])
-    @app.get("/version/", tags=["operations"], include_in_schema=False)
     async def version() -> Version:
         """Which package serves which models: checkpoint, step, validation loss, dataset."""
         return Version(
@@ -265,22 +298,25 @@ def _add_operating_routes(app: FastAPI, models: ServedModels, registry: Collecto
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return _as_response(
-        request.state.facts, error, is_native=not request.url.path.startswith("/v1/")
+        request.state.facts, error, getattr(request.scope.get("route"), "path", "/v1/")
     )
 
 
-def _as_response(facts: RequestFacts, error: Exception, *, is_native: bool = False) -> Response:
+def _as_response(facts: RequestFacts, error: Exception, route: str = "/v1/") -> Response:
     status, kind = next(
         (status, kind) for cls, status, kind in STATUS_OF_ERROR if isinstance(error, cls)
     )
     # The ancestor's clients know 422 for a body that does not fit; OpenAI's know 400.
-    if isinstance(error, InvalidBodyError) and is_native:
+    if isinstance(error, InvalidBodyError) and not route.startswith("/v1/"):
         status = 422
     facts.error_kind = kind
     headers = {}
     if isinstance(error, ServiceBusyError):
         headers["retry-after"] = str(error.retry_after_seconds)
-    return error_response(status, kind, error, code=_CODE_OF_STATUS.get(status), headers=headers)
+    code, parameter = _CODE_OF_STATUS.get(status), getattr(error, "parameter", None)
+    if isinstance(error, ContextLengthError):
+        code, parameter = "context_length_exceeded", _TEXT_OF_ROUTE.get(route)
+    return error_response(status, kind, error, code=code, parameter=parameter, headers=headers)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
@@ -340,7 +376,7 @@ def _make_playground_router() -> APIRouter:
     """
     router = APIRouter(include_in_schema=False)
     for path, file in playground_files().items():
-        router.add_api_route(path, _sender(file), methods=["GET", "HEAD"])
+        router.add_api_route(path, _sender(file), methods=["GET"])
     return router
 
 

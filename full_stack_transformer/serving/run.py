@@ -67,9 +67,12 @@ def main(arguments: ServeArguments) -> int:
     task_worker = TaskWorker(max_queue_size=queue_size, on_batch=metrics.on_task_batch)
     options = AppOptions(
         keys=keys,
+        host=arguments.host,
+        allowed_hosts=arguments.allowed_hosts,
         allowed_origins=arguments.allowed_origins,
         request_timeout_seconds=arguments.request_timeout_seconds,
         max_body_bytes=arguments.max_body_bytes,
+        strict_fields=arguments.strict_fields,
         watches=arguments.watch,
     )
     app = make_app(models, worker, task_worker, metrics, registry, options)

@@ -350,6 +350,11 @@ class TextStream:
             return self._release(complete, len(self._pending) - 1)
         return ""
 
+    @property
+    def held_back(self) -> str:
+        """What `finish` would give now."""
+        return self._text(self._pending) if self._pending else ""
+
     def finish(self) -> str:
         """The text that was held back: broken characters at the end."""
         return self._release(self._text(self._pending), len(self._pending))

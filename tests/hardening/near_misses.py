@@ -27,8 +27,8 @@ def near_miss(schema: dict[str, Any], chance: random.Random) -> dict[str, Any]:
 
 def _value(schema: dict[str, Any], chance: random.Random) -> Any:
     """Something that the schema allows, or stands at one of its borders."""
-    if "anyOf" in schema:
-        return _value(chance.choice(schema["anyOf"]), chance)
+    if kinds := schema.get("anyOf", schema.get("oneOf")):
+        return _value(chance.choice(kinds), chance)
     if "enum" in schema:
         return chance.choice(schema["enum"])
     if "const" in schema:

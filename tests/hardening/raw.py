@@ -104,7 +104,7 @@ async def _read_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
 def post(path: str, body: object, *headers: str, close: bool = True) -> bytes:
     """A POST request with a JSON body, or with bytes as they are."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "host: service", f"content-length: {len(content)}"]
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", f"content-length: {len(content)}"]
     lines += ["content-type: application/json", *headers]
     lines += ["connection: close"] if close else []
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
@@ -112,7 +112,7 @@ def post(path: str, body: object, *headers: str, close: bool = True) -> bytes:
 
 def get(path: str) -> bytes:
     """A GET request."""
-    return f"GET {path} HTTP/1.1\r\nhost: service\r\nconnection: close\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
 
 
 def quantile(values: Sequence[float], part: float) -> float:

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from full_stack_transformer.generation.text_generator import TextGenerator
-from tests.logged_process import running_service
+from tests.logged_process import LoggedProcess, running_service
 from tests.serving.tiny_model import one_core
 
 KEY = "a-key-of-the-tests-0001"
@@ -21,6 +21,7 @@ class KeyedService:
 
     url: str
     key: str
+    process: LoggedProcess
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +31,12 @@ def keyed_service(
     """A service with keys and one allowed site, which ends well."""
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text(f"# for the tests\n{KEY}\nanother-key-of-the-tests # a second one\n")
-    options = ("--api_keys_file", str(keys), "--allowed_origins", "https://friend.example")
+    options = (
+        *("--api_keys_file", str(keys), "--allowed_origins", "https://friend.example"),
+        *("--max_queue_size", "96"),
+    )
     with running_service(model_dir, *options) as (url, process):
-        yield KeyedService(url, KEY)
+        yield KeyedService(url, KEY, process)
         assert process.stop() == 0
         assert "Traceback" not in process.log
 
@@ -59,3 +63,14 @@ def generator(model_dir: Path) -> TextGenerator:
     """The same model without the service."""
     with one_core():
         return TextGenerator.open(model_dir, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def strict_http(model_dir: Path) -> Iterator[httpx.Client]:
+    """A service that refuses unknown fields and listens on all interfaces."""
+    options = ("--strict_fields", "--host", "0.0.0.0", "--allowed_hosts", "*.models.example")
+    with (
+        running_service(model_dir, *options) as (url, _),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        yield http

@@ -1,6 +1,7 @@
-"""What stands around the whole application: keys, pages of other sites, headers, the log of requests.
+"""What stands around the whole application: hosts, keys, pages of other sites, headers, the log of requests.
 
-    request -> id -> key? -> page of another site? -> application -> security headers -> log line, metrics
+    request -> id -> one of our names? -> page of another site? -> key? -> application -> security headers
+      -> log line, metrics
 
 Denies by default: what is open without a key is a list of exact paths. Logs sizes, times and outcomes, never
 texts. Pure ASGI, so that streams pass through it piece by piece.
@@ -8,15 +9,18 @@ texts. Pure ASGI, so that streams pass through it piece by piece.
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.datastructures import Headers
@@ -37,6 +41,13 @@ _DIGEST_LINE = re.compile(r"sha256:([0-9a-f]{64})")
 OPEN_PATHS = frozenset(("/health",))
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PREFLIGHT_SECONDS = b"600"
+_HOST = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]{2,45})\]|(?P<name>[a-z0-9._-]{1,253}))(?::[0-9]{0,5})?")
+# http://host/path in place of the path, as clients of proxies write it.
+_ABSOLUTE = re.compile(rb"(?i:https?)://(?P<host>[^/?#@]+)(?P<path>/[^?#]*)?")
+# What pages of allowed sites may send; OpenAI's JavaScript client has many headers of its own.
+_HEADERS_OF_PAGES = ("authorization", "content-type", "x-request-id")
+_PREFIXES_OF_PAGES = ("x-stainless-", "openai-")
+_MAX_HEADERS_OF_PAGES = 64
 _PAGES = ("/docs", "/redoc")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -127,18 +138,73 @@ def _digest(key: str, source: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+class AllowedHosts:
+    """The names under which the service may be asked.
+
+    A page of a stranger can let the name of its own site lead to this machine (DNS rebinding); the browser
+    then takes the service for a part of that site, and only the Host header tells. Loopback names always
+    pass, and so does the address that the service listens on. One that listens on all interfaces is also
+    asked by any address, which cannot be rebound, and by the machine's own name.
+
+    Args:
+        bound: the host that the service listens on.
+        names: further names, *.example.org for all below it, * for all.
+        origins: sites whose pages may ask: their hosts are names of the service too.
+    """
+
+    def __init__(self, bound: str, names: Iterable[str] = (), origins: Iterable[str] = ()) -> None:
+        here = bound.strip("[]").lower()
+        self._is_wild = here in ("", "0.0.0.0", "::")  # noqa: S104 (only compared)
+        own = socket.gethostname().lower()
+        given = {name.lower().rstrip(".") for name in names} | {here}
+        given |= {"*" if one == "*" else _name_of(one.partition("://")[2]) or "" for one in origins}
+        given |= {own, f"{own}.local"} if self._is_wild else set()
+        self._allows_all = "*" in given
+        self._names = frozenset(given - {""})
+        self._endings = tuple(one[1:] for one in given if one.startswith("*."))
+
+    def allows(self, host: str) -> bool:
+        """Whether a Host header names this service."""
+        name = _name_of(host)
+        if self._allows_all or name is None:
+            return self._allows_all
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            is_local = name == "localhost" or name.endswith(".localhost")
+            return is_local or name in self._names or name.endswith(self._endings)
+        if isinstance(address, ipaddress.IPv6Address):
+            address = address.ipv4_mapped or address
+        return address.is_loopback or self._is_wild or str(address) in self._names
+
+
+def _name_of(host: str) -> str | None:
+    """The name or address in a Host header, without port and brackets; none where it has another form."""
+    found = _HOST.fullmatch(host.lower())
+    return (found["v6"] or found["name"].rstrip(".")) if found else None
+
+
 @dataclass
 class RequestFacts:
     """What is known of one request; handlers add to it."""
 
     request_id: str
     started: float
+    address: str = ""
+    """Of the client; of all in its network, where that is IPv6."""
     key: str | None = None
     status: int = 0
     num_bytes: int = 0
     error_kind: str | None = None
+    ignored_fields: str = ""
+    """Names of the body's unknown fields."""
     tickets: list[Any] = field(default_factory=list)
     """What the application computes for it; the guard only hands it on."""
+
+    @property
+    def client(self) -> str:
+        """Who shares the queues with others: a key, or an address where there are no keys."""
+        return self.key or self.address
 
 
 class HttpMetrics:
@@ -163,12 +229,14 @@ class Guard:
     Args:
         app: the application.
         keys: what opens it.
+        hosts: names of the service.
         allowed_origins: sites whose pages may ask from a browser; "*" for all.
         open_paths: paths that need no key, in addition to /health.
         metrics: counts requests and answers.
         at_end: told of the tickets of each request at its end; returns what the log says of them.
         early_answer: an answer to a POST to a path while nothing can be taken there; what it costs decides
             how many requests too many the service stands.
+        known_path: the spelling of a path that a route has, with or without a slash at its end.
     """
 
     def __init__(
@@ -176,19 +244,23 @@ class Guard:
         app: ASGIApp,
         *,
         keys: ApiKeys,
+        hosts: AllowedHosts,
         allowed_origins: Sequence[str],
         open_paths: Iterable[str],
         metrics: HttpMetrics,
         at_end: Callable[[list[Any]], dict[str, Any]],
         early_answer: Callable[[str, RequestFacts], Response | None],
+        known_path: Callable[[str], str],
     ) -> None:
         self._app = app
         self._keys = keys
+        self._hosts = hosts
         self._open_paths = OPEN_PATHS.union(open_paths)
         self._origins = frozenset(allowed_origins)
         self._metrics = metrics
         self._at_end = at_end
         self._early_answer = early_answer
+        self._known_path = known_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -198,10 +270,14 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
+        scope = _in_origin_form(scope)
         headers = Headers(scope=scope)
-        facts = RequestFacts(_request_id(headers), time.monotonic())
+        facts = RequestFacts(_request_id(headers), time.monotonic(), _address(scope))
         scope.setdefault("state", {})["facts"] = facts
         cross_origin = self._cross_origin_headers(headers)
+        # HEAD is GET without the body, which the connection leaves out.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        inner = {**scope, "method": method, "path": self._known_path(scope["path"])}
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -216,6 +292,9 @@ class Guard:
                     (b"x-request-id", facts.request_id.encode()),
                     *cross_origin,
                 ]
+                if facts.ignored_fields:
+                    ignored = facts.ignored_fields.encode()
+                    message["headers"].append((b"x-ignored-fields", ignored))
             elif message["type"] == "http.response.body":
                 facts.num_bytes += len(message.get("body", b""))
             await send(message)
@@ -224,14 +303,28 @@ class Guard:
         try:
             answer = self._preflight(scope, headers) or self._refusal(scope, headers, facts)
             if answer is None and scope["method"] == "POST":
-                answer = self._early_answer(scope["path"], facts)
-            await (answer or self._app)(scope, receive, send_guarded)
+                answer = self._early_answer(inner["path"], facts)
+            await (answer or self._app)(inner, receive, send_guarded)
         finally:
             self._metrics.under_way.dec()
-            self._note(scope, facts)
+            self._note(scope["method"], getattr(inner.get("route"), "path", "none"), facts)
 
     def _refusal(self, scope: Scope, headers: Headers, facts: RequestFacts) -> Response | None:
         """The answer to a request that may not pass."""
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # Which of them counts, a proxy in front may see in another way: RFC 9112, section 6.3.
+            facts.error_kind = "invalid_request_error"
+            said = AccessError("a request has either content-length or transfer-encoding")
+            return error_response(
+                400, "invalid_request_error", said, headers={"connection": "close"}
+            )
+        # A client of HTTP/1.0 may send none; browsers always do.
+        if "host" in headers and not self._hosts.allows(headers["host"]):
+            facts.error_kind = "permission_error"
+            said = AccessError(
+                "the service does not know this name as its own; if it is, start it with --allowed_hosts NAME"
+            )
+            return error_response(403, "permission_error", said, code="host_not_allowed")
         if not self._is_from_allowed_page(scope, headers):
             facts.error_kind = "permission_error"
             return error_response(
@@ -267,24 +360,37 @@ class Guard:
         if origin is None or not ("*" in self._origins or origin in self._origins):
             return []
         allowed = b"*" if "*" in self._origins else origin.encode("latin-1")
-        return [(b"access-control-allow-origin", allowed), (b"vary", b"origin")]
+        return [
+            (b"access-control-allow-origin", allowed),
+            (b"access-control-expose-headers", b"x-request-id, x-ignored-fields, retry-after"),
+            (b"vary", b"origin"),
+        ]
 
     def _preflight(self, scope: Scope, headers: Headers) -> Response | None:
         """The answer to a browser that asks whether it may ask."""
         if scope["method"] != "OPTIONS" or "access-control-request-method" not in headers:
             return None
-        if not self._cross_origin_headers(headers):
+        if not (
+            self._cross_origin_headers(headers) and self._hosts.allows(headers.get("host", ""))
+        ):
             return None
+        wanted = headers.get("access-control-request-headers", "").lower().split(",")
+        others = [one.strip() for one in wanted[:_MAX_HEADERS_OF_PAGES]]
+        others = [
+            one
+            for one in dict.fromkeys(others)
+            if one.startswith(_PREFIXES_OF_PAGES) and _REQUEST_ID.fullmatch(one)
+        ]
         allowed = {
-            "access-control-allow-methods": "GET, POST",
-            "access-control-allow-headers": "authorization, content-type, x-request-id",
+            "access-control-allow-methods": "GET, HEAD, POST",
+            "access-control-allow-headers": ", ".join((*_HEADERS_OF_PAGES, *others)),
             "access-control-max-age": _PREFLIGHT_SECONDS.decode(),
         }
         return Response(status_code=204, headers=allowed)
 
-    def _note(self, scope: Scope, facts: RequestFacts) -> None:
+    def _note(self, method: str, route: str, facts: RequestFacts) -> None:
         """One line and the counters; a request without an answer is one whose client went away."""
-        route, status = getattr(scope.get("route"), "path", "none"), facts.status or 499
+        status = facts.status or 499
         details = self._at_end(facts.tickets)
         self._metrics.answers.labels(route, str(status)).inc()
         if facts.error_kind is not None:
@@ -292,7 +398,7 @@ class Guard:
         line = {
             "request_id": facts.request_id,
             "key": facts.key,
-            "method": scope["method"] if scope["method"].isalpha() else "other",
+            "method": method if method.isalpha() else "other",
             "route": route,
             "status": status,
             "error": facts.error_kind,
@@ -303,16 +409,45 @@ class Guard:
         logger.debug("request", extra={"facts": line})
 
 
+def _in_origin_form(scope: Scope) -> Scope:
+    """The scope of a target such as http://host/path, with the path alone and this host: RFC 9112, 3.2.2."""
+    found = _ABSOLUTE.fullmatch(scope["raw_path"])
+    if found is None:
+        return dict(scope)
+    path = found["path"] or b"/"
+    others = [header for header in scope["headers"] if header[0] != b"host"]
+    return {
+        **scope,
+        "raw_path": path,
+        "path": unquote(path.decode("ascii")),
+        "headers": [(b"host", found["host"]), *others],
+    }
+
+
+def _address(scope: Scope) -> str:
+    """Whom a request comes from; one network of IPv6 is one client, as it may have any address there."""
+    host, _ = scope.get("client") or ("", 0)
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # not a socket of the internet
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 def error_response(
     status: int,
     kind: str,
     error: Exception,
     *,
     code: str | None = None,
+    parameter: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     """An answer in OpenAI's shape."""
-    parameter = getattr(error, "parameter", None)
     detail = ErrorDetail(message=str(error), type=kind, code=code, param=parameter)
     body = ErrorResponse(error=detail).model_dump()
     return JSONResponse(body, status_code=status, headers=headers)

@@ -84,7 +84,9 @@ export class Notebook {
     this.view.set(text, marks);
     const known = tokens.filter((one) => one.logprob !== null);
     const total = known.reduce((sum, one) => sum - one.logprob, 0);
-    const numBytes = new TextEncoder().encode(text).length;
+    // The first token has no probability, so its bytes do not count.
+    const scored = [...text].slice(known[0]?.offset ?? 0).join("");
+    const numBytes = new TextEncoder().encode(scored).length;
     return {
       numTokens: known.length,
       perplexity: Math.exp(total / known.length),

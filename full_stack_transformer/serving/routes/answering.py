@@ -6,12 +6,14 @@ Belongs to no route: completions, chats and the native one build on it.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 from fastapi.responses import JSONResponse
@@ -20,10 +22,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from full_stack_transformer.errors import FullStackTransformerError, RequestError
+from full_stack_transformer.errors import (
+    ContextLengthError,
+    FullStackTransformerError,
+    RequestError,
+)
 from full_stack_transformer.generation.engine import TokenRequest
 from full_stack_transformer.generation.requests import Continuation, Piece, joined
 from full_stack_transformer.serving.http.bodies import InvalidBodyError
+from full_stack_transformer.serving.routes.log_probabilities import ShownTokens
 from full_stack_transformer.serving.schemas import (
     ErrorDetail,
     ErrorResponse,
@@ -63,23 +70,49 @@ class Usage(BaseModel):
 # ---------------------------------------------------------------------- prompts
 
 
-async def encode(model: ServedModel, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of a prompt; long prompts are encoded in another thread.
+@contextlib.contextmanager
+def naming(field: str, index: int, *, of: int) -> Iterator[None]:
+    """Errors inside name the element of a list that they are about."""
+    try:
+        yield
+    except RequestError as error:
+        if of == 1:
+            raise
+        raise type(error)(f"{field}[{index}]: {error}") from None
+
+
+async def encode(
+    model: ServedModel, prompts: Sequence[str | list[int]], field: str
+) -> list[list[int]]:
+    """Token ids of prompts; long ones are encoded in another thread.
+
+    Args:
+        model: that reads them.
+        prompts: texts, or token ids already.
+        field: of the body, for errors.
 
     Raises:
-        RequestError: it can never fit into the context.
+        RequestError: one can never fit into the context.
     """
-    if not isinstance(prompt, str):
-        return list(prompt)
     most = model.engine.max_length * _MAX_CHARACTERS_OF_TOKEN
-    if len(prompt) > most:
-        raise RequestError(
-            f"the model's context is {model.engine.max_length} tokens, but the prompt has "
-            f"{len(prompt):,} characters; shorten it"
-        )
-    if len(prompt) <= _MAX_CHARACTERS_AT_ONCE:
-        return model.tokenizer.encode_prompt(prompt)
-    return await asyncio.to_thread(model.tokenizer.encode_prompt, prompt)
+    num_characters = 0
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            num_characters += len(prompt)
+            if len(prompt) > most:
+                with naming(field, index, of=len(prompts)):
+                    raise ContextLengthError(
+                        f"the model's context is {model.engine.max_length} tokens, but the prompt has "
+                        f"{len(prompt):,} characters; shorten it"
+                    )
+
+    def encode_all() -> list[list[int]]:
+        encoded = model.tokenizer.encode_prompt
+        return [encoded(one) if isinstance(one, str) else list(one) for one in prompts]
+
+    if num_characters <= _MAX_CHARACTERS_AT_ONCE:
+        return encode_all()
+    return await asyncio.to_thread(encode_all)
 
 
 def check_room(request: Request, model: ServedModel, num_texts: int) -> None:
@@ -92,7 +125,8 @@ def check_room(request: Request, model: ServedModel, num_texts: int) -> None:
         raise InvalidBodyError(
             f"at most {_MAX_TICKETS} texts can be generated for one request, found {num_texts}"
         )
-    request.app.state.worker.check_room(model.engine, num_texts)
+    facts = request.state.facts
+    request.app.state.worker.check_room(model.engine, num_texts, facts.client)
 
 
 # ---------------------------------------------------------------------- into the queue, and back
@@ -142,6 +176,7 @@ def submit(request: Request, model: ServedModel, wanted: Sequence[TokenRequest])
             mailbox=mailbox,
             number=number,
             deadline=deadline,
+            client=request.state.facts.client,
         )
         for number, one in enumerate(wanted)
     ]
@@ -210,12 +245,13 @@ class OpenAIAnswer(ABC):
     def __init__(
         self, body: OpenAIBody, model: ServedModel, *, prefix: str, kind: str, chunk_kind: str
     ) -> None:
-        if body.stream_options is not None and not body.stream:
+        if body.includes_usage and not body.stream:
             raise InvalidBodyError("stream_options: only possible with stream", "stream_options")
         self._model = model
         self._stream = bool(body.stream)
         self._format = body.response_format
         self._includes_usage = body.includes_usage
+        self._counts_each_piece = body.includes_usage_of_pieces
         self._head = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": chunk_kind if body.stream else kind,
@@ -225,6 +261,10 @@ class OpenAIAnswer(ABC):
         self._num_prompt_tokens = 0
         self._num_new_tokens = 0
         self._begun: set[int] = set()
+        # Of each continuation: tokens of its prompt and of its text, and its tokens that may be shown.
+        self._prompt_lengths: list[int] = []
+        self._lengths: Counter[int] = Counter()
+        self._shown: dict[int, ShownTokens] = {}
 
     async def send(
         self, request: Request, wanted: list[TokenRequest], *, num_prompt_tokens: int
@@ -236,12 +276,14 @@ class OpenAIAnswer(ABC):
             ServiceUnavailableError: not now.
         """
         self._num_prompt_tokens = num_prompt_tokens
+        self._prompt_lengths = [len(one.prompt_ids) for one in wanted]
         wanted = await _constrained(self._model, wanted, self._format)
         exchange = submit(request, self._model, wanted)
         if self._stream:
             return EventStream(exchange, self._chunk, self._last_chunks)
         with exchange:
             texts = await wait_for_texts(exchange, request)
+        texts = [self._with_shown_tokens(*one) for one in enumerate(texts)]
         self._num_new_tokens = sum(text.num_tokens for text in texts)
         return JSONResponse({**self._head, "choices": self.choices(texts), "usage": self._usage()})
 
@@ -261,6 +303,8 @@ class OpenAIAnswer(ABC):
 
     def _chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         self._num_new_tokens += piece.num_tokens
+        self._lengths[index] += piece.num_tokens
+        piece = self._with_shown_tokens(index, piece)
         text = self.shown_text(index, piece)
         is_first = index not in self._begun
         if not (is_first or text or piece.scored or piece.finish_reason):
@@ -268,7 +312,17 @@ class OpenAIAnswer(ABC):
         self._begun.add(index)
         choice = self.streamed_choice(index, text, piece, is_first=is_first)
         chunk = {**self._head, "choices": [choice]}
-        return chunk | {"usage": None} if self._includes_usage else chunk
+        if not self._includes_usage:
+            return chunk
+        counts = self._prompt_lengths[index], self._lengths[index]
+        return chunk | {"usage": _usage(*counts) if self._counts_each_piece else None}
+
+    def _with_shown_tokens(self, index: int, piece: Piece) -> Piece:
+        if piece.scored and index not in self._shown:
+            self._shown[index] = ShownTokens(self._model.tokenizer)
+        if index not in self._shown:
+            return piece
+        return dataclasses.replace(piece, scored=self._shown[index].push(piece))
 
     def _last_chunks(self) -> list[dict[str, Any]]:
         return (
@@ -276,11 +330,15 @@ class OpenAIAnswer(ABC):
         )
 
     def _usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self._num_prompt_tokens,
-            "completion_tokens": self._num_new_tokens,
-            "total_tokens": self._num_prompt_tokens + self._num_new_tokens,
-        }
+        return _usage(self._num_prompt_tokens, self._num_new_tokens)
+
+
+def _usage(num_prompt_tokens: int, num_new_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_new_tokens,
+        "total_tokens": num_prompt_tokens + num_new_tokens,
+    }
 
 
 async def _constrained(

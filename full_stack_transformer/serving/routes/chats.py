@@ -36,6 +36,7 @@ class ChatLogprobs(BaseModel):
     """Log-probabilities in the form of chats."""
 
     content: list[ChatTokenLogprob]
+    refusal: None = None
 
 
 class AnswerMessage(BaseModel):

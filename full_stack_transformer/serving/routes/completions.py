@@ -17,14 +17,11 @@ from full_stack_transformer.serving.routes.answering import (
     Usage,
     check_room,
     encode,
+    naming,
     submit,
     wait_for_texts,
 )
-from full_stack_transformer.serving.routes.log_probabilities import (
-    LogprobsWriter,
-    cut_at,
-    joined,
-)
+from full_stack_transformer.serving.routes.log_probabilities import LogprobsWriter, joined
 from full_stack_transformer.serving.schemas import (
     CompletionRequest,
     GeneratedTextsRequest,
@@ -71,14 +68,13 @@ def make_native_router(models: ServedModels) -> APIRouter:
         response_model=GeneratedTextsResponse,
         openapi_extra=body_schema(GeneratedTextsRequest),
     )
-    @router.post("/generated_texts", include_in_schema=False)
     async def generated_texts(request: Request) -> GeneratedTextsResponse:
         """Continue a text; fewer tokens than asked for where the context has less room."""
         body = await parse_body(request, GeneratedTextsRequest)
         model = models.find(body.model)
         check_room(request, model, body.num_return_sequences)
         wanted = model.conventions.requests(
-            await encode(model, body.seed_text),
+            (await encode(model, [body.seed_text], "seed_text"))[0],
             body.given(),
             max_length=model.engine.max_length,
             num_sequences=body.num_return_sequences,
@@ -107,7 +103,7 @@ def add_completion_route(router: APIRouter, models: ServedModels) -> None:
         _check(body)
         answer = _CompletionAnswer(body, model)
         check_room(request, model, len(answer.prompts) * answer.num_candidates)
-        prompt_ids = [await encode(model, prompt) for prompt in answer.prompts]
+        prompt_ids = await encode(model, answer.prompts, "prompt")
         return await answer.send(
             request, answer.wanted(prompt_ids), num_prompt_tokens=sum(map(len, prompt_ids))
         )
@@ -144,7 +140,12 @@ class _CompletionAnswer(OpenAIAnswer):
     def wanted(self, prompt_ids: list[list[int]]) -> list[TokenRequest]:
         """The candidates of the first prompt, then those of the second …"""
         self._prompt_ids = prompt_ids
-        return [one for ids in prompt_ids for one in self._candidates(ids)]
+        wanted: list[TokenRequest] = []
+        for index, ids in enumerate(prompt_ids):
+            with naming("prompt", index, of=len(prompt_ids)):
+                wanted += self._candidates(ids)
+                self._model.engine.check(wanted[-1])
+        return wanted
 
     def _candidates(self, prompt_ids: list[int]) -> list[TokenRequest]:
         body, given = self._body, self._body.given()
@@ -185,9 +186,7 @@ class _CompletionAnswer(OpenAIAnswer):
         if self._body.logprobs is not None:
             writer = LogprobsWriter(self._model.tokenizer)
             parts = self._prompt_logprobs(writer, prompt_index, text.scored_prompt)
-            logprobs = joined(
-                *parts, cut_at(len(before) + len(text.text), writer.scored(text.scored))
-            )
+            logprobs = joined(*parts, writer.scored(text.scored))
         return {
             "index": index,
             "text": before + text.text,
@@ -218,12 +217,14 @@ class _CompletionAnswer(OpenAIAnswer):
     ) -> list[dict[str, list[Any]]]:
         if not self._body.echo or self._body.logprobs is None:
             return []
-        ids, is_text = self._prompt_ids[prompt_index], isinstance(self.prompts[prompt_index], str)
-        # A begin token that was put before a text here is no part of what was sent.
-        num_added = len(self._model.tokenizer.prefix_ids) if is_text else 0
-        if num_added:
-            return [writer.scored(scored[num_added - 1 :])]
-        return [writer.unscored(ids[0]), writer.scored(scored)]
+        ids, prompt = self._prompt_ids[prompt_index], self.prompts[prompt_index]
+        # What was put before a text here is no part of what was sent. What comes first then has no
+        # log-probability, as with OpenAI.
+        num_added = len(self._model.tokenizer.prefix_ids) if isinstance(prompt, str) else 0
+        if not prompt:
+            return []
+        first = ids[num_added : num_added + 1]
+        return [*map(writer.unscored, first), writer.scored(scored[num_added:])]
 
     def _echoed(self, prompt_index: int) -> str:
         if not self._body.echo:

@@ -4,6 +4,7 @@ A model for sentence embeddings gives its own. One that generates gives the mean
 tokens; the token that begins a document is the same in all texts, and counts where there is no other.
 """
 
+import asyncio
 import base64
 import time
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from torch import Tensor
 
-from full_stack_transformer.errors import RequestError
+from full_stack_transformer.errors import ContextLengthError, RequestError
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
-from full_stack_transformer.serving.routes.answering import encode, unless_gone
+from full_stack_transformer.serving.routes.answering import encode, naming, unless_gone
 from full_stack_transformer.serving.schemas import EmbeddingRequest
 from full_stack_transformer.serving.workers.models import AnyServed, ServedModels, ServedTask
 from full_stack_transformer.tasks.catalogue import EMBEDDING_TASK
+
+_MAX_NUMBERS_AT_ONCE = 32_768
 
 
 class Embedding(BaseModel):
@@ -90,18 +93,23 @@ async def answer_embeddings(request: Request, body: EmbeddingRequest, model: Any
     width = vectors.shape[-1]
     if body.dimensions not in (None, width):
         raise InvalidBodyError(f"dimensions: this model's vectors have {width}", "dimensions")
-    vectors = torch.nn.functional.normalize(vectors, dim=-1)
-    return JSONResponse(
-        {
+
+    def content() -> dict[str, Any]:
+        normalized = torch.nn.functional.normalize(vectors, dim=-1)
+        return {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": index, "embedding": _written(vector, body)}
-                for index, vector in enumerate(vectors)
+                for index, vector in enumerate(normalized)
             ],
             "model": model.name,
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
-    )
+
+    if vectors.numel() <= _MAX_NUMBERS_AT_ONCE:
+        return JSONResponse(content())
+    # Thousands of vectors take a second to write: others must not wait for that.
+    return await asyncio.to_thread(lambda: JSONResponse(content()))
 
 
 async def embed(
@@ -116,24 +124,28 @@ async def embed(
     deadline = time.monotonic() + request.app.state.request_timeout_seconds
     if isinstance(model, ServedTask):
         return await _embed_by_task(request, model, inputs, deadline)
-    worker = request.app.state.worker
-    worker.check_room(model.engine, 1)
-    token_ids = [await encode(model, text) for text in inputs]
-    longest = max(map(len, token_ids))
-    if longest > model.engine.max_length:
-        raise RequestError(
-            f"the model's context is {model.engine.max_length} tokens, but a text has {longest}; shorten it"
-        )
-    states = await unless_gone(
-        request.receive, worker.hidden_states(model.name, model.engine, token_ids, deadline)
-    )
+    worker, client = request.app.state.worker, request.state.facts.client
+    worker.check_room(model.engine, 1, client)
+    token_ids = await encode(model, inputs, "input")
+    for index, ids in enumerate(token_ids):
+        if len(ids) > model.engine.max_length:
+            with naming("input", index, of=len(token_ids)):
+                raise ContextLengthError(
+                    f"the model's context is {model.engine.max_length} tokens, but the text has "
+                    f"{len(ids)}; shorten it"
+                )
     prefix = model.tokenizer.prefix_ids
-    words = [
-        one[len(prefix) :] if ids[: len(prefix)] == prefix and len(ids) > len(prefix) else one
-        for one, ids in zip(states, token_ids, strict=True)
-    ]
-    means = torch.stack([one.float().mean(dim=0) for one in words])
-    return means, sum(map(len, token_ids))
+
+    def mean(ids: Sequence[int], states: Tensor) -> Tensor:
+        """Of the text's own tokens, where there are any."""
+        is_framed = ids[: len(prefix)] == prefix and len(ids) > len(prefix)
+        return states[len(prefix) if is_framed else 0 :].float().mean(dim=0)
+
+    work = worker.hidden_states(
+        *(model.name, model.engine, token_ids, deadline), client=client, summarize=mean
+    )
+    means = await unless_gone(request.receive, work)
+    return torch.stack(means), sum(map(len, token_ids))
 
 
 async def _embed_by_task(
@@ -144,7 +156,9 @@ async def _embed_by_task(
         raise InvalidBodyError("input: this model reads texts, not token ids", "input")
     found = await unless_gone(
         request.receive,
-        request.app.state.task_worker.predict(model.name, model.opened, rows, deadline),
+        request.app.state.task_worker.predict(
+            model.name, model.opened, rows, deadline, client=request.state.facts.client
+        ),
     )
     return torch.tensor([one["embedding"] for one in found.predictions]), found.num_tokens
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from full_stack_transformer.generation.requests import Piece
 from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
@@ -62,13 +63,58 @@ class TokenTexts:
         return None
 
 
+class ShownTokens:
+    """The scored tokens of one continuation whose text is shown, whole or piece by piece alike.
+
+    A token waits while its text may be the beginning of a stop text, and is left out when it is.
+    """
+
+    def __init__(self, tokenizer: DocumentTokenizer) -> None:
+        self._starts = TokenStarts(tokenizer)
+        self._waiting: list[tuple[int, ScoredToken]] = []
+        self._num_decoded = self._num_shown = 0
+
+    def push(self, piece: Piece) -> tuple[ScoredToken, ...]:
+        """The tokens to show with a piece."""
+        self._num_decoded += len(piece.decoded)
+        self._num_shown += len(piece.text)
+        waiting = [
+            *self._waiting,
+            *((self._starts.next(one.token_id), one) for one in piece.scored),
+        ]
+        is_whole = piece.finish_reason is not None and self._num_shown == self._num_decoded
+        shown = [is_whole or start < self._num_shown for start, _ in waiting]
+        self._waiting = [one for one, is_shown in zip(waiting, shown, strict=True) if not is_shown]
+        return tuple(one[1] for one, is_shown in zip(waiting, shown, strict=True) if is_shown)
+
+
+class TokenStarts:
+    """At which character of a text its tokens begin; one inside a character begins where that does."""
+
+    def __init__(self, tokenizer: DocumentTokenizer) -> None:
+        self._stream = TextStream(tokenizer)
+        self._num_released = 0
+
+    def next(self, token_id: int) -> int:
+        """That of the next token."""
+        before, held = self._num_released, self._stream.held_back
+        text = self._stream.push(token_id)
+        self._num_released += len(text)
+        if not held:
+            return before
+        if text and self._stream.held_back:  # what was held back was complete
+            return self._num_released
+        # What was held back either stays as it is, broken for good, or its last character is completed.
+        stays = text.startswith(held) and len(text) > len(held)
+        return before + len(held if stays else held.rstrip(_BROKEN))
+
+
 class LogprobsWriter:
     """Log-probabilities in the form of completions, piece by piece; offsets count the choice's characters."""
 
     def __init__(self, tokenizer: DocumentTokenizer) -> None:
         self._texts = texts_of(tokenizer)
-        self._stream = TextStream(tokenizer)
-        self._offset = 0
+        self._starts = TokenStarts(tokenizer)
 
     def unscored(self, token_id: int) -> dict[str, list[Any]]:
         """A first token: nothing comes before it that could make it likely."""
@@ -81,24 +127,21 @@ class LogprobsWriter:
         )
 
     def _alternatives(self, token: ScoredToken) -> dict[str, float]:
+        """The most likely tokens, and always the one that was taken."""
         found: dict[str, float] = {}
         # From the most likely down: of several tokens with one text the first counts.
-        for token_id, log_probability in token.alternatives:
-            found.setdefault(self._texts.text(token_id), log_probability)
+        for token_id, value in (*token.alternatives, (token.token_id, token.log_probability)):
+            found.setdefault(self._texts.text(token_id), value)
         return found
 
     def _lists(
         self, tokens: list[tuple[int, float | None, dict[str, float] | None]]
     ) -> dict[str, list[Any]]:
-        offsets = []
-        for token_id, _, _ in tokens:
-            offsets.append(self._offset)
-            self._offset += len(self._stream.push(token_id))
         return {
             "tokens": [self._texts.text(token_id) for token_id, _, _ in tokens],
             "token_logprobs": [value for _, value, _ in tokens],
             "top_logprobs": [alternatives for _, _, alternatives in tokens],
-            "text_offset": offsets,
+            "text_offset": [self._starts.next(token_id) for token_id, _, _ in tokens],
         }
 
 
@@ -106,12 +149,6 @@ def joined(*parts: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Parts of one text's log-probabilities, one after the other."""
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     return {name: [entry for part in parts for entry in part[name]] for name in names}
-
-
-def cut_at(length: int, lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Without the tokens that begin after a text of `length` characters, which a stop text cut off."""
-    num_kept = sum(1 for offset in lists["text_offset"] if offset < length)
-    return {name: values[:num_kept] for name, values in lists.items()}
 
 
 def chat_logprobs(tokens: Sequence[ScoredToken], tokenizer: DocumentTokenizer) -> dict[str, Any]:
@@ -130,5 +167,6 @@ def chat_logprobs(tokens: Sequence[ScoredToken], tokenizer: DocumentTokenizer) -
             entry(token.token_id, token.log_probability)
             | {"top_logprobs": [entry(*alternative) for alternative in token.alternatives]}
             for token in tokens
-        ]
+        ],
+        "refusal": None,
     }

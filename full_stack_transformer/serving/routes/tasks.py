@@ -81,6 +81,8 @@ async def _predict(
 ) -> list[Prediction]:
     state: Any = request.app.state
     deadline = time.monotonic() + state.request_timeout_seconds
-    work = state.task_worker.predict(model.name, model.opened, rows, deadline)
+    work = state.task_worker.predict(
+        model.name, model.opened, rows, deadline, client=request.state.facts.client
+    )
     found: Predicted = await unless_gone(request.receive, work)
     return found.predictions

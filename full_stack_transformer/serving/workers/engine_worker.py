@@ -8,7 +8,7 @@ One thread steps the engines of all models in turn: they share the device. Knows
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +22,7 @@ from full_stack_transformer.errors import (
 )
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
 from full_stack_transformer.generation.requests import Continuation, Piece
-from full_stack_transformer.serving.workers.thread import WorkerThread, busy, call_on, settle
+from full_stack_transformer.serving.workers.thread import WorkerThread, call_on, check_share, settle
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class Ticket:
     number: int
     deadline: float
     """By time.monotonic()."""
+    client: str = ""
+    """Who asks: clients share the queue."""
     times: Times = field(default_factory=Times)
     is_cancelled: bool = False
 
@@ -88,6 +90,8 @@ class _Reading:
     sequences: list[Sequence[int]]
     answer: "asyncio.Future[list[Tensor]]"
     deadline: float
+    client: str
+    summarize: Callable[[Sequence[int], Tensor], Tensor]
     states: list[Tensor] = field(default_factory=list)
 
 
@@ -95,7 +99,7 @@ class EngineWorker(WorkerThread):
     """Owns the thread; every method may be called from the event loop.
 
     Args:
-        max_queue_size: continuations of one model that may wait.
+        max_queue_size: continuations of one model that may wait for one client.
         on_piece: told of each piece on the event loop, before it is read; for metrics.
     """
 
@@ -131,12 +135,12 @@ class EngineWorker(WorkerThread):
         waiting += [one.model_name for one in tuple(self._readings)]
         return [one.model_name for one in running].count(model_name), waiting.count(model_name)
 
-    def check_room(self, engine: Engine, num_tickets: int) -> None:
+    def check_room(self, engine: Engine, num_tickets: int, client: str = "") -> None:
         """Refuse what would not be taken now; cheap, for before the work of tokenizing.
 
         Raises:
             RequestError: this many are never taken at once.
-            ServiceBusyError: the queue is full.
+            ServiceBusyError: the client's share of the queue is full.
             ServiceUnavailableError: the service is stopping.
         """
         self.check_is_taking()
@@ -145,15 +149,16 @@ class EngineWorker(WorkerThread):
             raise RequestError(
                 f"at most {most} texts can be generated at once, found {num_tickets}"
             )
-        num_ahead = sum(1 for ticket in tuple(self._waiting) if ticket.engine is engine)
-        num_ahead += sum(1 for key in tuple(self._running) if key[0] is engine)
-        num_ahead += len(self._readings)
-        if num_ahead + num_tickets > most:
-            rounds = max(1, num_ahead - engine.num_slots) / engine.num_slots
-            raise busy(
-                f"{num_ahead} requests are running or waiting; try again later",
-                rounds * self._seconds_per_ticket,
-            )
+        waiting = [one.client for one in tuple(self._waiting) if one.engine is engine]
+        waiting += [one.client for one in tuple(self._readings)]
+        num_running = sum(1 for key in tuple(self._running) if key[0] is engine)
+        num_own, num_free = waiting.count(client), max(0, engine.num_slots - num_running)
+        check_share(
+            max(0, num_own + num_tickets - num_free),
+            len(waiting) - num_own,
+            max_own=self._max_queue_size,
+            seconds=max(1, len(waiting)) / engine.num_slots * self._seconds_per_ticket,
+        )
 
     def submit(self, tickets: list[Ticket]) -> None:
         """Queue continuations of one model, all of them or none.
@@ -163,7 +168,7 @@ class EngineWorker(WorkerThread):
         """
         now = time.monotonic()
         with self._wake:
-            self.check_room(tickets[0].engine, len(tickets))
+            self.check_room(tickets[0].engine, len(tickets), tickets[0].client)
             for ticket in tickets:
                 ticket.times.submitted = now
             self._waiting.extend(tickets)
@@ -175,16 +180,27 @@ class EngineWorker(WorkerThread):
         engine: Engine,
         sequences: list[Sequence[int]],
         deadline: float,
+        *,
+        client: str = "",
+        summarize: Callable[[Sequence[int], Tensor], Tensor] = lambda ids, states: states,
     ) -> list[Tensor]:
         """What the model makes of each token of each sequence, (tokens, hidden).
+
+        Args:
+            model_name: for the metrics.
+            engine: that reads.
+            sequences: token ids.
+            deadline: by time.monotonic().
+            client: who asks.
+            summarize: what to keep of a sequence, out of its ids and states: all states of many are large.
 
         Raises:
             ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`, or the model failed.
         """
         answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
-        reading = _Reading(model_name, engine, sequences, answer, deadline)
+        reading = _Reading(model_name, engine, sequences, answer, deadline, client, summarize)
         with self._wake:
-            self.check_room(engine, 1)
+            self.check_room(engine, 1, client)
             self._readings.append(reading)
             self._wake.notify()
         return await answer
@@ -236,15 +252,21 @@ class EngineWorker(WorkerThread):
         return True
 
     def _fill_slots(self, now: float) -> None:
-        passed: list[Ticket] = []
-        while self._waiting:
-            ticket = self._waiting.popleft()
-            if not ticket.engine.num_free_slots:
-                passed.append(ticket)
-                continue
+        """Start what waits; clients take turns, so that few texts do not wait for another's many."""
+        while True:
+            running = Counter((key[0], one.client) for key, one in self._running.items())
+            # Hidden states are read in a free slot: one is left for them.
+            kept = {one.engine for one in self._readings if one.engine.num_slots > 1}
+            ticket = min(
+                (one for one in self._waiting if one.engine.num_free_slots > (one.engine in kept)),
+                key=lambda one: running[one.engine, one.client],
+                default=None,
+            )
+            if ticket is None:
+                return
+            self._waiting.remove(ticket)
             ticket.times.started = now
             self._running[ticket.engine, ticket.engine.add(ticket.request)] = ticket
-        self._waiting.extend(passed)
 
     def _end_late(self, now: float, late: list[Ticket]) -> None:
         for key in [key for key, ticket in self._running.items() if ticket.deadline <= now]:
@@ -267,7 +289,8 @@ class EngineWorker(WorkerThread):
             elif reading.engine.num_free_slots:
                 try:
                     sequence = reading.sequences[len(reading.states)]
-                    reading.states += reading.engine.hidden_states([sequence])
+                    [states] = reading.engine.hidden_states([sequence])
+                    reading.states.append(reading.summarize(sequence, states))
                 except FullStackTransformerError as error:
                     self._finish_reading(reading, error)
                     return

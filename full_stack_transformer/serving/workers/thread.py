@@ -63,6 +63,27 @@ class WorkerThread(ABC):
         """What the thread does, to its end."""
 
 
+def check_share(num_own: int, num_others: int, *, max_own: int, seconds: float) -> None:
+    """Refuse what is more than a client's share of a queue, so that nobody shuts the others out.
+
+    A client alone may have `max_own` places. As many again are for others: each may have half of what the
+    rest leaves (dynamic thresholds: Choudhury and Hahne 1998), so a newcomer nearly always finds room.
+
+    Args:
+        num_own: places that the client would have.
+        num_others: places that others have.
+        max_own: places of a client alone.
+        seconds: until there will be room, about.
+
+    Raises:
+        ServiceBusyError: there is no room now.
+    """
+    if num_own > max(0, 2 * max_own - num_others + 1) // 2:
+        whose = f" ({num_others} of them others')" if num_others else ""
+        waiting = f"{num_own + num_others} texts or requests would wait{whose}"
+        raise busy(f"{waiting}, which is more than your share; try again later", seconds)
+
+
 def busy(message: str, seconds: float) -> ServiceBusyError:
     """The queue is full, and it will take so long until there is room."""
     return ServiceBusyError(message, min(_MAX_RETRY_SECONDS, max(1, math.ceil(seconds))))

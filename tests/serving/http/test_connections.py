@@ -86,7 +86,7 @@ def test_a_large_body_is_refused_without_a_reset(service: Service) -> None:
 
 
 def test_a_large_head_is_refused(service: Service) -> None:
-    head = b"GET /health HTTP/1.1\r\nhost: x\r\na: " + b"b" * 100_000 + b"\r\n\r\n"
+    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\na: " + b"b" * 100_000 + b"\r\n\r\n"
     assert _ask(service, head)[0] == 400
 
 
@@ -112,10 +112,8 @@ def test_logs_are_json_lines_without_texts(service: Service) -> None:
         ).status_code
         == 200
     )
-    assert (
-        httpx.post(f"{service.url}/v1/completions", json=body | {secret: 1}, timeout=60).status_code
-        == 400
-    )
+    answer = httpx.post(f"{service.url}/v1/completions", json=body | {secret: 1}, timeout=60)
+    assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, "(other)")
     httpx.get(f"{service.url}/{secret}", timeout=60)
     line = json.loads(service.process.wait_for_log('"log-1"'))
     assert line["route"] == "/v1/completions"

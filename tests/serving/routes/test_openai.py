@@ -97,10 +97,12 @@ def test_a_text_is_scored_without_new_tokens(
     assert np.allclose(values[1:-1], expected, atol=0.15)
 
 
-def test_a_text_prompt_is_scored_from_its_first_token(client: openai.OpenAI) -> None:
+def test_a_text_prompt_is_scored_after_its_first_token(client: openai.OpenAI) -> None:
     scored = _complete(client, prompt="The reader", max_tokens=0, echo=True, logprobs=0).choices[0]
     assert "".join(scored.logprobs.tokens) == "The reader"
-    assert None not in scored.logprobs.token_logprobs
+    values = scored.logprobs.token_logprobs
+    assert (values[0], scored.logprobs.top_logprobs[0]) == (None, None)
+    assert None not in values[1:]
     assert scored.logprobs.text_offset[0] == 0
 
 
@@ -241,12 +243,11 @@ def test_an_answer_can_be_held_to_an_expression(client: openai.OpenAI) -> None:
     [
         ({"suffix": "x"}, "suffix: not supported"),
         ({"max_tokens": 0}, "only possible with echo|only possible|0 is only"),
-        ({"tools": []}, "tools: not supported"),
+        ({"guided_regex": "a"}, "guided_regex: not supported"),
         ({"stream_options": {"include_usage": True}}, "only possible with stream"),
         ({"prompt": []}, "prompt: should be a text"),
         ({"logprobs": 21}, "logprobs"),
         ({"max_tokens": 500}, "context is 128 tokens"),
-        ({"unheard_of": 1}, "unheard_of"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -256,3 +257,118 @@ def test_what_is_impossible_is_said_clearly(
     answer = http.post("/v1/completions", json={"prompt": "x"} | body)
     assert answer.status_code == 400
     assert re.search(message, answer.json()["error"]["message"])
+
+
+# ---------------------------------------------------------------------- log-probabilities
+
+
+def test_the_token_that_was_taken_is_always_among_the_best(client: openai.OpenAI) -> None:
+    for number in (0, 1, 3):
+        answer = _complete(client, seed=7, logprobs=number, temperature=3, max_tokens=20)
+        logprobs = answer.choices[0].logprobs
+        sizes = set()
+        for token, value, top in zip(
+            logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+        ):
+            assert token in top
+            assert value in top.values() or len(top) < number + 1
+            sizes.add(len(top))
+        assert max(sizes) <= number + 1
+    chat = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=2, logprobs=True
+    )
+    assert chat.choices[0].logprobs is not None
+    assert chat.choices[0].logprobs.model_dump()["refusal"] is None
+    assert "refusal" in chat.choices[0].logprobs.model_fields_set
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_streamed_log_probabilities_are_those_of_the_whole(
+    client: openai.OpenAI, kind: str
+) -> None:
+    """Also where a stop text ends the answer in the middle of a token, or seems to begin again and again."""
+
+    def ask(stop: list[str], stream: bool) -> Any:
+        options: Any = {
+            "seed": 3,
+            "max_tokens": 24,
+            "temperature": 1.5,
+            "stop": stop,
+            "stream": stream,
+        }
+        if kind == "completion":
+            return _complete(client, logprobs=1, **options)
+        return client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, logprobs=True, top_logprobs=1, **options
+        )
+
+    def tokens(choice: Any) -> list[Any]:
+        if choice.logprobs is None:
+            return []
+        if kind == "chat":
+            return [(one.token, one.logprob) for one in choice.logprobs.content]
+        lists = choice.logprobs
+        return list(zip(lists.tokens, lists.token_logprobs, lists.text_offset, strict=True))
+
+    def text(choice: Any) -> str:
+        return (choice.text if kind == "completion" else _delta(choice).content) or ""
+
+    [plain] = ask([], stream=False).choices
+    whole_text = text(plain)
+    stops = [
+        [],
+        [whole_text[5:7]],
+        [whole_text[8:11], "nothing"],
+        [whole_text[2:4] + "\u2603"],
+        [whole_text[9]],
+    ]
+    for stop in stops:
+        [whole] = ask(stop, stream=False).choices
+        pieces = [chunk.choices[0] for chunk in ask(stop, stream=True)]
+        assert [one for piece in pieces for one in tokens(piece)] == tokens(whole)
+        assert len(tokens(whole)) > 0 or not text(whole)
+        if kind == "completion":
+            shown = "".join(one[0] for one in tokens(whole))
+            assert shown.startswith(whole.text) or "\ufffd" in whole.text
+
+
+def _delta(choice: Any) -> Any:
+    return choice.message if hasattr(choice, "message") else choice.delta
+
+
+def test_offsets_count_broken_characters(client: openai.OpenAI, generator: TextGenerator) -> None:
+    tokenizer = generator.model.tokenizer
+    byte_ids = [
+        tokenizer.backend.token_to_id(name) for name in ("â", "Ģ", "ľ")
+    ]  # e2 80 9c, a quotation mark
+    [a] = tokenizer.encode_text("a")
+    first, second, third = byte_ids
+    prompts = {
+        (a, first, a, a): [0, 1, 2, 3],  # a, broken, a, a
+        (a, first, second, third, a): [0, 1, 1, 1, 2],  # one character of three tokens
+        (a, first, first, a): [0, 1, 2, 3],
+        (a, first, second, a): [0, 1, 1, 2],
+        (first, second, a): [0, 0, 1],
+    }
+    for ids, offsets in prompts.items():
+        answer = _complete(client, prompt=list(ids), max_tokens=0, echo=True, logprobs=0).choices[0]
+        assert answer.logprobs.text_offset == offsets, answer.text
+        assert len(answer.text) == offsets[-1] + 1
+
+
+# ---------------------------------------------------------------------- many at once
+
+
+def test_thousands_of_texts_become_vectors(http: httpx.Client) -> None:
+    texts = [f"text {number % 7}" for number in range(2048)]
+    answer = http.post("/v1/embeddings", json={"input": texts, "encoding_format": "base64"}).json()
+    vectors = [one["embedding"] for one in answer["data"]]
+    assert len(vectors) == 2048
+    assert vectors[:7] == vectors[7:14]
+    assert len(set(vectors)) == 7
+
+
+def test_a_hundred_texts_of_one_prompt(client: openai.OpenAI) -> None:
+    answer = _complete(client, n=128, max_tokens=1, seed=1)
+    assert [choice.index for choice in answer.choices] == list(range(128))
+    assert len(_complete(client, prompt=["a"] * 65, max_tokens=1).choices) == 65
