@@ -108,7 +108,7 @@ def test_what_was_found_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
             {},
             "line 3: a quotation mark is not closed; .* pass --on_bad_row skip",
         ),
-        ("text,label\na,0\n".encode("utf-16"), {}, "should be UTF-8.* iconv"),
+        ("text,label\na,0\n".encode("utf-16"), {}, "is UTF-16, expected text in UTF-8.* iconv"),
     ],
 )
 def test_a_table_in_doubt_is_refused_with_the_option_to_type(
