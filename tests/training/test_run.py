@@ -195,7 +195,14 @@ def test_a_refused_training_on_rows_leaves_no_version(
     (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
     words = [
         *("train", "--task", "sequence_classification", "--train_file", str(tmp_path / "rows.csv")),
-        *("--model_config", "tiny", "--vocab_size", "300", "--experiments_root", str(tmp_path / "x")),
+        *(
+            "--model_config",
+            "tiny",
+            "--vocab_size",
+            "300",
+            "--experiments_root",
+            str(tmp_path / "x"),
+        ),
     ]
     assert run([*words, "--metric_for_best_model", "acc"]) == 2
     assert "must be one of loss, accuracy, f1_macro" in capsys.readouterr().err
@@ -212,7 +219,13 @@ def test_an_id_beyond_the_vocabulary_is_one_sentence(
         with (tmp_path / "data" / split / "corpus.npy").open("r+b") as file:
             file.seek(-6, os.SEEK_END)
             file.write((9999).to_bytes(2, "little"))
-    train = ["train", "--dataset_dir", str(tmp_path / "data"), "--experiments_root", str(tmp_path / "x")]
+    train = [
+        "train",
+        "--dataset_dir",
+        str(tmp_path / "data"),
+        "--experiments_root",
+        str(tmp_path / "x"),
+    ]
     for words in (
         [*train, "--model_config", "tiny", "--accelerator", "cpu", "--compile", "never"],
         ["evaluate", str(model_dir), str(tmp_path / "data"), "--device", "cpu"],
