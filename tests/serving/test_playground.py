@@ -64,9 +64,7 @@ class Service:
         body = json.dumps({"prompt": "x", "n": NUM_SLOTS, **ENDLESS})
         host, port = urlsplit(self.url).netloc.split(":")
         with socket.create_connection((host, int(port)), timeout=120) as connection:
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall((head + body).encode())
             self.wait_for("vllm:num_requests_running", NUM_SLOTS)
             yield
