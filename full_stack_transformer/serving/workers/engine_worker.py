@@ -116,6 +116,8 @@ class EngineWorker(WorkerThread):
         self._readings: deque[_Reading] = deque()
         self._running: dict[tuple[Engine, int], Ticket] = {}
         self._seconds_per_ticket = 1.0
+        # Clients that wait and have had something started, the latest at the end.
+        self._starts: list[str] = []
         self._thread.start()
 
     @property
@@ -252,19 +254,23 @@ class EngineWorker(WorkerThread):
         return True
 
     def _fill_slots(self, now: float) -> None:
-        """Start what waits; clients take turns, so that few texts do not wait for another's many."""
+        """Start what waits: of the client with the fewest in slots, or whose last start is longest ago."""
+        waiting = {one.client for one in self._waiting}
+        self._starts = [one for one in self._starts if one in waiting]
         while True:
             running = Counter((key[0], one.client) for key, one in self._running.items())
             # Hidden states are read in a free slot: one is left for them.
             kept = {one.engine for one in self._readings if one.engine.num_slots > 1}
+            turns = {client: turn for turn, client in enumerate(self._starts)}
             ticket = min(
                 (one for one in self._waiting if one.engine.num_free_slots > (one.engine in kept)),
-                key=lambda one: running[one.engine, one.client],
+                key=lambda one: (running[one.engine, one.client], turns.get(one.client, -1)),
                 default=None,
             )
             if ticket is None:
                 return
             self._waiting.remove(ticket)
+            self._starts = [*(one for one in self._starts if one != ticket.client), ticket.client]
             ticket.times.started = now
             self._running[ticket.engine, ticket.engine.add(ticket.request)] = ticket
 

@@ -211,3 +211,37 @@ def test_a_broken_reading_ends_its_request_and_no_other(
 
     _run(work)
     assert "reading for hidden states failed" in caplog.text
+
+
+def test_many_texts_of_one_client_leave_room_for_others(
+    model: ServedModel, worker: EngineWorker
+) -> None:
+    async def work() -> None:
+        gate, mailbox = Gate(), Mailbox()
+
+        def submit(client: str, number: int) -> list[Ticket]:
+            tickets = [_ticket(model, mailbox, 2, gate=gate) for _ in range(number)]
+            for ticket in tickets:
+                ticket.client = client
+            worker.submit(tickets)
+            return tickets
+
+        greedy = submit("greedy", SLOTS + QUEUE)
+        with pytest.raises(ServiceBusyError, match="more than your share"):
+            submit("greedy", 1)
+        while worker.num_running < SLOTS:
+            await asyncio.sleep(0.01)
+        # Three of six places are left: one client may have half of them, and a newcomer one.
+        others = submit("second", 2)
+        with pytest.raises(ServiceBusyError, match="of them others'"):
+            submit("second", 1)
+        others += submit("third", 1)
+        gate.open()
+        num_open = len(greedy) + len(others)
+        while num_open:
+            num_open -= sum(piece.finish_reason is not None for _, piece in await mailbox.take())
+        # The slots that become free are the others' first, although they came later.
+        first_of_others = max(others[0].times.started, others[2].times.started)
+        assert first_of_others <= min(ticket.times.started for ticket in greedy[SLOTS:])
+
+    _run(work)
