@@ -67,7 +67,7 @@ async def _stream(url: str, body: dict[str, Any], figures: LoadFigures) -> None:
     asked = time.perf_counter()
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nhost: benchmark\r\nconnection: close\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(content) + content
     )
     first = last = 0.0
