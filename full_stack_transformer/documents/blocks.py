@@ -27,6 +27,8 @@ BLOCK_BYTES = 1 << 20
 # The longest line of JSON Lines, and the largest document that a tokenizer wants whole. Each takes some
 # five times its size in memory.
 MAX_WHOLE_BYTES = 1 << 28
+# The longest line where each is a text or a row of a table.
+MAX_LINE_BYTES = 1 << 26
 _COMPRESSIONS = (".gz", ".zst")
 # Compressed bytes at a time: 4 of them can become a block of 128 KiB, so these become at most 16 MiB.
 _ZSTD_BLOCK_BYTES = 1 << 9
@@ -173,17 +175,17 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     with open_decompressed(path, 0) as file:
         number = 0
-        while line := file.readline(MAX_WHOLE_BYTES + 1):
+        while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            if len(line) > MAX_WHOLE_BYTES:
-                raise too_large(f"{path}: line {number}")
+            if len(line) > MAX_LINE_BYTES:
+                raise too_large(f"{path}: line {number}", MAX_LINE_BYTES)
             yield number, line
 
 
-def too_large(what: str) -> DocumentsError:
+def too_large(what: str, most: int) -> DocumentsError:
     """The error for a line or document that is larger than what is read as a whole."""
     return DocumentsError(
-        f"{what} has more than {MAX_WHOLE_BYTES >> 20} MiB, and is read as a whole; split it into "
+        f"{what} has more than {most >> 20} MiB, and is read as a whole; split it into "
         "documents of less"
     )
 

@@ -65,7 +65,8 @@ class DelimitedText:
                     # Blocks grow by a block: compared with the number of them.
                     if len(held) * BLOCK_BYTES > MAX_WHOLE_BYTES:
                         raise too_large(
-                            f"{path}: the document at byte {start:,} (up to a line {self._delimiter!r})"
+                            f"{path}: the document at byte {start:,} (up to a line {self._delimiter!r})",
+                            MAX_WHOLE_BYTES,
                         )
                     continue
                 content = b"".join([*held, buffer[:cut]])

@@ -136,10 +136,12 @@ def why_without_documents(path: Path, options: ReadingOptions) -> str:
         )
     hint = ""
     if b"\r" in sample and b"\n" not in sample:
-        hint = f" (its lines end with a carriage return alone, {CONVERT_LINE_ENDS.format(path)})"
+        hint = f"; its lines end with a carriage return alone, {CONVERT_LINE_ENDS.format(path)}"
+    if path.suffix.lower() == ending(path):  # not compressed
+        hint += f"; to make it one document: echo '{line}' >> {path}"
     return (
-        f"no line is {line!r}{hint}; end each document with such a line, also a single one "
-        f"(echo '{line}' >> {path}), or name another line with --end_of_document"
+        f"no line is {line!r}, which ends each document, also a single one (--end_of_document names "
+        f"another){hint}"
     )
 
 

@@ -42,7 +42,7 @@ class JsonLines:
                     held.append(data)
                     num_held += len(data)
                     if num_held > MAX_WHOLE_BYTES:
-                        raise too_large(f"{path}: the line at byte {start:,}")
+                        raise too_large(f"{path}: the line at byte {start:,}", MAX_WHOLE_BYTES)
                     continue
                 content = b"".join([*held, data[:cut]])
                 held = [data[cut:]]
@@ -80,6 +80,8 @@ class JsonLines:
             hint = ""
             if "\r" in line.strip():
                 hint = f"; its lines end with a carriage return alone, {CONVERT_LINE_ENDS.format(path)}"
+            if "\0" in line:
+                hint = "; it holds null bytes, as UTF-16 does; convert it to UTF-8"
             raise DocumentsError(
                 f"{path}: the line at byte {offset} should be a JSON object, but is not valid JSON: "
                 f"{error}{hint}"

@@ -69,6 +69,8 @@ def main(arguments: PrepareDatasetArguments) -> Path:
     with StreamCopies() as copies, ProgressDisplay() as display:
         with display.phase("looking for files"):
             passes = _passes(arguments, copies)
+            for file_pass in passes:
+                _find_document(file_pass, reading_options(arguments, can_cut=True))
         # Opened before anything is written, so that a wrong path leaves nothing behind.
         given_tokenizer = _given_tokenizer(arguments)
         mark = _fingerprint(arguments, passes)
@@ -169,6 +171,16 @@ def _passes(arguments: PrepareDatasetArguments, copies: StreamCopies) -> list[Pa
     return passes
 
 
+def _find_document(file_pass: Pass, reading: ReadingOptions) -> None:
+    """Raise if there is no document, before anything takes long; usually the first block has one."""
+    for path in file_pass.files:
+        document_format = format_of(path, reading)
+        with contextlib.closing(document_format.blocks(path, start=0, continues=False)) as blocks:
+            if any(document_format.documents(block).counts.num_documents for block in blocks):
+                return
+    check_documents(file_pass, reading, len(file_pass.files), file_pass.files[0])
+
+
 def _fingerprint(arguments: PrepareDatasetArguments, passes: list[Pass]) -> str:
     options = dataclasses.asdict(arguments)
     for without_effect in ("resume", "num_workers", "allow_code_from"):
@@ -217,12 +229,7 @@ def _trained_tokenizer(
 def _texts(
     file_pass: Pass, reading: ReadingOptions, display: ProgressDisplay | None = None
 ) -> Generator[str, None, None]:
-    """The texts of all files, documents or pieces of them.
-
-    Raises:
-        DocumentsError: after the last text, if there is no whole document.
-    """
-    num_documents = 0
+    """The texts of all files, documents or pieces of them."""
     for path in file_pass.files:
         document_format = format_of(path, reading)
         if display is not None:
@@ -232,13 +239,10 @@ def _texts(
                 if display is not None:
                     display.advance_to(block.end)
                 found = document_format.documents(block)
-                num_documents += found.counts.num_documents
                 del block
                 found.texts.reverse()
                 while found.texts:  # taken out, as a document may be large
                     yield found.texts.pop()
-    if not num_documents:
-        check_documents(file_pass, reading, len(file_pass.files), file_pass.files[0])
 
 
 def _first_texts(file_pass: Pass, reading: ReadingOptions) -> list[str]:

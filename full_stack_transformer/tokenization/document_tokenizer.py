@@ -247,8 +247,10 @@ class TrainedTokenizer(DocumentTokenizer):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        # The trainer holds 256 texts at a time. Words are counted, and a piece ends where a word ends.
-        parts = (part for document in documents for part in pieces(document, _PIECE_CHARACTERS))
+        # The trainer holds 256 texts at a time, and its time grows with the square of the longest word. It
+        # counts words, and a piece ends where a word ends.
+        size = _PIECE_CHARACTERS
+        parts = (part for text in documents for part in pieces(text, size, max_word=size))
         backend.train_from_iterator(parts, trainer=trainer)
         backend = _with_control_tokens(backend)
         return cls(backend, begin=BEGIN_OF_DOCUMENT, end=END_OF_DOCUMENT, pad=PADDING)

@@ -282,14 +282,17 @@ def _byte_characters() -> tuple[str, ...]:
     return tuple(chr(byte if byte in shown else next(others)) for byte in range(256))
 
 
-def pieces(text: str, num_characters: int) -> Iterator[str]:
-    """A text in pieces of about `num_characters`, which a byte-level BPE encodes as it does the whole."""
+def pieces(text: str, num_characters: int, *, max_word: int = MAX_WORD_CHARACTERS) -> Iterator[str]:
+    """A text in pieces of about `num_characters`, which a byte-level BPE encodes as it does the whole.
+
+    A piece without a border is cut anywhere after `max_word` characters.
+    """
     start = 0
     while len(text) - start > num_characters:
         end = start + num_characters
         cut = _last_border(text, end - min(num_characters // 2, _NEAR_CHARACTERS), end)
         if cut is None:
-            limit = start + max(num_characters, MAX_WORD_CHARACTERS)
+            limit = start + max(num_characters, max_word)
             found = _BORDER.search(text, end - 1, limit)
             cut = found.end() if found else limit
         yield text[start:cut]

@@ -154,9 +154,12 @@ def test_a_delimiter_before_a_lone_carriage_return_is_named(content: bytes, tmp_
         read(tmp_path / "x.txt")
 
 
-def test_json_lines_with_lone_carriage_returns_are_named(tmp_path: Path) -> None:
+def test_json_lines_with_lone_carriage_returns_or_null_bytes_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
     with pytest.raises(DocumentsError, match="lines end with a carriage return alone"):
+        read(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16-le"))
+    with pytest.raises(DocumentsError, match="null bytes, as UTF-16 does"):
         read(tmp_path / "x.jsonl")
 
 
@@ -189,8 +192,8 @@ def test_what_is_no_text_in_utf_8_is_named(
 def test_a_line_that_is_too_long_is_named_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (blocks, json_lines):
-        monkeypatch.setattr(module, "MAX_WHOLE_BYTES", 5_000_000)
+    monkeypatch.setattr(json_lines, "MAX_WHOLE_BYTES", 5_000_000)
+    monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 5_000_000)
     content = b'{"text": "' + b"a" * 30_000_000 + b'"}\n'
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "b"}\n' + content, 1))

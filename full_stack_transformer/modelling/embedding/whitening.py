@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 
 from full_stack_transformer.arguments.models import WhitenArguments
 from full_stack_transformer.documents.blocks import (
-    MAX_WHOLE_BYTES,
+    MAX_LINE_BYTES,
     ReadingOptions,
     ending,
     read_lines,
@@ -249,7 +249,7 @@ def _texts_of_json_lines(path: Path, fields: Sequence[str]) -> Iterator[str]:
 
 def _texts_of_table(path: Path, fields: Sequence[str]) -> Iterator[str]:
     lines = (line.decode("utf-8-sig", "replace") for _, line in read_lines(path))
-    csv.field_size_limit(MAX_WHOLE_BYTES)
+    csv.field_size_limit(MAX_LINE_BYTES)
     # Fields of .tsv files are not quoted, as in GLUE's.
     rows = csv.DictReader(lines, dialect=_DIALECTS[ending(path)])
     try:
