@@ -35,7 +35,7 @@ from full_stack_transformer.errors import (
 )
 from full_stack_transformer.machine import restart_with_kept_memory
 from full_stack_transformer.own_classes import leave_working_directory, trust_options
-from full_stack_transformer.storage import not_utf_8, readable
+from full_stack_transformer.storage import not_utf_8, readable, why_not_written
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
@@ -134,7 +134,7 @@ def run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # such as a failing disk
-        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+        return _complain(f"{error.filename or 'a file'}: {why_not_written(error)}", 1)
     except MemoryError as error:
         return _complain(f"there is not enough memory{f': {error}' if str(error) else ''}", 1)
     except UnicodeEncodeError as error:

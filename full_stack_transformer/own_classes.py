@@ -74,12 +74,22 @@ def class_of_option(path: str, option: str, what: str) -> Any:
         raise UsageError(f"--{option} should name {what} as my_module.MyClass, found {path!r}")
     if is_typed(option):
         trust([module])
-    if not is_trusted(module):
-        raise UsageError(
-            f"{path} is named by a file of options, and code that only a file names is not run; if you "
-            f"trust it, type --{option} {path}"
-        )
+    check_trusted(path, option, Path("the file of options"))
     return _imported(path, f"--{option}", what)
+
+
+def check_trusted(path: str, option: str, place: Path) -> None:
+    """Refuse the value of an option for a class that a file of options gave, unless it is trusted.
+
+    Raises:
+        UsageError: the module of the class is not trusted.
+    """
+    module = path.rpartition(".")[0]
+    if module and not is_trusted(module):
+        raise UsageError(
+            f"{place} names {path}, and code that only a file names is not run; if you trust it, type "
+            f"--{option} {path}"
+        )
 
 
 def class_of_file(path: object, place: Path, what: str) -> Any:

@@ -6,6 +6,7 @@ content of the files.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -168,9 +169,20 @@ def _lock(directory: Path) -> int | None:
     return descriptor
 
 
+def why_not_written(error: BaseException) -> str:
+    """`the disk is full`, or what else the system or a library says; libraries hide the system's error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
+            return "the disk is full"
+        cause = cause.__cause__ or cause.__context__
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def _cannot_write(path: Path, error: OSError) -> MachineError:
     return MachineError(
-        f"writing {path} failed: {error.strerror or error}; no incomplete file was left, "
+        f"writing {path} failed: {why_not_written(error)}; no incomplete file was left, "
         "free disk space or fix the permissions and run the command again"
     )
 
@@ -191,9 +203,10 @@ def _rename_to_next_version(partial: Path, root: Path, name: str) -> Path:
 def replace_directory(partial: Path, target: Path) -> None:
     """Replace `target` by the complete directory `partial`, atomically on Linux.
 
-    Linux exchanges the two names in one call (renameat2(2), RENAME_EXCHANGE). On other systems `target` is
-    missing for an instant.
+    Its files can be read by whom the umask allows. Linux exchanges the two names in one call (renameat2(2),
+    RENAME_EXCHANGE). On other systems `target` is missing for an instant.
     """
+    _share(partial)
     sync_tree(partial)
     if not target.exists():
         partial.rename(target)
@@ -205,6 +218,15 @@ def replace_directory(partial: Path, target: Path) -> None:
             partial = retired
         shutil.rmtree(partial)
     sync_directory(target.parent)
+
+
+def _share(directory: Path) -> None:
+    """Give the files the mode of new files; safetensors makes them readable for their owner alone."""
+    umask = os.umask(0o077)  # the only way to read it; strict for files of other threads meanwhile
+    os.umask(umask)
+    for path in files_below(directory):
+        if not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def _exchange(first: Path, second: Path) -> bool:

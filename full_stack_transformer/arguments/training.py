@@ -1,5 +1,6 @@
 """Options of `fst train`, `fst run_experiment` and `fst tensorboard`."""
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
@@ -249,8 +250,9 @@ class TrainArguments(
     seed: int = 0
     """Seed of weights, dropout and the order of samples."""
     resume: str | None = None
-    """Resume an interrupted training with its saved options: last for the newest one of
-    --experiment_name, or an experiment directory."""
+    """Resume an interrupted training: last for the newest one of --experiment_name, or an experiment
+    directory. Its saved options are used; of those that you type, limits, hardware, output and places of
+    data may differ from them."""
 
     @property
     def trains(self) -> bool:
@@ -283,13 +285,15 @@ class TrainArguments(
         between(self, 0, 1, "decay_fraction")
         for name in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
             limit = getattr(self, name)
-            if not limit > 0 or (limit > 1 and limit != int(limit)):
+            if not 0 < limit < math.inf or (limit > 1 and limit != int(limit)):
                 raise UsageError(
                     f"--{name} must be a fraction of an epoch (above 0, up to 1) or a whole number of "
                     f"batches, found {limit!r}"
                 )
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise UsageError(f"--max_minutes must be above 0, found {self.max_minutes!r}")
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise UsageError(
+                f"--max_minutes must be a number of minutes above 0, found {self.max_minutes!r}"
+            )
         if self.max_epochs == -1 and self.max_steps == -1 and self.max_minutes is None:
             raise UsageError("--max_epochs -1 never ends; add --max_steps or --max_minutes")
 
@@ -308,7 +312,7 @@ class RunExperimentArguments(TrainArguments):
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         super().__post_init__()
-        if not (self.data_class or self.model_class):
+        if not (self.data_class or self.model_class or self.resume):
             raise UsageError("pass --data_class or --model_class, or use fst train")
 
 

@@ -31,6 +31,7 @@ from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     read_json,
     replace_directory,
+    why_not_written,
     write_json,
     write_text,
 )
@@ -98,7 +99,9 @@ def save_model_directory(
     except (OSError, SafetensorError, MachineError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = "; the previous one is intact" if target.exists() else ""
-        raise MachineError(f"writing the model directory {target} failed: {error}{kept}") from error
+        raise MachineError(
+            f"writing the model directory {target} failed: {why_not_written(error)}{kept}"
+        ) from error
 
 
 def find_model_directory(path: Path) -> Path:
@@ -117,6 +120,9 @@ def find_model_directory(path: Path) -> Path:
         found = "a directory without config.json" if path.is_dir() else "no such path"
         if path.is_dir() and not any(path.iterdir()):
             found = "an empty directory"
+        beside = sorted(other.name for other in path.parent.glob("*.ckpt"))
+        if path.suffix == ".ckpt" and not path.exists() and beside:
+            found = f"no such file; there are {', '.join(beside)}"
         raise ModelError(
             f"{path} should be a model directory, an experiment directory or one of its .ckpt files; "
             f"found {found}"

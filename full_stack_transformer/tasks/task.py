@@ -28,7 +28,7 @@ from full_stack_transformer.arguments.training import WindowOptions
 from full_stack_transformer.datasets.batches import Samples
 from full_stack_transformer.datasets.collators import Batch, Collator, PaddedCollator
 from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
-from full_stack_transformer.errors import RowError
+from full_stack_transformer.errors import DatasetError, RowError
 from full_stack_transformer.metrics.classification import ClassificationMetrics, ClassRow
 from full_stack_transformer.modelling.losses import perplexity
 from full_stack_transformer.modelling.model_card import TaskWords
@@ -246,6 +246,14 @@ class CorpusTask(Task):
             DatasetError: it was prepared with another tokenizer.
         """
         self.dataset = dataset
+        for name, token_id in dataset.description.get("special_token_ids", {}).items():
+            if not 0 <= token_id < self.vocab_size:
+                raise DatasetError(
+                    f"description.json of {dataset.directory} names {token_id} as the token {name}, but "
+                    f"the tokenizer has {self.vocab_size:,} tokens; prepare the dataset again"
+                )
+        for corpus in (dataset.train, dataset.valid):
+            corpus.limit_ids(self.vocab_size)
 
     def samples(self, corpus: Corpus) -> Samples:
         """What batches are made of."""

@@ -16,20 +16,22 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from full_stack_transformer.errors import MachineError, TrainingError
 from full_stack_transformer.modelling.backbones import reason_of
-from full_stack_transformer.storage import make_directories, sync_directory
+from full_stack_transformer.storage import make_directories, sync_directory, why_not_written
 
 LAST_FILE_NAME = "last.ckpt"
 PREVIOUS_FILE_NAME = "previous.ckpt"
 BEST_FILE_NAME = "best.ckpt"
 # Key in a checkpoint: whether it was written before a validation that was due.
 VALIDATION_IS_DUE_KEY = "validation_is_due"
+# Key in a checkpoint: the id of its experiment; checkpoints from before there were ids have none.
+EXPERIMENT_ID_KEY = "experiment_id"
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -46,8 +48,7 @@ class DurableCheckpointIO(CheckpointIO):
         target = Path(path)
         with _partial(target) as partial:
             with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
+                _write(checkpoint, file)
                 os.fsync(file.fileno())
             if target.name == LAST_FILE_NAME and target.exists():
                 link_checkpoint(target, target.with_name(PREVIOUS_FILE_NAME))
@@ -67,6 +68,35 @@ class DurableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint that is no longer wanted."""
         Path(path).unlink(missing_ok=True)
+
+
+class _Witness:
+    """A file that keeps the system's error, in whose place torch.save raises one that says nothing."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write, and keep an error."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Called by torch.save."""
+        self._file.flush()
+
+
+def _write(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    witness: Any = _Witness(file)
+    try:
+        torch.save(checkpoint, witness)
+    except RuntimeError as error:
+        raise witness.error or error from error
+    file.flush()
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
@@ -98,10 +128,14 @@ def _partial(target: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # torch.save wraps some errors of the system
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise MachineError(
-            f"writing {target} failed: {error}; earlier checkpoints are intact: free disk space or fix "
-            "the permissions, and continue with --resume last"
-        ) from error
+        if any(target.parent.glob("*.ckpt")):
+            rest = (
+                "earlier checkpoints are intact: free disk space or fix the permissions, and continue "
+                "with --resume last"
+            )
+        else:
+            rest = "nothing was saved: free disk space or fix the permissions, and start again"
+        raise MachineError(f"writing {target} failed: {why_not_written(error)}; {rest}") from error
 
 
 @dataclass(frozen=True)
@@ -117,11 +151,14 @@ class FoundCheckpoint:
     """Processes that trained together."""
 
 
-def find_checkpoint(directory: Path) -> tuple[FoundCheckpoint | None, dict[Path, str]]:
+def find_checkpoint(
+    directory: Path, experiment_id: str | None = None
+) -> tuple[FoundCheckpoint | None, dict[Path, str]]:
     """The newest intact checkpoint, and why newer ones were skipped.
 
     Args:
         directory: of the checkpoints.
+        experiment_id: a checkpoint with another id belongs to another training; None for any id.
 
     Raises:
         TrainingError: there are checkpoints, but none can be read.
@@ -132,23 +169,26 @@ def find_checkpoint(directory: Path) -> tuple[FoundCheckpoint | None, dict[Path,
         if not path.exists():
             continue
         try:
-            return _verified(path), skipped
+            return _verified(path, experiment_id), skipped
         except Exception as error:  # a damaged file raises anything
             skipped[path] = reason_of(error)
     if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped.items())
         raise TrainingError(
-            f"no checkpoint in {directory} can be read ({reasons}); start a new training without --resume"
+            f"no checkpoint in {directory} can be used ({reasons}); start a new training without --resume"
         )
     return None, skipped
 
 
-def _verified(path: Path) -> FoundCheckpoint:
+def _verified(path: Path, experiment_id: str | None) -> FoundCheckpoint:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of its part {damaged} is wrong")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    found_id = content.get(EXPERIMENT_ID_KEY)
+    if None not in (found_id, experiment_id) and found_id != experiment_id:
+        raise ValueError("it is a checkpoint of another training")
     return FoundCheckpoint(
         path=path,
         step=content["global_step"],

@@ -2,6 +2,7 @@
 
 EXPERIMENTS_ROOT/NAME/VERSION/
     arguments.json               every option, readable again by --config
+    experiment.json              the id that its checkpoints carry, and where relative paths begin
     dataset.json                 description of the dataset that training started with
     checkpoints/                 last.ckpt, previous.ckpt and best.ckpt, resumable
     model/                       the best model so far, always complete
@@ -21,6 +22,7 @@ import math
 import os
 import shlex
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +31,11 @@ from typing import Any, Protocol
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from full_stack_transformer.arguments.familiar_options import RENAMED
-from full_stack_transformer.arguments.training import TrainArguments
-from full_stack_transformer.errors import (
-    DatasetError,
-    FullStackTransformerError,
-    InputError,
-    UsageError,
-)
+from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.typed import given_options
+from full_stack_transformer.errors import DatasetError, InputError, UsageError
+from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
+from full_stack_transformer.own_classes import check_trusted, trust_options
 from full_stack_transformer.storage import (
     claim_version,
     read_json,
@@ -58,6 +58,7 @@ from full_stack_transformer.training.checkpoints import (
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE_NAME = "arguments.json"
+EXPERIMENT_FILE_NAME = "experiment.json"
 DATASET_FILE_NAME = "dataset.json"
 CHECKPOINTS_DIRECTORY_NAME = "checkpoints"
 TOKENIZER_DIRECTORY_NAME = "tokenizer"
@@ -69,17 +70,21 @@ _CHANGEABLE = _LIMITS | {
     *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
 }
-_PATHS = {"dataset_dir", "experiments_root", "train_file", "validation_file", "test_file"}
-# Each run has its own; their content is compared by the description of the data.
-_INPUTS = {
-    *("dataset_dir", "train_file", "validation_file", "test_file"),
-    *("do_train", "do_eval", "do_predict"),
-}
+# Where the data are. Each run may name them anew; their content is compared by the description of the data.
+_INPUTS = {"dataset_dir", "train_file", "validation_file", "test_file"}
+# What to do after the training; each run may decide anew.
+_ACTIONS = {"do_train", "do_eval", "do_predict"}
+_PATHS = _INPUTS | {"experiments_root"}
+# A path or a name: of a model or tokenizer on the hub, or of a preset.
+_PATHS_OR_NAMES = {"model_path", "tokenizer_path", "model_config"}
+# Options that name a class.
+_CLASSES = ("task", "data_class", "model_class")
 # They say where the training is, not what it does, or were only needed at its start.
 _NOT_COMPARED = {
-    *("resume", "experiments_root", "experiment_name"),
+    *("resume", "experiments_root", "experiment_name", "allow_code_from"),
     *("find_learning_rate", "find_batch_size"),
     *_INPUTS,
+    *_ACTIONS,
 }
 
 
@@ -109,6 +114,8 @@ class Experiment:
 
     directory: Path
     arguments: TrainArguments
+    id: str = ""
+    """What its checkpoints carry, so that those of another training are recognized."""
     checkpoint: FoundCheckpoint | None = None
     """None for a new training."""
     is_resumed: bool = False
@@ -129,23 +136,49 @@ class Experiment:
         return self.checkpoint.step + (not self.checkpoint.validation_is_due)
 
     def resume_command(self) -> str:
-        """The command that resumes this training, to be pasted."""
+        """The command that resumes this training, to be pasted in any directory.
+
+        Options are those of the run, so it names the directory, and classes, whose code runs only if a
+        command line names them.
+        """
         arguments = self.arguments
-        words = ["fst", "train"]
-        for name in ("data_class", "model_class"):
-            if getattr(arguments, name, ""):
-                words[1:] = ["run_experiment", *words[2:], f"--{name}", getattr(arguments, name)]
-        if arguments.task != TrainArguments.task:
-            words += ["--task", arguments.task]
-        for name in ("dataset_dir", "train_file", "validation_file"):
-            if getattr(arguments, name) is not None:
-                words += [f"--{name}", str(getattr(arguments, name))]
-        if arguments.experiments_root != TrainArguments.experiments_root:
-            words += ["--experiments_root", str(arguments.experiments_root)]
-        words += ["--experiment_name", arguments.experiment_name, "--resume"]
-        newest = versions(arguments.experiments_root, arguments.experiment_name)[-1:]
-        words.append(RESUME_LAST if newest == [self.directory] else str(self.directory))
-        return shlex.join(words)
+        words = ["fst", "run_experiment" if is_own_experiment(arguments) else "train"]
+        modules = [module.split(".")[0] for module in arguments.allow_code_from]
+        for name in _CLASSES:
+            value = getattr(arguments, name, "")
+            if "." in value:
+                words += [f"--{name}", value]
+                modules.append(value.split(".")[0])
+        for module in arguments.allow_code_from:
+            words += ["--allow_code_from", module]
+        words += ["--resume", str(self.directory.absolute())]
+        here = Path.cwd()
+        is_here = any(
+            (here / name).exists() for module in modules for name in (module, f"{module}.py")
+        )
+        return (
+            f"cd {shlex.quote(str(here))} && {shlex.join(words)}" if is_here else shlex.join(words)
+        )
+
+
+def is_own_experiment(arguments: TrainArguments) -> bool:
+    """Whether `fst run_experiment` takes these options."""
+    return isinstance(arguments, RunExperimentArguments)
+
+
+def with_saved_options(given: TrainArguments) -> TrainArguments:
+    """With --resume: the options of that run, and of the given ones those that it may change.
+
+    Raises:
+        UsageError: there is nothing to resume, or the options differ from those at the start.
+    """
+    if given.resume is None:
+        return given
+    directory = _directory_to_resume(given.resume, given)
+    if not (directory / ARGUMENTS_FILE_NAME).is_file():  # killed before it started
+        return given
+    merged = _merged(given, _read_arguments(directory, given), directory)
+    return dataclasses.replace(merged, resume=str(directory))
 
 
 @contextlib.contextmanager
@@ -173,12 +206,13 @@ def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator
         return
     with _locked(directory):
         experiment = _found(directory, arguments, work)
-        if not experiment.is_finished:
-            _write_start(experiment, work)
         try:
+            if not experiment.is_finished:
+                _write_start(experiment, work)
             yield experiment
-        except FullStackTransformerError:
-            _remove_if_not_started(directory)
+        except (Exception, KeyboardInterrupt):
+            if not experiment.is_resumed:
+                _remove_if_nothing_was_learned(directory)
             raise
 
 
@@ -186,6 +220,10 @@ def _write_start(experiment: Experiment, work: ExperimentData) -> None:
     if experiment.is_resumed:
         _remove_repeated(experiment)
     write_arguments(experiment)
+    write_json(
+        experiment.directory / EXPERIMENT_FILE_NAME,
+        {"id": experiment.id, "working_directory": str(Path.cwd())},
+    )
     write_json(experiment.directory / DATASET_FILE_NAME, work.description)
     for path in (experiment.directory.parent, experiment.directory.parent.parent):
         sync_directory(path)
@@ -196,7 +234,8 @@ def write_arguments(experiment: Experiment) -> None:
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(experiment.arguments).items()
-        if value is not None
+        # Whose code runs is decided by each command line.
+        if value is not None and name != "allow_code_from"
     }
     assert all(not isinstance(value, float) or math.isfinite(value) for value in options.values())
     write_json(experiment.directory / ARGUMENTS_FILE_NAME, options)
@@ -224,28 +263,58 @@ def _directory_to_resume(resume: str, arguments: TrainArguments) -> Path:
 
 def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Experiment:
     """The experiment in the directory; changes nothing."""
-    if not (directory / ARGUMENTS_FILE_NAME).is_file():
-        return Experiment(directory, given)  # new, or killed before it started
-    saved = _read_arguments(directory / ARGUMENTS_FILE_NAME, type(given))
+    own_id = str(_facts(directory).get("id") or "")
+    if not (directory / ARGUMENTS_FILE_NAME).is_file():  # new, or killed before it started
+        return Experiment(directory, given, id=uuid.uuid4().hex)
+    saved = _read_arguments(directory, given)
     _check_dataset(directory, work)
     arguments = _merged(given, saved, directory)
+    if is_main_process():
+        for name in sorted(_CHANGEABLE):
+            if getattr(arguments, name) != getattr(saved, name):
+                values = (name, getattr(arguments, name), getattr(saved, name))
+                logger.info("--%s is now %s; it was %s", *values)
     limits_are_the_same = all(getattr(arguments, name) == getattr(saved, name) for name in _LIMITS)
     if (directory / SUMMARY_FILE_NAME).is_file() and limits_are_the_same:
-        return Experiment(directory, arguments, is_resumed=True, is_finished=True)
-    checkpoint, skipped = find_checkpoint(directory / CHECKPOINTS_DIRECTORY_NAME)
+        return Experiment(directory, arguments, own_id, is_resumed=True, is_finished=True)
+    checkpoint, skipped = find_checkpoint(directory / CHECKPOINTS_DIRECTORY_NAME, own_id)
     for path, reason in skipped.items():
-        logger.warning("%s cannot be read (%s): resuming from an earlier one", path, reason)
-    return Experiment(directory, arguments, checkpoint, is_resumed=True)
+        logger.warning("%s cannot be used (%s): resuming from an earlier one", path, reason)
+    return Experiment(directory, arguments, own_id or uuid.uuid4().hex, checkpoint, is_resumed=True)
 
 
-def _read_arguments(path: Path, kind: type[TrainArguments]) -> TrainArguments:
+def _facts(directory: Path) -> dict[str, Any]:
+    """The content of experiment.json; empty for an experiment from before there was one."""
+    file = directory / EXPERIMENT_FILE_NAME
+    return read_json(file) if file.is_file() else {}
+
+
+def _read_arguments(directory: Path, given: TrainArguments) -> TrainArguments:
+    """The options of the run; relative paths begin where it was started.
+
+    Raises:
+        UsageError: the other command started it.
+        InputError: another version wrote them.
+    """
+    path = directory / ARGUMENTS_FILE_NAME
     content: dict[str, Any] = {
         RENAMED.get(name, name): value for name, value in read_json(path).items()
     }
+    is_own = "data_class" in content or "model_class" in content
+    if is_own != is_own_experiment(given):
+        command = "run_experiment" if is_own else "train"
+        raise UsageError(
+            f"fst {command} started the training in {directory}; resume it with fst {command} too"
+        )
+    start = Path(str(_facts(directory).get("working_directory", ".")))
+    for name in (_INPUTS | _PATHS_OR_NAMES) & content.keys():
+        value = Path(str(content[name]))
+        if start != Path.cwd() and not value.is_absolute() and (start / value).exists():
+            content[name] = str(start / value)
     for name in _PATHS & content.keys():
         content[name] = Path(content[name])
     try:
-        return kind(**content)
+        return type(given)(**content)
     except TypeError as error:
         raise InputError(f"{path} was written by another version of fst: {error}") from error
 
@@ -260,38 +329,50 @@ def _check_dataset(directory: Path, work: ExperimentData) -> None:
 
 
 def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> TrainArguments:
-    """The saved options with the changes that are allowed. A given default counts as not given."""
-    changed: dict[str, Any] = {}
-    for field in dataclasses.fields(given):
-        value = getattr(given, field.name)
-        is_given = value not in (field.default, getattr(saved, field.name))
-        if is_given and field.name not in _NOT_COMPARED:
-            changed[field.name] = value
+    """The options of the run, with the given ones that may change.
+
+    Raises:
+        UsageError: another one was given, or a class of the run was not.
+    """
+    chosen = given_options(given)
+    differing = {
+        name: getattr(given, name)
+        for name in chosen - _NOT_COMPARED
+        if not _means_the_same(name, getattr(given, name), getattr(saved, name))
+    }
     for flag, name in (
         (given.find_learning_rate, "learning_rate"),
         (given.find_batch_size, "batch_size"),
     ):
         if flag:  # the same command again: the value that it found is saved
-            changed.pop(name, None)
-    refused = sorted(changed.keys() - _CHANGEABLE)
+            differing.pop(name, None)
+    refused = sorted(differing.keys() - _CHANGEABLE)
     if refused:
         differences = "; ".join(
-            f"--{name} {changed[name]} (was {getattr(saved, name)})" for name in refused
+            f"--{name} {differing[name]} (was {getattr(saved, name)})" for name in refused
         )
         raise UsageError(
             f"--resume uses the options in {directory / ARGUMENTS_FILE_NAME}; these cannot change: "
             f"{differences}; leave them out, or start a new training without --resume"
         )
-    for name, value in changed.items():
-        if is_main_process():
-            logger.info("--%s is now %s; it was %s", name, value, getattr(saved, name))
+    trust_options(given)
+    for name in _CLASSES:
+        check_trusted(getattr(saved, name, ""), name, directory / ARGUMENTS_FILE_NAME)
+    kept = {name for names in (_INPUTS, _ACTIONS) if not names & chosen for name in names}
     return dataclasses.replace(
         saved,
-        **changed,
-        **{name: getattr(given, name) for name in _INPUTS},
+        **differing,
+        **{name: getattr(given, name) for name in (_INPUTS | _ACTIONS) - kept},
+        allow_code_from=given.allow_code_from,
         experiments_root=directory.parent.parent,
         experiment_name=directory.parent.name,
     )
+
+
+def _means_the_same(name: str, value: Any, saved: Any) -> bool:
+    if name not in _PATHS_OR_NAMES or value is None or saved is None:
+        return bool(value == saved)
+    return value == saved or Path(value).resolve() == Path(saved).resolve()
 
 
 @contextlib.contextmanager
@@ -313,11 +394,13 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_if_not_started(directory: Path) -> None:
-    """Remove the version of a training that failed at its start, such as for a missing model."""
-    names = {ARGUMENTS_FILE_NAME, DATASET_FILE_NAME, TOKENIZER_DIRECTORY_NAME}
-    if {path.name for path in directory.iterdir()} <= names:
-        shutil.rmtree(directory)
+def _remove_if_nothing_was_learned(directory: Path) -> None:
+    """Remove the version of a training that was refused or failed before its first checkpoint."""
+    has_checkpoint = any((directory / CHECKPOINTS_DIRECTORY_NAME).glob("*.ckpt"))
+    if not has_checkpoint and not (directory / MODEL_DIRECTORY_NAME).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there are other versions
+            directory.parent.rmdir()
 
 
 def _remove_repeated(experiment: Experiment) -> None:

@@ -8,6 +8,7 @@ Knows no task by name: what differs is asked of the task.
 import contextlib
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,9 +132,7 @@ class TrainingModule(pl.LightningModule):
         metrics = {metric_names.LOSS: loss, **self._validation_metrics(loss, sums)}
         chosen = self._arguments.metric_for_best_model
         if chosen not in metrics:
-            raise UsageError(
-                f"--metric_for_best_model must be one of {', '.join(metrics)}; found {chosen!r}"
-            )
+            raise unknown_metric(chosen, metrics)
         sign = 1.0 if metric_names.is_better_when_lower(chosen) else -1.0
         # Each process knows the same already, but Lightning warns unless it may average.
         for name, value in metrics.items():
@@ -246,6 +245,13 @@ class TrainingModule(pl.LightningModule):
         if self._trainer is None:
             return contextlib.nullcontext()
         return self.trainer.profiler.profile(name)  # type: ignore[attr-defined,no-any-return]
+
+
+def unknown_metric(chosen: str, names: Iterable[str]) -> UsageError:
+    """The error for a --metric_for_best_model that is none of the metrics."""
+    return UsageError(
+        f"--metric_for_best_model must be one of {', '.join(names)}; found {chosen!r}"
+    )
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ from full_stack_transformer.training.experiments import (
     open_experiment,
     write_arguments,
 )
+from full_stack_transformer.training.module import unknown_metric
 from full_stack_transformer.training.optimization import Plan
 from full_stack_transformer.training.results import write_results
 from full_stack_transformer.training.setup import TrainingSetup, open_setup
@@ -123,11 +124,28 @@ def _set_up(
     torch.manual_seed(arguments.seed)
     setup.begin(experiment.directory if is_main_process() else None)
     backbone = setup.make_backbone()
+    _check_metric(arguments.metric_for_best_model, setup, backbone)
     if arguments.find_batch_size or arguments.find_learning_rate:
         arguments = tune(arguments, setup, backbone, _make_trainer(experiment))
         experiment = dataclasses.replace(experiment, arguments=arguments)
         write_arguments(experiment)
     return _Training(experiment, setup, backbone, callbacks)
+
+
+def _check_metric(chosen: str, setup: TrainingSetup, backbone: Backbone) -> None:
+    """Refuse an unknown metric now, and not after the first epoch.
+
+    Raises:
+        UsageError: --metric_for_best_model is none of the task's.
+    """
+    found = [metric_names.LOSS]
+    if chosen not in found:
+        for names in setup.metric_names(backbone):
+            found = [metric_names.LOSS, *names]
+            if chosen in found:
+                break
+        else:
+            raise unknown_metric(chosen, found)
 
 
 class _Training:
@@ -240,6 +258,7 @@ class _Training:
                 directory / CHECKPOINTS_DIRECTORY_NAME,
                 minutes_between=arguments.checkpoint_every_n_minutes,
                 signals=self._signals,
+                experiment_id=self._experiment.id,
             ),
         ]
 
@@ -251,7 +270,7 @@ def _make_export(experiment: Experiment, setup: TrainingSetup) -> ExportModel:
         tokenizer_directory=setup.data.tokenizer_directory,
         experiment=experiment.name,
         dataset_description=setup.data.description,
-        arguments=dataclasses.asdict(experiment.arguments),
+        arguments={**dataclasses.asdict(experiment.arguments), "allow_code_from": ()},
         fields=setup.description_fields(),
     )
 

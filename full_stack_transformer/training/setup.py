@@ -2,6 +2,8 @@
 
 import dataclasses
 import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,13 @@ from full_stack_transformer.training.callbacks.text_samples import SampleParamet
 from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.data.corpus import CorpusDataModule
 from full_stack_transformer.training.data.rows import BaseDataModule, FileRows
-from full_stack_transformer.training.experiments import TOKENIZER_DIRECTORY_NAME
+from full_stack_transformer.training.experiments import (
+    TOKENIZER_DIRECTORY_NAME,
+    with_saved_options,
+)
 from full_stack_transformer.training.module import TrainingModule
+
+_FEW_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,16 @@ class TrainingSetup:
             **task.config_fields(),
         )
 
+    def metric_names(self, backbone: Backbone) -> Iterator[list[str]]:
+        """Names of the metrics: of a few validation rows, then of all, where rare labels may add some."""
+        if isinstance(self.task, CorpusTask):
+            yield [*self.task.validation_metrics(1.0, defaultdict(float))]
+        elif isinstance(self.task, RowTask) and isinstance(self.data, BaseDataModule):
+            rows = self.data.named_rows("valid")
+            for part in (rows[:_FEW_ROWS], rows):
+                predictions = self.task.predict(part, backbone.eval())
+                yield [*self.task.metrics(part, predictions).scalars]
+
     def make_data(self, arguments: TrainArguments) -> EpochDataModule:
         """The batches, as these options want them."""
         if arguments is self.arguments:
@@ -108,6 +125,7 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         RowError: there are no rows to learn from, or to validate on.
     """
     trust_options(arguments)
+    arguments = with_saved_options(arguments)
     if isinstance(arguments, RunExperimentArguments):
         return _open_own(arguments)
     cls = task_class(arguments.task)

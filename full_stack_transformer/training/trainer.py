@@ -27,7 +27,7 @@ from full_stack_transformer.tasks.opening import OpenedTask, open_task
 from full_stack_transformer.tasks.task import Prediction, RowTask
 from full_stack_transformer.training.data.batches import BatchLoader, ValidationLoader
 from full_stack_transformer.training.data.rows import BaseDataModule
-from full_stack_transformer.training.experiments import is_main_process
+from full_stack_transformer.training.experiments import is_main_process, with_saved_options
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.run import train_setup
 from full_stack_transformer.training.setup import TrainingSetup, open_setup, rows_setup
@@ -51,7 +51,9 @@ class Trainer:
         task_class: type[RowTask] | None = None,
         callbacks: Sequence[pl.Callback] = (),
     ) -> None:
-        self.arguments = arguments
+        if task_class is not None:
+            trust([task_class.__module__])
+        self.arguments = arguments = with_saved_options(arguments)
         self.callbacks = list(callbacks)
         self.setup: TrainingSetup
         if data is None:
@@ -59,7 +61,6 @@ class Trainer:
         elif task_class is None:
             raise UsageError("pass task_class beside data, such as SequenceClassification")
         else:
-            trust([task_class.__module__])
             self.setup = rows_setup(arguments, data, task_class)
         self._experiment: Path | None = None
 

@@ -114,3 +114,17 @@ def test_a_description_of_something_else_is_noticed(tmp_path: Path) -> None:
     _write(tmp_path, [SAMPLES])
     with pytest.raises(DatasetError, match="11 values as described, found 10"):
         Corpus(tmp_path, num_samples=4, num_tokens=11)
+
+
+def test_an_id_beyond_the_vocabulary_is_named_wherever_it_is_read(tmp_path: Path) -> None:
+    _write(tmp_path / "train", [SAMPLES])
+    corpus = _open(tmp_path / "train")
+    corpus.limit_ids(10)
+    assert corpus[2].tolist() == [5, 6]
+    said = r"train/corpus.npy holds the token id 10, but the tokenizer has 10 tokens"
+    with pytest.raises(DatasetError, match=said):
+        corpus.gather([0, 3])
+    with pytest.raises(DatasetError, match=said):
+        corpus.windows(np.array([6]), 4)
+    with pytest.raises(DatasetError, match=said):
+        corpus.windows(np.array([9]), 4)

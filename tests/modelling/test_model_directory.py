@@ -48,6 +48,9 @@ def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
         find_model_directory(tmp_path)
     with pytest.raises(ModelError, match="found no such path"):
         find_model_directory(tmp_path / "none")
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(ModelError, match=r"found no such file; there are last\.ckpt"):
+        find_model_directory(tmp_path / "previous.ckpt")
 
 
 def test_a_foreign_tokenizer_is_refused(model_dir: Path, tmp_path: Path) -> None:

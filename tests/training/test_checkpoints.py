@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert (found.path.name, found.step) == (PREVIOUS_FILE_NAME, 1)
     assert list(skipped) == [tmp_path / LAST_FILE_NAME]
     damage(tmp_path / PREVIOUS_FILE_NAME)
-    with pytest.raises(TrainingError, match=r"no checkpoint in .* can be read \(last\.ckpt: "):
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* can be used \(last\.ckpt: "):
         find_checkpoint(tmp_path)
 
 

@@ -1,16 +1,20 @@
 """Which directory a training writes into, and what --resume accepts."""
 
+import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.arguments.typed import CommandLine, running
 from full_stack_transformer.datasets.corpus import DatasetDirectory
-from full_stack_transformer.errors import DatasetError, InputError, UsageError
+from full_stack_transformer.errors import DatasetError, InputError, TrainingError, UsageError
 from full_stack_transformer.training.checkpoints import (
+    EXPERIMENT_ID_KEY,
     VALIDATION_IS_DUE_KEY,
     DurableCheckpointIO,
 )
@@ -31,9 +35,21 @@ class _Opening:
         with open_experiment(arguments, self.dataset) as experiment:
             return experiment
 
-    def save(self, experiment: Experiment, step: int, *, validation_is_due: bool = False) -> Path:
+    def save(
+        self,
+        experiment: Experiment,
+        step: int,
+        *,
+        validation_is_due: bool = False,
+        has_id: bool = True,
+    ) -> Path:
         path = experiment.directory / "checkpoints" / "last.ckpt"
-        content = {"global_step": step, VALIDATION_IS_DUE_KEY: validation_is_due, "world_size": 1}
+        content = {
+            "global_step": step,
+            VALIDATION_IS_DUE_KEY: validation_is_due,
+            "world_size": 1,
+            **({EXPERIMENT_ID_KEY: experiment.id} if has_id else {}),
+        }
         DurableCheckpointIO().save_checkpoint(content, path)
         return path
 
@@ -81,12 +97,8 @@ def test_a_directory_to_resume_may_be_the_current_one(
 
 def test_the_line_that_goes_on_names_the_place(opening: _Opening) -> None:
     first, second = opening(), opening()
-    start = (
-        f"fst train --dataset_dir {opening.dataset.directory} --experiments_root {opening.root} "
-        "--experiment_name experiment --resume"
-    )
-    assert first.resume_command() == f"{start} {first.directory}"
-    assert second.resume_command() == f"{start} last"
+    assert first.resume_command() == f"fst train --resume {first.directory}"
+    assert second.resume_command() == f"fst train --resume {second.directory}"
 
 
 def test_a_training_that_was_killed_before_its_first_checkpoint_begins_again(
@@ -108,6 +120,90 @@ def test_other_options_are_refused_by_name(opening: _Opening) -> None:
         match=r"change: --batch_size 8 \(was 4\); --learning_rate 0.25 \(was 0.5\); leave",
     ):
         opening(resume="last", learning_rate=0.25, batch_size=8, max_epochs=3)
+
+
+def test_a_typed_option_is_never_ignored(opening: _Opening) -> None:
+    """Also where its value is the default of the command."""
+    opening(batch_size=8, max_steps=5)
+    line = CommandLine(given={"batch_size", "resume"})
+    with (
+        running(line),
+        pytest.raises(UsageError, match=r"change: --batch_size 16 \(was 8\); leave"),
+    ):
+        opening(resume="last", batch_size=16)
+    with running(CommandLine(given={"max_steps", "resume"})):
+        assert opening(resume="last", max_steps=-1).arguments.max_steps == -1
+    with running(CommandLine(given={"resume"})):
+        assert opening(resume="last").arguments.batch_size == 8
+
+
+def test_paths_of_the_run_begin_where_it_was_started(
+    opening: _Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    directory = opening(model_path="model", tokenizer_path="gpt2").directory
+    monkeypatch.chdir(tmp_path)
+    again = opening(resume=str(directory)).arguments
+    assert (again.model_path, again.tokenizer_path) == (str(tmp_path / "here/model"), "gpt2")
+    assert opening(resume=str(directory), model_path="here/model").directory == directory
+    with pytest.raises(UsageError, match="--model_path model"):
+        opening(resume=str(directory), model_path="model")
+
+
+def test_classes_of_the_run_are_typed_again(opening: _Opening) -> None:
+    file = opening().directory / "arguments.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task": "of_a_stranger.Task"}))
+    with pytest.raises(UsageError, match=r"type --task of_a_stranger\.Task"):
+        opening(resume="last")
+    own = {"data_class": "of_a_stranger.Data"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    with pytest.raises(UsageError, match="resume it with fst run_experiment too"):
+        opening(resume="last")
+
+
+def test_a_checkpoint_of_another_training_is_passed_over(
+    opening: _Opening, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = opening(), opening()
+    for experiment, step in ((first, 3), (first, 4), (second, 9)):
+        opening.save(experiment, step)
+    mine, theirs = (one.directory / "checkpoints" / "last.ckpt" for one in (first, second))
+    shutil.copyfile(theirs, mine)
+    resumed = opening(resume=str(first.directory))
+    assert resumed.checkpoint is not None
+    assert resumed.checkpoint.step == 3
+    assert "it is a checkpoint of another training" in caplog.text
+    for name in ("last.ckpt", "previous.ckpt"):
+        shutil.copyfile(theirs, mine.with_name(name))
+    with pytest.raises(
+        TrainingError, match=r"previous.ckpt: it is a checkpoint of another training"
+    ):
+        opening(resume=str(first.directory))
+
+
+def test_a_checkpoint_from_before_there_were_ids_is_accepted(opening: _Opening) -> None:
+    first = opening()
+    opening.save(dataclasses.replace(first, id=""), 3, has_id=False)
+    (first.directory / "experiment.json").unlink()
+    resumed = opening(resume="last")
+    assert resumed.checkpoint is not None
+    assert resumed.id
+    assert json.loads((first.directory / "experiment.json").read_text())["id"] == resumed.id
+
+
+def test_a_refused_training_leaves_no_version(opening: _Opening) -> None:
+    arguments = TrainArguments(
+        dataset_dir=opening.dataset.directory, experiments_root=opening.root, experiment_name="x"
+    )
+    with (
+        pytest.raises(RuntimeError),
+        open_experiment(arguments, opening.dataset) as experiment,
+    ):
+        (experiment.directory / "events.out.tfevents.1").touch()
+        raise RuntimeError
+    assert not (opening.root / "x").exists()
 
 
 def test_limits_may_be_extended_and_stay_so(
@@ -204,7 +300,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     resumed = opening(resume="last")
     assert resumed.checkpoint is not None
     assert resumed.checkpoint.step == 3
-    assert f"{last} cannot be read" in caplog.text
+    assert f"{last} cannot be used" in caplog.text
     assert last.with_name("last.ckpt.damaged").is_file()
     again = opening(resume="last")
     assert again.checkpoint is not None

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +142,13 @@ def test_minutes_end_the_training_also_over_several_runs(dataset_dir: Path, tmp_
         (["--max_epochs", "-1"], 2, "--max_epochs -1 never ends"),
         (["--val_check_interval", "1.5"], 2, "--val_check_interval"),
         (["--precision", "8"], 2, "--precision"),
+        (["--metric_for_best_model", "acc"], 2, "must be one of loss, perplexity, bits_per_byte"),
+        (["--batch_size", "8.7"], 2, "--batch_size must be a whole number such as 8, found '8.7'"),
+        (["--seed", "1e3"], 2, "--seed must be a whole number"),
+        (["--seed", "0x10"], 2, "--seed must be a whole number"),
+        (["--max_steps", "8.0"], 2, "--max_steps must be a whole number"),
+        (["--max_minutes", "inf"], 2, "--max_minutes must be a number of minutes"),
+        (["--limit_val_batches", "inf"], 2, "--limit_val_batches must be a fraction"),
     ],
     ids=[
         "no dataset",
@@ -148,6 +160,13 @@ def test_minutes_end_the_training_also_over_several_runs(dataset_dir: Path, tmp_
         "end",
         "part",
         "precision",
+        "metric",
+        "rounded",
+        "exponent",
+        "hexadecimal",
+        "point",
+        "endless",
+        "infinite",
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -165,4 +184,87 @@ def test_bad_input_is_one_sentence(
     said = capsys.readouterr().err
     assert message in said
     assert said.startswith("fst: ")
-    assert not list(tmp_path.rglob("*.json")), "nothing stays of what never began"
+    assert not list(tmp_path.iterdir()), "nothing stays of what never began"
+
+
+def test_a_refused_training_on_rows_leaves_no_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokenizer had been written."""
+    rows = "".join(f"text {n},{n % 2}\n" for n in range(80))
+    (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
+    words = [
+        *("train", "--task", "sequence_classification", "--train_file", str(tmp_path / "rows.csv")),
+        *(
+            "--model_config",
+            "tiny",
+            "--vocab_size",
+            "300",
+            "--experiments_root",
+            str(tmp_path / "x"),
+        ),
+    ]
+    assert run([*words, "--metric_for_best_model", "acc"]) == 2
+    assert "must be one of loss, accuracy, f1_macro" in capsys.readouterr().err
+    assert run([*words, "--accelerator", "warp"]) == 2
+    assert not list((tmp_path / "x").iterdir())
+
+
+def test_an_id_beyond_the_vocabulary_is_one_sentence(
+    dataset_dir: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training and evaluation read no id that the model does not have."""
+    shutil.copytree(dataset_dir, tmp_path / "data")
+    for split in ("train", "valid"):
+        with (tmp_path / "data" / split / "corpus.npy").open("r+b") as file:
+            file.seek(-6, os.SEEK_END)
+            file.write((9999).to_bytes(2, "little"))
+    train = [
+        "train",
+        "--dataset_dir",
+        str(tmp_path / "data"),
+        "--experiments_root",
+        str(tmp_path / "x"),
+    ]
+    for words in (
+        [*train, "--model_config", "tiny", "--accelerator", "cpu", "--compile", "never"],
+        ["evaluate", str(model_dir), str(tmp_path / "data"), "--device", "cpu"],
+    ):
+        assert run(words) == 1
+        said = capsys.readouterr().err
+        assert "corpus.npy holds the token id 9,999, but the tokenizer has 300 tokens" in said
+        assert "Traceback" not in said
+    assert not list((tmp_path / "x").iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_for_others_have_the_mode_of_new_files(
+    umask: int, dataset_dir: Path, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        experiment = TrainingHere(dataset_dir, tmp_path).to_the_end(max_steps=1)
+    finally:
+        os.umask(before)
+    files = [path for path in experiment.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "last.ckpt", "config.json"}
+    for path in files:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+def test_a_full_disk_is_called_so(dataset_dir: Path, tmp_path: Path) -> None:
+    """A real one, in a file system of 1 MB; what was begun is removed."""
+    script = (
+        f"mount -t tmpfs -o size=1m tmpfs {shlex.quote(str(tmp_path))} || exit 77\n"
+        f"{sys.executable} -m full_stack_transformer train --dataset_dir {shlex.quote(str(dataset_dir))} "
+        f"--experiments_root {shlex.quote(str(tmp_path))}/x --model_config tiny --max_steps 2 "
+        f"--accelerator cpu --precision 32\necho code $?; ls {shlex.quote(str(tmp_path))}/x | wc -l\n"
+    )
+    unshare = ["unshare", "--map-root-user", "--mount", "bash", "-c", script]
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare, to mount a small file system")
+    done = subprocess.run(unshare, capture_output=True, text=True, check=False)
+    if "code" not in done.stdout:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr[:200]}")
+    assert done.stdout.split() == ["code", "1", "0"]
+    assert "last.ckpt failed: the disk is full; nothing was saved" in done.stderr.splitlines()[-1]

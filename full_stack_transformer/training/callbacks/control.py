@@ -40,6 +40,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from full_stack_transformer.errors import MachineError, TrainingError
 from full_stack_transformer.training.checkpoints import (
     BEST_FILE_NAME,
+    EXPERIMENT_ID_KEY,
     LAST_FILE_NAME,
     VALIDATION_IS_DUE_KEY,
     link_checkpoint,
@@ -214,10 +215,19 @@ class SaveCheckpoints(Checkpoint):
         directory: where to write.
         minutes_between: minutes between two checkpoints; 0 for one after every step.
         signals: after a signal a checkpoint is written and InterruptedBySignalError raised.
+        experiment_id: kept in each checkpoint.
     """
 
-    def __init__(self, directory: Path, *, minutes_between: float, signals: CatchSignals) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        minutes_between: float,
+        signals: CatchSignals,
+        experiment_id: str = "",
+    ) -> None:
         self._directory = directory
+        self._experiment_id = experiment_id
         self._seconds_between = 60 * minutes_between
         self._signals = signals
         self._step = 0
@@ -276,6 +286,7 @@ class SaveCheckpoints(Checkpoint):
         is_due = validation_is_due(trainer)
         checkpoint[VALIDATION_IS_DUE_KEY] = is_due
         checkpoint["world_size"] = trainer.world_size
+        checkpoint[EXPERIMENT_ID_KEY] = self._experiment_id
         loops = checkpoint["loops"]["fit_loop"]
         # What Lightning takes for a validation that was interrupted in its first batch.
         counts = {"ready": int(is_due), "started": int(is_due), "processed": 0, "completed": 0}
