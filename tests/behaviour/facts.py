@@ -21,7 +21,7 @@ _NUM_DIGITS = 6
 VOLATILE = frozenset(
     {
         *("seconds_taken", "seconds", "tokens_per_second", "model_flops_utilization"),
-        *("package_versions", "id", "created", "loaded_at"),
+        *("package_versions", "id", "experiment_id", "created", "loaded_at", "working_directory"),
     }
 )
 _VOLATILE_CURVES = ("memory/", "throughput/")

@@ -277,7 +277,7 @@ def _unequal(left: Any, right: Any, place: str = "") -> Iterator[str]:
             yield place
     elif isinstance(left, dict) and isinstance(right, dict):
         for key in left.keys() | right.keys():
-            if key not in ("seconds", "Meter"):
+            if key not in ("seconds", "Meter", "experiment_id"):
                 yield from _unequal(left.get(key), right.get(key), f"{place}/{key}")
     elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
         for index, pair in enumerate(zip(left, right, strict=True)):

@@ -116,18 +116,18 @@ def test_the_line_of_ones_own_classes_is_pasted_into_a_shell(place: Path, tmp_pa
         "OMP_NUM_THREADS": "1",
     }
     words = ["run_experiment", "--data_class", "my_data.Parity", "--do_train", "--do_eval"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [fst, *words, *(_ENDLESS.get(word, word) for word in _QUICK), "--val_check_interval", "2"],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-    )
-    assert process.stderr is not None
-    said = ""
-    for said in process.stderr:
-        if said.startswith("step 2: "):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143, said
+    ) as process:
+        assert process.stderr is not None
+        said = ""
+        for said in process.stderr:
+            if said.startswith("step 2: "):
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143, said
     line = said.partition("resume with: ")[2]
     assert line.startswith(f"cd {shlex.quote(str(place))} && fst run_experiment --data_class")
     done = subprocess.run(

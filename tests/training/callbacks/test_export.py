@@ -132,7 +132,7 @@ def test_a_full_disk_keeps_the_previous_model(
     full = OSError(28, "No space left on device")
     with (
         mock.patch(where, side_effect=full),
-        pytest.raises(MachineError, match=r"No space left on device.*previous one is intact"),
+        pytest.raises(MachineError, match=r"the disk is full.*previous one is intact"),
     ):
         SmallTraining(dataset, tmp_path, max_steps=1, seed=1).fit(_export(dataset, tmp_path))
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
