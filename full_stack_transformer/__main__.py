@@ -33,7 +33,7 @@ from full_stack_transformer.errors import (
     UsageError,
     install_command,
 )
-from full_stack_transformer.machine import restart_with_kept_memory
+from full_stack_transformer.machine import restart_with_kept_memory, use_threads_well
 from full_stack_transformer.own_classes import leave_working_directory, trust_options
 from full_stack_transformer.storage import not_utf_8, readable, why_not_written
 
@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not be UTF-8
     leave_working_directory()
+    use_threads_well()
     if _is_training(words) and not {"--help", "-h", _SHOW_ALL} & {*words}:
         restart_with_kept_memory(words)
     sys.exit(run(words))

@@ -1,6 +1,7 @@
 """What the machine has, and hiding a part of it."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,107 @@ def test_cores_are_those_that_the_process_may_use() -> None:
     finally:
         os.sched_setaffinity(0, allowed)
     assert machine.num_cores() == len(allowed)
+
+
+_TWO_GIGABYTES = str(2 * 2**30)
+_GROUPS_OF_A_SERVICE = {
+    "second version, in a container": (
+        "0::/\n",
+        {
+            "cpu.max": "150000 100000",
+            "memory.max": _TWO_GIGABYTES,
+            "memory.current": "1000000",
+            "memory.stat": "anon 5\ninactive_file 400000\n",
+        },
+    ),
+    "second version, a limit of the group around": (
+        "0::/user.slice/job\n",
+        {
+            "cpu.max": "max 100000",
+            "memory.max": "max",
+            "user.slice/cpu.max": "200000 100000",
+            "user.slice/memory.max": _TWO_GIGABYTES,
+            "user.slice/memory.current": "1000000",
+            "user.slice/memory.stat": "inactive_file 400000\n",
+            "user.slice/job/cpu.max": "max 100000",
+            "user.slice/job/memory.max": "max",
+        },
+    ),
+    "first version": (
+        "5:memory:/a/b\n4:cpu,cpuacct:/a/b\n1:name=systemd:/a\n",
+        {
+            "cpu,cpuacct/a/b/cpu.cfs_quota_us": "120000",
+            "cpu,cpuacct/a/b/cpu.cfs_period_us": "100000",
+            "cpu,cpuacct/cpu.cfs_quota_us": "-1",
+            "cpu,cpuacct/cpu.cfs_period_us": "100000",
+            "memory/a/memory.limit_in_bytes": _TWO_GIGABYTES,
+            "memory/a/memory.usage_in_bytes": "1000000",
+            "memory/a/memory.stat": "inactive_file 400000\n",
+        },
+    ),
+    "first version, the path is that of the host": (
+        "5:memory:/docker/abc\n4:cpu:/docker/abc\n0::/docker/abc\n",
+        {
+            "cpu/cpu.cfs_quota_us": "200000",
+            "cpu/cpu.cfs_period_us": "100000",
+            "memory/memory.limit_in_bytes": _TWO_GIGABYTES,
+            "memory/memory.usage_in_bytes": "1000000",
+            "memory/memory.stat": "inactive_file 400000\n",
+        },
+    ),
+}
+
+
+def _lay_out_groups(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, files = _GROUPS_OF_A_SERVICE[name]
+    (root / "own").write_text(own)
+    for path, content in files.items():
+        (root / "groups" / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / "groups" / path).write_text(content)
+    monkeypatch.setattr(machine, "_OWN_GROUPS", root / "own")
+    monkeypatch.setattr(machine, "_GROUPS", root / "groups")
+
+
+@pytest.mark.parametrize("name", _GROUPS_OF_A_SERVICE)
+def test_a_container_limits_cores_and_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _lay_out_groups(name, tmp_path, monkeypatch)
+    monkeypatch.setattr(machine, "_bound_cores", lambda: 64)
+    assert machine.num_cores() == 2
+    free = machine.free_memory_bytes(torch.device("cpu"))
+    assert free is not None
+    assert free <= int(_TWO_GIGABYTES) - 600_000
+    monkeypatch.setattr(machine, "_available_bytes", lambda: None)
+    assert machine.free_memory_bytes(torch.device("cpu")) == int(_TWO_GIGABYTES) - 600_000
+
+
+def test_without_control_groups_the_bound_cores_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "none")
+    monkeypatch.setattr(machine, "_bound_cores", lambda: 3)
+    assert machine.num_cores() == 3
+
+
+def test_threads_wait_asleep_and_keep_to_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    _lay_out_groups("first version", tmp_path, monkeypatch)
+    monkeypatch.setattr(machine, "_bound_cores", lambda: 2)
+    machine.use_threads_well()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setattr(machine, "_bound_cores", lambda: 64)
+    machine.use_threads_well()
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    machine.use_threads_well()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"]) == ("ACTIVE", "7")
 
 
 def test_resident_memory_follows_what_is_allocated() -> None:

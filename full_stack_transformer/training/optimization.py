@@ -1,17 +1,19 @@
 """Optimizers, learning-rate schedules, and the length of a training. Knows nothing of Lightning."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.machine import multiplies_bfloat16
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -21,6 +23,10 @@ _ADAM_BETAS = (0.9, 0.95)
 # updates with this factor reached 1.68 bits per byte on python_docs (4 x 192, 2 M tokens); updates of
 # AdamW's size with equal rates, Liu et al. 2025 (arXiv 2502.16982), 1.72 to 1.78.
 _MUON_RATE = 5.0
+# Numbers of the matrices that Muon orthogonalises at once: more need memory and are no faster.
+_MAX_NUMBERS_AT_ONCE = 2**22
+# From this ratio of the sides on, products of the small Gram matrices are less work than those of the matrix.
+_MIN_RATIO_FOR_GRAM = 1.5
 
 
 def make_optimizer(
@@ -44,7 +50,9 @@ def make_optimizer(
             betas=_ADAM_BETAS,
             fused=fused,
         )
-        muon = Muon(groups.matrices, lr=_MUON_RATE * learning_rate, weight_decay=weight_decay)
+        muon = BatchedMuon(
+            groups.matrices, lr=_MUON_RATE * learning_rate, weight_decay=weight_decay
+        )
         return MuonWithAdamW(muon, adamw)
     decayed = {"params": groups.matrices + groups.heads, "weight_decay": weight_decay}
     kept = {"params": groups.others, "weight_decay": 0.0}
@@ -81,6 +89,94 @@ def _split_parameters(module: nn.Module) -> _Parameters:
         else:
             (split.heads if id(parameter) in heads else split.matrices).append(parameter)
     return split
+
+
+class BatchedMuon(Muon):
+    """torch's Muon, which orthogonalises one matrix after the other and always in bf16.
+
+    This one takes the type that the hardware multiplies, and matrices of one shape together. A step for
+    the 28 matrices of the preset mini, in processor seconds of one core of an EPYC (Zen 4) without its
+    AVX-512 and bf16 instructions: torch's 1.67, this one 0.09; forward and backward of 2,048 tokens 0.47.
+    With them: 0.032 and 0.024 of 0.20. The state is that of torch's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """A step for all matrices that have a gradient."""
+        assert closure is None, "MuonWithAdamW calls it"
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[min(parameter.shape), max(parameter.shape)].append(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                num_at_once = max(1, _MAX_NUMBERS_AT_ONCE // (rows * columns))
+                for first in range(0, len(parameters), num_at_once):
+                    self._update(parameters[first : first + num_at_once], group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update matrices with the same sides, whichever of them is the longer one."""
+        directions = torch.stack(
+            [_wide(self._direction(parameter, group["momentum"])) for parameter in parameters]
+        )
+        if multiplies_bfloat16(directions.device):
+            directions = directions.bfloat16()
+        directions = orthogonalized(directions, group["ns_coefficients"], group["ns_steps"])
+        for parameter, direction in zip(parameters, directions, strict=True):
+            rows, columns = parameter.shape
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(
+                direction.mT if rows > columns else direction,
+                alpha=-group["lr"] * math.sqrt(max(1, rows / columns)),
+            )
+
+    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """Nesterov's: the gradient and the mean of the earlier ones."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(mean, momentum)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def orthogonalized(
+    matrices: Tensor, coefficients: tuple[float, float, float], num_steps: int
+) -> Tensor:
+    """Matrices with singular values near 1, by Newton and Schulz's iteration as Keller Jordan 2024 has it.
+
+    X <- a X + (b G + c G^2) X with G = X X^T. All factors of X are polynomials of the first G, so that they
+    commute: for a wide matrix their product is computed without X, and G <- P G P with P = a + b G + c G^2.
+    Only in fp32, where an eigenvalue of G near 0 is still exact enough.
+
+    Args:
+        matrices: (B, M, N), M not above N.
+        coefficients: a, b, c.
+        num_steps: iterations.
+    """
+    a, b, c = coefficients
+    num_rows, num_columns = matrices.shape[1:]
+    norms = matrices.flatten(1).norm(dim=1)
+    matrices = matrices / norms.clamp(min=1e-7)[:, None, None]
+    if matrices.dtype != torch.float32 or num_columns < _MIN_RATIO_FOR_GRAM * num_rows:
+        for _ in range(num_steps):
+            gram = matrices @ matrices.mT
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            matrices = torch.baddbmm(matrices, factor, matrices, beta=a)
+        return matrices
+    gram = matrices @ matrices.mT
+    product: Tensor | None = None
+    for step in range(num_steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if step < num_steps - 1:
+            gram = factor @ gram @ factor
+    return matrices if product is None else product @ matrices
 
 
 class MuonWithAdamW(Optimizer):
