@@ -75,9 +75,8 @@ class SamplingParameters:
     repetition_penalty: float = _number(
         1.0,
         "Divides the scores of tokens that occurred in the prompt or the new text; 1 for none.",
-        least=0,
+        least=0.01,
         most=10,
-        above=True,
     )
     presence_penalty: float = _number(
         0.0, "Subtracted from the scores of tokens that occurred in the new text.", least=-2, most=2

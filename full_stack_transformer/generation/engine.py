@@ -14,6 +14,7 @@ version of PyTorch. Through PyTorch the logits' last bits depend on what is comp
 `TorchRunner` for what that means.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,12 @@ import torch
 from torch import Tensor
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
-from full_stack_transformer.errors import ContextLengthError, RequestError
+from full_stack_transformer.errors import (
+    ContextLengthError,
+    FullStackTransformerError,
+    ModelError,
+    RequestError,
+)
 from full_stack_transformer.generation.runners.torch import Runner, SlotWork
 from full_stack_transformer.generation.sampling import (
     History,
@@ -33,6 +39,8 @@ from full_stack_transformer.generation.sampling import (
     draw_allowed,
     score_tokens,
 )
+
+logger = logging.getLogger(__name__)
 
 # Tokens of a prompt that are read between two decoding steps.
 _PREFILL_CHUNK_TOKENS = 256
@@ -78,6 +86,8 @@ class TokenEvent:
     """Log-probabilities of the token, where they were asked for."""
     scored_prompt: tuple[ScoredToken, ...] = ()
     """Those of the prompt's tokens after the first one; with the first event of a request."""
+    problem: FullStackTransformerError | None = field(default=None, compare=False)
+    """Why the request ends with "error"."""
 
 
 @dataclass
@@ -209,9 +219,17 @@ class Engine:
         for key, chunk in self._next_chunks():
             keys.append(key)
             work.append(chunk)
-        if not work:
-            return []
-        logits = self._runner.run(self._forgetting(work))
+        return self._compute(keys, work) if work else []
+
+    def _compute(self, keys: Sequence[int], work: Sequence[SlotWork]) -> list[TokenEvent]:
+        """Do the work of some requests. If that fails it is done one by one: only whose work fails ends."""
+        try:
+            logits = self._runner.run(self._forgetting(work))
+        except Exception as error:  # a library's, a device's
+            if len(keys) == 1:
+                return [self._end_failed(keys[0], error)]
+            alone = [self._compute([key], [one]) for key, one in zip(keys, work, strict=True)]
+            return [event for some in alone for event in some]
         for key, one in zip(keys, work, strict=True):
             self._running[key].num_read = one.start + len(one.token_ids)
             self._held[one.slot] += one.token_ids
@@ -349,32 +367,22 @@ class Engine:
     ) -> list[TokenEvent]:
         """Draw tokens for each request, as far as the guesses hold, and say which requests ended."""
         events: list[TokenEvent] = []
-        firsts, first = [], 0
-        for one in work:
-            firsts.append(first)
-            first += one.num_logits
+        first = 0
         # (key, row of the logits that decide its next token, guesses not yet compared)
         open_requests: list[tuple[int, int, list[int]]] = []
-        for key, one, row in zip(keys, work, firsts, strict=True):
-            running = self._running[key]
-            if (
-                one.start < running.num_prompt
-                and running.request.num_prompt_log_probabilities is not None
-            ):
-                rows = logits[row : row + one.num_logits]
-                _score_prompt(running, one.start, rows)
-                row += one.num_logits - 1
-                if not bool(torch.isfinite(rows.amax(dim=-1)).all()):
-                    events.append(self._end_broken(key))
-                elif running.is_reading:
-                    continue
-                elif running.request.sampling.max_new_tokens:
-                    open_requests.append((key, row, []))
-                else:
-                    events.append(self._end_after_prompt(key, running))
-            elif one.num_logits:
-                guesses = list(one.token_ids[len(one.token_ids) - one.num_logits + 1 :])
-                open_requests.append((key, row, guesses))
+        for key, one in zip(keys, work, strict=True):
+            rows = logits[first : first + one.num_logits]
+            try:
+                ended = self._read_prompt(key, one, rows)
+            except Exception as error:
+                ended = self._end_failed(key, error)
+            if ended is not None:
+                events.append(ended)
+            elif one.num_logits and not self._running[key].is_reading:
+                num_guesses = 0 if one.start < self._running[key].num_prompt else one.num_logits - 1
+                guesses = list(one.token_ids[len(one.token_ids) - num_guesses :])
+                open_requests.append((key, first + one.num_logits - 1 - num_guesses, guesses))
+            first += one.num_logits
         while open_requests:
             places = [row for _, row, _ in open_requests]
             drawn = self._draw(
@@ -390,6 +398,18 @@ class Engine:
         self._forget_wrong_guesses(keys)
         return events
 
+    def _read_prompt(self, key: int, one: SlotWork, rows: Tensor) -> TokenEvent | None:
+        """Score the tokens of a prompt where that was asked for; the request's end if that is all of it."""
+        running = self._running[key]
+        if one.start >= running.num_prompt or running.request.num_prompt_log_probabilities is None:
+            return None
+        _score_prompt(running, one.start, rows)
+        if not bool(torch.isfinite(rows.amax(dim=-1)).all()):
+            return self._end_with(key, _broken_model())
+        if running.is_reading or running.request.sampling.max_new_tokens:
+            return None
+        return self._end_after_prompt(key, running)
+
     def _forget_wrong_guesses(self, keys: Sequence[int]) -> None:
         """Forget what slots hold after the token before the newest one: those guesses were wrong."""
         for key in keys:
@@ -400,34 +420,64 @@ class Engine:
 
     def _draw(self, keys: Sequence[int], logits: Tensor) -> list[TokenEvent]:
         """One token for each request from its logits (requests, vocabulary)."""
+        uniforms = torch.cat([self._running[key].next_uniform() for key in keys])
+        return self._draw_by(keys, logits, uniforms)
+
+    def _draw_by(self, keys: Sequence[int], logits: Tensor, uniforms: Tensor) -> list[TokenEvent]:
+        """The same with a random number for each; what fails together is drawn one by one."""
         batch = [self._running[key] for key in keys]
-        # NaN spreads to the largest score; -inf alone is a token out of the question.
-        is_broken = (~torch.isfinite(logits.amax(dim=-1))).tolist()
         parameters = [one.request.sampling for one in batch]
-        if any(is_broken):
-            logits = logits.nan_to_num(neginf=-torch.inf)
-        scores = adjusted_scores(logits, parameters, list(map(_history, batch)))
-        uniforms = torch.cat([one.next_uniform() for one in batch])
-        drawn = draw(scores, parameters, uniforms)
-        of_drawn = scores.gather(-1, drawn[:, None].to(scores.device))[:, 0].tolist()
+        try:
+            scores = adjusted_scores(logits, parameters, list(map(_history, batch)))
+            # NaN spreads to the largest score; -inf is a token out of the question.
+            tops = scores.amax(dim=-1)
+            are_numbers = torch.isfinite(logits.amax(dim=-1)).tolist()
+            if not bool(torch.isfinite(tops).all()):
+                scores = torch.where(torch.isfinite(tops)[:, None], scores, 0.0)
+            drawn = draw(scores, parameters, uniforms)
+        except Exception as error:
+            if len(keys) == 1:
+                return [self._end_failed(keys[0], error)]
+            rows = [slice(row, row + 1) for row in range(len(keys))]
+            alone = [self._draw_by(keys[row], logits[row], uniforms[row]) for row in rows]
+            return [event for some in alone for event in some]
         events = []
-        for row, (key, one) in enumerate(zip(keys, batch, strict=True)):
-            if is_broken[row]:
-                events.append(self._end_broken(key))
-                continue
-            token_id: int | None = None  # where nothing is left
-            if of_drawn[row] > -math.inf:
-                token_id = _allowed_token(int(drawn[row]), scores[row], one)
-            events.append(self._accept(key, one, token_id, logits[row]))
+        for row, (key, one, top) in enumerate(zip(keys, batch, tops.tolist(), strict=True)):
+            if not are_numbers[row]:
+                events.append(self._end_with(key, _broken_model()))
+            elif not top < math.inf:
+                events.append(self._end_with(key, _broken_parameters()))
+            else:
+                drawn_id = (
+                    int(drawn[row]) if top > -math.inf else None
+                )  # none where nothing is left
+                events.append(self._choose_drawn(key, one, drawn_id, scores[row], logits[row]))
         return events
 
-    def _end_broken(self, key: int) -> TokenEvent:
-        """The model computed scores that are NaN or infinite."""
+    def _choose_drawn(
+        self, key: int, one: _Running, token_id: int | None, scores: Tensor, logits: Tensor
+    ) -> TokenEvent:
+        """Accept a drawn token, or another one where it is forbidden."""
+        try:
+            if token_id is not None:
+                token_id = _allowed_token(token_id, scores, one)
+            return self._accept(key, one, token_id, logits)
+        except Exception as error:  # such as one of what the caller forbids
+            return self._end_failed(key, error)
+
+    def _end_failed(self, key: int, error: Exception) -> TokenEvent:
+        if isinstance(error, FullStackTransformerError):
+            return self._end_with(key, error)
+        logger.error("a request failed and is ended; the others go on", exc_info=error)
+        problem = ModelError(f"the model failed on this request ({type(error).__name__})")
+        return self._end_with(key, problem)
+
+    def _end_with(self, key: int, problem: FullStackTransformerError) -> TokenEvent:
         running = self._running[key]
         self.cancel(key)
         # Nobody may go on from what the slot holds now.
         self._held[running.slot].clear()
-        return TokenEvent(key, None, "error")
+        return TokenEvent(key, None, "error", problem=problem)
 
     def _end_after_prompt(self, key: int, running: _Running) -> TokenEvent:
         self.cancel(key)
@@ -452,6 +502,16 @@ class Engine:
             [scored] = score_tokens(logits[None], chosen, request.num_log_probabilities)
         prompt, running.scored_prompt = tuple(running.scored_prompt), []
         return TokenEvent(key, token_id, reason, scored, prompt)
+
+
+def _broken_model() -> ModelError:
+    return ModelError("the model computed scores that are NaN or infinite; its weights are broken")
+
+
+def _broken_parameters() -> RequestError:
+    return RequestError(
+        "with these penalties and this logit_bias scores of tokens are no finite numbers; use smaller ones"
+    )
 
 
 def _score_prompt(running: _Running, start: int, logits: Tensor) -> None:

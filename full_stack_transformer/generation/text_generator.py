@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from full_stack_transformer.arguments.sampling import SamplingKeywords, SamplingParameters
-from full_stack_transformer.errors import ModelError
 from full_stack_transformer.generation.chat import (
     PLAIN_TEMPLATE,
     ChatMessage,
@@ -204,7 +203,7 @@ class TextGenerator:
 
         Raises:
             RequestError: it does not fit into the context.
-            ModelError: the model computed scores that are NaN or infinite.
+            ModelError: the model failed, or computed scores that are NaN or infinite.
         """
         requests = self._conventions.requests(
             prompt,
@@ -232,7 +231,8 @@ class TextGenerator:
                             self._end(key)
                             del running[key]
                         if piece.finish_reason == "error":
-                            raise _broken_model()
+                            assert event.problem is not None
+                            raise event.problem
                         yield index, piece
                         if piece.finish_reason is not None:
                             break  # what came after a stop string is not wanted
@@ -279,7 +279,7 @@ class TextGenerator:
 
         Raises:
             RequestError: the text does not fit into the context.
-            ModelError: the model computed scores that are NaN or infinite.
+            ModelError: the model failed, or computed scores that are NaN or infinite.
         """
         tokenizer = self.model.tokenizer
         prompt_ids = tokenizer.encode_prompt(text)
@@ -297,7 +297,8 @@ class TextGenerator:
             self._end(key)
         [event] = events
         if event.finish_reason == "error":
-            raise _broken_model()
+            assert event.problem is not None
+            raise event.problem
         stream = TextStream(tokenizer)
         texts = [stream.push(token_id) for token_id in prompt_ids]
         texts[-1] += stream.finish()
@@ -355,7 +356,3 @@ class TextGenerator:
     def _end(self, key: int) -> None:
         self._engine.cancel(key)
         self._inboxes.pop(key, None)
-
-
-def _broken_model() -> ModelError:
-    return ModelError("the model computed NaN or infinite scores; its weights are broken")

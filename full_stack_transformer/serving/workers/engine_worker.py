@@ -18,6 +18,7 @@ from torch import Tensor
 from full_stack_transformer.errors import (
     FullStackTransformerError,
     RequestError,
+    ServiceError,
     ServiceUnavailableError,
 )
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
@@ -27,7 +28,6 @@ from full_stack_transformer.serving.workers.thread import WorkerThread, call_on,
 logger = logging.getLogger(__name__)
 
 _MODEL_FAILED = "the model failed on this request"
-_BROKEN_SCORES = "the model computed scores that are NaN or infinite"
 
 
 class Mailbox:
@@ -225,8 +225,8 @@ class EngineWorker(WorkerThread):
                 self._read_one()
                 self._step()
             except Exception:
-                # One broken step must not leave every later client waiting forever.
-                logger.exception("a generation step failed; its requests are ended")
+                # What is broken here must not leave every later client waiting forever.
+                logger.exception("a generation step failed; all requests are ended")
                 self._end_all(ServiceUnavailableError(_MODEL_FAILED))
 
     def _take_in(self) -> bool:
@@ -272,7 +272,10 @@ class EngineWorker(WorkerThread):
             self._waiting.remove(ticket)
             self._starts = [*(one for one in self._starts if one != ticket.client), ticket.client]
             ticket.times.started = now
-            self._running[ticket.engine, ticket.engine.add(ticket.request)] = ticket
+            try:
+                self._running[ticket.engine, ticket.engine.add(ticket.request)] = ticket
+            except Exception as error:
+                self._deliver([(ticket, _ended_by(error))])
 
     def _end_late(self, now: float, late: list[Ticket]) -> None:
         for key in [key for key, ticket in self._running.items() if ticket.deadline <= now]:
@@ -318,21 +321,36 @@ class EngineWorker(WorkerThread):
     def _step(self) -> None:
         deliveries: list[tuple[Ticket, Piece]] = []
         for engine in dict.fromkeys(engine for engine, _ in self._running):
-            events: dict[int, list[TokenEvent]] = {}
-            for event in engine.step():
-                events.setdefault(event.request_id, []).append(event)
-            for request_id, some in events.items():
-                ticket = self._running[engine, request_id]
-                piece = ticket.continuation.push(*some)
-                if piece.finish_reason == "error":
-                    piece = replace(piece, problem=ServiceUnavailableError(_BROKEN_SCORES))
-                if piece.finish_reason is not None:
-                    self._release((engine, request_id))
-                    self._note_end(ticket)
-                ticket.times.first_token = ticket.times.first_token or time.monotonic()
-                deliveries.append((ticket, piece))
+            try:
+                events = engine.step()
+            except Exception as error:  # the engines of other models go on
+                those = {key: one for key, one in self._running.items() if key[0] is engine}
+                deliveries += [(one, _ended_by(error)) for one in those.values()]
+                for key in those:
+                    self._release(key)
+                continue
+            by_request: dict[int, list[TokenEvent]] = {}
+            for event in events:
+                by_request.setdefault(event.request_id, []).append(event)
+            deliveries += [self._piece((engine, key), some) for key, some in by_request.items()]
         if deliveries:
             self._deliver(deliveries)
+
+    def _piece(self, key: tuple[Engine, int], events: Sequence[TokenEvent]) -> tuple[Ticket, Piece]:
+        """What the events of one request add to its text."""
+        ticket = self._running[key]
+        try:
+            piece = ticket.continuation.push(*events)
+        except Exception as error:
+            piece = _ended_by(error)
+        problem = events[-1].problem
+        if problem is not None:
+            piece = replace(piece, problem=_ended_by(problem).problem)
+        if piece.finish_reason is not None:
+            self._release(key)
+            self._note_end(ticket)
+        ticket.times.first_token = ticket.times.first_token or time.monotonic()
+        return ticket, piece
 
     def _note_end(self, ticket: Ticket) -> None:
         ticket.times.ended = time.monotonic()
@@ -361,6 +379,16 @@ class EngineWorker(WorkerThread):
         for ticket, piece in deliveries:
             self._on_piece(ticket, piece)
             ticket.mailbox.put(ticket.number, piece)
+
+
+def _ended_by(error: Exception) -> Piece:
+    """The end of a continuation that failed; what the client did wrong he is told."""
+    if isinstance(error, RequestError | ServiceError):
+        return Piece("", "error", problem=error)
+    if isinstance(error, FullStackTransformerError):
+        return Piece("", "error", problem=ServiceUnavailableError(str(error)))
+    logger.error("a generation step failed; its requests are ended", exc_info=error)
+    return Piece("", "error", problem=ServiceUnavailableError(_MODEL_FAILED))
 
 
 def describe(tickets: Sequence[Ticket]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def test_a_broken_step_ends_its_requests_and_no_others(
         assert (await _last(later)).finish_reason == "length"
 
     _run(work)
-    assert "a generation step failed" in caplog.text
+    assert "a request failed and is ended" in caplog.text
 
 
 def test_a_broken_reading_ends_its_request_and_no_other(
