@@ -1,7 +1,8 @@
 """This computer: processor features, cores, memory, devices. The only module that asks the system for them.
 
-`FST_ISA=avx2` hides AVX-512, so that everything runs as on a processor without it. Standard library only;
-torch is imported only for questions about a device. Knows nothing of models.
+`FST_ISA=avx2` hides AVX-512, so that everything runs as on a processor without it; likewise for the other
+instruction sets of `INSTRUCTION_SETS`. Standard library only; torch is imported only for questions about a
+device. Knows nothing of models.
 """
 
 import contextlib
@@ -22,8 +23,27 @@ if TYPE_CHECKING:
     import torch
 
 ISA_VARIABLE = "FST_ISA"
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "fma"})
+# Instruction sets that the C++ decoder is written for, best first -> the processor features that they need.
+INSTRUCTION_SETS = {
+    "avx512_bf16": _AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
+    "avx512": _AVX512,
+    "avx_vnni": frozenset({"avx2", "fma", "avx_vnni"}),
+    "avx2": frozenset({"avx2", "fma"}),
+    "neon": frozenset({"asimddp"}),
+    "plain": frozenset(),
+}
 # Value of the variable -> prefixes of the processor features that it hides.
-_HIDDEN_FEATURES = {"avx512": (), "avx2": ("avx512", "amx")}
+_HIDDEN_FEATURES: dict[str, tuple[str, ...]] = {
+    "avx512_bf16": (),
+    "avx512_vnni": ("avx512_bf16", "avx512_fp16", "amx"),
+    "avx512": ("avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx"),
+    "avx_vnni": ("avx512", "amx"),
+    "avx2": ("avx512", "avx_vnni", "amx"),
+    "neon": (),
+    "plain": ("avx", "amx", "fma", "asimddp"),
+}
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
@@ -63,23 +83,43 @@ def processor_features() -> frozenset[str]:
     isa = os.environ.get(ISA_VARIABLE)
     if not isa:
         return features
-    if isa not in _HIDDEN_FEATURES:
+    if isa not in INSTRUCTION_SETS:
         raise MachineError(
-            f"{ISA_VARIABLE} must be one of {', '.join(_HIDDEN_FEATURES)}; found {isa!r}"
+            f"{ISA_VARIABLE} must be one of {', '.join(INSTRUCTION_SETS)}; found {isa!r}"
         )
-    if isa == "avx512" and "avx512f" not in features:
-        raise MachineError(f"{ISA_VARIABLE}=avx512: this processor has no AVX-512; unset it")
+    missing = INSTRUCTION_SETS[isa] - features
+    if missing:
+        raise MachineError(
+            f"{ISA_VARIABLE}={isa}: this processor lacks {', '.join(sorted(missing))}; unset it, or choose "
+            f"one of {', '.join(_runnable(features))}"
+        )
     hidden = _HIDDEN_FEATURES[isa]
-    return frozenset(name for name in features if not (hidden and name.startswith(hidden)))
+    return frozenset(name for name in features if not name.startswith(hidden))
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of `INSTRUCTION_SETS` that this process may use, best first.
+
+    Raises:
+        MachineError: FST_ISA is invalid, or requires more than the processor has.
+    """
+    return _runnable(processor_features())
+
+
+def _runnable(features: frozenset[str]) -> tuple[str, ...]:
+    return tuple(name for name, needed in INSTRUCTION_SETS.items() if needed <= features)
 
 
 @cache
 def _features_of_processor() -> frozenset[str]:
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return frozenset({"asimd", "asimddp"})  # every processor of Apple's for Macs
     try:
         text = _CPUINFO.read_text(encoding="ascii", errors="replace")
     except OSError:
         return frozenset()
-    lines = [line for line in text.splitlines() if line.startswith("flags")]
+    # "flags" on x86, "Features" on ARM.
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
     return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
 
 

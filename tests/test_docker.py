@@ -154,7 +154,10 @@ def test_only_what_the_dockerfile_copies_enters_the_build_context() -> None:
 
 def test_the_wheel_that_an_image_installs_holds_every_file_of_the_package(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", "77", reason="NOT BUILT: a wheel needs setuptools 77")
-    source, unwanted = tmp_path / "source", shutil.ignore_patterns("__pycache__", "*.py[co]")
+    source, unwanted = (
+        tmp_path / "source",
+        shutil.ignore_patterns("__pycache__", "*.py[co]", "*.so"),
+    )
     shutil.copytree(
         ROOT / "full_stack_transformer", source / "full_stack_transformer", ignore=unwanted
     )

@@ -20,13 +20,44 @@ def test_avx2_hides_what_is_newer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(name.startswith(("avx512", "amx")) for name in rest)
     assert ("avx2" in rest) == ("avx2" in everything)
     assert not machine.multiplies_bfloat16(torch.device("cpu"))
-    assert library.why_not() is not None
+
+
+@pytest.mark.parametrize("isa", machine.instruction_sets())
+def test_each_instruction_set_of_this_machine_can_be_had(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = machine.instruction_sets()
+    monkeypatch.setenv(machine.ISA_VARIABLE, isa)
+    assert machine.instruction_sets()[0] == isa
+    assert set(machine.instruction_sets()) <= set(sets)
+    if library.why_not() is None:
+        assert library.load_library().isa == isa
+
+
+def test_the_features_of_other_processors_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, best in [
+        ("processor : 0\nFeatures\t: fp asimd asimdhp asimddp sve\n", "neon"),
+        ("processor : 0\nFeatures\t: fp asimd\n", "plain"),
+        ("flags\t\t: fpu avx avx2 fma\nbugs : x\n", "avx2"),
+        ("flags\t\t: fpu avx2 fma avx_vnni\n", "avx_vnni"),
+        ("flags\t\t: avx2 fma avx512f avx512bw avx512vl\n", "avx512"),
+        ("flags\t\t: avx2 fma avx512f avx512cd\n", "avx2"),
+    ]:
+        monkeypatch.setattr(
+            machine._CPUINFO.__class__, "read_text", lambda *_, text=text, **__: text
+        )
+        machine._features_of_processor.cache_clear()
+        try:
+            assert machine.instruction_sets()[0] == best
+        finally:
+            monkeypatch.undo()
+            machine._features_of_processor.cache_clear()
 
 
 @pytest.mark.parametrize("isa", ["sse", "AVX2", "avx512 "])
 def test_an_unknown_instruction_set_is_a_mistake(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(machine.ISA_VARIABLE, isa)
-    with pytest.raises(MachineError, match=r"FST_ISA must be one of avx512, avx2; found"):
+    with pytest.raises(MachineError, match=r"FST_ISA must be one of avx512_bf16, .*, plain; found"):
         machine.processor_features()
 
 
@@ -34,8 +65,11 @@ def test_an_instruction_set_that_is_not_there_is_a_mistake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(machine.ISA_VARIABLE, "avx512")
-    monkeypatch.setattr(machine, "_features_of_processor", lambda: frozenset({"avx2"}))
-    with pytest.raises(MachineError, match="has no AVX-512"):
+    monkeypatch.setattr(machine, "_features_of_processor", lambda: frozenset({"avx2", "fma"}))
+    message = (
+        "FST_ISA=avx512: this processor lacks avx512bw, avx512f, avx512vl; .* one of avx2, plain"
+    )
+    with pytest.raises(MachineError, match=message):
         machine.processor_features()
 
 

@@ -9,7 +9,8 @@
 A draw inverts the cumulative distribution: in the order of the ids where every token may be drawn, else in
 the order of falling scores, equal ones by their ids. The few most likely tokens usually decide the latter, so
 only those are sorted; where they do not, the whole vocabulary is, with the same result. Each request brings
-its own random number, so its tokens do not depend on its neighbours.
+its own random number, so its tokens do not depend on its neighbours. Exponentials and sums, which processors
+round differently, are in fp64: no random number falls between two roundings of those.
 """
 
 from collections.abc import Callable, Sequence
@@ -133,13 +134,13 @@ def _tempered(scores: Tensor, parameters: SamplingParameters) -> Tensor:
 
 def _draw_among_all(tempered: Tensor, uniform: float) -> int:
     """One id, each as probable as its score (vocabulary,) says."""
-    weights = tempered.exp_().cpu()
+    weights = tempered.cpu().double().exp_()
     num_whole = len(weights) // _BLOCK_SIZE * _BLOCK_SIZE
-    sums = weights[:num_whole].view(-1, _BLOCK_SIZE).sum(dim=-1, dtype=torch.float64)
-    rest = weights[num_whole:].sum(dtype=torch.float64)[None]
+    sums = weights[:num_whole].view(-1, _BLOCK_SIZE).sum(dim=-1)
+    rest = weights[num_whole:].sum()[None]
     sums = torch.cat([sums, rest])
     block, left = _find(sums, uniform * float(sums.sum()))
-    inside = weights[block * _BLOCK_SIZE : (block + 1) * _BLOCK_SIZE].double()
+    inside = weights[block * _BLOCK_SIZE : (block + 1) * _BLOCK_SIZE]
     return block * _BLOCK_SIZE + _find(inside, left)[0]
 
 
@@ -202,8 +203,8 @@ def draw_allowed(
 
 def _total_weight(scores: Tensor) -> float:
     """Sum of the exponentials of scores (vocabulary,) of which the largest is 0."""
-    # Row by row and in fp64: the sum must not depend on other rows, nor on how threads share it.
-    return float(scores.exp().sum(dtype=torch.float64))
+    # Row by row: the sum must not depend on other rows, nor on how threads share it.
+    return float(scores.double().exp_().sum())
 
 
 def _sorted(values: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -309,10 +310,13 @@ def score_tokens(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> li
         num_alternatives: number of most likely ids to report for each.
     """
     logits = logits.float()
-    totals = logits.logsumexp(dim=-1)
-    of_tokens = logits.gather(-1, token_ids.to(logits.device)[:, None])[:, 0] - totals
+    # Row by row: in fp64 all of them would take their memory twice more.
+    totals = logits.new_empty(len(logits), dtype=torch.float64)
+    for row, scores in enumerate(logits):
+        totals[row] = scores.double().logsumexp(dim=-1)
+    of_tokens = (logits.gather(-1, token_ids.to(logits.device)[:, None])[:, 0] - totals).float()
     best = logits.topk(min(num_alternatives, logits.shape[-1]), dim=-1)
-    best_values = (best.values - totals[:, None]).tolist()
+    best_values = (best.values - totals[:, None]).float().tolist()
     return [
         ScoredToken(token_id, value, tuple(zip(ids, values, strict=True)))
         for token_id, value, ids, values in zip(

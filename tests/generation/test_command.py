@@ -14,7 +14,7 @@ import pytest
 
 from full_stack_transformer.arguments.models import GenerateArguments
 from full_stack_transformer.arguments.sampling import SamplingKeywords
-from full_stack_transformer.errors import InputError, UsageError
+from full_stack_transformer.errors import InputError, MachineError, UsageError
 from full_stack_transformer.generation import command
 from full_stack_transformer.generation.chat import ChatMessage
 from full_stack_transformer.generation.engine import TokenRequest
@@ -293,3 +293,26 @@ def test_a_session_of_piped_lines_ends_with_them(run_fst: RunFst, model_dir: Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "a text that you and the model continue in turn" in done.stderr
+
+
+def test_a_seed_gives_the_same_text_whatever_the_processor(
+    model_dir: Path, run_fst: RunFst, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"temperature": 1.5, "top_p": 0.98, "max_new_tokens": 100, "seed": 3}
+    here = _printed(capsys, _arguments(model_dir, prompt=PROMPT, weights_dtype="int8", **options))
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = run_fst(
+        *("generate", model_dir, "--prompt", PROMPT, "--weights_dtype", "int8", *words),
+        # The decoder in plain C++, and PyTorch without vector instructions of later processors.
+        env={"FST_ISA": "plain", "ATEN_CPU_CAPABILITY": "default"},
+    )
+    assert "C++ (plain)" in done.stderr
+    assert done.stdout == here
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FST_ISA", "sse9")
+    with pytest.raises(MachineError, match="FST_ISA must be one of avx512_bf16"):
+        command.main(_arguments(model_dir, prompt=PROMPT))

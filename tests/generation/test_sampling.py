@@ -11,8 +11,10 @@ Where transformers is wrong, and we differ on purpose:
 So these tests give transformers fp64 scores without equals.
 """
 
+import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +226,27 @@ def test_a_row_draws_the_same_alone_and_among_others() -> None:
     together = drawn(range(24))
     assert [drawn([row])[0] for row in range(24)] == together
     assert drawn(range(23, -1, -1)) == together[::-1]
+
+
+@pytest.mark.parametrize("restriction", [{}, {"top_p": 0.6}, {"top_k": 200}], ids=str)
+def test_a_random_number_close_to_a_border_is_on_its_side(restriction: dict[str, Any]) -> None:
+    """So close that fp32 would not tell: processors round its exponentials differently."""
+    torch.manual_seed(4)
+    scores = (torch.randn(5000) * 2).sort(descending=True).values
+    weights = [math.exp(score) for score in (scores - scores[0]).tolist()]
+    total, kept = math.fsum(weights), len(weights)
+    if "top_p" in restriction:
+        before = [math.fsum(weights[:place]) / total for place in range(1000)]
+        kept = sum(one < restriction["top_p"] for one in before)
+    elif "top_k" in restriction:
+        kept = restriction["top_k"]
+    total = math.fsum(weights[:kept])
+    parameters = SamplingParameters(temperature=1.0, **restriction)
+    for token_id in (0, 1, 7, 100, 180):
+        border = math.fsum(weights[: token_id + 1]) / total
+        for shift, expected in ((-1e-12, token_id), (1e-12, token_id + 1)):
+            uniforms = torch.tensor([border + shift], dtype=torch.float64)
+            assert draw(scores[None], [parameters], uniforms).tolist() == [expected]
 
 
 def test_frequencies_follow_the_probabilities() -> None:

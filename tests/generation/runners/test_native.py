@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer import machine
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.open_engine import open_engine
@@ -306,17 +307,25 @@ def test_another_architecture_goes_through_pytorch_aloud(
         open_engine(small_backbone("gpt_neox"), num_slots=1, weights_dtype="int8")
 
 
-# ------------------------------------------------------------------ compiling
+# ------------------------------------------------------------------ its library
+
+
+def test_the_library_beside_the_source_is_taken(tmp_path: Path) -> None:
+    if not (library._PREBUILT / library.file_name(machine.instruction_sets()[0])).is_file():
+        pytest.skip("the package was installed without a C++ compiler")
+    environment = {"CXX": "/bin/false", "XDG_CACHE_HOME": str(tmp_path)}
+    assert _why_not_in_another_process(environment, prebuilt=library._PREBUILT) == "None"
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
     """Another process finds what the first one compiled; a source that does not compile takes no place."""
     compiler = tmp_path / "c++"
-    # Copies the library that is there instead of compiling for a quarter of a minute.
+    # Copies the library that is there instead of compiling for ten seconds.
     compiled = Path(library.load_library()._name)
     compiler.write_text(
         f'#!/bin/sh\necho compiled >> "{tmp_path}/log"\n'
-        f'for last; do true; done\ncp "{compiled}" "$last"\n'
+        f'for last; do true; done\nhead -c -32 "{compiled}" > "$last"\n'
     )
     compiler.chmod(0o755)
     environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -330,10 +339,11 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CXX": "/bin/false"}, "/bin/false could not compile decoder.cpp: exit code 1"),
+        ({"CXX": "/bin/false"}, "/bin/false could not compile decoder.cpp for "),
         ({"XDG_CACHE_HOME": "/dev/null"}, "cannot be kept at /dev/null"),
+        ({"CXX": "/none", "PATH": "/none"}, "there is no C++ compiler; install g++, or a wheel"),
     ],
-    ids=["compiler", "cache"],
+    ids=["compiler", "cache", "no compiler"],
 )
 def test_a_machine_without_it_says_why(
     environment: dict[str, str], reason: str, tmp_path: Path
@@ -343,12 +353,28 @@ def test_a_machine_without_it_says_why(
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_library_is_an_error(damage: str, tmp_path: Path) -> None:
+    good = Path(library.load_library()._name).read_bytes()
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+    bad = {"cut": good[:middle], "flipped": flipped, "empty": b""}[damage]
+    for isa in machine.instruction_sets():
+        (tmp_path / library.file_name(isa)).write_bytes(bad)
+    message = _why_not_in_another_process({}, prebuilt=tmp_path)
+    assert message.startswith(
+        f"MachineError: the library of the C++ decoder at {tmp_path}/decoder-"
+    )
+    assert message.endswith("is damaged; install the package again")
+
+
 @pytest.fixture
 def _failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    remembering = (library._compiler, library.load_library, library._why_not_compiled)
+    remembering = (library._compiler, library._found)
     for function in remembering:
         function.cache_clear()
     with monkeypatch.context() as patch:
+        patch.setattr(library, "_PREBUILT", tmp_path)
         patch.setenv("CXX", "/bin/false")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))
         yield
@@ -371,8 +397,17 @@ def test_where_it_cannot_be_compiled_pytorch_generates_aloud(
         open_engine(small_backbone("llama"), num_slots=1, weights_dtype="int8")
 
 
-def _why_not_in_another_process(environment: dict[str, str]) -> str:
-    code = "from full_stack_transformer.generation.runners.native import library; print(library.why_not())"
+def _why_not_in_another_process(
+    environment: dict[str, str], *, prebuilt: Path = Path("/none")
+) -> str:
+    code = (
+        "import pathlib, sys\n"
+        "from full_stack_transformer.errors import MachineError\n"
+        "from full_stack_transformer.generation.runners.native import library\n"
+        f"library._PREBUILT = pathlib.Path({str(prebuilt)!r})\n"
+        "try:\n    print(library.why_not())\n"
+        "except MachineError as error:\n    print(f'MachineError: {error}')\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},

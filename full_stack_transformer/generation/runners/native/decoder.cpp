@@ -1,14 +1,17 @@
-// The forward pass of a decoder on a processor with AVX-512, for batches of tokens of many requests.
+// The forward pass of a decoder, for batches of tokens of many requests.
 //
 //   ids, slots, positions (tokens) -> embeddings -> layers, each reading and writing its slots' keys and
 //   values -> logits (rows, vocabulary) of the tokens that are asked for
 //
 // Every output is the sum over its inputs in their order, by one accumulator, and every token attends by
 // itself. So the numbers of a token do not depend on which tokens are computed beside it, on how a prompt
-// is cut into chunks, on its slot, or on the number of threads: bit for bit.
+// is cut into chunks, on its slot, or on the number of threads: bit for bit. With weights of fp32 and int8 nor
+// do they depend on the processor. bf16 is computed by its own instructions where there are any.
 //
 //   memory_and_threads.h   buffers, and threads that share the work
-//   kernels_avx512.h       arithmetic of vectors, linear layers
+//   isa_*.h                vectors and their products, by instruction set
+//   lanes.h                arithmetic of 16 numbers, the same bits everywhere
+//   kernels.h              linear layers
 //   model.h                layers, attention, cache of keys and values
 //   this file              what Python calls
 
@@ -19,6 +22,7 @@
 
 #include "model.h"
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 Decoder* decoder_new(const DecoderShape* shape) {
@@ -36,7 +40,7 @@ void decoder_set_linear(Decoder* decoder, int layer, int name, const float* weig
                         int num_outputs, int num_inputs) {
   Linear& linear = layer < 0 ? decoder->head_ : decoder->layers_[layer].linears[name];
   const bool is_pair = layer >= 0 && name == kMlpIn && decoder->shape_.is_gated;
-  pack(linear, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair ? 2 : 1);
+  pack(linear, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair);
 }
 
 // layer -1 is the last norm.
@@ -62,11 +66,17 @@ void decoder_set_embeddings(Decoder* decoder, const float* tokens, const float* 
   }
 }
 
-// Both (max_length, head_size / 2).
-void decoder_set_rotary(Decoder* decoder, const float* cosines, const float* sines) {
-  const size_t size = static_cast<size_t>(decoder->shape_.max_length) * decoder->shape_.head_size / 2;
-  std::copy(cosines, cosines + size, decoder->cosines_.reserve(size));
-  std::copy(sines, sines + size, decoder->sines_.reserve(size));
+// Frequencies (head_size / 2) in radians per position; cosines and sines are multiplied by `scaling`.
+void decoder_set_rotary(Decoder* decoder, const float* frequencies, float scaling) {
+  const int half = decoder->shape_.head_size / 2;
+  const size_t size = static_cast<size_t>(decoder->shape_.max_length) * half;
+  float* cosines = decoder->cosines_.reserve(size);
+  float* sines = decoder->sines_.reserve(size);
+  for (size_t number = 0; number < size; ++number) {
+    const float angle = static_cast<float>(number / half) * frequencies[number % half];
+    cosines[number] = cosine(angle, 0) * scaling;
+    sines[number] = cosine(angle, -1) * scaling;
+  }
 }
 
 void decoder_forward(Decoder* decoder, int num_tokens, const int32_t* ids, const int32_t* slots,
@@ -81,3 +91,4 @@ void decoder_copy_slot(Decoder* decoder, int from, int to, int length) {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -1,10 +1,12 @@
-"""A backbone of transformers, packed for the C++ decoder: the fast runner on processors with AVX-512.
+"""A backbone of transformers, packed for the C++ decoder: the fast runner on processors.
 
 Decoders of the Llama and GPT-2 families. The numbers of a token do not depend on what is computed beside
-it, on how its prompt was cut, on its slot or on the number of threads, bit for bit; see decoder.cpp.
+it, on how its prompt was cut, on its slot or on the number of threads, bit for bit, and with fp32 and int8
+weights nor on the processor; see decoder.cpp.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32
 from typing import Any, Literal
@@ -55,6 +57,8 @@ def _why_not_llama(config: PretrainedConfig) -> str | None:
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
         return "its rotary positions depend on the length"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "its rotary positions turn a part of each head"
     return None
 
 
@@ -75,6 +79,7 @@ class NativeRunner:
         weights_dtype: int8 has one scale for each output of a linear layer and for each token's inputs.
         max_length: tokens of each sequence; none for the model's context.
         num_threads: none for as many as PyTorch uses.
+        isa: instruction set, of `machine.INSTRUCTION_SETS`; none for the best of this machine.
 
     Raises:
         ModelError: the decoder does not fit the backbone, or the weights are no numbers.
@@ -89,6 +94,7 @@ class NativeRunner:
         weights_dtype: WeightsDtype,
         max_length: int | None = None,
         num_threads: int | None = None,
+        isa: str | None = None,
     ) -> None:
         problem = why_not_native(backbone)
         if problem is not None:
@@ -102,8 +108,9 @@ class NativeRunner:
         self._hidden_size: int = config.hidden_size
         # OMP_NUM_THREADS, the cores this process may use, or what torch.set_num_threads said.
         self.num_threads = num_threads or _NUM_THREADS
-        self.name = f"C++, {weights_dtype} weights, {self.num_threads} threads"
-        self._library = load_library()
+        self._library = load_library(isa)
+        self.isa = self._library.isa
+        self.name = f"C++ ({self.isa}), {weights_dtype} weights, {self.num_threads} threads"
         shape = _shape(config, self, _WEIGHTS_TYPES[weights_dtype])
         self._decoder = self._library.decoder_new(ctypes.byref(shape))
         if not self._decoder:
@@ -169,11 +176,9 @@ class NativeRunner:
     def _pack_llama(self, backbone: Any) -> None:
         model = backbone.model
         self._set_embeddings(model.embed_tokens.weight, None)
-        positions = torch.arange(self.max_length)[None]
-        cosines, sines = model.rotary_emb(torch.zeros(1, 1, 1), positions)
-        half = cosines.shape[-1] // 2
-        cosines, sines = (part[0, :, :half].float().contiguous() for part in (cosines, sines))
-        self._library.decoder_set_rotary(self._decoder, _values(cosines), _values(sines))
+        frequencies = _rotary_frequencies(model.rotary_emb, backbone.config)
+        scaling = float(model.rotary_emb.attention_scaling)
+        self._library.decoder_set_rotary(self._decoder, _values(frequencies), scaling)
         for number, layer in enumerate(model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             self._set_linear(
@@ -225,6 +230,34 @@ def _weights(linear: nn.Module) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return (weight if isinstance(linear, nn.Linear) else weight.T).float().contiguous()
+
+
+def _rotary_frequencies(rotary: Any, config: PretrainedConfig) -> Tensor:
+    """Radians per position (head size / 2) as transformers computes them, but the same bits everywhere.
+
+    PyTorch's powers in fp32 depend on the processor. Computed again in fp64 for the usual kinds: Su et al.
+    2021 (RoFormer), stretched, and as Llama 3 stretches its slow ones.
+    """
+    rope = config.rope_parameters or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        theirs: Tensor = rotary.inv_freq.float().contiguous()
+        return theirs
+    half = len(rotary.inv_freq)
+    frequencies = [rope["rope_theta"] ** -(number / half) for number in range(half)]
+    if kind == "linear":
+        frequencies = [one / rope["factor"] for one in frequencies]
+    elif kind == "llama3":
+        frequencies = [_stretched_as_llama_3(one, rope) for one in frequencies]
+    return torch.tensor(frequencies, dtype=torch.float64).float()
+
+
+def _stretched_as_llama_3(frequency: float, rope: dict[str, float]) -> float:
+    """Unchanged if fast, divided if slow, in between interpolated."""
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
+    return (1 - smooth) * frequency / rope["factor"] + smooth * frequency
 
 
 def _shape(config: PretrainedConfig, runner: NativeRunner, weights_type: int) -> DecoderShape:

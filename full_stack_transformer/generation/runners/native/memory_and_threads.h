@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <immintrin.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -15,6 +14,14 @@
 #include <vector>
 
 namespace {
+
+inline void pause() {  // between two looks at what another thread will write
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 template <class Value>
 class Buffer {  // 64-byte aligned, not initialized, grows on demand
@@ -51,7 +58,9 @@ class ZeroPages {  // zeros, which take memory page by page when they are first 
   void reserve(size_t size) {  // once
     void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_NOHUGEPAGE
     madvise(data, size, MADV_NOHUGEPAGE);  // a token of a slot would take 2 MB in each layer
+#endif
     data_ = static_cast<uint8_t*>(data);
     size_ = size;
   }
@@ -96,7 +105,7 @@ class Pool {
     is_open_.store(false);
     for (int spins = 0; num_inside_.load() > 0; ++spins) {
       if (spins < 2000) {
-        _mm_pause();
+        pause();
       } else {
         std::this_thread::yield();
       }
@@ -112,7 +121,7 @@ class Pool {
     uint32_t seen = 0;
     while (true) {
       for (int spins = 0; round_.load(std::memory_order_acquire) == seen && spins < 20000; ++spins) {
-        _mm_pause();
+        pause();
       }
       round_.wait(seen, std::memory_order_acquire);
       seen = round_.load(std::memory_order_acquire);

@@ -10,12 +10,13 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels_avx512.h"
+#include "kernels.h"
 #include "memory_and_threads.h"
 
 namespace {
 
 constexpr int kPairsOfPiece = 4;
+constexpr WeightsType kBFloat16Weights = kHasBFloat16Products ? kBFloat16Pairs : kBFloat16;
 
 struct DecoderShape {
   int32_t num_layers, hidden_size, num_heads, num_key_value_heads, head_size, intermediate_size;
@@ -42,8 +43,7 @@ struct Layer {
 class Decoder {
  public:
   explicit Decoder(const DecoderShape& shape)
-      : shape_(shape), type_(static_cast<WeightsType>(shape.weights_type)), layers_(shape.num_layers),
-        pool_(shape.num_threads) {
+      : shape_(shape), type_(type_of(shape)), layers_(shape.num_layers), pool_(shape.num_threads) {
     num_blocks_ = (shape.max_length + kLanes - 1) / kLanes;
     head_values_ = static_cast<size_t>(num_blocks_) * kLanes * shape.head_size;
     const size_t num_values =
@@ -61,6 +61,11 @@ class Decoder {
   Buffer<float> position_embeddings_;    // (max_length, hidden), where the model has them
   bool has_positions_ = false;
   Buffer<float> cosines_, sines_;        // (max_length, head_size / 2)
+
+  static WeightsType type_of(const DecoderShape& shape) {
+    const auto type = static_cast<WeightsType>(shape.weights_type);
+    return type == kBFloat16 ? kBFloat16Weights : type;
+  }
 
   size_t cache_bytes() const { return type_ == kFloat32 ? 4 : 2; }
 
@@ -127,11 +132,11 @@ class Decoder {
     const size_t first = static_cast<size_t>(ids_[token]) * hidden;
     const float* position = position_embeddings_.get() + static_cast<size_t>(positions_[token]) * hidden;
     for (int k = 0; k < hidden; k += kLanes) {
-      __m512 values = type_ == kFloat32
-                          ? _mm512_loadu_ps(reinterpret_cast<float*>(token_embeddings_.get()) + first + k)
+      Floats values = type_ == kFloat32
+                          ? load(reinterpret_cast<float*>(token_embeddings_.get()) + first + k)
                           : from_bfloat16(reinterpret_cast<uint16_t*>(token_embeddings_.get()) + first + k);
-      if (has_positions_) values = _mm512_add_ps(values, _mm512_loadu_ps(position + k));
-      _mm512_storeu_ps(out + k, values);
+      if (has_positions_) values = values + load(position + k);
+      store(out + k, values);
     }
   }
 
@@ -140,23 +145,21 @@ class Decoder {
     const int hidden = shape_.hidden_size;
     const float* in = hidden_.get() + static_cast<size_t>(token) * hidden;
     float* out = normalized_.get() + static_cast<size_t>(token) * hidden;
-    __m512 mean = _mm512_setzero_ps();
+    Floats mean = all(0), squares = all(0);
     if (shape_.centers_in_norm) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int k = 0; k < hidden; k += kLanes) sum = _mm512_add_ps(sum, _mm512_loadu_ps(in + k));
-      mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / hidden);
+      Floats sum = all(0);
+      for (int k = 0; k < hidden; k += kLanes) sum = sum + load(in + k);
+      mean = all(sum_of(sum) / hidden);
     }
-    __m512 squares = _mm512_setzero_ps();
     for (int k = 0; k < hidden; k += kLanes) {
-      const __m512 value = _mm512_sub_ps(_mm512_loadu_ps(in + k), mean);
-      squares = _mm512_fmadd_ps(value, value, squares);
+      const Floats value = load(in + k) - mean;
+      squares = multiply_add(value, value, squares);
     }
-    const float variance = _mm512_reduce_add_ps(squares) / hidden;
-    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(variance + shape_.norm_epsilon));
+    const float variance = sum_of(squares) / hidden;
+    const Floats factor = all(1 / std::sqrt(variance + shape_.norm_epsilon));
     for (int k = 0; k < hidden; k += kLanes) {
-      const __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(in + k), mean), factor);
-      const __m512 bias = norm.has_bias ? _mm512_load_ps(norm.bias.get() + k) : _mm512_setzero_ps();
-      _mm512_storeu_ps(out + k, _mm512_fmadd_ps(value, _mm512_load_ps(norm.weight.get() + k), bias));
+      const Floats bias = norm.has_bias ? load(norm.bias.get() + k) : all(0);
+      store(out + k, multiply_add((load(in + k) - mean) * factor, load(norm.weight.get() + k), bias));
     }
   }
 
@@ -168,46 +171,25 @@ class Decoder {
 
   // Values (T, K) as the linear layers take them; normalized before, where there is a norm.
   Inputs prepare(const float* values, int num_values, int num_tokens, const Norm* norm = nullptr) {
-    if (type_ == kFloat32) {
+    if (type_ == kFloat32 || type_ == kBFloat16) {
       if (norm) each_token(num_tokens, [&](int token) { normalize(*norm, token); });
       return {reinterpret_cast<const int32_t*>(values), nullptr, nullptr};
     }
-    const int num_groups = num_values / values_of_group(type_);
-    int32_t* groups = groups_.reserve(static_cast<size_t>(num_tokens) * num_groups);
+    const int num_words = num_values / values_of_group(type_) * words_of_group(type_);
+    int32_t* words = words_.reserve(static_cast<size_t>(num_tokens) * num_words);
     float* scales = scales_.reserve(num_tokens);
     int32_t* sums = sums_.reserve(num_tokens);
     each_token(num_tokens, [&](int token) {
       if (norm) normalize(*norm, token);
       const float* in = values + static_cast<size_t>(token) * num_values;
-      int32_t* out = groups + static_cast<size_t>(token) * num_groups;
-      if (type_ == kBFloat16) {
-        round_to_bfloat16(in, num_values, reinterpret_cast<uint16_t*>(out));
+      int32_t* out = words + static_cast<size_t>(token) * num_words;
+      if (type_ == kInt8) {
+        quantize(in, num_values, out, scales[token], sums[token]);
       } else {
-        quantize(in, num_values, reinterpret_cast<int8_t*>(out), scales[token], sums[token]);
+        round_to_bfloat16(in, num_values, reinterpret_cast<uint16_t*>(out));
       }
     });
-    return {groups, scales, sums};
-  }
-
-  static void quantize(const float* in, int num_values, int8_t* out, float& scale, int32_t& sum) {
-    __m512 largest = _mm512_setzero_ps();
-    __mmask16 is_nan = 0;
-    for (int k = 0; k < num_values; k += kLanes) {
-      const __m512 values = _mm512_loadu_ps(in + k);
-      is_nan |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-      largest = _mm512_max_ps(_mm512_abs_ps(values), largest);
-    }
-    const float limit = _mm512_reduce_max_ps(largest);
-    scale = limit > 0 ? limit / 127 : 1;
-    if (is_nan) scale = NAN;  // integers cannot carry it to the logits, the scale can
-    const __m512 factor = _mm512_set1_ps(1 / scale);
-    __m512i total = _mm512_setzero_si512();
-    for (int k = 0; k < num_values; k += kLanes) {
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(in + k), factor));
-      total = _mm512_add_epi32(total, rounded);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), _mm512_cvtsepi32_epi8(rounded));
-    }
-    sum = _mm512_reduce_add_epi32(total);
+    return {words, scales, sums};
   }
 
   void apply(const Linear& linear, Inputs inputs, int num_tokens, float* outputs, int stride,
@@ -221,9 +203,9 @@ class Decoder {
       const int first = 2 * piece * pairs_of_piece;
       const int end = std::min(linear.num_panels, first + 2 * pairs_of_piece);
       switch (type_) {
-        case kInt8: return compute_panels<kInt8>(tile, num_tokens, first, end);
-        case kBFloat16: return compute_panels<kBFloat16>(tile, num_tokens, first, end);
         case kFloat32: return compute_panels<kFloat32>(tile, num_tokens, first, end);
+        case kInt8: return compute_panels<kInt8>(tile, num_tokens, first, end);
+        default: return compute_panels<kBFloat16Weights>(tile, num_tokens, first, end);
       }
     });
   }
@@ -248,10 +230,10 @@ class Decoder {
     // By heads first: neighbouring tokens of a prompt read the same keys.
     pool_.run(num_heads * num_tokens_, [&](int item) {
       const int head = item / num_tokens_, token = item % num_tokens_;
-      if (type_ == kFloat32) {
-        look<kFloat32>(layer, token, head);
-      } else {
-        look<kBFloat16>(layer, token, head);
+      switch (type_) {
+        case kFloat32: return look<kFloat32>(layer, token, head);
+        case kBFloat16Pairs: return look<kBFloat16Weights>(layer, token, head);
+        default: return look<kBFloat16>(layer, token, head);  // int8 weights, too
       }
     });
   }
@@ -322,98 +304,104 @@ class Decoder {
     thread_local Buffer<float> score_buffer;
     thread_local Buffer<int32_t> query_buffer;
     float* scores = score_buffer.reserve(static_cast<size_t>(num_blocks + 4) * kLanes);
-    int32_t* groups = query_buffer.reserve(size);
-    const int num_groups = size / values_of_group(Type);
-    if constexpr (Type == kFloat32) {
-      std::memcpy(groups, query, sizeof(float) * size);
-    } else {
-      round_to_bfloat16(query, size, reinterpret_cast<uint16_t*>(groups));
+    auto* words = reinterpret_cast<const int32_t*>(query);
+    if constexpr (Type == kBFloat16Pairs) {
+      int32_t* pairs = query_buffer.reserve(size / 2);
+      round_to_bfloat16(query, size, reinterpret_cast<uint16_t*>(pairs));
+      words = pairs;
     }
     const uint8_t* keys = keys_.get() + offset(layer, slots_[token], kv_head);
     int block = 0;
-    for (; block + 4 <= num_blocks; block += 4) score<Type, 4>(keys, groups, num_groups, block, scores);
-    for (; block < num_blocks; ++block) score<Type, 1>(keys, groups, num_groups, block, scores);
-    const __m512 inverse = soften(scores, length, num_blocks);
+    for (; block + 4 <= num_blocks; block += 4) score<Type, 4>(keys, words, block, scores);
+    for (; block < num_blocks; ++block) score<Type, 1>(keys, words, block, scores);
+    const float inverse = soften(scores, length, num_blocks);
     // In place: a number is read before half as many bytes are written.
-    if constexpr (Type == kBFloat16) {
+    if constexpr (Type == kBFloat16Pairs) {
       round_to_bfloat16(scores, num_blocks * kLanes, reinterpret_cast<uint16_t*>(scores));
     }
     const uint8_t* values = values_.get() + offset(layer, slots_[token], kv_head);
+    auto* weights = reinterpret_cast<const int32_t*>(scores);
     float* out = attended_.get() + static_cast<size_t>(token) * attention_size() + head * size;
     for (int d = 0; d < size; d += 4 * kLanes) {
       switch (std::min(4, (size - d) / kLanes)) {
-        case 4: mix<Type, 4>(values, scores, length, inverse, d, out + d); break;
-        case 3: mix<Type, 3>(values, scores, length, inverse, d, out + d); break;
-        case 2: mix<Type, 2>(values, scores, length, inverse, d, out + d); break;
-        default: mix<Type, 1>(values, scores, length, inverse, d, out + d);
+        case 4: mix<Type, 4>(values, weights, length, inverse, d, out + d); break;
+        case 3: mix<Type, 3>(values, weights, length, inverse, d, out + d); break;
+        case 2: mix<Type, 2>(values, weights, length, inverse, d, out + d); break;
+        default: mix<Type, 1>(values, weights, length, inverse, d, out + d);
       }
     }
   }
 
   // Products of the query and 16 keys for each of `Blocks` blocks.
   template <WeightsType Type, int Blocks>
-  void score(const uint8_t* keys, const int32_t* groups, int num_groups, int first, float* scores) const {
-    __m512i sums[Blocks];
-    for (auto& sum : sums) sum = _mm512_setzero_si512();
-    for (int group = 0; group < num_groups; ++group) {
+  void score(const uint8_t* keys, const int32_t* words, int first, float* scores) const {
+    const int num_groups = shape_.head_size / values_of_group(Type);
+    Vector sums[Blocks][kParts] = {};
+    for (int group = 0; group < num_groups; ++group, words += words_of_group(Type)) {
 #pragma GCC unroll 4
       for (int block = 0; block < Blocks; ++block) {
         const auto* place = keys + (static_cast<size_t>(first + block) * num_groups + group) * 64;
-        sums[block] = add_products<Type>(sums[block], _mm512_load_si512(place), groups[group]);
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          const auto loaded = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)));
+          sums[block][part] = add_products<Type>(sums[block][part], loaded, words);
+        }
       }
     }
-    const __m512 scale = _mm512_set1_ps(shape_.attention_scale);
-    for (int block = 0; block < Blocks; ++block) {
-      _mm512_storeu_ps(scores + (first + block) * kLanes,
-                       _mm512_mul_ps(_mm512_castsi512_ps(sums[block]), scale));
+    put_scaled<Blocks>(sums, shape_.attention_scale, scores + first * kLanes);
+  }
+
+  template <int Count>
+  static void put_scaled(const Vector (&sums)[Count][kParts], float scale, float* out) {
+#pragma GCC unroll 4
+    for (int number = 0; number < Count; ++number) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        store_vector(out + number * kLanes + part * kWidth, sums[number][part] * broadcast(scale));
+      }
     }
   }
 
   // Scores -> exponentials relative to the largest, 0 after `length`; returns 1 / their sum.
-  static __m512 soften(float* scores, int length, int num_blocks) {
-    const __m512 lowest = _mm512_set1_ps(-INFINITY);
-    __m512 largest = lowest, sum = _mm512_setzero_ps();
-    const auto mask = [&](int block) {
-      const int left = length - block * kLanes;
-      return left >= kLanes ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1 << left) - 1);
-    };
+  static float soften(float* scores, int length, int num_blocks) {
+    // What a slot held before stands behind the last position.
+    float* last = scores + (num_blocks - 1) * kLanes;
+    const int num_last = length - (num_blocks - 1) * kLanes;
+    store(last, first_lanes(load(last), num_last, -INFINITY));
+    Floats largest = all(-INFINITY), sum = all(0);
+    for (int block = 0; block < num_blocks; ++block) largest = larger(largest, load(scores + block * kLanes));
+    const Floats top = all(largest_of(largest));
     for (int block = 0; block < num_blocks; ++block) {
-      const __m512 values = _mm512_mask_loadu_ps(lowest, mask(block), scores + block * kLanes);
-      largest = _mm512_max_ps(largest, values);
+      Floats weights = exp_of(load(scores + block * kLanes) - top);
+      if (block == num_blocks - 1) weights = first_lanes(weights, num_last, 0);
+      store(scores + block * kLanes, weights);
+      sum = sum + weights;
     }
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-    for (int block = 0; block < num_blocks; ++block) {
-      const __m512 values = _mm512_loadu_ps(scores + block * kLanes);
-      const __m512 weights = _mm512_maskz_mov_ps(mask(block), exp16(_mm512_sub_ps(values, top)));
-      _mm512_storeu_ps(scores + block * kLanes, weights);
-      sum = _mm512_add_ps(sum, weights);
-    }
-    return _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+    return 1 / sum_of(sum);
   }
 
-  // Weighted mean of 16 * `Parts` numbers of the values; weights and values are of one type.
+  // Weighted mean of 16 * `Parts` numbers of the values.
   template <WeightsType Type, int Parts>
-  void mix(const uint8_t* values, const float* weights, int length, __m512 inverse, int d, float* out) const {
-    constexpr int kPositions = values_of_group(Type);
+  void mix(const uint8_t* values, const int32_t* weights, int length, float inverse, int d, float* out) const {
+    constexpr int kPositions = values_of_group(Type), kWords = words_of_group(Type);
     const size_t stride = static_cast<size_t>(shape_.head_size) * 4;  // bytes of a group of positions
-    __m512i sums[Parts];
-    for (auto& sum : sums) sum = _mm512_setzero_si512();
-    const auto add = [&](int number, __m512i mask) {
-      int32_t group;
-      std::memcpy(&group, weights + number, 4);
+    Vector sums[Parts][kParts] = {};
+    const auto add = [&](int number, IntVector mask) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int part = 0; part < Parts; ++part) {
-        const __m512i value = _mm512_load_si512(values + number * stride + (d + part * kLanes) * 4);
-        sums[part] = add_products<Type>(sums[part], _mm512_and_si512(value, mask), group);
+      for (int block = 0; block < Parts; ++block) {
+        const auto* place = values + number * stride + (d + block * kLanes) * 4;
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          const auto loaded = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)) & mask);
+          sums[block][part] = add_products<Type>(sums[block][part], loaded, weights + number * kWords);
+        }
       }
     };
-    const __m512i everything = _mm512_set1_epi32(-1);
+    const IntVector everything = broadcast(int32_t{-1});
     for (int number = 0; number < length / kPositions; ++number) add(number, everything);
     // Behind the last position may stand anything, even what is no number and would survive a weight of 0.
-    if (length % kPositions) add(length / kPositions, _mm512_set1_epi32(0xffff));
-    for (int part = 0; part < Parts; ++part) {
-      _mm512_storeu_ps(out + part * kLanes, _mm512_mul_ps(_mm512_castsi512_ps(sums[part]), inverse));
-    }
+    if (length % kPositions) add(length / kPositions, broadcast(int32_t{0xffff}));
+    put_scaled<Parts>(sums, inverse, out);
   }
 
   Pool pool_;
@@ -422,7 +410,7 @@ class Decoder {
   const int32_t *ids_ = nullptr, *slots_ = nullptr, *positions_ = nullptr;
   ZeroPages keys_, values_;
   Buffer<float> hidden_, normalized_, projected_, attended_, inner_, scales_;
-  Buffer<int32_t> groups_, sums_;
+  Buffer<int32_t> words_, sums_;
 };
 
 void set_norm(Norm& norm, const float* weight, const float* bias, int size) {

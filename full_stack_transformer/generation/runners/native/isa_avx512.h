@@ -1,0 +1,62 @@
+// AVX-512: a vector is 16 numbers. VNNI and BF16 are used where the compiler's flags name them.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef int32_t IntVector __attribute__((vector_size(64)));
+
+// 32 registers: 12 tokens by 2 panels fill 24. Few tokens need many panels, to have enough sums under way.
+constexpr int max_tokens_of_tile(int) { return 12; }
+constexpr int panels_of_tile(int num_tokens) { return num_tokens <= 2 ? 8 : num_tokens <= 5 ? 4 : 2; }
+
+inline Vector broadcast(float value) { return (Vector)_mm512_set1_ps(value); }
+inline IntVector broadcast(int32_t value) { return (IntVector)_mm512_set1_epi32(value); }
+
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+#ifdef __AVX512VNNI__
+constexpr int kInt8Offset = 128;  // unsigned bytes of weights by signed bytes of inputs
+constexpr int kInt8Words = 1;
+using Int8Weights = IntVector;
+inline Int8Weights int8_weights(IntVector raw) { return raw; }
+
+inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const int32_t* words) {
+  return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(words[0]));
+}
+#else
+constexpr int kInt8Offset = 0;
+constexpr int kInt8Words = 2;  // inputs of 16 bits: those for the even and those for the odd bytes of weights
+struct Int8Weights {
+  __m512i even, odd;
+};
+inline Int8Weights int8_weights(IntVector raw) {
+  return {_mm512_srai_epi16(_mm512_slli_epi16((__m512i)raw, 8), 8), _mm512_srai_epi16((__m512i)raw, 8)};
+}
+
+// The instruction for bytes saturates; products of 16 bits do not.
+inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const int32_t* words) {
+  const __m512i even = _mm512_madd_epi16(weights.even, _mm512_set1_epi32(words[0]));
+  const __m512i odd = _mm512_madd_epi16(weights.odd, _mm512_set1_epi32(words[1]));
+  return sums + (IntVector)even + (IntVector)odd;
+}
+#endif
+
+#ifdef __AVX512BF16__
+constexpr bool kHasBFloat16Products = true;
+inline Vector add_bfloat16_products(Vector sums, IntVector weights, const int32_t* words) {
+  const auto inputs = (__m512bh)_mm512_set1_epi32(words[0]);
+  return (Vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, inputs);
+}
+#else
+constexpr bool kHasBFloat16Products = false;
+#endif
+
+}  // namespace

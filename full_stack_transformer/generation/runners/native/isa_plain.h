@@ -1,0 +1,54 @@
+// Any processor: C++ with the vector types of GCC and Clang, which need no vector instructions.
+
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(16)));
+typedef int32_t IntVector __attribute__((vector_size(16)));
+
+constexpr int max_tokens_of_tile(int) { return 2; }
+constexpr int panels_of_tile(int) { return 1; }
+
+inline Vector broadcast(float value) { return Vector{value, value, value, value}; }
+inline IntVector broadcast(int32_t value) { return IntVector{value, value, value, value}; }
+
+// a * b + c, rounded once. The product is exact as a double; of the sum its last bit says whether something
+// was lost ("round to odd", Boldo and Melquiond 2008), so that rounding again to a float is right.
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  const double product = static_cast<double>(a) * b, sum = product + c, added = sum - product;
+  const double lost = (product - (sum - added)) + (c - added);
+  auto bits = std::bit_cast<int64_t>(sum);
+  const int64_t outwards = (lost > 0) == (sum > 0) ? 1 : -1;
+  if ((lost > 0 || lost < 0) && bits % 2 == 0) bits += outwards;
+  return static_cast<float>(std::bit_cast<double>(bits));
+#endif
+}
+
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+  Vector results;
+  for (int lane = 0; lane < 4; ++lane) results[lane] = multiply_add(a[lane], b[lane], c[lane]);
+  return results;
+}
+
+constexpr int kInt8Offset = 0;
+constexpr int kInt8Words = 1;
+using Int8Weights = IntVector;
+inline Int8Weights int8_weights(IntVector raw) { return raw; }
+
+inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const int32_t* words) {
+  for (int shift = 0; shift < 32; shift += 8) {
+    sums += (weights << (24 - shift) >> 24) * broadcast(words[0] << (24 - shift) >> 24);
+  }
+  return sums;
+}
+
+constexpr bool kHasBFloat16Products = false;
+
+}  // namespace

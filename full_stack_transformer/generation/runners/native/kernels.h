@@ -1,0 +1,320 @@
+// Linear layers: weights packed in panels, and their products with inputs in tiles of the registers.
+//
+// T tokens, K inputs and N outputs of a linear layer. A *group* is the 32 bits of weights that one lane takes at
+// once: 4 of int8, 2 of bf16, 1 of fp32. A *panel* is 16 outputs. A *word* is 32 bits of inputs that all lanes
+// share; a group takes one or two. Knows nothing of models.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "lanes.h"
+#include "memory_and_threads.h"
+
+namespace {
+
+// Weights and what they are multiplied with. Pairs are bf16 on both sides, by an instruction of its own that
+// rounds in its own way; otherwise bf16 is multiplied as fp32.
+enum WeightsType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kBFloat16Pairs = 3 };
+
+constexpr int values_of_group(WeightsType type) {
+  return type == kInt8 ? 4 : type == kFloat32 ? 1 : 2;
+}
+constexpr int words_of_group(WeightsType type) {
+  return type == kInt8 ? kInt8Words : type == kBFloat16 ? 2 : 1;
+}
+
+struct BFloat16Weights {
+  Vector even, odd;
+};
+
+// 32 bits of weights for each lane, ready to be multiplied.
+template <WeightsType Type>
+inline auto unpacked(IntVector raw) {
+  if constexpr (Type == kInt8) {
+    return int8_weights(raw);
+  } else if constexpr (Type == kBFloat16) {
+    return BFloat16Weights{(Vector)(raw << 16), (Vector)(raw & broadcast(int32_t{-65536}))};
+  } else if constexpr (Type == kBFloat16Pairs) {
+    return raw;
+  } else {
+    return (Vector)raw;
+  }
+}
+
+template <WeightsType Type>
+using Sums = std::conditional_t<Type == kInt8, IntVector, Vector>;
+
+inline float word_as_float(const int32_t* word) {
+  float value;
+  std::memcpy(&value, word, 4);
+  return value;
+}
+
+// Adds the products of the lanes' weights and one group of inputs to the lanes' sums.
+template <WeightsType Type, class Weights>
+inline Sums<Type> add_products(Sums<Type> sums, Weights weights, const int32_t* words) {
+  if constexpr (Type == kInt8) {
+    return add_int8_products(sums, weights, words);
+  } else if constexpr (Type == kBFloat16) {
+    sums = multiply_add(weights.even, broadcast(word_as_float(words)), sums);
+    return multiply_add(weights.odd, broadcast(word_as_float(words + 1)), sums);
+  } else if constexpr (Type == kBFloat16Pairs) {
+    return add_bfloat16_products(sums, weights, words);
+  } else {
+    return multiply_add(weights, broadcast(word_as_float(words)), sums);
+  }
+}
+
+// ---------------------------------------------------------------- weights
+
+// Weights (N, K) as panels: [N / 16][K / group][16 outputs][group]. int8 weights have one scale an output and
+// are stored with kInt8Offset added.
+struct Linear {
+  int num_outputs = 0, num_panels = 0, num_groups = 0;
+  Buffer<uint8_t> panels;
+  Buffer<float> scales, bias;  // (panels * 16)
+};
+
+// What 127 stands for; too little to be divided by counts as 0.
+inline float scale_of(float largest) { return largest > 1e-30f ? largest / 127 : 1; }
+
+inline void pack_group(WeightsType type, const float* values, float scale, uint8_t* place) {
+  if (type == kInt8) {
+    // Two words hold numbers 0 and 1, and 2 and 3: those of the even and of the odd bytes.
+    constexpr int kPlaces[4] = {0, kInt8Words == 2 ? 2 : 1, kInt8Words == 2 ? 1 : 2, 3};
+    for (int number = 0; number < 4; ++number) {
+      place[kPlaces[number]] = static_cast<uint8_t>(kInt8Offset + nearest_integer(values[number] / scale));
+    }
+  } else if (type == kFloat32) {
+    std::memcpy(place, values, 4);
+  } else {
+    const uint16_t pair[2] = {to_bfloat16(values[0]), to_bfloat16(values[1])};
+    std::memcpy(place, pair, 4);
+  }
+}
+
+// `is_pair`: outputs n and n + N / 2 share a pair of panels (gate and up of an MLP).
+void pack(Linear& linear, WeightsType type, const float* weights, const float* bias, int num_outputs,
+          int num_inputs, bool is_pair) {
+  const int per_group = values_of_group(type), num_groups = num_inputs / per_group;
+  const int num_panels = (num_outputs + 2 * kLanes - 1) / (2 * kLanes) * 2;
+  linear.num_outputs = num_outputs;
+  linear.num_panels = num_panels;
+  linear.num_groups = num_groups;
+  uint8_t* out = linear.panels.reserve(static_cast<size_t>(num_panels) * num_groups * 64);
+  float* scales = linear.scales.reserve(num_panels * kLanes);
+  float* biases = linear.bias.reserve(num_panels * kLanes);
+  const Buffer<float> zeros(num_inputs);
+  std::fill_n(zeros.get(), num_inputs, 0.0f);
+  for (int number = 0; number < num_panels * kLanes; ++number) {
+    const int panel = number / kLanes, lane = number % kLanes;
+    const int row = is_pair ? panel / 2 * kLanes + lane + panel % 2 * (num_outputs / 2) : number;
+    const bool exists = number < num_outputs;
+    const float* source = exists ? weights + static_cast<size_t>(row) * num_inputs : zeros.get();
+    float largest = 0;
+    for (int k = 0; k < num_inputs; ++k) largest = std::max(largest, std::fabs(source[k]));
+    scales[number] = type == kInt8 ? scale_of(largest) : 1;
+    biases[number] = bias && exists ? bias[row] : 0;
+    for (int group = 0; group < num_groups; ++group) {
+      pack_group(type, source + group * per_group, scales[number],
+                 out + (static_cast<size_t>(panel) * num_groups + group) * 64 + lane * 4);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- inputs
+
+// Inputs (T, K) of a linear layer as it takes them.
+struct Inputs {
+  const int32_t* words = nullptr;  // (T, K / group * words of a group)
+  const float* scales = nullptr;   // (T), int8 only
+  const int32_t* sums = nullptr;   // (T) of the quantized values, int8 only
+};
+
+// Numbers (K) as int8 with one scale, in the words of the products; `sum` is that of the integers.
+inline void quantize(const float* in, int num_values, int32_t* words, float& scale, int32_t& sum) {
+  Floats largest = all(0), differences = all(0);
+  for (int k = 0; k < num_values; k += kLanes) {
+    const Floats values = load(in + k);
+    largest = larger(larger(values, all(0) - values), largest);
+    differences = differences + (values - values);  // NaN from what is no finite number
+  }
+  scale = scale_of(largest_of(largest));
+  const float factor = 1 / scale;
+  const float difference = sum_of(differences);
+  if (difference != 0) scale = difference;  // integers cannot carry NaN to the logits, the scale can
+  auto* out = reinterpret_cast<std::conditional_t<kInt8Words == 1, int8_t, int16_t>*>(words);
+  int32_t total = 0;
+  for (int k = 0; k < num_values; ++k) {
+    const int32_t rounded = nearest_integer(in[k] * factor);
+    out[k] = static_cast<std::remove_reference_t<decltype(*out)>>(rounded);
+    total += rounded;
+  }
+  sum = total;
+}
+
+// ---------------------------------------------------------------- products
+
+// What happens to the 16 sums of a panel; a pair of panels is handed over together.
+enum class Ending { kStore, kAdd, kGelu, kGated };
+
+struct Tile {
+  const Linear* linear;
+  Inputs inputs;
+  float* outputs;  // (T, stride)
+  int stride;
+  Ending ending;
+};
+
+template <WeightsType Type>
+inline Floats finish(const Tile& tile, const Sums<Type>* sums, int token, int panel) {
+  const Floats bias = load(tile.linear->bias.get() + panel * kLanes);
+  if constexpr (Type == kInt8) {
+    // Takes back what was added to every weight.
+    const IntVector added = broadcast(kInt8Offset * tile.inputs.sums[token]);
+    const Floats scales =
+        load(tile.linear->scales.get() + panel * kLanes) * all(tile.inputs.scales[token]);
+    const Floats plain = each_part(
+        [&](int part) { return __builtin_convertvector(sums[part] - added, Vector); });
+    return multiply_add(plain, scales, bias);
+  } else {
+    return each_part([&](int part) { return sums[part]; }) + bias;
+  }
+}
+
+inline void put(const Tile& tile, Floats values, int token, int panel) {
+  const int left = tile.linear->num_outputs - panel * kLanes;
+  if (left <= 0) return;
+  float* place = tile.outputs + static_cast<size_t>(token) * tile.stride + panel * kLanes;
+  if (tile.ending == Ending::kGelu) values = gelu_of(values);
+  if (left >= kLanes) {
+    if (tile.ending == Ending::kAdd) values = load(place) + values;
+    store(place, values);
+  } else {
+    alignas(64) float lanes[kLanes];
+    store(lanes, values);
+    for (int lane = 0; lane < left; ++lane) {
+      place[lane] = tile.ending == Ending::kAdd ? place[lane] + lanes[lane] : lanes[lane];
+    }
+  }
+}
+
+// Sums (Tokens, panels of `results`, 16) of some panels, which are computed together in registers.
+template <WeightsType Type, int Tokens, int Panels>
+inline void accumulate(const Tile& tile, int first_token, int first_panel, Sums<Type>* results,
+                       int results_stride) {
+  constexpr int kWords = words_of_group(Type);
+  const int num_groups = tile.linear->num_groups;
+  const size_t panel_bytes = static_cast<size_t>(num_groups) * 64, row = static_cast<size_t>(num_groups) * kWords;
+  const uint8_t* weights = tile.linear->panels.get() + first_panel * panel_bytes;
+  const int32_t* words = tile.inputs.words + first_token * row;
+  using Weights = decltype(unpacked<Type>(IntVector{}));
+  // Every loop over `sums` is unrolled, else the compiler keeps them in memory instead of registers.
+  Sums<Type> sums[Tokens][Panels][kParts];
+#pragma GCC unroll 12
+  for (int token = 0; token < Tokens; ++token) {
+#pragma GCC unroll 8
+    for (int panel = 0; panel < Panels; ++panel) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) sums[token][panel][part] = Sums<Type>{};
+    }
+  }
+  for (int group = 0; group < num_groups; ++group) {
+    Weights loaded[Panels][kParts];
+#pragma GCC unroll 8
+    for (int panel = 0; panel < Panels; ++panel) {
+      const uint8_t* place = weights + panel * panel_bytes + group * 64;
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        loaded[panel][part] = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)));
+      }
+      // The next tile's, else memory rests while there are many tokens to multiply.
+      __builtin_prefetch(place + Panels * panel_bytes, 0, 2);
+    }
+#pragma GCC unroll 12
+    for (int token = 0; token < Tokens; ++token) {
+      const int32_t* inputs = words + token * row + group * kWords;
+#pragma GCC unroll 8
+      for (int panel = 0; panel < Panels; ++panel) {
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          sums[token][panel][part] = add_products<Type>(sums[token][panel][part], loaded[panel][part], inputs);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int token = 0; token < Tokens; ++token) {
+#pragma GCC unroll 8
+    for (int panel = 0; panel < Panels; ++panel) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        results[token * results_stride + panel * kParts + part] = sums[token][panel][part];
+      }
+    }
+  }
+}
+
+// `Panels` panels, at least one pair.
+template <WeightsType Type, int Tokens, int Panels>
+inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
+  constexpr int kTogether = std::min(Panels, panels_of_tile(Tokens));
+  Sums<Type> results[Tokens][Panels][kParts];
+  for (int panel = 0; panel < Panels; panel += kTogether) {
+    accumulate<Type, Tokens, kTogether>(tile, first_token, first_panel + panel, results[0][panel],
+                                        Panels * kParts);
+  }
+  for (int token = 0; token < Tokens; ++token) {
+    for (int panel = 0; panel < Panels; panel += 2) {
+      const int at_token = first_token + token, at_panel = first_panel + panel;
+      const Floats first = finish<Type>(tile, results[token][panel], at_token, at_panel);
+      const Floats second = finish<Type>(tile, results[token][panel + 1], at_token, at_panel + 1);
+      if (tile.ending == Ending::kGated) {
+        store(tile.outputs + static_cast<size_t>(at_token) * tile.stride + at_panel / 2 * kLanes,
+              first * sigmoid_of(first) * second);
+      } else {
+        put(tile, first, at_token, at_panel);
+        put(tile, second, at_token, at_panel + 1);
+      }
+    }
+  }
+}
+
+template <WeightsType Type, int Tokens>
+void compute_tokens(const Tile& tile, int first_token, int first_panel, int end_panel) {
+  constexpr int kPanels = std::max(2, panels_of_tile(Tokens));
+  int panel = first_panel;
+  for (; panel + kPanels <= end_panel; panel += kPanels) {
+    compute_tile<Type, Tokens, kPanels>(tile, first_token, panel);
+  }
+  for (; panel < end_panel; panel += 2) compute_tile<Type, Tokens, 2>(tile, first_token, panel);
+}
+
+template <WeightsType Type, int Tokens = max_tokens_of_tile(words_of_group(Type))>
+void compute_rest(const Tile& tile, int num_tokens, int first_token, int first_panel, int end_panel) {
+  if constexpr (Tokens > 0) {
+    if (num_tokens == Tokens) {
+      compute_tokens<Type, Tokens>(tile, first_token, first_panel, end_panel);
+    } else {
+      compute_rest<Type, Tokens - 1>(tile, num_tokens, first_token, first_panel, end_panel);
+    }
+  }
+}
+
+template <WeightsType Type>
+void compute_panels(const Tile& tile, int num_tokens, int first_panel, int end_panel) {
+  // Even shares: 13 tokens as 7 and 6, not as 12 and 1.
+  constexpr int kMaxTokens = max_tokens_of_tile(words_of_group(Type));
+  const int num_tiles = (num_tokens + kMaxTokens - 1) / kMaxTokens;
+  for (int number = 0; number < num_tiles; ++number) {
+    const int first = num_tokens * number / num_tiles, end = num_tokens * (number + 1) / num_tiles;
+    compute_rest<Type>(tile, end - first, first, first_panel, end_panel);
+  }
+}
+
+}  // namespace

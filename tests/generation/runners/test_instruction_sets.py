@@ -1,0 +1,135 @@
+"""The C++ decoder of each instruction set that this machine has: the same bits with fp32 and int8 weights."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.generation.runners.native import library
+from full_stack_transformer.generation.runners.native.decoder import NativeRunner, WeightsDtype
+from full_stack_transformer.generation.runners.torch import SlotWork
+from full_stack_transformer.machine import instruction_sets
+
+ISAS = tuple(isa for isa in instruction_sets() if isa in library.targets())
+SAME_BITS: tuple[WeightsDtype, ...] = ("float32", "int8")
+# Of 16 numbers, tiles and blocks there is always a rest.
+LENGTHS = (1, 2, 3, 5, 7, 13, 33, 50)
+CONTEXT = 70
+
+
+@pytest.fixture(autouse=True)
+def _decoder_is_here() -> None:
+    problem = library.why_not()
+    if problem is not None:
+        pytest.skip(f"no C++ decoder here: {problem}")
+
+
+@cache
+def _backbone(kind: str) -> Backbone:
+    sizes = {"hidden_size": 96, "intermediate_size": 208, "num_hidden_layers": 2}
+    config = {
+        "grouped": transformers.LlamaConfig(
+            **sizes, vocab_size=77, num_attention_heads=6, num_key_value_heads=2
+        ),
+        "llama-3": transformers.LlamaConfig(
+            **sizes,
+            vocab_size=130,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=80,
+            attention_bias=True,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        "gpt2": transformers.GPT2Config(
+            vocab_size=77, n_positions=CONTEXT, n_embd=96, n_inner=112, n_layer=2, n_head=2
+        ),
+    }[kind]
+    config.max_position_embeddings = CONTEXT
+    config.bos_token_id, config.eos_token_id = 0, 1
+    torch.manual_seed(2)
+    backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+            elif "bias" in name:
+                parameter.normal_(std=0.3)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return backbone
+
+
+KINDS = ("grouped", "llama-3", "gpt2")
+
+
+def _logits(backbone: Backbone, isa: str, dtype: WeightsDtype) -> Tensor:
+    """Logits of texts of all lengths, read at once, and of further tokens, one by one."""
+    runner = NativeRunner(backbone, num_slots=len(LENGTHS), weights_dtype=dtype, isa=isa)
+    assert runner.isa == isa
+    texts = [[(7 * place + 3 * length) % 70 + 3 for place in range(length)] for length in LENGTHS]
+    rows = [runner.run([SlotWork(slot, 0, ids, len(ids)) for slot, ids in enumerate(texts)])]
+    for step in range(3):
+        work = [SlotWork(slot, len(ids) + step, [9 + step], 1) for slot, ids in enumerate(texts)]
+        rows.append(runner.run(work))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("dtype", SAME_BITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_have_the_same_bits(kind: str, dtype: WeightsDtype) -> None:
+    expected = _logits(_backbone(kind), "plain", dtype)
+    assert bool(torch.isfinite(expected).all())
+    for isa in ISAS:
+        assert torch.equal(_logits(_backbone(kind), isa, dtype), expected), isa
+
+
+@pytest.mark.parametrize("dtype", [*SAME_BITS, "bfloat16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_logits_are_those_of_transformers(isa: str, dtype: WeightsDtype) -> None:
+    runner = NativeRunner(_backbone("grouped"), num_slots=1, weights_dtype=dtype, isa=isa)
+    text = [(5 * place) % 70 + 3 for place in range(45)]
+    with torch.inference_mode():
+        theirs = _backbone("grouped")(torch.tensor([text])).logits[0]
+    distance = (runner.run([SlotWork(0, 0, text, len(text))]) - theirs).norm() / theirs.norm()
+    assert float(distance) < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.1}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [*SAME_BITS, "bfloat16"])
+def test_what_overflows_is_no_number_everywhere(dtype: WeightsDtype) -> None:
+    backbone = copy.deepcopy(_backbone("grouped"))
+    embeddings = backbone.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[5] = 3e38  # its square overflows in the first norm
+        embeddings[6, 3] = 1e30
+    results = []
+    for isa in ISAS:
+        runner = NativeRunner(backbone, num_slots=2, weights_dtype=dtype, isa=isa)
+        broken = runner.run([SlotWork(0, 0, [5, 6, 7], 3), SlotWork(1, 0, [8, 6, 9], 3)])
+        # What the slots held does not reach the next text.
+        again = runner.run([SlotWork(0, 0, [8, 9], 2)])
+        assert torch.equal(again, runner.run([SlotWork(1, 0, [8, 9], 2)]))
+        assert bool(torch.isfinite(again).all())
+        results.append(torch.cat([broken, again]))
+    for isa, result in zip(ISAS, results, strict=True):
+        assert torch.equal(result.isfinite(), results[-1].isfinite()), isa
+        if dtype != "bfloat16":
+            assert torch.equal(result.nan_to_num(7.0), results[-1].nan_to_num(7.0)), isa
+
+
+def test_another_instruction_set_is_refused() -> None:
+    other = "neon" if "neon" not in library.targets() else "avx2"
+    with pytest.raises(
+        Exception, match=f"the C\\+\\+ decoder cannot run here: it knows no {other}"
+    ):
+        NativeRunner(_backbone("gpt2"), num_slots=1, weights_dtype="int8", isa=other)
