@@ -55,6 +55,7 @@ from full_stack_transformer.serving.schemas import (
     Version,
 )
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, describe
+from full_stack_transformer.serving.workers.grammars import Grammars
 from full_stack_transformer.serving.workers.models import AnyServed, ServedModels
 from full_stack_transformer.serving.workers.prometheus import WorkerMetrics
 from full_stack_transformer.serving.workers.task_worker import TaskWorker
@@ -122,6 +123,7 @@ def make_app(
     models: ServedModels,
     worker: EngineWorker,
     task_worker: TaskWorker,
+    grammars: Grammars,
     metrics: WorkerMetrics,
     registry: CollectorRegistry,
     options: AppOptions,
@@ -134,6 +136,7 @@ def make_app(
         yield
         if watching is not None:
             watching.cancel()
+        grammars.close()
 
     # The offline variant ships the assets of the documentation page: no other host is asked for them.
     app: FastAPI = FastAPIOffline(
@@ -146,6 +149,7 @@ def make_app(
     )
     app.state.worker = worker
     app.state.task_worker = task_worker
+    app.state.grammars = grammars
     app.state.max_body_bytes = options.max_body_bytes
     app.state.unknown_fields = UnknownFields(refuses=options.strict_fields)
     app.state.request_timeout_seconds = options.request_timeout_seconds

@@ -24,6 +24,7 @@ from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.http.connections import protocol_with
 from full_stack_transformer.serving.http.guard import ApiKeys, read_api_keys
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
+from full_stack_transformer.serving.workers.grammars import Grammars
 from full_stack_transformer.serving.workers.models import (
     OpeningOptions,
     ServedModel,
@@ -65,6 +66,7 @@ def main(arguments: ServeArguments) -> int:
     queue_size = arguments.max_queue_size
     worker = EngineWorker(max_queue_size=queue_size, on_piece=metrics.on_piece)
     task_worker = TaskWorker(max_queue_size=queue_size, on_batch=metrics.on_task_batch)
+    grammars = Grammars(max_queue_size=queue_size)
     options = AppOptions(
         keys=keys,
         host=arguments.host,
@@ -75,11 +77,13 @@ def main(arguments: ServeArguments) -> int:
         strict_fields=arguments.strict_fields,
         watches=arguments.watch,
     )
-    app = make_app(models, worker, task_worker, metrics, registry, options)
+    app = make_app(models, worker, task_worker, grammars, metrics, registry, options)
     # Its warnings are one for each malformed request: anybody could fill the disk with them.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     sys.setswitchinterval(_SECONDS_OF_INTERPRETER)
-    server = _Server(_config(app, arguments), [worker, task_worker], arguments.shutdown_seconds)
+    server = _Server(
+        _config(app, arguments), [worker, task_worker, grammars], arguments.shutdown_seconds
+    )
     _announce(listener, models, keys, arguments)
     # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -142,7 +146,7 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        workers: Sequence[EngineWorker | TaskWorker],
+        workers: Sequence[EngineWorker | TaskWorker | Grammars],
         shutdown_seconds: float,
     ) -> None:
         super().__init__(config)

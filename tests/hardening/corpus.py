@@ -173,8 +173,8 @@ def _fields() -> Iterator[HostileRequest]:
     ]  # fmt: skip
     for name, fields_ in others:
         body = json.dumps({**_ROUTES["/v1/completions"], **fields_}).encode()
-        # llguidance follows these: not in a way that anybody wanted, but in bounded time.
-        is_valid = name in ("an expression that explodes", "a schema that refers to itself")
+        # llguidance follows this: not in a way that anybody wanted, but in bounded time.
+        is_valid = name == "an expression that explodes"
         yield HostileRequest(f"completion with {name}", (post("/v1/completions", body),), is_valid)
     roles = ("tool", "", "System", "user\u0000", "x" * 300)
     for role in roles:

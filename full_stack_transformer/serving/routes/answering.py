@@ -37,13 +37,9 @@ from full_stack_transformer.serving.schemas import (
     OpenAIBody,
     ResponseFormat,
 )
-from full_stack_transformer.serving.workers.constraints import (
-    Constraint,
-    any_of,
-    grammar_of,
-    make_vocabulary,
-)
+from full_stack_transformer.serving.workers.constraints import any_of, grammar_of
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, Mailbox, Ticket
+from full_stack_transformer.serving.workers.grammars import Grammar
 from full_stack_transformer.serving.workers.models import ServedModel
 
 # Shorter texts are tokenized at once: a hop to another thread would take longer.
@@ -137,6 +133,8 @@ class Exchange:
 
     def __init__(self, worker: EngineWorker, tickets: list[Ticket], mailbox: Mailbox) -> None:
         self.tickets = tickets
+        self.held = contextlib.ExitStack()
+        """What the continuations need for as long as they go on."""
         self._worker = worker
         self._mailbox = mailbox
 
@@ -151,8 +149,9 @@ class Exchange:
         return await self._mailbox.take()
 
     def close(self) -> None:
-        """Cancel what is unfinished."""
+        """Cancel what is unfinished, and give back what it needed."""
         self._worker.cancel(self.tickets)
+        self.held.close()
 
 
 def submit(request: Request, model: ServedModel, wanted: Sequence[TokenRequest]) -> Exchange:
@@ -277,8 +276,13 @@ class OpenAIAnswer(ABC):
         """
         self._num_prompt_tokens = num_prompt_tokens
         self._prompt_lengths = [len(one.prompt_ids) for one in wanted]
-        wanted = await _constrained(self._model, wanted, self._format)
-        exchange = submit(request, self._model, wanted)
+        with contextlib.ExitStack() as until_submitted:
+            grammar = await _open_grammar(request, self._model, self._format)
+            if grammar is not None:
+                until_submitted.callback(grammar.release)
+                wanted = [_constrained(one, grammar) for one in wanted]
+            exchange = submit(request, self._model, wanted)
+            exchange.held = until_submitted.pop_all()
         if self._stream:
             return EventStream(exchange, self._chunk, self._last_chunks)
         with exchange:
@@ -341,29 +345,33 @@ def _usage(num_prompt_tokens: int, num_new_tokens: int) -> dict[str, int]:
     }
 
 
-async def _constrained(
-    model: ServedModel, wanted: list[TokenRequest], response_format: ResponseFormat | None
-) -> list[TokenRequest]:
-    """The same continuations, each of which follows the format.
+async def _open_grammar(
+    request: Request, model: ServedModel, response_format: ResponseFormat | None
+) -> Grammar | None:
+    """The grammar of a format; none where any text will do. The caller releases it.
 
     Raises:
         RequestError: the format cannot be followed.
+        ServiceUnavailableError: not now.
+        ClientGoneError: the client has disconnected.
     """
     if response_format is None or response_format.type == "text":
-        return wanted
+        return None
+    state = request.app.state
+    opening = state.grammars.open(
+        grammar_of(response_format),
+        model.tokenizer,
+        client=request.state.facts.client,
+        deadline=time.monotonic() + state.request_timeout_seconds,
+    )
+    grammar: Grammar = await unless_gone(request.receive, opening)
+    return grammar
 
-    def constrain() -> list[TokenRequest]:
-        grammar = grammar_of(response_format)
-        vocabulary = make_vocabulary(model.tokenizer)
-        found = []
-        for one in wanted:
-            constraint = Constraint(grammar, vocabulary, one.stop_ids)
-            forbids = any_of(one.forbids, constraint.forbids)
-            found.append(dataclasses.replace(one, forbids=forbids))
-        return found
 
-    # Compiling a large schema takes a second.
-    return await asyncio.to_thread(constrain)
+def _constrained(one: TokenRequest, grammar: Grammar) -> TokenRequest:
+    """The same continuation, which follows a grammar."""
+    forbids = any_of(one.forbids, grammar.constraint(one.stop_ids).forbids)
+    return dataclasses.replace(one, forbids=forbids)
 
 
 # ---------------------------------------------------------------------- streams
