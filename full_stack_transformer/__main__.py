@@ -34,6 +34,7 @@ from full_stack_transformer.errors import (
     install_command,
 )
 from full_stack_transformer.machine import restart_with_kept_memory, use_threads_well
+from full_stack_transformer.modelling.model_files import check_models
 from full_stack_transformer.own_classes import leave_working_directory, trust_options
 from full_stack_transformer.storage import not_utf_8, readable, why_not_written
 
@@ -288,6 +289,7 @@ def _runner(options: type, module_name: str) -> Callable[..., Any]:
     def runner(given: Any) -> Any:
         given = options() if given is None else given
         check_texts(given)
+        check_models(given)
         module = importlib.import_module(f"full_stack_transformer.{module_name}")
         trust_options(given)
         return module.main(given)

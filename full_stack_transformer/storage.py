@@ -27,6 +27,7 @@ DESCRIPTION_FILE_NAME = "description.json"
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _PARTIAL_PREFIX = ".partial-"
 _HASH_BLOCK_BYTES = 1 << 20
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_name(name: str, flag: str) -> str:
@@ -349,6 +350,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} should be a JSON object, found {type(content).__name__}")
     return content
+
+
+def check_pointer(path: Path, error: type[InputError]) -> None:
+    """Refuse what Git LFS leaves in place of a file that was not fetched.
+
+    Raises:
+        InputError: it is one, as the given class.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise error(
+            f"{path} is a pointer of Git LFS ({path.stat().st_size} bytes) in place of the file; fetch it: "
+            f"git -C {path.parent} lfs pull"
+        )
 
 
 def file_facts(path: Path) -> dict[str, str | int]:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -288,9 +289,11 @@ def test_a_missing_extra_names_its_install_command(tmp_path: Path, run_fst: RunF
     ids=["prompt", "second word", "stdin", "utf-16", "path", "other text"],
 )
 def test_texts_that_are_not_utf_8_are_one_sentence(
-    words: list[bytes], stdin: bytes, expected: bytes
+    words: list[bytes], stdin: bytes, expected: bytes, model_dir: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable.encode(), b"-m", b"full_stack_transformer", b"generate", b"model\xe9"]
+    model = os.fsencode(tmp_path) + b"/model\xe9"
+    shutil.copytree(model_dir, os.fsdecode(model))
+    command = [sys.executable.encode(), b"-m", b"full_stack_transformer", b"generate", model]
     done = subprocess.run([*command, *words], input=stdin, capture_output=True, check=False)
     assert done.returncode in (1, 2)
     assert done.stderr.startswith(b"fst: " + expected)

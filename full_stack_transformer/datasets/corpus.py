@@ -25,6 +25,10 @@ from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, ver
 FORMAT_VERSION = 1
 CORPUS_FILE_NAME = "corpus.npy"
 POSITIONS_FILE_NAME = "sample_start_positions.npy"
+_IS_MODEL = (
+    "{path} is a model directory, not a dataset directory; make one with the tokenizer of this model: fst "
+    "prepare_dataset --tokenizer_path {path} --documents_train_file … --dataset_name …"
+)
 POSITION_DTYPE = np.dtype("<i8")
 
 
@@ -328,9 +332,13 @@ def open_dataset(path: Path) -> DatasetDirectory:
     try:
         description = read_json(directory / DESCRIPTION_FILE_NAME)
     except InputError as error:
+        if (directory / "config.json").is_file():
+            raise DatasetError(_IS_MODEL.format(path=path)) from error
         raise DatasetError(
             f"{path} is not a dataset directory: {error}; make one with fst prepare_dataset"
         ) from error
+    if "format_version" not in description and (directory / "config.json").is_file():
+        raise DatasetError(_IS_MODEL.format(path=path))
     if description.get("format_version") != FORMAT_VERSION:
         raise DatasetError(
             f"{directory} has format version {description.get('format_version')!r}, expected "

@@ -9,13 +9,13 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import torch
-from transformers import AutoConfig
 
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.bootstrap import bootstrap_intervals
 from full_stack_transformer.modelling.backbones import backbone_of_config
-from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.pretrained import open_config
 from full_stack_transformer.rows.fields import (
     PLACE,
     BadRows,
@@ -161,7 +161,7 @@ def _intervals(
 def _untrained(opened: OpenedTask, arguments: EvaluateArguments) -> Any:
     """The same shape with random weights, always the same ones."""
     directory = find_model_directory(arguments.model)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config = open_config(directory)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         backbone = backbone_of_config(config, opened.task.backbone_class(config), str(directory))

@@ -13,12 +13,19 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.datasets.batches import SortedBatches
-from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory, open_dataset
+from full_stack_transformer.datasets.corpus import (
+    CORPUS_FILE_NAME,
+    Corpus,
+    DatasetDirectory,
+    open_dataset,
+)
+from full_stack_transformer.errors import ModelError
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
 from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows
 from full_stack_transformer.evaluation.log_likelihoods import measure_rounded_weights
-from full_stack_transformer.modelling.model_directory import OpenedModel, find_model_directory
+from full_stack_transformer.modelling.model_directory import OpenedModel
+from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.tasks.opening import (
     open_task,
@@ -57,6 +64,12 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
     own = task_class_of(directory)
     if issubclass(own, CorpusTask) and not holds_rows(arguments.data):
         return _evaluate_corpus(arguments, own)
+    if (arguments.data / "train" / CORPUS_FILE_NAME).is_file():
+        raise ModelError(
+            f"{directory} is a model for {own.name}, which is measured on labelled rows, and "
+            f"{arguments.data} is a dataset directory for language models; type: fst evaluate "
+            f"{arguments.model} ROWS.jsonl"
+        )
     cls = row_task_class(arguments.task) if arguments.task else row_task_class_of(directory)
     return evaluate_rows(arguments, cls)
 

@@ -27,11 +27,8 @@ from full_stack_transformer.generation.requests import Continuation, Conventions
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
 from full_stack_transformer.generation.runners.torch import TorchRunner
 from full_stack_transformer.generation.sampling import ScoredToken
-from full_stack_transformer.modelling.model_directory import (
-    OpenedModel,
-    find_model_directory,
-    open_model,
-)
+from full_stack_transformer.modelling.model_directory import OpenedModel, open_model
+from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 

@@ -23,10 +23,10 @@ from full_stack_transformer.modelling.model_card import model_card
 from full_stack_transformer.modelling.model_directory import (
     CARD_FILE_NAME,
     OpenedModel,
-    find_model_directory,
     open_model,
     save_model_directory,
 )
+from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, make_directories
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
 

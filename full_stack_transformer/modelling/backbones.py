@@ -1,5 +1,4 @@
-"""Models with the head that a task needs: new ones from a preset or a config, or pretrained ones with their
-embeddings resized to a tokenizer.
+"""New models with the head that a task needs, from a preset or a config.
 
 Knows nothing of datasets and of training.
 """
@@ -8,17 +7,14 @@ import json
 import logging
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError, UsageError
-from full_stack_transformer.machine import memory_for
 
 # name -> (layers, hidden size, attention heads). Decoders with rotary positions, RMSNorm, SwiGLU and tied
 # embeddings: at the same number of parameters and tokens they reach a lower loss than GPT-2's shape.
@@ -70,7 +66,7 @@ def new_backbone(
         "pad_token_id": special_token_ids["pad"],
     }
     config = (
-        _encoder_config(model_config, shared, dropout, is_default=not _is_causal(model_class))
+        _encoder_config(model_config, shared, dropout, is_default=not is_causal(model_class))
         or _config_from_preset(model_config.removeprefix(DECODER_PREFIX), shared, dropout)
         or _config_from_file(model_config, shared)
     )
@@ -95,94 +91,8 @@ def backbone_of_config(config: PretrainedConfig, model_class: Any, origin: str) 
             return model_class.from_config(config, trust_remote_code=False)
         return model_class(config)
     except ValueError as error:
-        what = _describe(model_class)
+        what = describe(model_class)
         raise ModelError(f"{origin} does not describe {what}: {error}") from error
-
-
-def pretrained_backbone(
-    model_path: str,
-    *,
-    vocab_size: int,
-    model_class: Any = AutoModelForCausalLM,
-    new_head: bool = False,
-    **fields: Any,
-) -> Backbone:
-    """A pretrained model with fp32 weights, its embeddings resized to `vocab_size`.
-
-    Args:
-        model_path: directory or hub name.
-        vocab_size: number of token ids.
-        model_class: of transformers.
-        new_head: allow a model without such a head, and give it one with random weights.
-        fields: of the config, to override the saved ones.
-
-    Raises:
-        ModelError: there is no such model here or on the hub, or weights are missing.
-    """
-    backbone = load_backbone(
-        model_path, dtype=torch.float32, model_class=model_class, new_head=new_head, **fields
-    )
-    if backbone.get_input_embeddings().num_embeddings != vocab_size:
-        # New rows are drawn around the mean of the old ones, so that new tokens do not start out likely.
-        backbone.resize_token_embeddings(vocab_size, mean_resizing=True)
-    return backbone
-
-
-def load_backbone(
-    model_path: str,
-    *,
-    dtype: torch.dtype,
-    model_class: Any = AutoModelForCausalLM,
-    new_head: bool = False,
-    **fields: Any,
-) -> Backbone:
-    """Load a model from a directory or hub name, and check that no weights are missing.
-
-    Args:
-        model_path: directory or hub name.
-        dtype: of the weights.
-        model_class: of transformers.
-        new_head: the weights of the head may be missing or have another shape.
-        fields: of the config, to override the saved ones.
-
-    Raises:
-        ModelError: the model cannot be opened, or tensors are missing (transformers would fill in noise).
-        MachineError: memory is short.
-    """
-    quieten_transformers()
-    try:
-        with memory_for(f"the weights at {model_path}"):
-            backbone, loading = model_class.from_pretrained(
-                model_path,
-                dtype=dtype,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=new_head,
-                **fields,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ModelError(
-            f"no {_describe(model_class)} at {model_path!r}: {reason_of(error)}"
-        ) from error
-    missing = sorted(loading["missing_keys"])
-    if new_head and backbone.base_model is not backbone:
-        missing = [name for name in missing if name.startswith(f"{backbone.base_model_prefix}.")]
-    elif backbone.base_model is backbone:
-        # BERT's pooler is not saved with a masked language model, and not used by the poolings here.
-        missing = [name for name in missing if "pooler." not in name]
-    if missing:
-        raise ModelError(
-            f"the weights at {model_path!r} lack {len(missing)} tensors that the model needs "
-            f"({', '.join(missing[:3])} …); it is damaged or belongs to another task"
-        )
-    return backbone
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error of a library; torch's own advice on code in a file is to run it."""
-    if isinstance(error, UnpicklingError):
-        return "it holds more than tensors and plain values, such as code, which is never run"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def convert(backbone: Backbone, dtype: torch.dtype) -> Backbone:
@@ -223,12 +133,14 @@ def quieten_transformers() -> None:
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
 
 
-def _is_causal(model_class: Any) -> bool:
+def is_causal(model_class: Any) -> bool:
+    """Whether it opens models that continue texts."""
     return model_class is AutoModelForCausalLM
 
 
-def _describe(model_class: Any) -> str:
-    if _is_causal(model_class):
+def describe(model_class: Any) -> str:
+    """What it opens, in words."""
+    if is_causal(model_class):
         return "causal language model"
     return f"model for {model_class.__name__.removeprefix('AutoModelFor')}"
 

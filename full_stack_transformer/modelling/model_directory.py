@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import FOR_SMALL_MODELS
 from full_stack_transformer.errors import MachineError, ModelError
-from full_stack_transformer.modelling.backbones import (
-    backbone_of_config,
-    convert,
-    load_backbone,
-    reason_of,
-)
+from full_stack_transformer.modelling.backbones import backbone_of_config, convert
+from full_stack_transformer.modelling.model_files import check_tokenizer_files, find_model_directory
+from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
+from full_stack_transformer.modelling.pretrained import load_backbone, open_config, reason_of
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     read_json,
@@ -40,7 +38,6 @@ from full_stack_transformer.tokenization.document_tokenizer import (
     open_saved_tokenizer,
 )
 
-MODEL_DIRECTORY_NAME = "model"
 CARD_FILE_NAME = "README.md"
 # Prefix of the backbone's weights in a checkpoint.
 CHECKPOINT_BACKBONE_PREFIX = "backbone."
@@ -104,32 +101,6 @@ def save_model_directory(
         ) from error
 
 
-def find_model_directory(path: Path) -> Path:
-    """The model directory for a path: itself, or `model` of an experiment or of a checkpoint's experiment.
-
-    Raises:
-        ModelError: there is none.
-    """
-    if path.suffix == ".ckpt" and path.is_file():
-        directory = path.parent.parent / MODEL_DIRECTORY_NAME
-    elif (path / MODEL_DIRECTORY_NAME / "config.json").is_file():
-        directory = path / MODEL_DIRECTORY_NAME
-    else:
-        directory = path
-    if not (directory / "config.json").is_file():
-        found = "a directory without config.json" if path.is_dir() else "no such path"
-        if path.is_dir() and not any(path.iterdir()):
-            found = "an empty directory"
-        beside = sorted(other.name for other in path.parent.glob("*.ckpt"))
-        if path.suffix == ".ckpt" and not path.exists() and beside:
-            found = f"no such file; there are {', '.join(beside)}"
-        raise ModelError(
-            f"{path} should be a model directory, an experiment directory or one of its .ckpt files; "
-            f"found {found}"
-        )
-    return directory
-
-
 def open_model(
     path: Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> OpenedModel:
@@ -139,11 +110,12 @@ def open_model(
         ModelError: there is no model, it is damaged, or tokenizer and weights do not match.
     """
     directory = find_model_directory(path)
+    check_tokenizer_files(directory)
+    tokenizer = open_saved_tokenizer(directory)  # first: it is opened faster than the weights
     if path.suffix == ".ckpt":
         backbone = backbone_of_checkpoint(path, directory, dtype)
     else:
         backbone = load_backbone(str(directory), dtype=dtype)
-    tokenizer = open_saved_tokenizer(directory)
     num_embeddings = backbone.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > num_embeddings:
         raise ModelError(
@@ -179,7 +151,7 @@ def backbone_of_checkpoint(
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = open_config(directory)
         backbone = backbone_of_config(config, model_class, str(directory))
         weights = {
             name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): tensor

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments.serving import ServeArguments
 from full_stack_transformer.errors import MachineError
-from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.http.connections import protocol_with
 from full_stack_transformer.serving.http.guard import ApiKeys, read_api_keys

@@ -24,6 +24,7 @@ from full_stack_transformer.modelling.losses import (
     next_token_loss,
 )
 from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.modelling.model_files import CAUSAL_HEADS
 from full_stack_transformer.tasks.task import CorpusTask, TaskOptions
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
@@ -49,7 +50,7 @@ class CausalLm(CorpusTask):
 
     name = "causal_lm"
     model_class = AutoModelForCausalLM
-    heads = ("ForCausalLM", "LMHeadModel")
+    heads = CAUSAL_HEADS
     options_class = CausalLmOptions
     generates = True
     batchings = ("length", "packed", "concatenated")

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultipleChoice,
     PretrainedConfig,
@@ -31,6 +30,7 @@ from full_stack_transformer.errors import RowError
 from full_stack_transformer.metrics.classification import classification_metrics
 from full_stack_transformer.modelling.backbones import DECODER_PREFIX, GPT2_PRESET
 from full_stack_transformer.modelling.model_card import TaskWords
+from full_stack_transformer.modelling.pretrained import open_config
 from full_stack_transformer.rows.fields import (
     Columns,
     Row,
@@ -138,7 +138,7 @@ class MultipleChoice(RowTask):
 
     def pretrained_class(self, model_path: str) -> Any:
         """Causal where the architecture has no head for choices."""
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        config = open_config(model_path)
         self.by_likelihood = type(config) not in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
         return AutoModelForCausalLM if self.by_likelihood else AutoModelForMultipleChoice
 

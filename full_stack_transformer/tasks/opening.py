@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError, UsageError
-from full_stack_transformer.modelling.backbones import load_backbone
-from full_stack_transformer.modelling.model_directory import (
-    backbone_of_checkpoint,
-    find_model_directory,
-    resolve_device,
-)
+from full_stack_transformer.modelling.model_directory import backbone_of_checkpoint, resolve_device
+from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.pretrained import load_backbone, open_config
 from full_stack_transformer.own_classes import class_of_file, class_of_option, trust
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
 from full_stack_transformer.tasks.catalogue import TASKS
@@ -186,7 +183,7 @@ def open_task(
     description = _read(directory / DESCRIPTION_FILE_NAME)
     if "model_class" in description:
         _import_model_class(description["model_class"], directory / DESCRIPTION_FILE_NAME)
-    config = _config(directory)
+    config = open_config(directory)
     tokenizer = cls.open_tokenizer(directory)
     # The model may have been saved by another task, with options that this one does not know.
     known = {field.name for field in fields(cls.options_class)}
@@ -219,15 +216,6 @@ def _import_model_class(name: object, place: Path) -> None:
     """Import one's own model class, whose module registers it with transformers, which knows its own."""
     if not (isinstance(name, str) and name.startswith("transformers.")):
         class_of_file(name, place, "a model class")
-
-
-def _config(directory: Path) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{directory / 'config.json'} cannot be used: {reason}") from error
-    return config
 
 
 def _max_length(tokenizer: Any, config: PretrainedConfig) -> int:

@@ -22,6 +22,7 @@ from tokenizers.trainers import BpeTrainer
 
 from full_stack_transformer.errors import TokenizerError, UsageError
 from full_stack_transformer.own_classes import class_of_file, class_of_option
+from full_stack_transformer.storage import check_pointer, versions
 from full_stack_transformer.tokenization.encoders import (
     explained_failures,
     is_plain_byte_level,
@@ -40,6 +41,8 @@ _CONFIG_FILE_NAME = "tokenizer_config.json"
 _TOKENIZER_FILE_NAME = "tokenizer.json"
 # The replacement for bytes that are not valid UTF-8.
 _BROKEN = "\ufffd"
+# In other directories: SentencePiece and WordPiece.
+_OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 # Key of our own class in tokenizer_config.json.
 _CLASS_KEY = "full_stack_transformer_cls_name"
 
@@ -422,6 +425,11 @@ def _local_directory(path: str | None, hub_name: str | None) -> Path:
     name = path or hub_name
     if name is None:
         raise UsageError("this tokenizer class needs --tokenizer_path")
+    if path is not None and Path(path).is_file():
+        raise TokenizerError(
+            f"--tokenizer_path should name a directory with {_TOKENIZER_FILE_NAME}, found the file {path}; "
+            f"{_elsewhere(Path(path).parent)}"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
@@ -440,6 +448,8 @@ def _local_directory(path: str | None, hub_name: str | None) -> Path:
 def _read_backend(directory: Path) -> Tokenizer:
     tokenizer_file = directory / _TOKENIZER_FILE_NAME
     vocabulary_file, merges_file = directory / "vocab.json", directory / "merges.txt"
+    for file in (tokenizer_file, vocabulary_file, merges_file):
+        check_pointer(file, TokenizerError)
     try:
         if tokenizer_file.is_file():
             # Not by name: tokenizers takes only names in UTF-8.
@@ -454,7 +464,38 @@ def _read_backend(directory: Path) -> Tokenizer:
             f"the tokenizer files in {directory} cannot be read: {error}"
         ) from error
     raise TokenizerError(
-        f"{directory} should have {_TOKENIZER_FILE_NAME}, or vocab.json and merges.txt; it has neither"
+        f"{directory} should have {_TOKENIZER_FILE_NAME}, or vocab.json and merges.txt; it has neither; "
+        f"{_elsewhere(directory)}"
+    )
+
+
+def _elsewhere(directory: Path) -> str:
+    """Where the tokenizer of a directory without tokenizer.json is, or how it is had."""
+    for inner in ("tokenizer", "model"):
+        if (directory / inner / _TOKENIZER_FILE_NAME).is_file():
+            return f"pass --tokenizer_path {directory / inner}"
+    numbered = [
+        one for one in versions(directory.parent, directory.name) if (one / "tokenizer").is_dir()
+    ]
+    if numbered:
+        return f"pass --tokenizer_path {numbered[-1] / 'tokenizer'}"
+    if (directory / _TOKENIZER_FILE_NAME).is_file():
+        return f"name its directory: {directory}"
+    for file in sorted(directory.glob("*")):
+        if file.suffix == ".gguf":
+            return (
+                f'take it out of {file.name} (pip install gguf): python -c "from transformers import '
+                f"AutoTokenizer as T; T.from_pretrained('{directory}', gguf_file='{file.name}')"
+                f".save_pretrained('{directory}')\""
+            )
+        if file.name in _OTHER_FORMS:
+            return (
+                f'convert {file.name} (pip install sentencepiece protobuf): python -c "from transformers '
+                f"import AutoTokenizer as T; T.from_pretrained('{directory}')"
+                f".save_pretrained('{directory}')\""
+            )
+    return (
+        f"copy it from the model that it belongs to, or: hf download NAME --local-dir {directory}"
     )
 
 

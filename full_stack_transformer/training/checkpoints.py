@@ -22,7 +22,7 @@ import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from full_stack_transformer.errors import MachineError, TrainingError
-from full_stack_transformer.modelling.backbones import reason_of
+from full_stack_transformer.modelling.pretrained import reason_of
 from full_stack_transformer.storage import make_directories, sync_directory, why_not_written
 
 LAST_FILE_NAME = "last.ckpt"

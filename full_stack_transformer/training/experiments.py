@@ -34,7 +34,7 @@ from full_stack_transformer.arguments.familiar_options import RENAMED
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.arguments.typed import given_options
 from full_stack_transformer.errors import DatasetError, InputError, UsageError
-from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
+from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
 from full_stack_transformer.own_classes import check_trusted, trust_options
 from full_stack_transformer.storage import (
     claim_version,

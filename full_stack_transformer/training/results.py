@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from full_stack_transformer.errors import RowError, UsageError
-from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
+from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
 from full_stack_transformer.rows.fields import without_place
 from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.storage import write_json, write_text

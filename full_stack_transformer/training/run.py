@@ -21,7 +21,7 @@ from full_stack_transformer.errors import UsageError
 from full_stack_transformer.machine import multiplies_bfloat16
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
 from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
-from full_stack_transformer.modelling.model_directory import MODEL_DIRECTORY_NAME
+from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
 from full_stack_transformer.storage import read_json, readable, write_json
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.control import (

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.modelling.backbones import new_backbone, pretrained_backbone
+from full_stack_transformer.modelling.backbones import new_backbone
+from full_stack_transformer.modelling.pretrained import pretrained_backbone
 from full_stack_transformer.own_classes import class_of_option, trust_options
 from full_stack_transformer.tasks.catalogue import TASKS
 from full_stack_transformer.tasks.opening import (

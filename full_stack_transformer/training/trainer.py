@@ -18,7 +18,7 @@ from torch import Tensor
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust
 from full_stack_transformer.rows.fields import Row
 from full_stack_transformer.rows.splits import Split

@@ -11,11 +11,10 @@ from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.backbones import (
     DECODER_PRESETS,
     context_length,
-    load_backbone,
     new_backbone,
     num_parameters,
-    pretrained_backbone,
 )
+from full_stack_transformer.modelling.pretrained import load_backbone, pretrained_backbone
 
 IDS = {"begin": 0, "end": 1, "pad": 2}
 
@@ -115,5 +114,7 @@ def test_the_seed_decides_new_embeddings(pretrained: Path) -> None:
 
 
 def test_no_model_is_named() -> None:
-    with pytest.raises(ModelError, match="no causal language model at '/no/such/place'"):
+    with pytest.raises(
+        ModelError, match="/no/such/place should be a model directory.*no such path"
+    ):
         load_backbone("/no/such/place", dtype=torch.float32)

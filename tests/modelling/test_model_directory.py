@@ -9,11 +9,8 @@ import transformers
 from tokenizers import Tokenizer
 
 from full_stack_transformer.errors import ModelError
-from full_stack_transformer.modelling.model_directory import (
-    find_model_directory,
-    open_model,
-    resolve_device,
-)
+from full_stack_transformer.modelling.model_directory import open_model, resolve_device
+from full_stack_transformer.modelling.model_files import find_model_directory
 
 
 def test_plain_transformers_opens_it_to_equal_logits(model_dir: Path) -> None:

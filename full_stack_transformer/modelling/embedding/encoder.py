@@ -15,9 +15,11 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError
-from full_stack_transformer.modelling.backbones import context_length, load_backbone
+from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.embedding.head import Head, needs_first_layer, read_head
-from full_stack_transformer.modelling.model_directory import find_model_directory, resolve_device
+from full_stack_transformer.modelling.model_directory import resolve_device
+from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.pretrained import load_backbone
 
 
 class SentenceEncoder:

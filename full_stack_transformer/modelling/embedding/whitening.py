@@ -53,7 +53,7 @@ from full_stack_transformer.modelling.embedding.encoder import (
     open_sentence_encoder,
 )
 from full_stack_transformer.modelling.embedding.head import Dense, Head, write_head
-from full_stack_transformer.modelling.model_directory import find_model_directory
+from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     make_directories,

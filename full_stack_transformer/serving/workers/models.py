@@ -26,12 +26,8 @@ from full_stack_transformer.generation.engine import Engine, TokenRequest
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.requests import Conventions
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
-from full_stack_transformer.modelling.model_directory import (
-    OpenedModel,
-    find_model_directory,
-    name_of_model,
-    open_model,
-)
+from full_stack_transformer.modelling.model_directory import OpenedModel, name_of_model, open_model
+from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.serving.schemas import ServedModelFacts
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
 from full_stack_transformer.tasks.opening import OpenedTask, open_task, task_class_of
