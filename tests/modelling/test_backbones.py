@@ -115,6 +115,6 @@ def test_the_seed_decides_new_embeddings(pretrained: Path) -> None:
 
 def test_no_model_is_named() -> None:
     with pytest.raises(
-        ModelError, match="/no/such/place should be a model directory.*no such path"
+        ModelError, match=r"/no/such/place should be a model directory.*no such path"
     ):
         load_backbone("/no/such/place", dtype=torch.float32)
