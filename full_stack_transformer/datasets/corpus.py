@@ -25,10 +25,6 @@ from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, ver
 FORMAT_VERSION = 1
 CORPUS_FILE_NAME = "corpus.npy"
 POSITIONS_FILE_NAME = "sample_start_positions.npy"
-_IS_MODEL = (
-    "{path} is a model directory, not a dataset directory; make one with the tokenizer of this model: fst "
-    "prepare_dataset --tokenizer_path {path} --documents_train_file … --dataset_name …"
-)
 POSITION_DTYPE = np.dtype("<i8")
 
 
@@ -319,6 +315,21 @@ class DatasetDirectory:
         return self.directory / "tokenizer"
 
 
+def refuse_model(directory: Path) -> None:
+    """Tell a model directory, or an experiment, from a dataset directory.
+
+    Raises:
+        DatasetError: it is one.
+    """
+    for model in (directory, directory / "model"):
+        if (model / "config.json").is_file() and not (directory / "train").is_dir():
+            raise DatasetError(
+                f"{model} is a model directory, not a dataset directory; make one with the tokenizer of this "
+                f"model: fst prepare_dataset --tokenizer_path {model} --documents_train_file FILE "
+                "--validation_fraction 0.1 --dataset_name NAME"
+            )
+
+
 def open_dataset(path: Path) -> DatasetDirectory:
     """Open DATASETS_ROOT/NAME/VERSION, or the newest version of DATASETS_ROOT/NAME.
 
@@ -329,16 +340,13 @@ def open_dataset(path: Path) -> DatasetDirectory:
     if path.is_dir() and not (path / DESCRIPTION_FILE_NAME).is_file():
         numbered = versions(path.parent, path.name)
         directory = numbered[-1] if numbered else path
+    refuse_model(directory)
     try:
         description = read_json(directory / DESCRIPTION_FILE_NAME)
     except InputError as error:
-        if (directory / "config.json").is_file():
-            raise DatasetError(_IS_MODEL.format(path=path)) from error
         raise DatasetError(
             f"{path} is not a dataset directory: {error}; make one with fst prepare_dataset"
         ) from error
-    if "format_version" not in description and (directory / "config.json").is_file():
-        raise DatasetError(_IS_MODEL.format(path=path))
     if description.get("format_version") != FORMAT_VERSION:
         raise DatasetError(
             f"{directory} has format version {description.get('format_version')!r}, expected "

@@ -22,6 +22,7 @@ from full_stack_transformer.datasets.corpus import (
     POSITION_DTYPE,
     POSITIONS_FILE_NAME,
     open_dataset,
+    refuse_model,
     token_dtype,
 )
 from full_stack_transformer.datasets.verify_arrays import ArrayCheck, Ids, Positions
@@ -44,6 +45,7 @@ def main(arguments: VerifyDatasetArguments) -> None:
     """
     started = time.perf_counter()
     directory = _find(arguments.dataset_dir)
+    refuse_model(directory)
     description = _read_description(directory)
     described = _Described.of(description)
     num_bytes = 0

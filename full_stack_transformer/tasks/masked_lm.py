@@ -27,7 +27,7 @@ from full_stack_transformer.datasets.masking import (
     Masking,
     make_masking,
 )
-from full_stack_transformer.errors import DatasetError, RowError
+from full_stack_transformer.errors import DatasetError, ModelError, RowError
 from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.rows.fields import Row, field, place, texts_and_label
 from full_stack_transformer.tasks.routes import Form, Route
@@ -73,6 +73,21 @@ class MaskedLm(CorpusTask, RowTask):
     )
     form = Form("/fill_mask", "Fill in", "One text a line, with MASK in it …", show="guesses")
     _masking: Masking
+
+    @classmethod
+    def open_tokenizer(cls, directory: Path) -> Any:
+        """That of the model, which has a mask token.
+
+        Raises:
+            ModelError: it has none.
+        """
+        tokenizer = super().open_tokenizer(directory)
+        if tokenizer.mask_token is None:
+            raise ModelError(
+                f"the tokenizer in {directory} has no mask token, which a masked language model needs; name "
+                "it as mask_token in tokenizer_config.json"
+            )
+        return tokenizer
 
     @classmethod
     def named(cls, row: Row) -> Row:

@@ -430,6 +430,8 @@ def _local_directory(path: str | None, hub_name: str | None) -> Path:
             f"--tokenizer_path should name a directory with {_TOKENIZER_FILE_NAME}, found the file {path}; "
             f"{_elsewhere(Path(path).parent)}"
         )
+    if path is not None and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise TokenizerError(f"--tokenizer_path {path}: no such directory")
     from huggingface_hub import snapshot_download
 
     patterns = ["tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt"]

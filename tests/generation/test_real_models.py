@@ -3,6 +3,7 @@
 python -m pytest -m real
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,8 +139,18 @@ def test_the_greedy_answer_is_that_of_transformers(
     pieces = generator.pieces(prompt_ids, max_new_tokens=40, temperature=0, num_log_probabilities=0)
     ids = [scored.token_id for _, piece in pieces for scored in piece.scored]
     assert ids in (answer_ids, answer_ids[:-1])  # the end of the answer is no text
-    # The command, in a chat and from the text that the template makes.
+    # The command: as a text, token by token, and in a chat.
     options = ("--temperature", "0", "--weights_dtype", "float32", "--max_new_tokens", "40")
+    inputs = tokenizer(QUESTION["content"], return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
+    theirs = output[inputs["input_ids"].shape[1] :].tolist()
+    done = run_fst(
+        *("generate", smollm2, "--prompt", QUESTION["content"], "--log_probabilities", "0"),
+        *options,
+    )
+    ids = [json.loads(line)["token_id"] for line in done.stdout.splitlines()]
+    assert ids in (theirs, theirs[:-1]), done.stderr
     done = run_fst("generate", smollm2, "--interactive", *options, stdin=QUESTION["content"] + "\n")
     assert text in done.stdout, done.stderr
 

@@ -309,6 +309,8 @@ def test_encoders_do_not_generate(
     assert f"fst serve {masked}" in sentence
     assert "classifies texts" in refusal("generate", classes, "--prompt", "the")
     assert f"fst serve {bare}" in refusal("generate", bare, "--prompt", "the")
+    assert "has no mask token" in refusal("evaluate", masked, dataset_dir)
+    assert "is measured on labelled rows" in refusal("evaluate", bare, dataset_dir)
     start = ("train", "--dataset_dir", dataset_dir, "--experiments_root", tmp_path / "x")
     assert "cannot continue texts" in refusal(*start, "--model_path", masked)
     assert list(tmp_path.glob("x/*/*")) == []
@@ -350,7 +352,8 @@ def test_other_directories_of_ours_are_named(
         "train", "--dataset_dir", dataset_dir, "--model_path", experiment
     )
     sentence = refusal("train", "--dataset_dir", trained, "--experiments_root", tmp_path / "x")
-    assert "is a model directory" in sentence
+    assert "is a model directory, not a dataset directory; make one with the tokenizer" in sentence
+    assert "is a model directory" in refusal("verify_dataset", trained)
     (tmp_path / "last.ckpt").write_bytes(b"")
     assert "a checkpoint without its experiment" in refusal("generate", tmp_path / "last.ckpt")
 

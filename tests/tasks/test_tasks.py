@@ -294,7 +294,11 @@ def test_pairs_that_are_all_unlike_are_refused_by_simcse(tokenizer_dir: Path) ->
     ("name", "content", "message"),
     [
         ("config.json", "{", "config.json should hold JSON"),
-        ("config.json", '{"architectures": ["XForTokenClassification"]}', "config.json cannot be"),
+        (
+            "config.json",
+            '{"architectures": ["XForTokenClassification"]}',
+            "config.json names no model_type",
+        ),
         ("description.json", "{", "description.json should hold JSON"),
         ("model.safetensors", "", "header too small"),
     ],
