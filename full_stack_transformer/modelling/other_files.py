@@ -122,8 +122,8 @@ def _found_of_others(path: Path) -> str | None:
         return "a pipeline of diffusers, which makes images"
     if "params.json" in names or (path / "original").is_dir():
         return (
-            "a model in the format of its makers (original/, params.json), without config.json; get the files "
-            "for transformers: hf download NAME --exclude 'original/*' --local-dir DIRECTORY"
+            "a model in the format of its makers (original/, params.json), without config.json; get the "
+            "files for transformers: hf download NAME --exclude 'original/*' --local-dir DIRECTORY"
         )
     for file in files:
         if file.suffix == ".ckpt":
