@@ -300,7 +300,7 @@ def test_pairs_that_are_all_unlike_are_refused_by_simcse(tokenizer_dir: Path) ->
             "config.json names no model_type",
         ),
         ("description.json", "{", "description.json should hold JSON"),
-        ("model.safetensors", "", "header too small"),
+        ("model.safetensors", "", "is empty"),
     ],
 )
 def test_a_damaged_directory_is_refused(

@@ -136,7 +136,7 @@ def test_minutes_end_the_training_also_over_several_runs(dataset_dir: Path, tmp_
         (["--dataset_dir", "/none"], 1, "/none is not a dataset directory"),
         ([], 2, "--dataset_dir"),
         (["--model_config", "huge"], 2, "--model_config must be one of"),
-        (["--model_path", "/none"], 1, "no causal language model at '/none'"),
+        (["--model_path", "/none"], 1, "/none should be a model directory"),
         (["--learning_rate", "-1"], 2, "--learning_rate must be between"),
         (["--accelerator", "warp"], 2, "--accelerator warp"),
         (["--max_epochs", "-1"], 2, "--max_epochs -1 never ends"),
