@@ -37,9 +37,8 @@ from full_stack_transformer.serving.schemas import (
     OpenAIBody,
     ResponseFormat,
 )
-from full_stack_transformer.serving.workers.constraints import any_of, grammar_of
+from full_stack_transformer.serving.workers.constraints import Grammar, any_of, grammar_of
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, Mailbox, Ticket
-from full_stack_transformer.serving.workers.grammars import Grammar
 from full_stack_transformer.serving.workers.models import ServedModel
 
 # Shorter texts are tokenized at once: a hop to another thread would take longer.
@@ -279,7 +278,7 @@ class OpenAIAnswer(ABC):
         with contextlib.ExitStack() as until_submitted:
             grammar = await _open_grammar(request, self._model, self._format)
             if grammar is not None:
-                until_submitted.callback(grammar.release)
+                until_submitted.callback(request.app.state.grammars.take_back, grammar)
                 wanted = [_constrained(one, grammar) for one in wanted]
             exchange = submit(request, self._model, wanted)
             exchange.held = until_submitted.pop_all()
@@ -348,7 +347,7 @@ def _usage(num_prompt_tokens: int, num_new_tokens: int) -> dict[str, int]:
 async def _open_grammar(
     request: Request, model: ServedModel, response_format: ResponseFormat | None
 ) -> Grammar | None:
-    """The grammar of a format; none where any text will do. The caller releases it.
+    """The grammar of a format; none where any text will do. The caller gives it back.
 
     Raises:
         RequestError: the format cannot be followed.

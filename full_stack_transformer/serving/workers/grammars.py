@@ -1,31 +1,18 @@
-"""Grammars in processes of their own: a small one can take gigabytes and hours.
+"""Which grammars are compiled now, which wait, and which are kept for the next request with an equal one.
 
-    route --open--> Grammars: a place to compile --Grammar--> Constraint of each text --step--> child process
+    route --open--> waiting, by clients --place--> compiling --Grammar--> route --take_back--> kept or ended
 
-See `grammar_process` for the other end. Each process has bounds and ends with its request, or is kept for the
-next one with an equal grammar. Belongs to the extra `constraints`. Knows nothing of HTTP.
+Knows nothing of HTTP.
 """
 
-import array
 import asyncio
-import contextlib
 import hashlib
 import importlib.util
-import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from multiprocessing.connection import Connection
-from pathlib import Path
+from functools import lru_cache
 
 from full_stack_transformer.errors import (
     MissingExtraError,
@@ -33,26 +20,14 @@ from full_stack_transformer.errors import (
     ServiceUnavailableError,
     install_command,
 )
-from full_stack_transformer.serving.workers import grammar_process
-from full_stack_transformer.serving.workers.constraints import Constraint, Wanted
-from full_stack_transformer.serving.workers.grammar_process import (
-    ANSWER,
-    CONTROL,
-    DEATH,
-    END,
-    MAX_MEGABYTES,
-    REFUSAL,
-    SECONDS_OF_STEP,
-    SECONDS_OF_TEXT,
-    SECONDS_TO_COMPILE,
-    START,
-    TOO_LARGE,
-    TOO_SLOW,
+from full_stack_transformer.serving.workers.constraints import (
+    HAS_ENDED,
+    Grammar,
+    Vocabulary,
+    Wanted,
 )
 from full_stack_transformer.serving.workers.thread import check_share
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
-
-logger = logging.getLogger(__name__)
 
 # Requests with a grammar that have a process, and those whose grammar is compiled now.
 _MAX_GRAMMARS = 24
@@ -60,179 +35,9 @@ _MAX_COMPILING = max(1, (os.cpu_count() or 1) // 4)
 # Grammars whose process is kept for the next request with the same one.
 _MAX_KEPT = 4
 _MAX_VOCABULARIES = 8
-_SECONDS_TO_START = 60
-# Far more than the bounds on processor time: for a machine that is overloaded.
-_SECONDS_TO_WAIT_FOR_COMPILER = 30.0
-_SECONDS_TO_WAIT_FOR_STEP = 2.0
 _SECONDS_TO_REMEMBER_REFUSALS = 300.0
 _MAX_REFUSALS = 1024
 _SECONDS_TO_STOP = 0.5
-# How a child ends for which there is no memory: Rust aborts, a stack that cannot grow is a bad address.
-_SIGNALS_OF_MEMORY = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
-
-
-class _Vocabulary:
-    """The process that knows a vocabulary and has the children; see `grammar_process`."""
-
-    def __init__(self, tokenizer: DocumentTokenizer) -> None:
-        """Start it."""
-        self._directory = tempfile.TemporaryDirectory()
-        file = Path(self._directory.name) / "tokenizer.json"
-        tokenizer.backend.save(str(file))
-        self.control, other = socket.socketpair()
-        with other:
-            numbers = map(str, (other.fileno(), file, tokenizer.vocab_size, tokenizer.end_id))
-            self._process = subprocess.Popen(
-                # -P: nothing is imported from where the service was started, nor from beside the file.
-                [sys.executable, "-P", grammar_process.__file__, *numbers],
-                pass_fds=[other.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,
-                env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # others would count as memory
-            )
-
-    async def wait_until_ready(self) -> None:
-        """Return when children can be started.
-
-        Raises:
-            RequestError: llguidance cannot read this kind of vocabulary.
-            ServiceUnavailableError: the process did not start.
-        """
-        message = b""
-        if await _is_readable(self.control, _SECONDS_TO_START):
-            message = self.control.recv(4096)
-        self._directory.cleanup()
-        if message == ANSWER:
-            return
-        self.close()
-        if message[:1] == REFUSAL:
-            logger.warning("response_format cannot be had with this tokenizer: %s", message[1:])
-            raise RequestError(
-                "response_format: this model's tokenizer cannot be constrained; ask for plain text"
-            )
-        raise ServiceUnavailableError("the process for response_format did not start; see the log")
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it can start children."""
-        return self._process.poll() is None
-
-    def start(self, number: int) -> Connection:
-        """Start a child; how to talk to it."""
-        mine, other = socket.socketpair()
-        with other:
-            socket.send_fds(self.control, [CONTROL.pack(START, number)], [other.fileno()])
-        return Connection(mine.detach())
-
-    def end(self, number: int) -> None:
-        """End a child; one that has ended already stays so."""
-        with contextlib.suppress(OSError):
-            self.control.send(CONTROL.pack(END, number))
-
-    def close(self) -> None:
-        """End it with all children."""
-        self.control.close()
-        self._process.kill()
-        self._process.wait()
-
-
-async def _is_readable(source: socket.socket | Connection, seconds: float) -> bool:
-    """Wait until something arrives; false when the time has passed."""
-    loop = asyncio.get_running_loop()
-    arrived = asyncio.Event()
-    loop.add_reader(source.fileno(), arrived.set)
-    try:
-        async with asyncio.timeout(seconds):
-            await arrived.wait()
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(source.fileno())
-    return True
-
-
-class Grammar:
-    """A compiled grammar in its process, for the texts of one request."""
-
-    def __init__(
-        self, pool: "Grammars", wanted: Wanted, vocabulary: _Vocabulary, number: int
-    ) -> None:
-        self.wanted = wanted
-        self.vocabulary = vocabulary
-        self.number = number
-        self.is_broken = False
-        self._pool = pool
-        self._connection = vocabulary.start(number)
-        # A cancelled text may still be in a step when the next request has the process.
-        self._lock = threading.Lock()
-        self._num_texts = 0
-
-    def release(self) -> None:
-        """The request is over; on the event loop."""
-        self._pool.take_back(self)
-
-    def end(self) -> None:
-        """End the process."""
-        self.is_broken = True
-        self.vocabulary.end(self.number)
-
-    def constraint(self, stop_ids: frozenset[int]) -> Constraint:
-        """What one more text has to follow."""
-        self._num_texts += 1
-        return Constraint(partial(self.step, self._num_texts), stop_ids)
-
-    async def compile(self) -> None:
-        """Wait for the process to have compiled it.
-
-        Raises:
-            RequestError: it is invalid or passes a bound.
-            ServiceUnavailableError: the process has ended otherwise.
-        """
-        order = f"{self.wanted.kind} {self.wanted.text}"
-        with contextlib.suppress(OSError):
-            self._connection.send_bytes(order.encode("utf-8", "replace"))
-        arrived = await _is_readable(self._connection, _SECONDS_TO_WAIT_FOR_COMPILER)
-        self._receive("compiling it", SECONDS_TO_COMPILE, has_arrived=arrived)
-
-    def step(self, number: int, token_ids: Sequence[int]) -> tuple[bool, bytes]:
-        """Whether a text may end after some more tokens, and the mask of those that may come; in any thread.
-
-        Raises:
-            RequestError: this step passes a bound.
-            ServiceUnavailableError: the process has ended otherwise.
-        """
-        with self._lock:
-            self._send(number, token_ids)
-            arrived = self._connection.poll(_SECONDS_TO_WAIT_FOR_STEP)
-            answer = self._receive("a token of its text", SECONDS_OF_TEXT, has_arrived=arrived)
-        return bool(answer[0]), answer[1:]
-
-    def forget_texts(self) -> None:
-        """Make room for the texts of another request."""
-        self._send(-1, [])
-
-    def _send(self, number: int, token_ids: Sequence[int]) -> None:
-        # Where nobody listens any more, the answer says why.
-        with contextlib.suppress(OSError):
-            self._connection.send_bytes(array.array("q", [number, *token_ids]).tobytes())
-
-    def _receive(self, what: str, seconds: float, *, has_arrived: bool) -> bytes:
-        message = b""
-        if has_arrived:
-            with contextlib.suppress(OSError, EOFError):
-                message = self._connection.recv_bytes()
-        kind, rest = message[:1], message[1:]
-        if kind == ANSWER:
-            return rest
-        self.is_broken = True
-        if kind == REFUSAL:
-            raise RequestError(_refusal(self.wanted, rest.decode(), what))
-        if kind == DEATH and int(rest) == signal.SIGPROF:
-            raise RequestError(_refusal(self.wanted, TOO_SLOW, what, seconds))
-        if kind == DEATH and int(rest) in _SIGNALS_OF_MEMORY:
-            raise RequestError(_refusal(self.wanted, TOO_LARGE, what))
-        raise ServiceUnavailableError("the process for response_format has ended; try again")
 
 
 class Grammars:
@@ -244,7 +49,7 @@ class Grammars:
 
     def __init__(self, *, max_queue_size: int) -> None:
         self._max_queue_size = max_queue_size
-        self._vocabularies: OrderedDict[str, asyncio.Task[_Vocabulary]] = OrderedDict()
+        self._vocabularies: OrderedDict[str, asyncio.Task[Vocabulary]] = OrderedDict()
         self._waiting: list[_Place] = []
         self._compiling: set[Grammar] = set()
         self._num_compiling = 0
@@ -252,16 +57,16 @@ class Grammars:
         # Clients that wait and have had a turn, the latest at the end.
         self._turns: list[str] = []
         self._kept: list[Grammar] = []
-        self._refusals: OrderedDict[tuple[DocumentTokenizer, Wanted], tuple[float, str]] = (
-            OrderedDict()
-        )
+        # When and why, by digests of vocabulary and grammar.
+        self._refusals: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._last_number = 0
+        self._seconds_per_grammar = 0.1
         self._is_stopping = False
 
     async def open(
         self, wanted: Wanted, tokenizer: DocumentTokenizer, *, client: str = "", deadline: float
     ) -> Grammar:
-        """A compiled grammar; who is cancelled meanwhile ends its process.
+        """A compiled grammar, for `take_back` in the end; who is cancelled meanwhile ends its process.
 
         Args:
             wanted: what to compile.
@@ -280,11 +85,13 @@ class Grammars:
                 "response_format needs the package llguidance on the service's machine; install it with: "
                 f"{install_command('constraints')}"
             )
-        key = tokenizer, wanted
+        # The models that --watch opens one after the other have the same vocabulary.
+        digest = await asyncio.to_thread(_digest, tokenizer)
+        key = _sha256(f"{digest} {wanted.kind} {wanted.text}")
         self._repeat_refusal(key)
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                vocabulary = await self._vocabulary(tokenizer)
+                vocabulary = await self._vocabulary(digest, tokenizer)
                 kept = self._take_kept(wanted, vocabulary)
                 return kept or await self._compile(wanted, vocabulary, client)
         except TimeoutError:
@@ -297,16 +104,14 @@ class Grammars:
                 self._refusals.popitem(last=False)
             raise
 
-    def _repeat_refusal(self, key: tuple[DocumentTokenizer, Wanted]) -> None:
+    def _repeat_refusal(self, key: str) -> None:
         """Refuse what was refused a moment ago, without trying again."""
         refused_at, message = self._refusals.get(key, (-_SECONDS_TO_REMEMBER_REFUSALS, ""))
         if time.monotonic() - refused_at < _SECONDS_TO_REMEMBER_REFUSALS and message:
             raise RequestError(message)
 
-    async def _vocabulary(self, tokenizer: DocumentTokenizer) -> _Vocabulary:
+    async def _vocabulary(self, digest: str, tokenizer: DocumentTokenizer) -> Vocabulary:
         """The process that knows a vocabulary, started for the first request that needs it."""
-        # The models that --watch opens one after the other have the same one.
-        digest = await asyncio.to_thread(_digest, tokenizer)
         task = self._vocabularies.get(digest)
         if task is not None and task.done() and not _is_alive(task):
             _close(task)
@@ -321,7 +126,7 @@ class Grammars:
         # Others wait for it too.
         return await asyncio.shield(task)
 
-    def _take_kept(self, wanted: Wanted, vocabulary: _Vocabulary) -> Grammar | None:
+    def _take_kept(self, wanted: Wanted, vocabulary: Vocabulary) -> Grammar | None:
         for grammar in self._kept:
             if grammar.wanted == wanted and grammar.vocabulary is vocabulary:
                 self._kept.remove(grammar)
@@ -329,17 +134,16 @@ class Grammars:
                 return grammar
         return None
 
-    async def _compile(self, wanted: Wanted, vocabulary: _Vocabulary, client: str) -> Grammar:
+    async def _compile(self, wanted: Wanted, vocabulary: Vocabulary, client: str) -> Grammar:
         await self._wait_for_place(client)
         try:
             self._last_number += 1
-            grammar = Grammar(self, wanted, vocabulary, self._last_number)
+            grammar = Grammar(wanted, vocabulary, self._last_number)
         except OSError as error:
             self._free(was_compiling=True, was_live=True)
-            raise ServiceUnavailableError(
-                "the process for response_format has ended; try again"
-            ) from error
+            raise ServiceUnavailableError(HAS_ENDED) from error
         self._compiling.add(grammar)
+        begun = time.monotonic()
         try:
             await grammar.compile()
         except BaseException as error:  # cancelled with its client, too
@@ -350,6 +154,8 @@ class Grammars:
             raise
         finally:
             self._compiling.discard(grammar)
+            taken = time.monotonic() - begun
+            self._seconds_per_grammar += 0.1 * (taken - self._seconds_per_grammar)
             self._free(was_compiling=True)
         return grammar
 
@@ -372,7 +178,7 @@ class Grammars:
         check_share(
             *(num_own + 1, len(self._waiting) - num_own),
             max_own=self._max_queue_size,
-            seconds=(len(self._waiting) + 1) * SECONDS_TO_COMPILE / _MAX_COMPILING,
+            seconds=(len(self._waiting) + 1) * self._seconds_per_grammar / _MAX_COMPILING,
         )
         place = _Place(client)
         self._waiting.append(place)
@@ -450,35 +256,25 @@ class _Place:
 @lru_cache(maxsize=_MAX_VOCABULARIES)
 def _digest(tokenizer: DocumentTokenizer) -> str:
     """The same for equal vocabularies; takes a moment."""
-    text = f"{tokenizer.vocab_size} {tokenizer.end_id} {tokenizer.backend.to_str()}"
+    return _sha256(f"{tokenizer.vocab_size} {tokenizer.end_id} {tokenizer.backend.to_str()}")
+
+
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-async def _start(tokenizer: DocumentTokenizer) -> _Vocabulary:
+async def _start(tokenizer: DocumentTokenizer) -> Vocabulary:
     # Writing a large vocabulary takes a moment.
-    vocabulary = await asyncio.to_thread(_Vocabulary, tokenizer)
+    vocabulary = await asyncio.to_thread(Vocabulary, tokenizer)
     await vocabulary.wait_until_ready()
     return vocabulary
 
 
-def _is_alive(started: "asyncio.Task[_Vocabulary]") -> bool:
+def _is_alive(started: "asyncio.Task[Vocabulary]") -> bool:
     has_started = not started.cancelled() and started.exception() is None
     return has_started and started.result().is_alive
 
 
-def _close(started: "asyncio.Task[_Vocabulary]") -> None:
+def _close(started: "asyncio.Task[Vocabulary]") -> None:
     if not started.cancelled() and started.exception() is None:
         started.result().close()
-
-
-def _refusal(wanted: Wanted, reason: str, what: str, seconds: float = SECONDS_OF_STEP) -> str:
-    """Why a grammar is not followed, with the bound that it passes."""
-    if reason == TOO_SLOW:
-        most = f"{seconds:g} seconds" if seconds > SECONDS_OF_STEP else f"{1000 * seconds:g} ms"
-        each = " on average" if seconds == SECONDS_OF_STEP else ""
-        why = f"is too complex: {what} takes more than {most} of processor time{each}"
-    elif reason == TOO_LARGE:
-        why = f"is too large: {what} takes more than {MAX_MEGABYTES} MB or too many states"
-    else:
-        return f"response_format: {wanted.name} cannot be followed"
-    return f"response_format: {wanted.name} {why}; simplify it"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from full_stack_transformer.errors import RequestError, ServiceBusyError, ServiceUnavailableError
-from full_stack_transformer.serving.workers.constraints import Wanted
-from full_stack_transformer.serving.workers.grammars import Grammar, Grammars
+from full_stack_transformer.serving.workers.constraints import Grammar, Wanted
+from full_stack_transformer.serving.workers.grammars import Grammars
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
     open_saved_tokenizer,
@@ -72,12 +72,12 @@ def test_an_equal_grammar_finds_its_process_and_texts_begin_anew(
         assert [forbids([digit]), forbids([stop]), forbids([digit, digit])] == [False, True, False]
         assert [forbids([digit, digit, stop]), forbids([digit, digit, digit])] == [False, True]
         assert not other([digit, digit])
-        grammar.release()
+        grammars.take_back(grammar)
         before = descendants(os.getpid(), "grammar_process")
         again = await _open(grammars, tokenizer)
         assert descendants(os.getpid(), "grammar_process") == before
         assert again.constraint(frozenset({stop})).forbids([stop])
-        again.release()
+        grammars.take_back(again)
 
     _run(trial)
 
@@ -112,8 +112,8 @@ def test_a_child_that_dies_says_why_and_the_next_one_lives(
         os.kill(descendants(os.getpid(), "grammar_process")[-1], number)
         with pytest.raises(error, match=words):
             grammar.constraint(frozenset()).forbids([1])
-        grammar.release()
-        (await _open(grammars, tokenizer)).release()
+        grammars.take_back(grammar)
+        grammars.take_back(await _open(grammars, tokenizer))
 
     _run(trial)
 
@@ -126,8 +126,8 @@ def test_a_vocabulary_whose_process_died_is_started_again(tokenizer: DocumentTok
         wait_for(lambda: has_ended(child))
         with pytest.raises(ServiceUnavailableError, match="try again"):
             grammar.constraint(frozenset()).forbids([1])
-        grammar.release()
-        (await _open(grammars, tokenizer)).release()
+        grammars.take_back(grammar)
+        grammars.take_back(await _open(grammars, tokenizer))
 
     _run(trial)
 
@@ -136,14 +136,14 @@ def test_who_is_cancelled_ends_his_process_and_frees_his_place(
     tokenizer: DocumentTokenizer,
 ) -> None:
     async def trial(grammars: Grammars) -> None:
-        (await _open(grammars, tokenizer)).release()
+        grammars.take_back(await _open(grammars, tokenizer))
         bombs = [_open(grammars, tokenizer, BOMB) for _ in range(2)]
         await asyncio.sleep(0.1)
         for bomb in bombs:
             bomb.cancel()
         await asyncio.wait(bombs)
         other = Wanted("regex", "[a-z]{3}")
-        (await asyncio.wait_for(_open(grammars, tokenizer, other), 30)).release()
+        grammars.take_back(await asyncio.wait_for(_open(grammars, tokenizer, other), 30))
         wait_for(lambda: len(descendants(os.getpid(), "grammar_process")) == 3)
 
     _run(trial)
@@ -151,7 +151,7 @@ def test_who_is_cancelled_ends_his_process_and_frees_his_place(
 
 def test_a_full_queue_refuses_and_clients_take_turns(tokenizer: DocumentTokenizer) -> None:
     async def trial(grammars: Grammars) -> None:
-        (await _open(grammars, tokenizer)).release()
+        grammars.take_back(await _open(grammars, tokenizer))
         first = [
             _open(grammars, tokenizer, Wanted("regex", f"{'a|' * number}b"), "first")
             for number in range(20)
@@ -163,14 +163,14 @@ def test_a_full_queue_refuses_and_clients_take_turns(tokenizer: DocumentTokenize
         error = refused[0].exception()
         assert isinstance(error, ServiceBusyError)
         assert error.retry_after_seconds >= 1
-        other.result().release()
+        grammars.take_back(other.result())
 
     _run(trial)
 
 
 def test_draining_refuses_who_waits_and_ends_who_is_compiled(tokenizer: DocumentTokenizer) -> None:
     async def trial(grammars: Grammars) -> None:
-        (await _open(grammars, tokenizer)).release()
+        grammars.take_back(await _open(grammars, tokenizer))
         endless = Wanted("json_schema", '{"type": "integer", "multipleOf": 99991}')
         bombs = [_open(grammars, tokenizer, one) for one in (BOMB, endless)]
         await asyncio.sleep(0.05)
