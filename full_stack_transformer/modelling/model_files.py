@@ -24,6 +24,8 @@ from full_stack_transformer.modelling.other_files import (
     adapter_advice,
     download_advice,
     found_at,
+    gguf_advice,
+    is_gguf,
     json_of,
     other_weights,
     start_of,
@@ -178,7 +180,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE_NAME
     check_pointer(path, ModelError)
     try:
-        config = json.loads(path.read_text("utf-8-sig"))
+        config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} should be a JSON object: {error}; {download_advice(directory)}"
@@ -342,6 +344,7 @@ def _check_file(path: Path) -> None:
     if not size:
         raise ModelError(f"{path} is empty; {download_advice(path.parent)}")
     if path.suffix != ".safetensors":
+        _check_pickle(path)
         return
     header = _header(path)
     if header is None:
@@ -358,6 +361,17 @@ def _check_file(path: Path) -> None:
             f"{path} is cut off: {size:,} of {expected:,} bytes are there; {download_advice(path.parent)}"
         )
     _check_tensors(path, tensors)
+
+
+def _check_pickle(path: Path) -> None:
+    """A file of torch.save is a zip archive, or an old plain pickle."""
+    if is_gguf(path):
+        raise ModelError(f"{path.parent} holds {gguf_advice(path)}")
+    if not start_of(path, 2).startswith((b"PK", b"\x80")):
+        raise ModelError(
+            f"{path} is no file of PyTorch, or a damaged one (it starts with {start_of(path, 12)!r}); "
+            f"{download_advice(path.parent)}"
+        )
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:

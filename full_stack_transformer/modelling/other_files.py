@@ -45,8 +45,8 @@ def found_at(path: Path) -> str:
 
 
 def _found_file(path: Path) -> str:
-    if _is_gguf(path):
-        return _gguf_advice(path)
+    if is_gguf(path):
+        return gguf_advice(path)
     if path.suffix == ".ckpt":
         return (
             "a checkpoint without its experiment: it holds weights, and no config and tokenizer; keep it in "
@@ -68,11 +68,21 @@ def _found_directory(path: Path) -> str:
         return "an empty directory"
     if (path / ADAPTER_FILE_NAME).is_file():
         return adapter_advice(path)
-    ggufs = sorted(file for file in path.iterdir() if file.is_file() and _is_gguf(file))
+    ggufs = sorted(file for file in path.iterdir() if file.is_file() and is_gguf(file))
     if ggufs:
-        return _gguf_advice(ggufs[0])
-    known = _found_of_ours(path) or _found_inside(path) or _found_of_others(path)
+        return gguf_advice(ggufs[0])
+    known = (
+        broken_link(path) or _found_of_ours(path) or _found_inside(path) or _found_of_others(path)
+    )
     return known or "a directory without config.json"
+
+
+def broken_link(path: Path) -> str | None:
+    """A link to a file that is gone, as in a cache that was copied without its blobs."""
+    for file in sorted(path.iterdir()):
+        if file.is_symlink() and not file.exists():
+            return f"the broken link {file.name} -> {file.readlink()}; {download_advice(path)}"
+    return None
 
 
 def _found_of_ours(path: Path) -> str | None:
@@ -83,6 +93,12 @@ def _found_of_ours(path: Path) -> str | None:
             return (
                 f"a dataset directory; train a model on it: fst train --dataset_dir {directory} "
                 f"--experiment_name {path.name if directory != path else path.absolute().parent.name}"
+            )
+    for corpus in (path / "corpus.npy", *sorted(path.glob("*/*/train/corpus.npy"))[-1:]):
+        if corpus.is_file():
+            return (
+                f"a part of the dataset directory {corpus.parents[1]}, or its root; train a model on it: fst "
+                f"train --dataset_dir {corpus.parents[1]}"
             )
     if newest and any((one / MODEL_DIRECTORY_NAME).is_dir() for one in newest):
         numbers = ", ".join(one.name for one in versions(path.parent, path.name))
@@ -165,11 +181,13 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}-{what}") if path.name else Path(what)
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one, by its name or its first bytes."""
     return path.suffix.lower() == ".gguf" or start_of(path, 4) == b"GGUF"
 
 
-def _gguf_advice(path: Path) -> str:
+def gguf_advice(path: Path) -> str:
+    """What it is, and the line that converts it."""
     target = _beside(path.with_suffix(""), "converted")
     return (
         f"a GGUF file of llama.cpp ({path.name}); convert it (pip install gguf accelerate): python -c "
@@ -184,9 +202,12 @@ def _gguf_advice(path: Path) -> str:
 def other_weights(directory: Path) -> str:
     """Weights in other forms than those that are read, and what to do."""
     files = sorted(file for file in directory.iterdir() if file.is_file())
+    broken = broken_link(directory)
+    if broken is not None:
+        return broken
     for file in files:
-        if _is_gguf(file):
-            return _gguf_advice(file)
+        if is_gguf(file):
+            return gguf_advice(file)
     shards = [
         file.name for file in files if re.search(r"-\d{5}-of-\d{5}\.(safetensors|bin)$", file.name)
     ]

@@ -119,8 +119,21 @@ def load_backbone(
         if reason.startswith("Unrecognized configuration class"):
             reason = f"it holds {_described(config)}, which has no such head"
         raise ModelError(f"no {describe(model_class)} at {model_path!r}: {reason}") from error
+    if not _reads_tokens(backbone):
+        raise ModelError(
+            f"{model_path} holds {_described(config)}, which reads other things than texts; choose a model "
+            "of texts"
+        )
     _check_loading(backbone, loading, model_path, new_head=new_head)
     return backbone
+
+
+def _reads_tokens(backbone: Backbone) -> bool:
+    """Whether it is a model of texts, not of pictures or sounds."""
+    try:
+        return hasattr(backbone.get_input_embeddings(), "num_embeddings")
+    except (NotImplementedError, AttributeError):
+        return False
 
 
 def open_config(model_path: str | Path) -> PretrainedConfig:
@@ -147,7 +160,8 @@ def _why_no_config(directory: Path, content: Mapping[str, Any], error: Exception
         )
     kind, version = content["model_type"], transformers.__version__
     if kind in CONFIG_MAPPING:
-        return f"{directory / 'config.json'} does not describe a {kind} model: {reason_of(error)}"
+        reason = " ".join(str(error).split())[:300]
+        return f"{directory / 'config.json'} does not describe a {kind} model: {reason}"
     if content.get("auto_map"):
         return (
             f"{directory / 'config.json'} names code of its own (auto_map: "
@@ -176,9 +190,11 @@ def _check_loading(
     if new_head or is_body_alone:
         missing = [name for name in missing if _is_of_body(name, backbone)]
     if missing:
+        others = sorted(loading["unexpected_keys"])[:1]
         raise ModelError(
             f"the weights at {model_path!r} lack {len(missing)} tensors that the model needs "
-            f"({', '.join(missing[:3])} …); {_what_is_there(backbone, missing, model_path)}"
+            f"({', '.join(missing[:3])} …){f', and hold others such as {others[0]}' if others else ''}; "
+            f"{_what_is_there(backbone, missing, model_path)}"
         )
     for name, found, expected in sorted(loading["mismatched_keys"], key=str):
         if not new_head or _is_of_body(name, backbone):

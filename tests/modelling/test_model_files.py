@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 from full_stack_transformer.__main__ import run
@@ -132,6 +134,16 @@ def cut(model: Path) -> None:
     (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:-64])
 
 
+def dangling(model: Path) -> None:
+    (model / WEIGHTS).unlink()
+    (model / WEIGHTS).symlink_to("../blobs/0")
+
+
+def prefixed(model: Path) -> None:
+    weights = {f"_orig_mod.{name}": one for name, one in load_file(model / WEIGHTS).items()}
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+
+
 def original(model: Path) -> None:
     (model / WEIGHTS).unlink()
     (model / "original").mkdir()
@@ -238,6 +250,19 @@ SPOILT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no model_type": (write(CONFIG, '{"a": 1}'), ("names no model_type", "found a")),
     "a misspelt model_type": (configure(model_type="lama"), ("'lama'", "did you mean 'llama'")),
     "a field of another type": (configure(hidden_size="x"), ("does not describe a llama model",)),
+    "a broken link": (dangling, ("the broken link model.safetensors -> ../blobs/0",)),
+    "another file as pickle": (
+        lambda model: [
+            rename("pytorch_model.bin")(model),
+            write("pytorch_model.bin", "junk")(model),
+        ],
+        ("pytorch_model.bin is no file of PyTorch", "b'junk'"),
+    ),
+    "heads that do not divide the width": (
+        configure(num_attention_heads=3),
+        ("does not describe a llama model", "multiple"),
+    ),
+    "a prefix in the file": (prefixed, ("lack 21 tensors", "others such as _orig_mod.model.")),
     "weights alone": (remove(CONFIG), ("weights (model.safetensors) without config.json",)),
 }
 
@@ -332,6 +357,22 @@ def test_encoder_decoders_are_named(
         sentence = refusal(*words)
         assert "an encoder-decoder (T5ForConditionalGeneration)" in sentence
         assert f"AutoModelForSeq2SeqLM.from_pretrained('{model}')" in sentence
+
+
+def test_models_of_pictures_are_named(
+    trained: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+    )
+    model = as_model(ViTModel(config), trained, tmp_path / "pictures")
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    sentence = refusal("whiten", model, tmp_path / "texts.txt", "--output_dir", tmp_path / "w")
+    assert "ViTModel, which reads other things than texts" in sentence
 
 
 def test_other_directories_of_ours_are_named(
