@@ -47,7 +47,7 @@ PAIRS = (
         "A race car driver is driving his car through the mud.",
     ),
 )
-# Resident memory of `fst serve` as soon as it is ready, with a fifth to spare: 1,167, 825 and 668 MB, of which
+# Resident memory of `fst serve` as soon as it is ready, with a fifth to spare: 1,167, 825 and 668 MB. Of them
 # Python, torch and transformers take 500. Keys and values are taken later, as texts need them.
 MAX_STARTED_BYTES = {"float32": 1_400e6, "bfloat16": 1_000e6, "int8": 800e6}
 
