@@ -17,6 +17,7 @@ Read the code in the order of the data:
     serving            model directory -> HTTP API
     telegram           HTTP API -> Telegram bot
 
+`command_line` lists the commands, and `first_checks` looks at their paths and ports before torch is imported.
 Used everywhere: `errors` (the exception tree), `storage` (durable files, version directories) and `machine`
 (what the hardware can do). `document_sources` writes documents and labelled rows to start with, and has the
 demo.

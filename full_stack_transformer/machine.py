@@ -6,11 +6,13 @@ device. Knows nothing of models.
 """
 
 import contextlib
+import errno
 import itertools
 import math
 import os
 import platform
 import resource
+import socket
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -292,6 +294,30 @@ def peak_resident_bytes() -> int:
     """The most memory that this process has had in RAM."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
+    """A socket that listens; `port` 0 is any free one.
+
+    Raises:
+        MachineError: the port is in use or forbidden, or the address is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        is_taken = error.errno == errno.EADDRINUSE
+        advice = (
+            f"stop what uses it, or pass {flag}" if is_taken else f"check the address and {flag}"
+        )
+        raise MachineError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; {advice}"
+        ) from error
+    return listener
 
 
 def restart_with_kept_memory(argv: list[str]) -> None:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from cyclopts import CycloptsError
 
-from full_stack_transformer import __main__ as command_line
+from full_stack_transformer import command_line
 from full_stack_transformer.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]

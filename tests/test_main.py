@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer import __main__, __version__, errors
-from full_stack_transformer.__main__ import COMMANDS
+from full_stack_transformer import __version__, command_line, errors
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.command_line import COMMANDS
 from full_stack_transformer.errors import install_command
 from tests.conftest import RunFst
 
@@ -64,7 +64,7 @@ def test_no_default_is_shown_that_says_nothing(name: str, run_fst: RunFst) -> No
 def test_help_imports_nothing_heavy() -> None:
     """That is why it comes at once: a tenth of a second where torch alone takes more than one."""
     code = (
-        "import sys; from full_stack_transformer.__main__ import run\n"
+        "import sys; from full_stack_transformer.command_line import run\n"
         "codes = [run([name, '--help']) for name in sys.argv[1:]]\n"
         "assert not any(codes), codes\n"
         "print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
@@ -131,7 +131,7 @@ def _parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
             parsed.append(given)
 
     monkeypatch.setattr("importlib.import_module", lambda name: Module)
-    assert __main__.run(["prepare_dataset", *words]) == 0
+    assert command_line.run(["prepare_dataset", *words]) == 0
     return parsed[0]
 
 
@@ -259,7 +259,7 @@ def test_the_install_command_fits_the_installation(
 
 def test_a_metric_without_its_library_names_the_extra() -> None:
     error = ModuleNotFoundError("No module named 'sklearn'", name="sklearn.metrics")
-    message = str(__main__._missing_extra(error))
+    message = str(command_line._missing_extra(error))
     assert "needs the package sklearn" in message
     assert "pip install -c constraints.txt -e '.[evaluation]'" in message
 
@@ -284,7 +284,7 @@ def test_a_missing_extra_names_its_install_command(tmp_path: Path, run_fst: RunF
         ([], b"caf\xe9", b"standard input is not UTF-8: byte 0xe9 at offset 3"),
         ([b"--prompt_file", b"-"], b"\xff\xfea\0", b"standard input is not UTF-8: it is UTF-16"),
         ([b"--prompt_file", b"/no\xe9"], b"", b"--prompt_file /no\\xe9: No such file"),
-        ([b"--device", b"cp\xe9"], b"a", b"--device is not UTF-8"),
+        ([b"--device", b"cp\xe9"], b"a", b"--device must be auto"),
     ],
     ids=["prompt", "second word", "stdin", "utf-16", "path", "other text"],
 )

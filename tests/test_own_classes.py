@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from full_stack_transformer.__main__ import run
+from full_stack_transformer.command_line import run
 from full_stack_transformer.errors import InputError, UsageError
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.own_classes import class_of_file, class_of_option, trust

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from full_stack_transformer.__main__ import COMMANDS, _make_app, _normalize
 from full_stack_transformer.arguments.familiar_options import INSTEAD, SAME
+from full_stack_transformer.command_line import COMMANDS, _make_app, _normalize
 from full_stack_transformer.tokenization.document_tokenizer import load_tokenizer
 from tests.conftest import SHARED_DATA, RunFst
 from tests.logged_process import running_service

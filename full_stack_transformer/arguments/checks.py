@@ -1,11 +1,14 @@
 """What options of several commands share: the one that trusts code, and checks, which raise UsageError."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import not_utf_8
+
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,14 @@ def between(options: object, least: float, most: float, *names: str) -> None:
         value = getattr(options, name)
         if not least <= value <= most:
             raise UsageError(f"--{name} must be between {least:g} and {most:g}, found {value!r}")
+
+
+def check_device(options: Any) -> None:
+    """Refuse a --device that is none anywhere; torch knows whether this machine has it."""
+    if not _DEVICE.fullmatch(options.device):
+        raise UsageError(
+            f"--device must be auto, cpu, cuda, cuda:1 or mps, found {options.device!r}"
+        )
 
 
 def check_texts(arguments: Any) -> None:

@@ -8,6 +8,7 @@ from full_stack_transformer.arguments.checks import (
     OwnClassesOptions,
     at_least,
     between,
+    check_device,
 )
 from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.arguments.sampling import MoreSamplingOptions, SamplingOptions
@@ -99,6 +100,7 @@ class WhitenArguments:
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
+        check_device(self)
         at_least(self, 1, "batch_size")
         between(self, 0, 1, "epsilon")
         for name in ("num_dimensions", "max_length"):
@@ -170,6 +172,7 @@ class EvaluateArguments(
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         super().__post_init__()
+        check_device(self)
         at_least(self, 1, "batch_size", "max_new_tokens")
         at_least(self, 0, "generation", "num_resamples")
         between(self, 0, 100, "temperature")
@@ -205,6 +208,7 @@ class GenerateArguments(
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         self.sampling()
+        check_device(self)
         at_least(self, 1, "num_return_sequences")
         if self.log_probabilities is not None:
             at_least(self, 0, "log_probabilities")

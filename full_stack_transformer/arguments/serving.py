@@ -5,7 +5,12 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
+from full_stack_transformer.arguments.checks import (
+    OwnClassesOptions,
+    at_least,
+    between,
+    check_device,
+)
 from full_stack_transformer.arguments.models import ModelArguments
 from full_stack_transformer.arguments.sampling import SamplingOptions
 from full_stack_transformer.errors import UsageError
@@ -86,6 +91,7 @@ class ServeArguments(EngineOptions, AccessOptions, LimitOptions, OwnClassesOptio
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
+        check_device(self)
         between(self, 0, 65535, "port")
         at_least(self, 1, "max_batch_size", "max_body_bytes")
         at_least(self, 0, "max_queue_size", "shutdown_seconds")
@@ -172,6 +178,7 @@ class TelegramBotArguments(
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         self.sampling()
+        check_device(self)
         at_least(self, 0, "max_tokens_per_day")
         between(self, 0, 65535, "webhook_port")
         if self.monitoring_port is not None:

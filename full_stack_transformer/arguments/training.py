@@ -1,6 +1,7 @@
 """Options of `fst train`, `fst run_experiment` and `fst tensorboard`."""
 
 import math
+import re
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,8 +9,16 @@ from typing import Literal
 from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
 from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.storage import check_name
+from full_stack_transformer.storage import check_name, versions
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK, TaskName, check_task_name
+
+_ACCELERATOR = re.compile("auto|cpu|gpu|cuda|mps|tpu|hpu|xpu")
+_DEVICES = re.compile(r"auto|-1|\[?\s*[0-9]+(\s*,\s*[0-9]+)*\s*,?\s*\]?")
+# The options of a run, in its experiment directory.
+ARGUMENTS_FILE_NAME = "arguments.json"
+RESUME_LAST = "last"
+# Names of --model_config; see modelling/backbones.py for their sizes.
+MODEL_PRESETS = ("tiny", "mini", "small", "base", "gpt2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +268,57 @@ class TrainArguments(
         """Whether to train: with --do_train, or without --do_eval and --do_predict."""
         return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
 
+    def check_data(self, *, reads_datasets: bool) -> None:
+        """Refuse data of another kind than the task reads.
+
+        Args:
+            reads_datasets: whether it reads a dataset directory, or labelled rows.
+
+        Raises:
+            UsageError: they are.
+        """
+        if reads_datasets:
+            if self.dataset_dir is None or self.train_file is not None:
+                raise UsageError(
+                    f"--task {self.task} needs --dataset_dir, a dataset written by prepare_dataset"
+                    + ("; --train_file is for labelled rows" if self.train_file else "")
+                )
+            if self.do_eval or self.do_predict:
+                raise UsageError(
+                    f"--do_eval and --do_predict are for labelled rows; for --task {self.task} use "
+                    "fst evaluate"
+                )
+        elif (self.dataset_dir is None) == (self.train_file is None):
+            raise UsageError(
+                f"--task {self.task} needs --dataset_dir or --train_file with labelled rows; found "
+                f"{'neither' if self.dataset_dir is None else 'both'}"
+            )
+
+    def directory_to_resume(self) -> Path:
+        """The experiment directory that --resume names.
+
+        Raises:
+            UsageError: there is none.
+        """
+        assert self.resume is not None
+        if self.resume != RESUME_LAST:
+            directory = Path(self.resume)
+            if len(directory.parts) < 3:  # its parents are the name and the root
+                directory = directory.resolve()
+            if not (directory / ARGUMENTS_FILE_NAME).is_file():
+                raise UsageError(
+                    f"--resume must be {RESUME_LAST} or an experiment directory; {directory} has no "
+                    f"{ARGUMENTS_FILE_NAME}"
+                )
+            return directory
+        found = versions(self.experiments_root, self.experiment_name)
+        if not found:
+            raise UsageError(
+                f"--resume {RESUME_LAST}: there is no experiment in "
+                f"{self.experiments_root / self.experiment_name}; start one without --resume"
+            )
+        return found[-1]
+
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         super().__post_init__()
@@ -283,6 +343,15 @@ class TrainArguments(
         between(self, 0, 0.95, "dropout", "label_smoothing")
         between(self, 0, 0.99999, "ema_decay")
         between(self, 0, 1, "decay_fraction")
+        if not _ACCELERATOR.fullmatch(self.accelerator):
+            raise UsageError(
+                f"--accelerator must be auto, cpu, gpu or mps, found {self.accelerator!r}"
+            )
+        if not _DEVICES.fullmatch(self.devices):
+            raise UsageError(
+                f"--devices must be auto, a number of devices, or a list of them such as 0,1; found "
+                f"{self.devices!r}"
+            )
         for name in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
             limit = getattr(self, name)
             if not 0 < limit < math.inf or (limit > 1 and limit != int(limit)):

@@ -8,7 +8,6 @@ commands run as processes; this module imports nothing heavy.
 
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import httpx
 
 from full_stack_transformer.arguments.data import DemoArguments
 from full_stack_transformer.errors import FullStackTransformerError, MachineError
+from full_stack_transformer.machine import listen
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
 
 _SOURCE = "python_docs"
@@ -38,6 +38,8 @@ def main(arguments: DemoArguments) -> int:
         StepFailedError: a command failed.
     """
     started = time.perf_counter()
+    # SIGTERM works like Ctrl-C, so that no process is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ports = (0, 0)
     if arguments.serve:  # check now, not minutes later when they are needed
         ports = (
@@ -104,25 +106,37 @@ def _train(arguments: DemoArguments, dataset: Path) -> Path:
 def _run(*words: str) -> None:
     """Show a command, then run it."""
     _say(f"\n$ fst {shlex.join(words)}\n")
-    exit_code = subprocess.run(_command(*words), check=False).returncode
+    exit_code = _wait(_start(*words))
     if exit_code:
         raise StepFailedError(f"fst {words[0]} failed with exit code {exit_code}; the demo stops")
 
 
-def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "full_stack_transformer", *words]
+def _start(*words: str) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, so that Ctrl-C reaches it once: from here."""
+    command = [sys.executable, "-m", "full_stack_transformer", *words]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a command; hands Ctrl-C on to it, since a training writes a checkpoint first."""
+    is_interrupted = False
+    while True:
+        try:
+            exit_code = process.wait()
+            break
+        except KeyboardInterrupt:
+            is_interrupted = True
+            process.send_signal(signal.SIGINT)
+    if is_interrupted:
+        if exit_code == 0:
+            raise KeyboardInterrupt
+        sys.exit(exit_code)  # the command has said why
+    return exit_code
 
 
 def _free_port(port: int, flag: str) -> int:
     """`port`, or a free one for 0."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise MachineError(
-                f"port {port} is not available: {error.strerror}; free it or pass another {flag}"
-            ) from error
+    with listen("127.0.0.1", port, flag) as listener:
         return int(listener.getsockname()[1])
 
 
@@ -138,12 +152,10 @@ def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_po
         ),
     )
     processes = []
-    # SIGTERM works like Ctrl-C, so that no process is left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for words in commands:
             _say(f"\n$ fst {shlex.join(words)}\n")
-            processes.append(subprocess.Popen(_command(*words)))
+            processes.append(_start(*words))
         url = f"http://127.0.0.1:{port}"
         _wait_until_it_answers(f"{url}/health", processes[0])
         tensorboard_url = f"http://127.0.0.1:{tensorboard_port}"
@@ -154,8 +166,6 @@ def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_po
             f'  curl {url}/generated_texts/ -d \'{{"seed_text": "This function"}}\'\n\nCtrl-C stops it.\n'
         )
         return processes[0].wait()
-    except KeyboardInterrupt:
-        return 0
     finally:
         for process in processes:
             process.terminate()

@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer.arguments.training import MODEL_PRESETS
 from full_stack_transformer.errors import ModelError, UsageError
 
 # name -> (layers, hidden size, attention heads). Decoders with rotary positions, RMSNorm, SwiGLU and tied
@@ -215,7 +216,7 @@ def _encoder_config(
 def _config_from_file(model_config: str, shared: dict[str, Any]) -> PretrainedConfig:
     path = Path(model_config)
     if not path.is_file():
-        presets = ", ".join([*DECODER_PRESETS, GPT2_PRESET])
+        presets = ", ".join(MODEL_PRESETS)
         raise UsageError(
             f"--model_config must be one of {presets}, or a JSON file; found {model_config!r}"
         )

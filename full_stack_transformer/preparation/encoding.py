@@ -11,11 +11,13 @@ shorter than `min_sample_length` are dropped and counted.
 """
 
 import hashlib
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +25,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from full_stack_transformer import interruption
 from full_stack_transformer.datasets.corpus import CorpusWriter, token_dtype
 from full_stack_transformer.documents.blocks import (
     BLOCK_BYTES,
@@ -237,7 +240,10 @@ class Workers:
         try:
             for group in _groups(blocks):
                 size = sum(block.num_held for block in group)
-                pending.append((self._executor.submit(self._encode, tuple(group)), size))
+                # Processes start with the first; Ctrl-C, which a terminal sends them too, is for this one.
+                with interruption.held():
+                    future = self._executor.submit(self._encode, tuple(group))
+                pending.append((future, size))
                 num_held += size
                 group.clear()  # not kept while the next is read
                 # One more than workers, so that no worker waits for the reader.
@@ -293,10 +299,19 @@ _encoder_of_process: BlockEncoder | None = None
 
 def _start_process(options: BlockEncoderOptions, trusted: tuple[str, ...]) -> None:
     global _encoder_of_process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     trust(trusted)
     tokenizer = open_saved_tokenizer(options.tokenizer_directory)
     encoder = make_encoder(tokenizer.backend, options.backend)
     _encoder_of_process = BlockEncoder(options, tokenizer, encoder)
+
+
+def _end_with_parent() -> None:
+    """A killed preparation leaves no processes behind."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_process(blocks: Sequence[Block]) -> EncodedBlock:

@@ -1,6 +1,5 @@
 """`fst serve`: open models, listen, log the address, and shut down gracefully."""
 
-import contextlib
 import json
 import logging
 import resource
@@ -18,7 +17,7 @@ from starlette.types import ASGIApp
 
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments.serving import ServeArguments
-from full_stack_transformer.errors import MachineError
+from full_stack_transformer.machine import listen
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.http.connections import protocol_with
@@ -53,13 +52,14 @@ def main(arguments: ServeArguments) -> int:
         ModelError: there is no model to serve.
         MachineError: the port is in use or forbidden.
         UsageError: the keys cannot be read.
+        KeyboardInterrupt: by Ctrl-C, after the requests.
     """
     if arguments.log_format == "json":
         _log_json_lines()
     # A wrong path or key file is reported before the port is taken.
     sources = _sources(arguments)
     keys = read_api_keys(arguments.api_keys_file)
-    listener = _listen(arguments.host, arguments.port)
+    listener = listen(arguments.host, arguments.port)
     models = _open_models(arguments, sources)
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry)
@@ -87,10 +87,11 @@ def main(arguments: ServeArguments) -> int:
     _announce(listener, models, keys, arguments)
     # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         server.run(sockets=[listener])
-    worker.stop()
-    task_worker.stop()
+    finally:
+        worker.stop()
+        task_worker.stop()
     return 0
 
 
@@ -215,21 +216,6 @@ def _allow_many_files() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     return _WANTED_FILES if soft == resource.RLIM_INFINITY else min(soft, _WANTED_FILES)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise MachineError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it, or pass --port"
-        ) from error
-    return listener
 
 
 class _JsonLines(logging.Formatter):

@@ -19,6 +19,8 @@ TASKS = {
     "sentence_embedding": "sentence_embedding:SentenceEmbedding",
 }
 DEFAULT_TASK = "causal_lm"
+# They learn from a dataset directory, the others from labelled rows.
+CORPUS_TASKS = ("causal_lm", "masked_lm")
 # What rows are for where their class does not say.
 DEFAULT_ROW_TASK = "sequence_classification"
 # What `--mlm` of other trainers means, and what a whitened model does.

@@ -33,6 +33,7 @@ from aiogram.types import (
     User,
 )
 
+from full_stack_transformer import interruption
 from full_stack_transformer.arguments.serving import TelegramBotArguments
 from full_stack_transformer.errors import InputError, MachineError, ServiceError
 from full_stack_transformer.serving.client import ServiceClient
@@ -78,8 +79,8 @@ async def run(
     token: str,
     webhook_secret: str,
     service_api_key: str | None,
-) -> None:
-    """Answer until SIGTERM or SIGINT, then finish the texts that are being written.
+) -> int:
+    """Answer until SIGTERM or SIGINT, then finish the texts that are being written; returns the signal.
 
     Args:
         arguments: the options, checked.
@@ -94,31 +95,45 @@ async def run(
         MachineError: Telegram is unreachable, another process polls, or a file or port is in use.
     """
     signals = _Signals()
-    async with AsyncExitStack() as stack:
-        store = Store(arguments.database, int(token.partition(":")[0]))
-        stack.callback(store.close)
-        api = TelegramAPIServer.from_base(arguments.telegram_api_base)
-        session = SafeSession(api=api, timeout=_CALL_TIMEOUT_SECONDS)
-        bot = await stack.enter_async_context(Bot(token, session=session))
-        service_url = await stack.enter_async_context(service)
-        client = ServiceClient(service_url, api_key=service_api_key)
-        await stack.enter_async_context(client)
-        me = await _introduce(bot, arguments)
-        process = _Process(arguments, default_settings, store, bot, me, client, service_url)
-        await process.run(signals, webhook_secret, stack)
+    try:
+        async with AsyncExitStack() as stack:
+            store = Store(arguments.database, int(token.partition(":")[0]))
+            stack.callback(store.close)
+            api = TelegramAPIServer.from_base(arguments.telegram_api_base)
+            session = SafeSession(api=api, timeout=_CALL_TIMEOUT_SECONDS)
+            bot = await stack.enter_async_context(Bot(token, session=session))
+            service_url = await stack.enter_async_context(service)
+            client = ServiceClient(service_url, api_key=service_api_key)
+            await stack.enter_async_context(client)
+            me = await _introduce(bot, arguments)
+            process = _Process(arguments, default_settings, store, bot, me, client, service_url)
+            await process.run(signals, webhook_secret, stack)
+    except asyncio.CancelledError:
+        if not signals.number:
+            raise
+    return signals.number
 
 
 class _Signals:
-    """The first SIGTERM or SIGINT asks the process to finish, the second to stop at once."""
+    """The first SIGTERM or SIGINT asks the process to finish, the second to stop at once.
+
+    While the bot is `starting`, the first one ends it: nothing is to be finished.
+    """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self.number = 0
+        self.starting = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signal_number, self._received)
+            loop.add_signal_handler(signal_number, self._received, signal_number)
+        interruption.release()
 
-    def _received(self) -> None:
+    def _received(self, number: int) -> None:
+        self.number = self.number or number
+        if self.starting is not None:
+            self.starting.cancel()
         (self.second if self.first.is_set() else self.first).set()
 
 
@@ -250,6 +265,7 @@ class _Process:
 
     async def _until_the_end(self, signals: _Signals, *tasks: asyncio.Task[None]) -> None:
         """Wait for a signal, or for an error that ends the process."""
+        signals.starting = None
         signal_received = asyncio.create_task(signals.first.wait())
         rejected = asyncio.create_task(self._courier.unauthorized.wait())
         try:

@@ -17,6 +17,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from full_stack_transformer import interruption
 from full_stack_transformer.arguments.serving import TelegramBotArguments
 from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.telegram.state.settings import MAX_LENGTH, Settings
@@ -47,6 +48,7 @@ def main(arguments: TelegramBotArguments) -> int:
         InputError: Telegram rejects the token.
         MachineError: Telegram is unreachable, or a file or port is in use.
         ModelError: the service of --checkpoint does not start.
+        KeyboardInterrupt: by Ctrl-C, after the answers.
     """
     token = _read_token(arguments.token_file)
     _check_url("--telegram_api_base", arguments.telegram_api_base)
@@ -67,7 +69,8 @@ def main(arguments: TelegramBotArguments) -> int:
         service = nullcontext(arguments.service_url.rstrip("/").removesuffix("/v1"))
     else:
         service = own_service(arguments.checkpoint, arguments.device, arguments.allow_code_from)
-    asyncio.run(
+    interruption.hold()  # until the loop takes signals
+    number = asyncio.run(
         run(
             arguments,
             settings,
@@ -77,6 +80,8 @@ def main(arguments: TelegramBotArguments) -> int:
             service_api_key=api_key,
         )
     )
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     return 0
 
 
@@ -207,7 +212,10 @@ async def own_service(
 async def _start_service(command: list[str]) -> tuple[asyncio.subprocess.Process, str]:
     """The process of a service, once it listens, and its port."""
     process = await asyncio.create_subprocess_exec(
-        *command, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent
+        *command,
+        stderr=asyncio.subprocess.PIPE,
+        preexec_fn=_die_with_parent,
+        process_group=0,  # Ctrl-C is for the bot, which finishes its answers with the service
     )
     assert process.stderr is not None
     last = ""

@@ -31,7 +31,11 @@ from typing import Any, Protocol
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from full_stack_transformer.arguments.familiar_options import RENAMED
-from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.training import (
+    ARGUMENTS_FILE_NAME,
+    RunExperimentArguments,
+    TrainArguments,
+)
 from full_stack_transformer.arguments.typed import given_options
 from full_stack_transformer.errors import DatasetError, InputError, UsageError
 from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
@@ -40,7 +44,6 @@ from full_stack_transformer.storage import (
     claim_version,
     read_json,
     sync_directory,
-    versions,
     write_json,
 )
 from full_stack_transformer.training.callbacks.progress import SUMMARY_FILE_NAME
@@ -57,12 +60,10 @@ from full_stack_transformer.training.checkpoints import (
 
 logger = logging.getLogger(__name__)
 
-ARGUMENTS_FILE_NAME = "arguments.json"
 EXPERIMENT_FILE_NAME = "experiment.json"
 DATASET_FILE_NAME = "dataset.json"
 CHECKPOINTS_DIRECTORY_NAME = "checkpoints"
 TOKENIZER_DIRECTORY_NAME = "tokenizer"
-RESUME_LAST = "last"
 
 _LIMITS = {"max_epochs", "max_steps", "max_minutes", "early_stopping_patience"}
 # Options that a resumed training may change; the others decide what its weights become.
@@ -174,7 +175,7 @@ def with_saved_options(given: TrainArguments) -> TrainArguments:
     """
     if given.resume is None:
         return given
-    directory = _directory_to_resume(given.resume, given)
+    directory = given.directory_to_resume()
     if not (directory / ARGUMENTS_FILE_NAME).is_file():  # killed before it started
         return given
     merged = _merged(given, _read_arguments(directory, given), directory)
@@ -193,10 +194,9 @@ def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator
         DatasetError: the dataset differs from the one at the start.
         TrainingError: none of its checkpoints can be read.
     """
-    resume = arguments.resume
-    arguments = dataclasses.replace(arguments, resume=None)
-    if resume is not None:
-        directory = _directory_to_resume(resume, arguments)
+    if arguments.resume is not None:
+        directory = arguments.directory_to_resume()
+        arguments = dataclasses.replace(arguments, resume=None)
     elif is_main_process():
         directory = claim_version(arguments.experiments_root, arguments.experiment_name)
     else:
@@ -239,26 +239,6 @@ def write_arguments(experiment: Experiment) -> None:
     }
     assert all(not isinstance(value, float) or math.isfinite(value) for value in options.values())
     write_json(experiment.directory / ARGUMENTS_FILE_NAME, options)
-
-
-def _directory_to_resume(resume: str, arguments: TrainArguments) -> Path:
-    if resume != RESUME_LAST:
-        directory = Path(resume)
-        if len(directory.parts) < 3:  # its parents are the name and the root
-            directory = directory.resolve()
-        if not (directory / ARGUMENTS_FILE_NAME).is_file():
-            raise UsageError(
-                f"--resume must be {RESUME_LAST} or an experiment directory; {directory} has no "
-                f"{ARGUMENTS_FILE_NAME}"
-            )
-        return directory
-    found = versions(arguments.experiments_root, arguments.experiment_name)
-    if not found:
-        raise UsageError(
-            f"--resume {RESUME_LAST}: there is no experiment in "
-            f"{arguments.experiments_root / arguments.experiment_name}; start one without --resume"
-        )
-    return found[-1]
 
 
 def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Experiment:

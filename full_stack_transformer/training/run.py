@@ -16,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.arguments.training import ARGUMENTS_FILE_NAME, TrainArguments
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.machine import multiplies_bfloat16
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
@@ -45,7 +45,6 @@ from full_stack_transformer.training.callbacks.progress import (
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
 from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.experiments import (
-    ARGUMENTS_FILE_NAME,
     CHECKPOINTS_DIRECTORY_NAME,
     Experiment,
     is_main_process,

@@ -130,7 +130,7 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
     if isinstance(arguments, RunExperimentArguments):
         return _open_own(arguments)
     cls = task_class(arguments.task)
-    check_data(arguments, cls)
+    arguments.check_data(reads_datasets=issubclass(cls, CorpusTask))
     if issubclass(cls, CorpusTask):
         assert arguments.dataset_dir is not None
         dataset = open_dataset(arguments.dataset_dir)
@@ -156,31 +156,6 @@ def rows_setup(
     return TrainingSetup(arguments, data, model_class)
 
 
-def check_data(arguments: TrainArguments, cls: type[Task]) -> None:
-    """Refuse data of another kind than the task reads.
-
-    Raises:
-        UsageError: they are.
-    """
-    dataset_dir, train_file = arguments.dataset_dir, arguments.train_file
-    if issubclass(cls, CorpusTask):
-        if dataset_dir is None or train_file is not None:
-            raise UsageError(
-                f"--task {arguments.task} needs --dataset_dir, a dataset written by prepare_dataset"
-                + ("; --train_file is for labelled rows" if train_file else "")
-            )
-        if arguments.do_eval or arguments.do_predict:
-            raise UsageError(
-                f"--do_eval and --do_predict are for labelled rows; for --task {arguments.task} use "
-                "fst evaluate"
-            )
-    elif (dataset_dir is None) == (train_file is None):
-        raise UsageError(
-            f"--task {arguments.task} needs --dataset_dir or --train_file with labelled rows; found "
-            f"{'neither' if dataset_dir is None else 'both'}"
-        )
-
-
 def _open_own(arguments: RunExperimentArguments) -> TrainingSetup:
     """The setup of one's own classes for data, task or model."""
     data_class: Any = FileRows
@@ -204,7 +179,8 @@ def _open_own(arguments: RunExperimentArguments) -> TrainingSetup:
                 f"from {path_of(RowTask)}"
             )
     if not arguments.data_class:
-        check_data(arguments, task or row_task_class(arguments.task))
+        reads_datasets = not issubclass(task or row_task_class(arguments.task), RowTask)
+        arguments.check_data(reads_datasets=reads_datasets)
     data = data_class(arguments)
     name = data.task_name if task is None or task.name not in TASKS else task.name
     head = task_of_head(model_class.__name__) if model_class is not None else None

@@ -1,28 +1,35 @@
 """`fst tensorboard`: show the curves of all experiments in a browser."""
 
-import os
+import logging
+import signal
 import sys
-from typing import NoReturn
 
 from full_stack_transformer.arguments.training import TensorboardArguments
 from full_stack_transformer.errors import InputError
 
 
-def main(arguments: TensorboardArguments) -> NoReturn:
-    """Become TensorBoard, until Ctrl-C.
+def main(arguments: TensorboardArguments) -> int:
+    """Run TensorBoard in this process, until Ctrl-C or SIGTERM.
 
     Raises:
         InputError: there is no directory of experiments.
+        KeyboardInterrupt: by Ctrl-C, which TensorBoard's server takes for its end.
     """
     if not arguments.experiments_root.is_dir():
         raise InputError(
             f"{arguments.experiments_root} does not exist; expected the directory of experiments that "
             "fst train writes (--experiments_root)"
         )
-    command = [
-        *(sys.executable, "-m", "tensorboard.main"),
-        *("--logdir", str(arguments.experiments_root)),
-        *("--host", arguments.host, "--port", str(arguments.port)),
-    ]
-    # In the place of this process, so that a signal to it reaches TensorBoard and leaves no orphan.
-    os.execv(sys.executable, command)  # noqa: S606 (no shell, our own words)
+    from tensorboard import default, program
+
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    board = program.TensorBoard(plugins=default.get_plugins())
+    # It would announce the signal.
+    board._install_signal_handler = lambda *_: None
+    words = ("--logdir", str(arguments.experiments_root), "--host", arguments.host)
+    board.configure(("tensorboard", *words, "--port", str(arguments.port)))
+    exit_code = int(board.main())
+    if exit_code == 0:
+        raise KeyboardInterrupt
+    return 1

@@ -26,7 +26,7 @@ from tests.faults import gate
 _MESSAGE_BYTES = 1 << 16
 _PACKAGE = "full_stack_transformer"
 # What commands import when they run; imported before the fork, so that it is paid once.
-_PRELOADED = (f"{_PACKAGE}.__main__", f"{_PACKAGE}.preparation.prepare")
+_PRELOADED = (f"{_PACKAGE}.command_line", f"{_PACKAGE}.preparation.prepare")
 _PATIENCE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -157,7 +157,7 @@ def _become_command(
         socket.send_fds(connection, [process_id], [listener])
         os.close(listener)
     connection.close()
-    from full_stack_transformer.__main__ import run
+    from full_stack_transformer.command_line import run
 
     sys.exit(run(words))
 

@@ -26,7 +26,7 @@ import torch
 
 import full_stack_transformer.preparation.prepare
 import full_stack_transformer.training.run  # noqa: F401 (imported before the forks, so that it is paid once)
-from full_stack_transformer.__main__ import run
+from full_stack_transformer.command_line import run
 from full_stack_transformer.training.checkpoints import LAST_FILE_NAME, find_checkpoint
 from tests.conftest import write_documents
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from full_stack_transformer import __main__
+from full_stack_transformer import command_line
 from full_stack_transformer.arguments.models import AverageCheckpointsArguments
 from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.averaging import main as average_checkpoints
@@ -105,7 +105,7 @@ def test_checkpoints_of_an_experiment_are_averaged(
     best, last = (experiment / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     target = tmp_path / "mean"
     words = ["average_checkpoints", str(best), str(last), "--output_dir", str(target)]
-    assert __main__.run(words) == 0
+    assert command_line.run(words) == 0
     assert capsys.readouterr().out == f"{target}\n"
     description = json.loads((target / "description.json").read_text())
     assert description["averaged_from"] == [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from full_stack_transformer.__main__ import _make_app
+from full_stack_transformer.command_line import _make_app
 from full_stack_transformer.modelling.model_card import model_card
 from full_stack_transformer.tasks.multiple_choice import MultipleChoice
 

@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from full_stack_transformer.__main__ import run
+from full_stack_transformer.command_line import run
 from tests.conftest import RunFst
 from tests.serving.tiny_model import make_tiny_model
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from full_stack_transformer.__main__ import _make_app, _normalize
+from full_stack_transformer.command_line import _make_app, _normalize
 from tests.logged_process import running_service
 from tests.serving.browser import Visit, give_chat_template, running_browser, visit
 from tests.serving.conftest import KeyedService

@@ -153,7 +153,7 @@ def bot_forks() -> Iterator[BotForks]:
 
 
 def _serve() -> None:
-    from full_stack_transformer import __main__ as command_line
+    from full_stack_transformer import command_line
     from full_stack_transformer.telegram import bot, run
 
     assert bot and run

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from full_stack_transformer.__main__ import run
+from full_stack_transformer.command_line import run
 from full_stack_transformer.telegram.texts import ENGLISH
 from tests.fake_bot_api.process import FakeBotApi
 from tests.telegram.bot_forks import BotForks, ForkedBot

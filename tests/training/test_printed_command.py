@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from full_stack_transformer.__main__ import run
+from full_stack_transformer.command_line import run
 from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.callbacks.control import CatchSignals
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from full_stack_transformer.__main__ import run
+from full_stack_transformer.command_line import run
 from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.modelling.backbones import DECODER_PRESETS
 from full_stack_transformer.training import metric_names
