@@ -234,8 +234,8 @@ def _what_is_there(backbone: Backbone, missing: Sequence[str], model_path: str) 
     if any(_is_of_body(name, backbone) for name in missing) or not architecture:
         return "it is damaged, or config.json is of another model"
     return (
-        f"config.json says {architecture}, which has no such head: it gives vectors of texts "
-        f"(fst serve {model_path}), and a head can be trained on it (fst train --model_path {model_path})"
+        f"it belongs to another task: config.json says {architecture}; fst serve {model_path} serves what it "
+        f"does, fst train --model_path {model_path} trains another head on it"
     )
 
 
