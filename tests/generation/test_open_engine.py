@@ -15,7 +15,6 @@ from full_stack_transformer.generation import open_engine as opening
 from full_stack_transformer.generation.engine import TokenRequest
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.machine import (
-    free_memory_bytes,
     is_out_of_memory,
     memory_for,
     resident_bytes,
@@ -109,15 +108,3 @@ def test_a_limit_of_the_address_space_is_kept_to(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert "memory holds" in found.stderr
-
-
-def test_free_memory_counts_the_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    whole = free_memory_bytes(torch.device("cpu"))
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1000\n")
-    (tmp_path / "max").write_text("90000\n")
-    (tmp_path / "current").write_text("50000\n")
-    paths = ((tmp_path / "absent", tmp_path), (tmp_path / "max", tmp_path / "current"))
-    monkeypatch.setattr("full_stack_transformer.machine._GROUP_LIMITS", paths)
-    assert free_memory_bytes(torch.device("cpu")) == 41_000
-    (tmp_path / "max").write_text("max\n")
-    assert (free_memory_bytes(torch.device("cpu")) or 0) > 0.5 * (whole or 0)
