@@ -18,7 +18,8 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed-%: pyproject.toml constraints.txt
+# The installation also builds the C++ decoder.
+$(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard full_stack_transformer/generation/runners/native/*.[ch]*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@

@@ -1,7 +1,13 @@
 """The C++ decoder of each instruction set that this machine has: the same bits with fp32 and int8 weights."""
 
 import copy
+import ctypes
+import shutil
+import struct
+import subprocess
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.generation.runners.native import library
+from full_stack_transformer.generation.runners.native import decoder, library
 from full_stack_transformer.generation.runners.native.decoder import NativeRunner, WeightsDtype
 from full_stack_transformer.generation.runners.torch import SlotWork
 from full_stack_transformer.machine import instruction_sets
@@ -77,6 +83,10 @@ def _logits(backbone: Backbone, isa: str, dtype: WeightsDtype) -> Tensor:
     """Logits of texts of all lengths, read at once, and of further tokens, one by one."""
     runner = NativeRunner(backbone, num_slots=len(LENGTHS), weights_dtype=dtype, isa=isa)
     assert runner.isa == isa
+    return _logits_of_texts(runner)
+
+
+def _logits_of_texts(runner: NativeRunner) -> Tensor:
     texts = [[(7 * place + 3 * length) % 70 + 3 for place in range(length)] for length in LENGTHS]
     rows = [runner.run([SlotWork(slot, 0, ids, len(ids)) for slot, ids in enumerate(texts)])]
     for step in range(3):
@@ -133,3 +143,98 @@ def test_another_instruction_set_is_refused() -> None:
         Exception, match=f"the C\\+\\+ decoder cannot run here: it knows no {other}"
     ):
         NativeRunner(_backbone("gpt2"), num_slots=1, weights_dtype="int8", isa=other)
+
+
+# ------------------------------------------------------------------ ARM, under an emulator
+
+
+class _Tape:
+    """Stands in for a library and writes what it is asked for to a file, for replay.cpp."""
+
+    isa = "tape"
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+
+    def _write(self, name: str, *values: int | tuple[Any, int]) -> None:
+        self._file.write(name.encode())
+        for value in values:
+            if isinstance(value, int):
+                self._file.write(struct.pack("<i", value))
+                continue
+            pointer, length = value
+            self._file.write(struct.pack("<i", length if pointer else -1))
+            if pointer:
+                self._file.write(ctypes.string_at(pointer, 4 * length))
+        self._file.flush()
+
+    def decoder_new(self, shape: Any) -> int:
+        self._shape = shape._obj
+        self._file.write(bytes(self._shape))
+        return 1
+
+    def decoder_set_linear(
+        self, _: int, layer: int, name: int, weights: Any, bias: Any, rows: int, columns: int
+    ) -> None:
+        self._write("l", layer, name, (weights, rows * columns), (bias, rows), rows, columns)
+
+    def decoder_set_norm(self, _: int, layer: int, name: int, weight: Any, bias: Any) -> None:
+        size = self._shape.hidden_size
+        self._write("n", layer, name, (weight, size), (bias, size))
+
+    def decoder_set_embeddings(self, _: int, tokens: Any, positions: Any) -> None:
+        size = self._shape.hidden_size
+        lengths = self._shape.vocab_size * size, self._shape.max_length * size
+        self._write("e", (tokens, lengths[0]), (positions, lengths[1]))
+
+    def decoder_set_rotary(self, _: int, frequencies: Any, scaling: float) -> None:
+        scaling_pointer = ctypes.pointer(ctypes.c_float(scaling))
+        self._write("r", (frequencies, self._shape.head_size // 2), (scaling_pointer, 1))
+
+    def decoder_forward(
+        self,
+        *arguments: Any,
+    ) -> None:
+        _, num_tokens, ids, slots, positions, num_rows, rows, _ = arguments
+        arrays = [(array, num_tokens) for array in (ids, slots, positions)]
+        self._write("f", num_tokens, *arrays, num_rows, (rows, num_rows))
+
+    def decoder_delete(self, _: int) -> None:
+        self._file.close()
+
+
+@pytest.fixture(scope="session", params=["neon", "plain"])
+def arm_replay(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """The command that runs replay.cpp as on an ARM processor."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("NOT RUN: ARM needs the Debian packages g++-aarch64-linux-gnu and qemu-user")
+    program = tmp_path_factory.mktemp("arm") / "replay"
+    flags = [flag for flag in library._FLAGS if flag != "-shared"]
+    native = Path(library.__file__).parent
+    source = Path(__file__).with_name("replay.cpp")
+    flags += [*library._ARM[request.param], "-static", "-I", str(native)]
+    subprocess.run([compiler, *flags, source, "-o", program], check=True)
+    return [emulator, "-cpu", "max", str(program)]
+
+
+@pytest.mark.parametrize("dtype", SAME_BITS)
+@pytest.mark.parametrize("kind", ["grouped", "gpt2"])
+def test_logits_of_an_arm_processor_have_the_same_bits(
+    kind: str,
+    dtype: WeightsDtype,
+    arm_replay: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = _logits(_backbone(kind), "plain", dtype)
+    monkeypatch.setattr(decoder, "load_library", lambda _: _Tape(tmp_path / "tape"))
+    runner = NativeRunner(
+        _backbone(kind), num_slots=len(LENGTHS), weights_dtype=dtype, num_threads=2
+    )
+    _logits_of_texts(runner)
+    done = subprocess.run([*arm_replay, str(tmp_path / "tape")], capture_output=True, check=True)
+    found = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)
+    assert torch.equal(found.view(-1, runner.vocab_size), expected)

@@ -1,0 +1,75 @@
+// Repeats calls of the C++ decoder that were written to a file, and writes the logits to standard output.
+//
+// So another processor's decoder can be run where there is no Python for it: see test_instruction_sets.py.
+// Numbers are 32 bits, little-endian; an array is its length and its numbers, and length -1 is a null pointer.
+
+#include <cstdio>
+#include <vector>
+
+#include "decoder.cpp"
+
+namespace {
+
+class Tape {
+ public:
+  explicit Tape(const char* path) : file_(std::fopen(path, "rb")) {}
+  ~Tape() { std::fclose(file_); }
+
+  bool read(void* place, size_t bytes) { return std::fread(place, 1, bytes, file_) == bytes; }
+  int32_t number() {
+    int32_t value = 0;
+    read(&value, 4);
+    return value;
+  }
+  template <class Value>
+  const Value* array() {  // valid until the next call of the decoder has been read
+    const int32_t length = number();
+    if (length < 0) return nullptr;
+    arrays_.emplace_back(length);
+    read(arrays_.back().data(), 4 * static_cast<size_t>(length));
+    return reinterpret_cast<const Value*>(arrays_.back().data());
+  }
+  void forget() { arrays_.clear(); }
+
+ private:
+  std::FILE* file_;
+  std::vector<std::vector<int32_t>> arrays_;
+};
+
+}  // namespace
+
+int main(int, char** arguments) {
+  Tape tape(arguments[1]);
+  DecoderShape shape;
+  if (!tape.read(&shape, sizeof shape)) return 1;
+  Decoder* decoder = decoder_new(&shape);
+  for (char name; tape.read(&name, 1); tape.forget()) {
+    if (name == 'l') {
+      const int layer = tape.number(), which = tape.number();
+      const auto *weights = tape.array<float>(), *bias = tape.array<float>();
+      const int num_outputs = tape.number(), num_inputs = tape.number();
+      decoder_set_linear(decoder, layer, which, weights, bias, num_outputs, num_inputs);
+    } else if (name == 'n') {
+      const int layer = tape.number(), which = tape.number();
+      const auto *weight = tape.array<float>(), *bias = tape.array<float>();
+      decoder_set_norm(decoder, layer, which, weight, bias);
+    } else if (name == 'e') {
+      const auto *tokens = tape.array<float>(), *positions = tape.array<float>();
+      decoder_set_embeddings(decoder, tokens, positions);
+    } else if (name == 'r') {
+      const auto *frequencies = tape.array<float>(), *scaling = tape.array<float>();
+      decoder_set_rotary(decoder, frequencies, *scaling);
+    } else if (name == 'f') {
+      const int num_tokens = tape.number();
+      const auto *ids = tape.array<int32_t>(), *slots = tape.array<int32_t>(), *positions = tape.array<int32_t>();
+      const int num_rows = tape.number();
+      const auto* rows = tape.array<int32_t>();
+      std::vector<float> logits(static_cast<size_t>(num_rows) * shape.vocab_size);
+      decoder_forward(decoder, num_tokens, ids, slots, positions, num_rows, rows, logits.data());
+      std::fwrite(logits.data(), 4, logits.size(), stdout);
+    } else {
+      return 2;
+    }
+  }
+  decoder_delete(decoder);
+}
