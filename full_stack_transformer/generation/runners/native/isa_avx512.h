@@ -13,7 +13,9 @@ typedef int32_t IntVector __attribute__((vector_size(64)));
 
 // 32 registers: 12 tokens by 2 panels fill 24. Few tokens need many panels, to have enough sums under way.
 constexpr int max_tokens_of_tile(int) { return 12; }
-constexpr int panels_of_tile(int num_tokens) { return num_tokens <= 2 ? 8 : num_tokens <= 5 ? 4 : 2; }
+constexpr int panels_of_tile(int num_tokens, int words_of_group) {
+  return num_tokens <= 2 && words_of_group == 1 ? 8 : num_tokens <= 5 ? 4 : 2;
+}
 
 inline Vector broadcast(float value) { return (Vector)_mm512_set1_ps(value); }
 inline IntVector broadcast(int32_t value) { return (IntVector)_mm512_set1_epi32(value); }
@@ -54,6 +56,13 @@ constexpr bool kHasBFloat16Products = true;
 inline Vector add_bfloat16_products(Vector sums, IntVector weights, const int32_t* words) {
   const auto inputs = (__m512bh)_mm512_set1_epi32(words[0]);
   return (Vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, inputs);
+}
+
+// Its instruction takes the smallest numbers, below 2^-126, for 0; their products would not matter.
+inline void round_to_bfloat16_pairs(const float* values, int num_values, int32_t* out) {
+  for (int k = 0; k < num_values; k += 16) {
+    _mm256_storeu_si256((__m256i*)(out + k / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + k)));
+  }
 }
 #else
 constexpr bool kHasBFloat16Products = false;

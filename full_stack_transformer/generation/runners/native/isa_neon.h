@@ -13,7 +13,9 @@ typedef int32_t IntVector __attribute__((vector_size(16)));
 
 // 32 registers: 6 tokens by 1 panel of four vectors fill 24; four vectors become eight where weights are unpacked.
 constexpr int max_tokens_of_tile(int words_of_group) { return words_of_group == 1 ? 6 : 4; }
-constexpr int panels_of_tile(int num_tokens) { return num_tokens == 1 ? 4 : num_tokens <= 3 ? 2 : 1; }
+constexpr int panels_of_tile(int num_tokens, int words_of_group) {
+  return num_tokens * words_of_group == 1 ? 4 : num_tokens * words_of_group <= 3 ? 2 : 1;
+}
 
 inline Vector broadcast(float value) { return (Vector)vdupq_n_f32(value); }
 inline IntVector broadcast(int32_t value) { return (IntVector)vdupq_n_s32(value); }

@@ -138,16 +138,16 @@ struct Inputs {
 
 // Numbers (K) as int8 with one scale, in the words of the products; `sum` is that of the integers.
 inline void quantize(const float* in, int num_values, int32_t* words, float& scale, int32_t& sum) {
-  Floats largest = all(0), differences = all(0);
+  Floats largest = all(0), zeros = all(0);
   for (int k = 0; k < num_values; k += kLanes) {
     const Floats values = load(in + k);
-    largest = larger(larger(values, all(0) - values), largest);
-    differences = differences + (values - values);  // NaN from what is no finite number
+    largest = larger(magnitudes(values), largest);
+    zeros = multiply_add(values, all(0), zeros);  // NaN from what is no finite number
   }
   scale = scale_of(largest_of(largest));
   const float factor = 1 / scale;
-  const float difference = sum_of(differences);
-  if (difference != 0) scale = difference;  // integers cannot carry NaN to the logits, the scale can
+  const float zero = sum_of(zeros);
+  if (zero != 0) scale = zero;  // integers cannot carry NaN to the logits, the scale can
   auto* out = reinterpret_cast<std::conditional_t<kInt8Words == 1, int8_t, int16_t>*>(words);
   int32_t total = 0;
   for (int k = 0; k < num_values; ++k) {
@@ -224,11 +224,12 @@ inline void accumulate(const Tile& tile, int first_token, int first_panel, Sums<
       for (int part = 0; part < kParts; ++part) sums[token][panel][part] = Sums<Type>{};
     }
   }
-  for (int group = 0; group < num_groups; ++group) {
+  const uint8_t* end = weights + panel_bytes;
+  for (; weights < end; weights += 64, words += kWords) {
     Weights loaded[Panels][kParts];
 #pragma GCC unroll 8
     for (int panel = 0; panel < Panels; ++panel) {
-      const uint8_t* place = weights + panel * panel_bytes + group * 64;
+      const uint8_t* place = weights + panel * panel_bytes;
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part) {
         loaded[panel][part] = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)));
@@ -238,7 +239,7 @@ inline void accumulate(const Tile& tile, int first_token, int first_panel, Sums<
     }
 #pragma GCC unroll 12
     for (int token = 0; token < Tokens; ++token) {
-      const int32_t* inputs = words + token * row + group * kWords;
+      const int32_t* inputs = words + token * row;
 #pragma GCC unroll 8
       for (int panel = 0; panel < Panels; ++panel) {
 #pragma GCC unroll 4
@@ -263,7 +264,7 @@ inline void accumulate(const Tile& tile, int first_token, int first_panel, Sums<
 // `Panels` panels, at least one pair.
 template <WeightsType Type, int Tokens, int Panels>
 inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
-  constexpr int kTogether = std::min(Panels, panels_of_tile(Tokens));
+  constexpr int kTogether = std::min(Panels, panels_of_tile(Tokens, words_of_group(Type)));
   Sums<Type> results[Tokens][Panels][kParts];
   for (int panel = 0; panel < Panels; panel += kTogether) {
     accumulate<Type, Tokens, kTogether>(tile, first_token, first_panel + panel, results[0][panel],
@@ -287,7 +288,7 @@ inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
 
 template <WeightsType Type, int Tokens>
 void compute_tokens(const Tile& tile, int first_token, int first_panel, int end_panel) {
-  constexpr int kPanels = std::max(2, panels_of_tile(Tokens));
+  constexpr int kPanels = std::max(2, panels_of_tile(Tokens, words_of_group(Type)));
   int panel = first_panel;
   for (; panel + kPanels <= end_panel; panel += kPanels) {
     compute_tile<Type, Tokens, kPanels>(tile, first_token, panel);

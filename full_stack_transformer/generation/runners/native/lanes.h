@@ -97,6 +97,11 @@ inline Floats smaller(Floats a, Floats b) {
   return each_part([&](int part) { return a.parts[part] < b.parts[part] ? a.parts[part] : b.parts[part]; });
 }
 
+inline Floats magnitudes(Floats values) {
+  return each_part(
+      [&](int part) { return (Vector)((IntVector)values.parts[part] & broadcast(int32_t{0x7fffffff})); });
+}
+
 // Lanes 0 … count - 1 of the values, and `rest` behind them.
 inline Floats first_lanes(Floats values, int count, float rest) {
   alignas(64) float lanes[kLanes];
@@ -188,6 +193,12 @@ inline uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
 inline void round_to_bfloat16(const float* values, int num_values, uint16_t* out) {
   for (int k = 0; k < num_values; ++k) out[k] = to_bfloat16(values[k]);
 }
+
+#ifndef __AVX512BF16__  // else an instruction does it
+inline void round_to_bfloat16_pairs(const float* values, int num_values, int32_t* out) {
+  round_to_bfloat16(values, num_values, reinterpret_cast<uint16_t*>(out));
+}
+#endif
 
 inline Floats from_bfloat16(const uint16_t* values) {
   alignas(64) uint32_t bits[kLanes];

@@ -36,7 +36,7 @@ _FLAGS = (
     # Numbers of 32 bits are stored and loaded as other types, and integers may wrap.
     *("-fno-strict-aliasing", "-fwrapv"),
 )
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 _X86 = {
     "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),

@@ -185,8 +185,8 @@ class Decoder {
       int32_t* out = words + static_cast<size_t>(token) * num_words;
       if (type_ == kInt8) {
         quantize(in, num_values, out, scales[token], sums[token]);
-      } else {
-        round_to_bfloat16(in, num_values, reinterpret_cast<uint16_t*>(out));
+      } else if constexpr (kHasBFloat16Products) {
+        round_to_bfloat16_pairs(in, num_values, out);
       }
     });
     return {words, scales, sums};
@@ -307,7 +307,7 @@ class Decoder {
     auto* words = reinterpret_cast<const int32_t*>(query);
     if constexpr (Type == kBFloat16Pairs) {
       int32_t* pairs = query_buffer.reserve(size / 2);
-      round_to_bfloat16(query, size, reinterpret_cast<uint16_t*>(pairs));
+      round_to_bfloat16_pairs(query, size, pairs);
       words = pairs;
     }
     const uint8_t* keys = keys_.get() + offset(layer, slots_[token], kv_head);
@@ -317,7 +317,7 @@ class Decoder {
     const float inverse = soften(scores, length, num_blocks);
     // In place: a number is read before half as many bytes are written.
     if constexpr (Type == kBFloat16Pairs) {
-      round_to_bfloat16(scores, num_blocks * kLanes, reinterpret_cast<uint16_t*>(scores));
+      round_to_bfloat16_pairs(scores, num_blocks * kLanes, reinterpret_cast<int32_t*>(scores));
     }
     const uint8_t* values = values_.get() + offset(layer, slots_[token], kv_head);
     auto* weights = reinterpret_cast<const int32_t*>(scores);
@@ -335,12 +335,13 @@ class Decoder {
   // Products of the query and 16 keys for each of `Blocks` blocks.
   template <WeightsType Type, int Blocks>
   void score(const uint8_t* keys, const int32_t* words, int first, float* scores) const {
-    const int num_groups = shape_.head_size / values_of_group(Type);
+    const size_t block_bytes = static_cast<size_t>(shape_.head_size / values_of_group(Type)) * 64;
+    keys += first * block_bytes;
     Vector sums[Blocks][kParts] = {};
-    for (int group = 0; group < num_groups; ++group, words += words_of_group(Type)) {
+    for (const auto* end = keys + block_bytes; keys < end; keys += 64, words += words_of_group(Type)) {
 #pragma GCC unroll 4
       for (int block = 0; block < Blocks; ++block) {
-        const auto* place = keys + (static_cast<size_t>(first + block) * num_groups + group) * 64;
+        const auto* place = keys + block * block_bytes;
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
           const auto loaded = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)));
@@ -386,21 +387,22 @@ class Decoder {
     constexpr int kPositions = values_of_group(Type), kWords = words_of_group(Type);
     const size_t stride = static_cast<size_t>(shape_.head_size) * 4;  // bytes of a group of positions
     Vector sums[Parts][kParts] = {};
-    const auto add = [&](int number, IntVector mask) __attribute__((always_inline)) {
+    values += d * 4;
+    const auto add = [&](IntVector mask) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int block = 0; block < Parts; ++block) {
-        const auto* place = values + number * stride + (d + block * kLanes) * 4;
+        const auto* place = values + block * kLanes * 4;
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
           const auto loaded = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)) & mask);
-          sums[block][part] = add_products<Type>(sums[block][part], loaded, weights + number * kWords);
+          sums[block][part] = add_products<Type>(sums[block][part], loaded, weights);
         }
       }
     };
-    const IntVector everything = broadcast(int32_t{-1});
-    for (int number = 0; number < length / kPositions; ++number) add(number, everything);
+    const auto* end = values + length / kPositions * stride;
+    for (; values < end; values += stride, weights += kWords) add(broadcast(int32_t{-1}));
     // Behind the last position may stand anything, even what is no number and would survive a weight of 0.
-    if (length % kPositions) add(length / kPositions, broadcast(int32_t{0xffff}));
+    if (length % kPositions) add(broadcast(int32_t{0xffff}));
     put_scaled<Parts>(sums, inverse, out);
   }
 
