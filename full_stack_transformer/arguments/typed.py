@@ -5,6 +5,7 @@ Options that Python code made have no command line: the program gave them all.
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ class CommandLine:
     """Those of the command line itself."""
     given: set[str] = field(default_factory=set)
     """The same, and those of the --config file."""
+    started: float = field(default_factory=time.monotonic)
+    """When the command began, by time.monotonic()."""
 
 
 _current: CommandLine | None = None
@@ -37,6 +40,11 @@ def running(line: CommandLine) -> Iterator[None]:
 def is_typed(name: str) -> bool:
     """Whether an option stands in the command line itself, or Python code made the options."""
     return _current is None or name in _current.typed
+
+
+def command_started() -> float:
+    """When the command that runs began, before its imports; now, if Python code runs it."""
+    return time.monotonic() if _current is None else _current.started
 
 
 def given_options(options: Any) -> frozenset[str]:

@@ -44,6 +44,7 @@ class TrainingModule(pl.LightningModule):
         plan: the lengths of the training; known once Lightning has set it up.
         learning_rate: that of the last optimizer step.
         gradient_norm: that of the last optimizer step, before clipping.
+        reserved_seconds: what comes after the last step will take: validation, samples, saving.
     """
 
     plan: Plan
@@ -59,7 +60,9 @@ class TrainingModule(pl.LightningModule):
         self.task = task
         self.learning_rate = 0.0
         self.gradient_norm = torch.zeros(())
+        self.reserved_seconds = 0.0
         self._arguments = arguments
+        self._began: float | None = None
         self._started = time.monotonic()
         self._seconds = 0.0
         self._loss_of_step = torch.zeros(())
@@ -212,9 +215,14 @@ class TrainingModule(pl.LightningModule):
             "checkpoints from before are intact: lower --learning_rate or use --precision 32"
         )
 
+    def count_time_from(self, moment: float) -> None:
+        """Start the clock of --max_minutes at a value of time.monotonic(), such as the command's start."""
+        self._began = moment
+
     def on_train_start(self) -> None:
-        """The clock of --max_minutes starts with the first step, not with the imports."""
-        self._started = time.monotonic() - self._seconds
+        """Add the time of earlier runs."""
+        began = time.monotonic() if self._began is None else self._began
+        self._started = began - self._seconds
 
     def read_clock(self) -> None:
         """Look how long the training has taken up to now, validations and earlier runs included."""
@@ -229,8 +237,14 @@ class TrainingModule(pl.LightningModule):
         return self._seconds
 
     def progress(self, step: int) -> float:
-        """Part of the training that is over after `step` optimizer steps, 0 to 1; by steps or minutes."""
-        return self.plan.progress(step, self._seconds)
+        """Part of the optimizer steps that is over after `step` of them, 0 to 1; by steps or minutes."""
+        reserved = self.reserved_seconds
+        return self.plan.progress(step, self._seconds, reserved_seconds=reserved)
+
+    def is_over(self, step: int, seconds_of_next: float) -> bool:
+        """Whether the training ends after `step` optimizer steps: no other one is left, or fits."""
+        seconds = self._seconds + seconds_of_next
+        return self.plan.progress(step, seconds, reserved_seconds=self.reserved_seconds) >= 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the clock."""

@@ -253,10 +253,18 @@ class Plan:
             accumulate_grad_batches=arguments.accumulate_grad_batches,
         )
 
-    def progress(self, step: int, seconds: float) -> float:
-        """Fraction of the training that is done after `step` optimizer steps and `seconds`, 0 to 1."""
+    def progress(self, step: int, seconds: float, *, reserved_seconds: float = 0.0) -> float:
+        """Fraction of the training that is done after `step` optimizer steps and `seconds`, 0 to 1.
+
+        Args:
+            step: optimizer steps.
+            seconds: from the start.
+            reserved_seconds: of the time limit, for what comes after the last step; half of it at most.
+        """
         by_steps = step / self.num_steps if self.num_steps else float(self.num_steps == 0)
-        by_time = seconds / self.max_seconds if self.max_seconds is not None else 0.0
+        by_time = 0.0
+        if self.max_seconds is not None:
+            by_time = seconds / (self.max_seconds - min(reserved_seconds, self.max_seconds / 2))
         return min(1.0, max(by_steps, by_time))
 
     def validates_after(self, num_batches: int) -> bool:

@@ -17,6 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import ARGUMENTS_FILE_NAME, TrainArguments
+from full_stack_transformer.arguments.typed import command_started
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.machine import multiplies_bfloat16
 from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
@@ -85,7 +86,7 @@ def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> 
         setup: what is learned from what.
         callbacks: of Lightning, in addition to ours.
     """
-    started = time.perf_counter()
+    started = command_started()
     _quieten_libraries()
     with open_experiment(setup.arguments, setup.data) as experiment:
         if experiment.is_finished:
@@ -95,13 +96,13 @@ def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> 
             return _after(setup, experiment)
         training = _set_up(experiment, setup, callbacks)
         try:
-            training.fit()
+            training.fit(started)
         except InterruptedBySignalError as interruption:
             # Lightning kills the main process if another process exits with an error.
             return training.log_resume_command(interruption) if is_main_process() else 0
         if not is_main_process():
             return 0
-        training.finish(time.perf_counter() - started)
+        training.finish(time.monotonic() - started)
         return _after(setup, experiment)
 
 
@@ -166,8 +167,8 @@ class _Training:
         self._data = setup.make_data(experiment.arguments)
         self._trainer = _make_trainer(experiment, [*callbacks, *self._callbacks()])
 
-    def fit(self) -> None:
-        """Train to the end.
+    def fit(self, started: float) -> None:
+        """Train to the end; the time of --max_minutes began at `started`, by time.monotonic().
 
         Raises:
             InterruptedBySignalError: a signal ended it early; a checkpoint was written.
@@ -186,6 +187,7 @@ class _Training:
             if checkpoint is None:
                 _write_texts(self._trainer, experiment, self._setup)
         module = self._setup.make_module(self._backbone, experiment.arguments)
+        module.count_time_from(started)
         if self._should_compile():
             compile_layers(self._backbone)
         with self._signals:
@@ -237,10 +239,9 @@ class _Training:
         return directory
 
     def _callbacks(self) -> list[pl.Callback]:
-        """The callbacks; their order does not matter."""
+        """The callbacks; their order does not matter, but for FollowPlan, which measures the others."""
         arguments, directory = self._experiment.arguments, self._experiment.directory
         return [
-            FollowPlan(),
             self._signals,
             self._meter,
             RecordCurves(
@@ -253,6 +254,7 @@ class _Training:
             *self._setup.callbacks(directory),
             *([AveragedWeights(decay=arguments.ema_decay)] if arguments.ema_decay else []),
             StopWithoutImprovement(patience=arguments.early_stopping_patience),
+            FollowPlan(num_evaluations=1 + bool(arguments.do_eval) + bool(arguments.do_predict)),
             SaveCheckpoints(
                 directory / CHECKPOINTS_DIRECTORY_NAME,
                 minutes_between=arguments.checkpoint_every_n_minutes,

@@ -7,8 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from full_stack_transformer.command_line import run
+from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.modelling.backbones import DECODER_PRESETS
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.progress import SUMMARY_FILE_NAME
+from full_stack_transformer.training.module import TrainingModule
 from tests.conftest import RunFst
-from tests.training.training_here import TrainingHere, checkpoint_of
+from tests.training.training_here import TrainingHere, checkpoint_of, curve_of
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +124,36 @@ def test_a_model_directory_is_a_starting_point(
 
 def test_minutes_end_the_training_also_over_several_runs(dataset_dir: Path, tmp_path: Path) -> None:
     training = TrainingHere(dataset_dir, tmp_path)
-    options: dict[str, Any] = {"max_minutes": 0.02, "checkpoint_every_n_minutes": 0.0}
+    options: dict[str, Any] = {"max_minutes": 0.08, "checkpoint_every_n_minutes": 0.0}
     training.crash(in_batch=1, **options)
     seconds_before = checkpoint_of(tmp_path / "experiment" / "0")["seconds"]
     experiment = training.to_the_end(**options, resume="last")
     assert seconds_before > 0
-    assert checkpoint_of(experiment)["seconds"] >= 1.2
+    assert seconds_before < checkpoint_of(experiment)["seconds"] < 4.8 + 5.0
     assert json.loads((experiment / SUMMARY_FILE_NAME).read_text())["num_steps"] > 1
     assert (experiment / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("interval", [1.0, 100_000.0], ids=["many validations", "none planned"])
+def test_minutes_include_validations(interval: float, dataset_dir: Path, tmp_path: Path) -> None:
+    """However long they take: the last one ends in time, and there is time to learn between them."""
+    step = TrainingModule.validation_step
+
+    def slow_step(module: TrainingModule, batch: Batch, batch_index: int) -> None:
+        time.sleep(1.0)
+        step(module, batch, batch_index)
+
+    started = time.monotonic()
+    with mock.patch.object(TrainingModule, "validation_step", slow_step):
+        experiment = TrainingHere(dataset_dir, tmp_path).to_the_end(
+            max_minutes=0.12, max_epochs=-1, val_check_interval=interval, limit_val_batches=2.0
+        )
+    taken = time.monotonic() - started
+    assert taken < 7.2 + 2.0  # a validation takes 2 seconds; one more would be too much
+    assert taken > 4.0
+    curve = curve_of(experiment)
+    assert len(curve) in (2, 3)
+    assert [step for step, _ in curve][-1] > 10
 
 
 @pytest.mark.parametrize(

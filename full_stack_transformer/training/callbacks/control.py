@@ -28,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -55,6 +56,10 @@ logger = logging.getLogger(__name__)
 
 # As the number of batches between validations.
 NEVER = sys.maxsize
+# With a time limit the first validation, which tells how long they take, comes after this part of it.
+_LATEST_FIRST_VALIDATION = 0.25
+# Of a forward pass, as a part of forward and backward.
+_COST_WITHOUT_GRADIENTS = 0.4
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -63,11 +68,24 @@ class FollowPlan(pl.Callback):
 
     Decides before the optimizer step, so that in `on_train_batch_end` every callback can ask
     `validation_is_due`, whatever their order.
+
+    With --max_minutes the last validation must end in time, with the samples and files that come with it:
+    as long as the longer one of the last two. So that there is one to measure, the first one comes in the
+    first quarter of the time; one that would leave no time for the last is left out.
+
+    Args:
+        num_evaluations: at the end, each about as long as a validation: that of the last step, --do_eval,
+            --do_predict.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, num_evaluations: int = 1) -> None:
+        self._num_evaluations = num_evaluations
         self._batch_index = 0
         self._is_due = False
+        self._costs: deque[float] = deque(maxlen=2)
+        self._validation_began = 0.0
+        self._stepped_at: float | None = None
+        self._step_seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to a validation that was due when the checkpoint was written."""
@@ -86,24 +104,69 @@ class FollowPlan(pl.Callback):
         """Decide for this step."""
         assert isinstance(pl_module, TrainingModule)
         pl_module.read_clock()
-        is_over = pl_module.progress(trainer.global_step + 1) >= 1.0
-        is_due = is_over or pl_module.plan.validates_after(self._batch_index + 1)
-        self._tell(trainer, is_due=is_due)
+        if self._stepped_at is not None:
+            self._step_seconds = pl_module.seconds - self._stepped_at
+        self._stepped_at = pl_module.seconds
+        self._foresee(trainer, pl_module)
+        is_due = pl_module.is_over(trainer.global_step + 1, self._step_seconds)
+        self._tell(trainer, is_due=is_due or self._is_time_to_validate(pl_module))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure from here on."""
+        self._validation_began = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the training after the validation of its last step."""
+        """End the training after the validation of its last step, or if there is no time for another one."""
         assert isinstance(pl_module, TrainingModule)
+        cost = time.monotonic() - self._validation_began
+        max_seconds = pl_module.plan.max_seconds
+        if max_seconds is not None:  # all processes must decide the same
+            cost = greatest(trainer, cost)
+            if not self._costs and cost > max_seconds / 2 and trainer.is_global_zero:
+                logger.warning(
+                    "a validation takes %.1f minutes, more than half of --max_minutes: lower "
+                    "--limit_val_batches or --num_generated_samples",
+                    cost / 60,
+                )
+        self._costs.append(cost)
+        self._stepped_at = None
         pl_module.read_clock()
-        if pl_module.progress(trainer.global_step) >= 1.0:
+        self._foresee(trainer, pl_module)
+        if pl_module.is_over(trainer.global_step, self._step_seconds):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the checkpoint was written before a validation."""
-        return {"is_due": self._is_due}
+        """Whether the checkpoint was written before a validation, and how long the last ones took."""
+        return {"is_due": self._is_due, "seconds": list(self._costs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._is_due = state_dict["is_due"]
+        self._costs.extend(state_dict.get("seconds", ()))
+
+    def _foresee(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Tell the module how long what comes after the last step will take."""
+        if self._costs:
+            cost = max(self._costs)
+        else:
+            num_batches = sum(count for count in trainer.num_val_batches if count < math.inf)
+            seconds = self._step_seconds / trainer.accumulate_grad_batches
+            cost = num_batches * seconds * _COST_WITHOUT_GRADIENTS
+        module.reserved_seconds = self._num_evaluations * cost
+
+    def _is_time_to_validate(self, module: TrainingModule) -> bool:
+        """Whether one comes before the end."""
+        max_seconds, is_due = (
+            module.plan.max_seconds,
+            module.plan.validates_after(self._batch_index + 1),
+        )
+        if max_seconds is None:
+            return is_due
+        if not self._costs:
+            return is_due or module.seconds > _LATEST_FIRST_VALIDATION * max_seconds
+        # A step should fit between it and the last one.
+        needed = max(self._costs) + module.reserved_seconds + 2 * self._step_seconds
+        return is_due and module.seconds + needed < max_seconds
 
     def _tell(self, trainer: pl.Trainer, *, is_due: bool) -> None:
         self._is_due = is_due

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 SUMMARY_FILE_NAME = "summary.json"
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_TO_FIRST_LINE = 5.0
+# What follows the last step is no part of it: validation, samples, saving.
+_MOST_SHOWN = 0.99
 _SECONDS_BETWEEN_REFRESHES = 0.5
 # The rate is the mean over the last seconds, so that it follows without flickering.
 _SECONDS_OF_RATE = 10.0
@@ -40,7 +43,7 @@ _MEGABYTE = 1e6
 
 
 class Progress(pl.Callback):
-    """Rewrites one line on a terminal; without a terminal logs a line now and then.
+    """Rewrites one line on a terminal; without a terminal logs a line now and then, and one at once.
 
     Everything shown counts this run alone, even if it resumes another one. Lightning's `RichProgressBar`
     counts batches of an epoch, here one long epoch: its time left knows neither --max_steps nor
@@ -63,10 +66,14 @@ class Progress(pl.Callback):
         self._width = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show nothing before there is a rate."""
+        """Say that it begins: the first step may take long, and only the second one has a rate."""
+        assert isinstance(pl_module, TrainingModule)
         self._show = self._show and trainer.is_global_zero
-        self._shown = time.monotonic()
+        first = min(self._interval, _SECONDS_TO_FIRST_LINE)
+        self._shown = time.monotonic() + first - self._interval
         self._first_at = None
+        if self._show:
+            self._write(f"{_steps(trainer, pl_module)}  the first step runs")
 
     def on_train_batch_end(
         self,
@@ -112,14 +119,12 @@ class Progress(pl.Callback):
         done = pl_module.progress(trainer.global_step)
         # By wall-clock time: later validations are assumed to take as long as earlier ones.
         left = (now - self._first_at) * (1 - done) / max(done - self._first_done, 1e-9)
-        total = pl_module.plan.num_steps
-        # If --max_minutes ends the training first, the number of steps says nothing.
-        ends_by_steps = total is not None and trainer.global_step >= done * total - 0.5
-        of_total = f" of {total:,}" if ends_by_steps else ""
+        left += pl_module.reserved_seconds
+        if pl_module.plan.max_seconds is not None:
+            left = min(left, max(0.0, pl_module.plan.max_seconds - pl_module.seconds))
         return (
-            f"step {trainer.global_step:,}{of_total}  {done:4.0%}  "
-            f"loss {float(self._meter.smoothed_loss):.3f}  {rate:,.0f} tokens/s  "
-            f"MFU {self._meter.utilization(rate):.0%}  {duration(left)} left"
+            f"{_steps(trainer, pl_module)}  loss {float(self._meter.smoothed_loss):.3f}  "
+            f"{rate:,.0f} tokens/s  MFU {self._meter.utilization(rate):.0%}  {duration(left)} left"
         )
 
     def _rate(self) -> float:
@@ -145,6 +150,16 @@ class Progress(pl.Callback):
         if self._on_terminal and self._width:
             sys.stderr.write("\n")
             self._width = 0
+
+
+def _steps(trainer: pl.Trainer, module: TrainingModule) -> str:
+    """Where the training is, such as `step 30 of 120   25%`."""
+    step, total = trainer.global_step, module.plan.num_steps
+    done = module.plan.progress(step, module.seconds)
+    # If --max_minutes ends the training first, the number of steps says nothing.
+    ends_by_steps = total is not None and step >= done * total - 0.5
+    of_total = f" of {total:,}" if ends_by_steps else ""
+    return f"step {step:,}{of_total}  {min(done, _MOST_SHOWN):4.0%}"
 
 
 class RecordCurves(pl.Callback):
