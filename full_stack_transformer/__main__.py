@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from full_stack_transformer.own_classes import leave_working_directory
 
     leave_working_directory()
-    from full_stack_transformer.machine import restart_with_kept_memory, use_threads_well
+    from full_stack_transformer.machine import prepare_libraries, restart_with_kept_memory
 
-    use_threads_well()
+    prepare_libraries()
     if (
         words[:1]
         and words[0].replace("-", "_") in _TRAINING_COMMANDS

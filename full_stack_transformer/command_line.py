@@ -56,6 +56,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("telegram_bot", serving.TelegramBotArguments, "telegram.run"),
     ("tensorboard", training.TensorboardArguments, "training.tensorboard"),
     ("demo", data.DemoArguments, "document_sources.demo"),
+    ("doctor", training.DoctorArguments, "doctor"),
 )
 
 # With any command: print its options and their values, and run nothing.

@@ -14,6 +14,7 @@ import platform
 import resource
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,14 @@ _HIDDEN_FEATURES: dict[str, tuple[str, ...]] = {
     "neon": (),
     "plain": ("avx", "amx", "fma", "asimddp"),
 }
+# And what hides them from torch and oneDNN.
+_LIBRARIES_OF_ISA = {
+    "avx512_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx_vnni": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "plain": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
@@ -58,6 +67,14 @@ _MEMORY_FILES = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
+
+# Sides of the square matrices that are tried. On two cores of an EPYC (Zen 4) bf16 is fastest at 512 and
+# 1536 (420 GFLOP/s; 365 at 2048, where the second-level cache no longer helps); a GPU needs large ones.
+_SIDES_ON_CPU = (512, 1024, 1536)
+_SIDES_ON_ACCELERATOR = (4096, 8192)
+_SECONDS_PER_SIDE = 0.12
+# Larger than any cache, as far as there is memory.
+_COPIED_BYTES = 2**28
 
 # glibc returns large blocks to the system when they are freed and requests them again, zeroed, in the next
 # training step. With freed memory kept, training on a processor is 1.1 to 1.5 times as fast (a model of
@@ -125,6 +142,15 @@ def _features_of_processor() -> frozenset[str]:
     return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
 
 
+def processor_name() -> str:
+    """As the system calls it; the architecture if it does not."""
+    with contextlib.suppress(OSError):
+        for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def num_cores() -> int:
     """Cores that this process may use at once: bound to it, and within the quota of a container."""
     quota = _cores_of_quota()
@@ -176,11 +202,14 @@ def _groups(controller: str) -> Iterator[Path]:
             yield from (root / part for part in (inside, *inside.parents))
 
 
-def use_threads_well() -> None:
-    """Tell OpenMP, which computes for torch, how its threads wait and how many there may be.
+def prepare_libraries() -> None:
+    """Tell the libraries that compute what they do not find out: before torch is imported.
 
-    Before torch is imported. Its threads spin while they wait for each other; where other processes want
-    the cores, each waits for a time slice of the other. Training the preset mini on two cores of an EPYC
+    FST_ISA hides the newer instructions from torch and oneDNN too, or nothing would be as on a lesser
+    processor.
+
+    OpenMP's threads spin while they wait for each other; where other processes want the cores, each waits
+    for a time slice of the other. Training the preset mini on two cores of an EPYC
     (Zen 4) without AVX-512, tokens/s and processor seconds a step, with other load of 5 and of 10:
 
         one thread                     2,202  0.54       700  0.60
@@ -190,6 +219,8 @@ def use_threads_well() -> None:
     A quota of processor time is unknown to OpenMP: it would start a thread for each core of the host. What
     the user has set stays.
     """
+    for name, value in _LIBRARIES_OF_ISA.get(os.environ.get(ISA_VARIABLE, ""), {}).items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if num_cores() < _bound_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
@@ -202,6 +233,63 @@ def multiplies_bfloat16(device: "torch.device") -> bool:
 
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and "avx512_bf16" in processor_features()
+
+
+def measure_matmul_peak(device: "torch.device", dtype: "torch.dtype") -> float:
+    """FLOP/s of the fastest square matrix product on `device`: under half a second on two cores.
+
+    The best of many repetitions, since other load can only slow one down. A type that is emulated is tried
+    with the smallest matrices alone.
+    """
+    sides = _SIDES_ON_CPU if device.type == "cpu" else _SIDES_ON_ACCELERATOR
+    best = 0.0
+    for side in sides:
+        if best and 2 * side**3 / best > 2 * _SECONDS_PER_SIDE:
+            break
+        best = max(best, _measure_matmul(side, device, dtype))
+    return best
+
+
+def _measure_matmul(side: int, device: "torch.device", dtype: "torch.dtype") -> float:
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)  # the training's own is left alone
+    left, right = (
+        torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2)
+    )
+    out = left @ right  # selects the kernel, and allocates
+    wait_for(device)
+    best, deadline = float("inf"), time.perf_counter() + _SECONDS_PER_SIDE
+    while (started := time.perf_counter()) < deadline:
+        torch.mm(left, right, out=out)
+        wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best if best < float("inf") else 0.0
+
+
+def measure_bandwidth(device: "torch.device") -> float:
+    """Bytes per second, read and written, of a copy that fits in no cache; the best of several."""
+    import torch
+
+    num_bytes = min(_COPIED_BYTES, (free_memory_bytes(device) or _COPIED_BYTES) // 8)
+    source = torch.ones(max(1, num_bytes // 4), device=device)
+    target = torch.zeros_like(source)
+    best, deadline = float("inf"), time.perf_counter() + 4 * _SECONDS_PER_SIDE
+    while (started := time.perf_counter()) < deadline:
+        target.copy_(source)
+        wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.nbytes / best
+
+
+def wait_for(device: "torch.device") -> None:
+    """Wait until a device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def free_memory_bytes(device: "torch.device") -> int | None:
@@ -217,13 +305,26 @@ def free_memory_bytes(device: "torch.device") -> int | None:
     return min((one for one in bounds if one is not None), default=None)
 
 
+def total_memory_bytes() -> int | None:
+    """Memory that the machine has, or that the control groups allow; None if unknown."""
+    bounds = [_memory_of_machine("MemTotal")]
+    for group, (limit, _) in itertools.product(_groups("memory"), _MEMORY_FILES):
+        with contextlib.suppress(OSError, ValueError):
+            bounds.append(int((group / limit).read_text()))
+    return min((one for one in bounds if one is not None), default=None)
+
+
 def _available_bytes() -> int | None:
+    return _memory_of_machine("MemAvailable")
+
+
+def _memory_of_machine(name: str) -> int | None:
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    available = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
-    return int(available[0]) * 1024 if available else None
+    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _bytes_under_address_limit() -> int | None:

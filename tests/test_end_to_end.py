@@ -234,8 +234,9 @@ def test_the_demo_walks_the_road_and_serves_when_typed_again(
     first = run_fst(*words, "--no-serve", env={"CUDA_VISIBLE_DEVICES": ""})
     assert first.returncode == 0, first.stderr
     commands = [line.split()[2] for line in first.stdout.splitlines() if line.startswith("$ fst")]
-    road = ["collect_documents", "prepare_dataset", "train", "evaluate", "generate"]
+    road = ["collect_documents", "prepare_dataset", "doctor", "train", "evaluate", "generate"]
     assert list(dict.fromkeys(commands)) == road
+    assert "tokens/s at this moment" in first.stdout
     for kind in ("documents", "dataset", "experiment", "model"):
         [line] = [line for line in first.stdout.splitlines() if line.startswith(f"  {kind} ")]
         assert Path(line.split()[1]).is_dir()

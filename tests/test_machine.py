@@ -169,20 +169,20 @@ def test_without_control_groups_the_bound_cores_count(
 def test_threads_wait_asleep_and_keep_to_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", machine.ISA_VARIABLE):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     _lay_out_groups("first version", tmp_path, monkeypatch)
     monkeypatch.setattr(machine, "_bound_cores", lambda: 2)
-    machine.use_threads_well()
+    machine.prepare_libraries()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "OMP_NUM_THREADS" not in os.environ
     monkeypatch.setattr(machine, "_bound_cores", lambda: 64)
-    machine.use_threads_well()
+    machine.prepare_libraries()
     assert os.environ["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    machine.use_threads_well()
+    machine.prepare_libraries()
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"]) == ("ACTIVE", "7")
 
 

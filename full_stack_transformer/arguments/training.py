@@ -396,3 +396,18 @@ class TensorboardArguments:
     """Address to listen on."""
     port: int = 6006
     """Port to listen on; 0 for any free one."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """Show this machine, what follows from it, its speed, and what is installed or missing."""
+
+    _: KW_ONLY
+    json: bool = False
+    """Print JSON instead of a page."""
+    seconds: float = 10.0
+    """Seconds of measuring; 0 measures nothing."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for values that can never work."""
+        between(self, 0, 600, "seconds")

@@ -1,22 +1,30 @@
 """`fst demo`: the whole pipeline on this machine; each step is a command that can be run by hand.
 
-    collect_documents -> prepare_dataset -> train -> evaluate -> generate -> serve, tensorboard
+    collect_documents -> prepare_dataset -> doctor -> train -> evaluate -> generate -> serve, tensorboard
 
+`doctor` measures the machine: what is trained depends on the tokens that it can see in the time.
 Finished steps of an earlier demo are reused, so it can be interrupted and started again at any time. The
 commands run as processes; this module imports nothing heavy.
 """
 
+import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from full_stack_transformer.arguments.data import DemoArguments
-from full_stack_transformer.errors import FullStackTransformerError, MachineError
+from full_stack_transformer.errors import (
+    FullStackTransformerError,
+    MachineError,
+    MissingExtraError,
+    install_command,
+)
 from full_stack_transformer.machine import listen
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
 
@@ -25,6 +33,51 @@ _PROMPTS = ("This module provides", "Return a new list", "Raise an exception if 
 # `fst train` writes it when the training is complete.
 _SUMMARY_FILE_NAME = "summary.json"
 _SECONDS_TO_START = 120.0
+_SECONDS_TO_MEASURE = "5"
+# Of the minutes, what start, validations and samples leave for learning.
+_FRACTION_OF_LEARNING = 0.8
+# Of `mini`, in the time: with more tokens, epoch after epoch, the larger model is better.
+_MIN_TOKENS_FOR_SMALL = 8e6
+# With fewer, small batches give more steps.
+_MIN_TOKENS_FOR_BATCHES_OF_8 = 8e5
+_TOKENS_OF_A_SAMPLE = 220
+# The documents are few: later epochs would learn them by heart.
+_MAX_EPOCHS = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to train here."""
+
+    model_config: str
+    batch_size: int
+    num_tokens: float
+    """That it will probably see."""
+
+    @classmethod
+    def of(cls, rates: dict[str, float], minutes: float) -> "Choice":
+        """That for a machine, whose tokens per second are known for each preset.
+
+        Measured with `tests/benchmarks/demo_model.py` (docs/benchmarks.md).
+        """
+        seconds = 60 * minutes * _FRACTION_OF_LEARNING
+        num_tokens = seconds * rates["mini"]
+        if num_tokens >= _MIN_TOKENS_FOR_SMALL:
+            return cls("small", 16, seconds * rates["small"])
+        return cls("mini", 8 if num_tokens >= _MIN_TOKENS_FOR_BATCHES_OF_8 else 4, num_tokens)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps until then."""
+        return max(1, round(self.num_tokens / (self.batch_size * _TOKENS_OF_A_SAMPLE)))
+
+    def options(self) -> tuple[str, ...]:
+        """Of fst train."""
+        return (
+            *("--model_config", self.model_config, "--batch_size", str(self.batch_size)),
+            *("--num_warmup_steps", str(max(1, min(50, self.num_steps // 10)))),
+            *("--val_check_interval", str(max(2, self.num_steps // 3))),
+        )
 
 
 class StepFailedError(FullStackTransformerError):
@@ -92,15 +145,43 @@ def _train(arguments: DemoArguments, dataset: Path) -> Path:
     if finished and not arguments.fresh:
         _say(f"\n{finished[-1]} is trained already (to train again: fst demo --fresh)\n")
         return finished[-1]
+    choice = _choose(arguments.minutes)
     _run(
         "train",
         *("--dataset_dir", str(dataset)),
         *("--experiments_root", str(root), "--experiment_name", _SOURCE),
-        *("--model_config", "mini", "--batch_size", "8", "--optimizer", "muon"),
-        *("--learning_rate", "4e-3", "--num_warmup_steps", "50", "--max_epochs", "-1"),
-        *("--max_minutes", f"{arguments.minutes:g}", "--val_check_interval", "300"),
+        *("--optimizer", "muon", "--learning_rate", "4e-3", *choice.options()),
+        *("--max_epochs", str(_MAX_EPOCHS), "--max_minutes", f"{arguments.minutes:g}"),
     )
     return versions(root, _SOURCE)[-1]
+
+
+def _choose(minutes: float) -> Choice:
+    """Measure the machine, and say what is trained and why."""
+    words = ("doctor", "--json", "--seconds", _SECONDS_TO_MEASURE)
+    _say(f"\n$ fst {shlex.join(words)}\n")
+    done = subprocess.run(_command(*words), check=False, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise StepFailedError(f"fst doctor failed with exit code {done.returncode}; the demo stops")
+    report = json.loads(done.stdout)
+    if not report["speed"]:
+        raise MissingExtraError(
+            f"the demo needs PyTorch, which is not installed; {install_command('all')}"
+        )
+    rates = {
+        name: rate["tokens_per_second"]
+        for name, rate in report["speed"]["training_tokens_per_second"].items()
+    }
+    choice = Choice.of(rates, minutes)
+    found = report["machine"]
+    device = next((device["name"] for device in found["devices"]), found["processor"])
+    _say(
+        f"{device}, {found['cores']} cores, precision {report['decisions']['precision']}: the model "
+        f"mini trains {rates['mini']:,} tokens/s at this moment.\nSo in {minutes:g} minutes "
+        f"{choice.model_config} in batches of {choice.batch_size} samples: about "
+        f"{choice.num_steps:,} steps on {choice.num_tokens:,.0f} tokens.\n"
+    )
+    return choice
 
 
 def _run(*words: str) -> None:

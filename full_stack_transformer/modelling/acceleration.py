@@ -57,6 +57,34 @@ class LogisticGelu(nn.Module):
         return inputs * torch.sigmoid(inputs * (slope + (0.044715 * slope) * inputs * inputs))
 
 
+def flops_per_token(backbone: Backbone, num_context_tokens: int) -> float:
+    """FLOPs of the forward and backward pass for one token, by PaLM's count: 6 N + 12 L H Q T.
+
+    N counts the weights of matrices that multiply activations: all but embedding tables, and the output head
+    even if it is tied to a table. L layers, H heads, Q width of a head, T tokens of context: attention counts
+    in full, though half of it is masked, and recomputation does not count.
+
+    Args:
+        backbone: a decoder with `num_hidden_layers`, `num_attention_heads` and `hidden_size` in its config.
+        num_context_tokens: T, tokens that a token may attend to; for packed rows the length of a document.
+    """
+    config = backbone.config
+    num_weights = sum(matrix.numel() for matrix in backbone.parameters() if matrix.ndim > 1)
+    tables = {
+        id(module.weight): module.weight.numel()
+        for module in backbone.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    head = backbone.get_output_embeddings()
+    tied = tables.get(id(head.weight), 0) if head is not None else 0
+    head_width = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    attention_width = config.num_attention_heads * head_width
+    attention = 12 * config.num_hidden_layers * attention_width * num_context_tokens
+    return float(6 * (num_weights - sum(tables.values()) + tied) + attention)
+
+
 def pays_to_compile(device: torch.device, *, flops: float, minutes: float | None) -> bool:
     """Whether a training is long enough to save the time that compiling takes.
 

@@ -20,7 +20,11 @@ from full_stack_transformer.arguments.training import ARGUMENTS_FILE_NAME, Train
 from full_stack_transformer.arguments.typed import command_started
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.machine import multiplies_bfloat16
-from full_stack_transformer.modelling.acceleration import compile_layers, pays_to_compile
+from full_stack_transformer.modelling.acceleration import (
+    compile_layers,
+    flops_per_token,
+    pays_to_compile,
+)
 from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
 from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
 from full_stack_transformer.storage import read_json, readable, write_json
@@ -34,7 +38,7 @@ from full_stack_transformer.training.callbacks.control import (
     StopWithoutImprovement,
 )
 from full_stack_transformer.training.callbacks.export import ExportModel
-from full_stack_transformer.training.callbacks.meter import Meter, flops_per_token
+from full_stack_transformer.training.callbacks.meter import Meter
 from full_stack_transformer.training.callbacks.moving_average import AveragedWeights
 from full_stack_transformer.training.callbacks.profiling import StepProfiler
 from full_stack_transformer.training.callbacks.progress import (

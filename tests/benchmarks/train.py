@@ -33,8 +33,11 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run by its path, this script sees only its own directory
 
-from full_stack_transformer.machine import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE  # noqa: E402
-from full_stack_transformer.training.callbacks.meter import measure_matmul_peak  # noqa: E402
+from full_stack_transformer.machine import (  # noqa: E402
+    ALLOCATOR_SETTINGS,
+    ALLOCATOR_VARIABLE,
+    measure_matmul_peak,
+)
 from tests.benchmarks.train_peers import NUM_THREADS, SHAPES  # noqa: E402
 
 

@@ -13,13 +13,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.profilers import Profiler
 from transformers import PreTrainedModel as Backbone
 
+from full_stack_transformer import machine
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.tasks.causal_lm import CausalLm, CausalLmOptions
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
-from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.callbacks.control import NEVER, FollowPlan
 from full_stack_transformer.training.data.corpus import CorpusDataModule
 from full_stack_transformer.training.module import TrainingModule
@@ -104,7 +104,7 @@ class SmallTraining:
         )
         with (
             warnings.catch_warnings(),
-            mock.patch.object(meter, "_SECONDS_PER_SIDE", 1e-3),
+            mock.patch.object(machine, "_SECONDS_PER_SIDE", 1e-3),
         ):
             # Lightning's own use of torch, which fst train silences too.
             warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")

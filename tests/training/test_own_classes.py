@@ -12,11 +12,11 @@ import pytest
 import pytorch_lightning as pl
 import transformers
 
+from full_stack_transformer import machine
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.errors import MissingExtraError, ModelError, UsageError
 from full_stack_transformer.tasks.opening import open_task
 from full_stack_transformer.tasks.sequence_classification import SequenceClassification
-from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.hugging_face_trainer import to_hf_trainer
 from full_stack_transformer.training.run import main as run_experiment
 from full_stack_transformer.training.trainer import Trainer
@@ -40,7 +40,7 @@ _QUICK: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _no_measurement() -> Iterator[None]:
-    with mock.patch.object(meter, "_SECONDS_PER_SIDE", 1e-3):
+    with mock.patch.object(machine, "_SECONDS_PER_SIDE", 1e-3):
         yield
 
 

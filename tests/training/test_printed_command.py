@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 
+from full_stack_transformer import machine
 from full_stack_transformer.command_line import run
-from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.callbacks.control import CatchSignals
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def place(
     (directory / "conf.json").write_text(json.dumps({"dataset_dir": "a dataset", "seed": 5}))
     (directory / "my_data.py").write_text(_OWN_DATA)
     monkeypatch.chdir(directory)
-    monkeypatch.setattr(meter, "_SECONDS_PER_SIDE", 1e-3)
+    monkeypatch.setattr(machine, "_SECONDS_PER_SIDE", 1e-3)
     return directory
 
 

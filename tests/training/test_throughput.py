@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from full_stack_transformer.machine import measure_bandwidth, measure_matmul_peak
+from full_stack_transformer.modelling.acceleration import flops_per_token
 from full_stack_transformer.modelling.backbones import new_backbone
-from full_stack_transformer.training.callbacks.meter import flops_per_token, measure_matmul_peak
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2", "untied"])
@@ -42,3 +43,7 @@ def test_the_peak_is_measured_quickly_and_leaves_the_random_state_alone() -> Non
     assert time.process_time() - started < 2
     assert 1e9 < peak < 1e15
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_copy_tells_the_bandwidth() -> None:
+    assert 1e8 < measure_bandwidth(torch.device("cpu")) < 1e14

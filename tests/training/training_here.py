@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
+from full_stack_transformer import machine
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.training import metric_names
-from full_stack_transformer.training.callbacks import meter
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.run import main as train
 
@@ -67,7 +67,7 @@ class TrainingHere:
 
     def __call__(self, **options: Any) -> Path | int:
         """Train; what the command returns."""
-        with mock.patch.object(meter, "_SECONDS_PER_SIDE", 1e-3), _sorted_event_files():
+        with mock.patch.object(machine, "_SECONDS_PER_SIDE", 1e-3), _sorted_event_files():
             return train(TrainArguments(**{**self._options, **options}))
 
     def to_the_end(self, **options: Any) -> Path:

@@ -16,21 +16,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel as Backbone
+from torch import Tensor
 
 from full_stack_transformer.datasets.collators import Batch
+from full_stack_transformer.machine import measure_matmul_peak
+from full_stack_transformer.modelling.acceleration import flops_per_token
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.module import TrainingModule
 
 # Steps that the smoothed loss remembers.
 _SMOOTHED_STEPS = 50
-# Sides of the square matrices that are tried. On two cores of an EPYC (Zen 4) bf16 is fastest at 512 and
-# 1536 (420 GFLOP/s; 365 at 2048, where the second-level cache no longer helps); a GPU needs large ones.
-_SIDES_ON_CPU = (512, 1024, 1536)
-_SIDES_ON_ACCELERATOR = (4096, 8192)
-_SECONDS_PER_SIDE = 0.12
 
 
 @dataclass(frozen=True)
@@ -182,65 +178,6 @@ def num_input_tokens(batch: Batch) -> Tensor:
     # A sample has at least two tokens, so a row that ends without a target ends with padding.
     has_padding = labels[:, -1] == IGNORED_LABEL
     return num_targets + (batch["document_ids"][:, -1] + 1 - has_padding.long()).sum()
-
-
-def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix product on `device`: under half a second on two cores.
-
-    The best of many repetitions, since other load can only slow one down.
-    """
-    sides = _SIDES_ON_CPU if device.type == "cpu" else _SIDES_ON_ACCELERATOR
-    return max(_measure_matmul(side, device, dtype) for side in sides)
-
-
-def _measure_matmul(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    generator = torch.Generator(device).manual_seed(0)  # the training's own is left alone
-    left, right = (
-        torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
-    out = left @ right  # selects the kernel, and allocates
-    _wait_for(device)
-    best, deadline = float("inf"), time.perf_counter() + _SECONDS_PER_SIDE
-    while (started := time.perf_counter()) < deadline:
-        torch.mm(left, right, out=out)
-        _wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best if best < float("inf") else 0.0
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def flops_per_token(backbone: Backbone, num_context_tokens: int) -> float:
-    """FLOPs of the forward and backward pass for one token, by PaLM's count: 6 N + 12 L H Q T.
-
-    N counts the weights of matrices that multiply activations: all but embedding tables, and the output head
-    even if it is tied to a table. L layers, H heads, Q width of a head, T tokens of context: attention counts
-    in full, though half of it is masked, and recomputation does not count.
-
-    Args:
-        backbone: a decoder with `num_hidden_layers`, `num_attention_heads` and `hidden_size` in its config.
-        num_context_tokens: T, tokens that a token may attend to; for packed rows the length of a document.
-    """
-    config = backbone.config
-    num_weights = sum(matrix.numel() for matrix in backbone.parameters() if matrix.ndim > 1)
-    tables = {
-        id(module.weight): module.weight.numel()
-        for module in backbone.modules()
-        if isinstance(module, nn.Embedding)
-    }
-    head = backbone.get_output_embeddings()
-    tied = tables.get(id(head.weight), 0) if head is not None else 0
-    head_width = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    attention_width = config.num_attention_heads * head_width
-    attention = 12 * config.num_hidden_layers * attention_width * num_context_tokens
-    return float(6 * (num_weights - sum(tables.values()) + tied) + attention)
 
 
 def _dtype_of(trainer: pl.Trainer) -> torch.dtype:
