@@ -114,8 +114,9 @@ def _decisions() -> dict[str, str]:
     why = f"{'it multiplies' if has_bfloat16 else 'it does not multiply'} bfloat16 in hardware"
     waiting = os.environ.get("OMP_WAIT_POLICY", "as OpenMP likes").lower()
     why_no_decoder = library.why_not()
-    decoder = "the built-in C++ decoder"
-    if why_no_decoder is not None:
+    if why_no_decoder is None:
+        decoder = f"the built-in C++ decoder for {library.load_library().isa}"
+    else:
         decoder = f"PyTorch, since the C++ decoder is not available: {why_no_decoder}"
     weights = "bfloat16" if machine.multiplies_bfloat16(torch.device("cpu")) else "float32"
     return {
