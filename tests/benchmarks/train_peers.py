@@ -124,6 +124,7 @@ def _trainer_of(job: dict[str, Any], directory: str) -> Any:
         counts[f"number_of_{split}_samples"] = corpus.num_samples
         counts[f"number_of_{split}_tokens"] = corpus.num_tokens
     arguments = TrainArguments(
+        precision=job["precision"],
         dataset_dir=root / "data",
         model_config=str(root / "config.json"),
         batch_size=rows,
@@ -198,7 +199,7 @@ def _ours(job: dict[str, Any]) -> None:
         data, task = _data_and_task(job, directory)
         trainer = pl.Trainer(
             accelerator="cpu",
-            precision="bf16-mixed",
+            precision="bf16-mixed" if job["precision"] == "bf16" else "32-true",
             max_epochs=1,
             logger=False,
             check_val_every_n_epoch=None,
@@ -229,7 +230,8 @@ def _bare(job: dict[str, Any]) -> None:
         for batch in data.train_dataloader():
             if not blocks.before_step():
                 return
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            is_bf16 = job["precision"] == "bf16"
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
                 loss, _ = task.mean_losses(batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
@@ -365,7 +367,7 @@ class _Model(nn.Module):
 
 
 def _nanogpt(job: dict[str, Any]) -> None:
-    """nanoGPT's loop (no biases, fused AdamW, bf16), litgpt's (biases, AdamW as it comes) or plain fp32."""
+    """nanoGPT's loop (no biases, fused AdamW), litgpt's (biases, AdamW as it comes), or that in fp32."""
     name = job["subject"]
     model = _Model(job["shape"], bias=not name.startswith("nanogpt"))
     optimizer = torch.optim.AdamW(
@@ -382,7 +384,8 @@ def _nanogpt(job: dict[str, Any]) -> None:
     for ids, labels in _padded_batches(job):
         if not blocks.before_step():
             return
-        with torch.autocast("cpu", torch.bfloat16, enabled=name != "raw"):
+        is_bf16 = job["precision"] == "bf16" and name != "raw"
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             loss = forward(ids[:, :-1].contiguous(), labels[:, 1:].contiguous())
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -158,6 +158,8 @@ def _steps(trainer: pl.Trainer, module: TrainingModule) -> str:
     done = module.plan.progress(step, module.seconds)
     # If --max_minutes ends the training first, the number of steps says nothing.
     ends_by_steps = total is not None and step >= done * total - 0.5
+    if step == 0 and module.plan.max_seconds is not None:  # nobody knows yet
+        ends_by_steps = False
     of_total = f" of {total:,}" if ends_by_steps else ""
     return f"step {step:,}{of_total}  {min(done, _MOST_SHOWN):4.0%}"
 
