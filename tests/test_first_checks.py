@@ -61,7 +61,7 @@ _MISTAKES = {
     "train": "--task causal_lm needs --dataset_dir",
     "train --dataset_dir nowhere": "nowhere is not a dataset directory",
     "train --dataset_dir DATASET --experiments_root FILE": "is a file; name a directory",
-    "train --dataset_dir DATASET --model_config giant": "--model_config must be one of tiny, mini",
+    "train --dataset_dir DATASET --model_config giant": "--model_config must be one of tiny, micro, mini",
     "train --dataset_dir DATASET --model_path ./nowhere": "nowhere should be a model directory",
     "train --dataset_dir DATASET --accelerator fast": "--accelerator must be auto, cpu, gpu",
     "train --dataset_dir DATASET --devices all": "--devices must be auto, a number",

@@ -18,7 +18,7 @@ _DEVICES = re.compile(r"auto|-1|\[?\s*[0-9]+(\s*,\s*[0-9]+)*\s*,?\s*\]?")
 ARGUMENTS_FILE_NAME = "arguments.json"
 RESUME_LAST = "last"
 # Names of --model_config; see modelling/backbones.py for their sizes.
-MODEL_PRESETS = ("tiny", "mini", "small", "base", "gpt2")
+MODEL_PRESETS = ("tiny", "micro", "mini", "small", "base", "gpt2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class TrainArguments(
     experiment_name: str = "experiment"
     """Name of the experiment, a folder in --experiments_root."""
     model_config: str = "small"
-    """Architecture of a model from scratch: tiny, mini, small, base, gpt2, or a JSON file with the
+    """Architecture of a model from scratch: tiny, micro, mini, small, base, gpt2, or a JSON file with the
     fields of a transformers config."""
     model_path: str | None = None
     """Model directory or hub name to start from, instead of from scratch; also --model_name_or_path."""

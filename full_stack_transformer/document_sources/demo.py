@@ -36,10 +36,11 @@ _SECONDS_TO_START = 120.0
 _SECONDS_TO_MEASURE = "5"
 # Of the minutes, what start, validations and samples leave for learning.
 _FRACTION_OF_LEARNING = 0.8
-# Of `mini`, in the time: with more tokens, epoch after epoch, the larger model is better.
-_MIN_TOKENS_FOR_SMALL = 8e6
-# With fewer, small batches give more steps.
-_MIN_TOKENS_FOR_BATCHES_OF_8 = 8e5
+# Tokens that `mini` would see, from which on a larger model is better. In the time of 0.9 M tokens
+# of mini (loss 4.4) micro sees 2.2 M (loss 4.14); for 2 M mini reaches 3.90 (docs/benchmarks.md). That of
+# `small` is a guess: mini would see the documents ten times.
+_MIN_TOKENS = {"mini": 1.5e6, "small": 8e6}
+_BATCH_SIZE = 8
 _TOKENS_OF_A_SAMPLE = 220
 # The documents are few: later epochs would learn them by heart.
 _MAX_EPOCHS = 12
@@ -50,31 +51,28 @@ class Choice:
     """What to train here."""
 
     model_config: str
-    batch_size: int
     num_tokens: float
     """That it will probably see."""
 
     @classmethod
     def of(cls, rates: dict[str, float], minutes: float) -> "Choice":
-        """That for a machine, whose tokens per second are known for each preset.
-
-        Measured with `tests/benchmarks/demo_model.py` (docs/benchmarks.md).
-        """
+        """That for a machine, whose tokens per second are known for each preset."""
         seconds = 60 * minutes * _FRACTION_OF_LEARNING
-        num_tokens = seconds * rates["mini"]
-        if num_tokens >= _MIN_TOKENS_FOR_SMALL:
-            return cls("small", 16, seconds * rates["small"])
-        return cls("mini", 8 if num_tokens >= _MIN_TOKENS_FOR_BATCHES_OF_8 else 4, num_tokens)
+        name = "micro"
+        for larger, num_tokens in _MIN_TOKENS.items():
+            if seconds * rates["mini"] >= num_tokens:
+                name = larger
+        return cls(name, seconds * rates[name])
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps until then."""
-        return max(1, round(self.num_tokens / (self.batch_size * _TOKENS_OF_A_SAMPLE)))
+        return max(1, round(self.num_tokens / (_BATCH_SIZE * _TOKENS_OF_A_SAMPLE)))
 
     def options(self) -> tuple[str, ...]:
         """Of fst train."""
         return (
-            *("--model_config", self.model_config, "--batch_size", str(self.batch_size)),
+            *("--model_config", self.model_config, "--batch_size", str(_BATCH_SIZE)),
             *("--num_warmup_steps", str(max(1, min(50, self.num_steps // 10)))),
             *("--val_check_interval", str(max(2, self.num_steps // 3))),
         )
@@ -160,10 +158,12 @@ def _choose(minutes: float) -> Choice:
     """Measure the machine, and say what is trained and why."""
     words = ("doctor", "--json", "--seconds", _SECONDS_TO_MEASURE)
     _say(f"\n$ fst {shlex.join(words)}\n")
-    done = subprocess.run(_command(*words), check=False, stdout=subprocess.PIPE)
-    if done.returncode:
-        raise StepFailedError(f"fst doctor failed with exit code {done.returncode}; the demo stops")
-    report = json.loads(done.stdout)
+    process = _start(*words, stdout=subprocess.PIPE)
+    exit_code = _wait(process)  # a page fits into the pipe
+    if exit_code:
+        raise StepFailedError(f"fst doctor failed with exit code {exit_code}; the demo stops")
+    assert process.stdout is not None
+    report = json.loads(process.stdout.read())
     if not report["speed"]:
         raise MissingExtraError(
             f"the demo needs PyTorch, which is not installed; {install_command('all')}"
@@ -177,9 +177,9 @@ def _choose(minutes: float) -> Choice:
     device = next((device["name"] for device in found["devices"]), found["processor"])
     _say(
         f"{device}, {found['cores']} cores, precision {report['decisions']['precision']}: the model "
-        f"mini trains {rates['mini']:,} tokens/s at this moment.\nSo in {minutes:g} minutes "
-        f"{choice.model_config} in batches of {choice.batch_size} samples: about "
-        f"{choice.num_steps:,} steps on {choice.num_tokens:,.0f} tokens.\n"
+        f"mini trains {rates['mini']:,} tokens/s, micro {rates['micro']:,}, at this moment.\nFor "
+        f"{minutes:g} minutes the best choice is {choice.model_config}: about {choice.num_steps:,} steps of "
+        f"{_BATCH_SIZE} samples, {choice.num_tokens:,.0f} tokens.\n"
     )
     return choice
 
@@ -192,10 +192,10 @@ def _run(*words: str) -> None:
         raise StepFailedError(f"fst {words[0]} failed with exit code {exit_code}; the demo stops")
 
 
-def _start(*words: str) -> subprocess.Popen[bytes]:
+def _start(*words: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, so that Ctrl-C reaches it once: from here."""
     command = [sys.executable, "-m", "full_stack_transformer", *words]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, process_group=0)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -21,6 +21,7 @@ from full_stack_transformer.errors import ModelError, UsageError
 # embeddings: at the same number of parameters and tokens they reach a lower loss than GPT-2's shape.
 DECODER_PRESETS: dict[str, tuple[int, int, int]] = {
     "tiny": (2, 64, 2),
+    "micro": (2, 128, 2),
     "mini": (4, 192, 3),
     "small": (6, 384, 6),
     "base": (12, 768, 12),

@@ -45,7 +45,7 @@ def test_a_config_file_gives_the_architecture(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="tiny, mini, small, base, gpt2"):
+    with pytest.raises(UsageError, match="tiny, micro, mini, small, base, gpt2"):
         new_backbone("huge", vocab_size=9, max_length=9, special_token_ids=IDS)
 
 
