@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -336,6 +337,27 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert [path.suffix for path in kept] == [".so"]
 
 
+def test_a_library_for_a_lesser_processor_is_for_those_without_a_compiler(tmp_path: Path) -> None:
+    sets = machine.instruction_sets()
+    if len(sets) < 2:
+        pytest.skip("this processor has one instruction set only")
+    kept = tmp_path / "full_stack_transformer"
+    kept.mkdir()
+    name = library.file_name(sets[1])
+    shutil.copy(library.load_library(sets[1])._name, kept / name)
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\nfor last; do true; done\n"
+        f'head -c -32 "{library.load_library(sets[0])._name}" > "$last"\n'
+    )
+    compiler.chmod(0o755)
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    for program, used in {"/none": sets[1], "/bin/false": sets[1], str(compiler): sets[0]}.items():
+        path = "/none" if program == "/none" else environment["PATH"]
+        given = {**environment, "CXX": program, "PATH": path}
+        assert _in_another_process(given, "library.load_library().isa") == used
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -400,12 +422,18 @@ def test_where_it_cannot_be_compiled_pytorch_generates_aloud(
 def _why_not_in_another_process(
     environment: dict[str, str], *, prebuilt: Path = Path("/none")
 ) -> str:
+    return _in_another_process(environment, "library.why_not()", prebuilt)
+
+
+def _in_another_process(
+    environment: dict[str, str], asked: str, prebuilt: Path = Path("/none")
+) -> str:
     code = (
         "import pathlib, sys\n"
         "from full_stack_transformer.errors import MachineError\n"
         "from full_stack_transformer.generation.runners.native import library\n"
         f"library._PREBUILT = pathlib.Path({str(prebuilt)!r})\n"
-        "try:\n    print(library.why_not())\n"
+        f"try:\n    print({asked})\n"
         "except MachineError as error:\n    print(f'MachineError: {error}')\n"
     )
     done = subprocess.run(

@@ -110,23 +110,26 @@ def _found(isas: tuple[str, ...]) -> tuple[Library | None, str | None]:
     names = {isa: file_name(isa) for isa in isas if isa in targets()}
     if not names:
         return None, f"it knows no {', '.join(isas)} on {platform.machine()}"
+    best = next(iter(names))
+    compiler = _compiler()
+    problem = (
+        "this installation has no library of it, and there is no C++ compiler; install g++, or a wheel "
+        "that was built with one"
+    )
     for isa, name in names.items():
         for folder in (_PREBUILT, _cache_folder()):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 return _open(folder / name, isa), None
-    compiler = _compiler()
-    if compiler is None:
-        return None, (
-            "this installation has no library of it, and there is no C++ compiler; install g++, or a wheel "
-            "that was built with one"
-        )
-    isa, name = next(iter(names.items()))
-    logger.info("compiling the C++ decoder for %s, once; this takes some 10 seconds", isa)
-    try:
-        _compile(compiler, isa, _cache_folder() / name)
-    except (MachineError, OSError) as error:
-        return None, str(error)
-    return _open(_cache_folder() / name, isa), None
+        # One for a lesser instruction set may be there; it is slower.
+        if isa == best and compiler is not None:
+            logger.info("compiling the C++ decoder for %s, once; this takes some 10 seconds", isa)
+            try:
+                _compile(compiler, isa, _cache_folder() / name)
+            except (MachineError, OSError) as error:
+                problem = str(error)
+            else:
+                return _open(_cache_folder() / name, isa), None
+    return None, problem
 
 
 def _open(path: Path, isa: str) -> Library:
