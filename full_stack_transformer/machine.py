@@ -357,6 +357,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: Python and PyTorch, on processors and devices, say so in several ways."""
     text = str(error).lower()
     words = (
+        "alloc_failed",  # cuBLAS and cuDNN
         "can't allocate memory",
         "cannot allocate memory",
         "not enough memory",

@@ -203,8 +203,9 @@ def draw_allowed(
 
 def _total_weight(scores: Tensor) -> float:
     """Sum of the exponentials of scores (vocabulary,) of which the largest is 0."""
-    # Row by row: the sum must not depend on other rows, nor on how threads share it.
-    return float(scores.double().exp_().sum())
+    # Row by row: the sum must not depend on other rows, nor on how threads share it. On the processor,
+    # as Apple's GPU has no fp64.
+    return float(scores.cpu().double().exp_().sum())
 
 
 def _sorted(values: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -310,6 +311,8 @@ def score_tokens(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> li
         num_alternatives: number of most likely ids to report for each.
     """
     logits = logits.float()
+    if logits.device.type == "mps":  # it has no fp64
+        logits = logits.cpu()
     # Row by row: in fp64 all of them would take their memory twice more.
     totals = logits.new_empty(len(logits), dtype=torch.float64)
     for row, scores in enumerate(logits):

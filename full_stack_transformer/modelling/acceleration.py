@@ -136,6 +136,17 @@ class _SharedCompilation:
         return self._functions[cls]
 
 
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether compiling failed, and not the computation.
+
+    OSError: no space for the compiled code. Triton, which compiles for GPUs at the first call, needs a C
+    compiler for its launcher and raises a RuntimeError without one.
+    """
+    if isinstance(error, TorchDynamoException | OSError):
+        return True
+    return "compiler" in str(error).lower()
+
+
 class _TrainingForward:
     """A layer's `forward`: compiled if gradients are needed, else plain."""
 
@@ -148,10 +159,9 @@ class _TrainingForward:
         if layer.training and torch.is_grad_enabled() and not shared.has_failed:
             try:
                 return shared.function_of(layer)(layer, *arguments, **options)
-            except (
-                TorchDynamoException,
-                OSError,
-            ) as error:  # OSError: no space for the compiled code
+            except (TorchDynamoException, OSError, RuntimeError) as error:
+                if not _is_of_compiler(error):
+                    raise
                 shared.has_failed = True
                 # The first line says which part of torch failed, the second one why.
                 reason = " ".join(str(error).strip().splitlines()[:2])

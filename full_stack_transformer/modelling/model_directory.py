@@ -137,7 +137,7 @@ def resolve_device(device: str) -> torch.device:
             reason = str(error).splitlines()[0]
             raise ModelError(f"--device {device} cannot be used here: {reason}") from error
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -118,7 +118,7 @@ class TrainingModule(pl.LightningModule):
             sums = self.task.validation_sums(scores, batch)
         for name, value in sums.items():
             total = self._validation_sums.get(name, torch.zeros((), dtype=torch.float64))
-            self._validation_sums[name] = total + value.double().cpu()
+            self._validation_sums[name] = total + value.cpu().double()  # Apple's GPU has no fp64
         if "numbers" in batch:  # without one where other processes have a feature more
             self._scores.update(zip(batch["numbers"].tolist(), scores.float().cpu(), strict=False))
 
@@ -128,8 +128,10 @@ class TrainingModule(pl.LightningModule):
         Raises:
             UsageError: --metric_for_best_model is none of them.
         """
-        totals = torch.stack(list(self._validation_sums.values())).to(self.device)
-        totals = self.trainer.strategy.reduce(totals, reduce_op="sum").cpu()
+        totals = torch.stack(list(self._validation_sums.values()))
+        if self.trainer.world_size > 1:
+            totals = totals.to(self.device)
+            totals = self.trainer.strategy.reduce(totals, reduce_op="sum").cpu()
         sums = dict(zip(self._validation_sums, totals.tolist(), strict=True))
         loss = sums["loss"] / max(1, sums["targets"])
         metrics = {metric_names.LOSS: loss, **self._validation_metrics(loss, sums)}
@@ -163,6 +165,7 @@ class TrainingModule(pl.LightningModule):
             name=options.optimizer,
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
+            scales_gradients=self.trainer.scaler is not None,
         )
         schedule = make_schedule(
             optimizer,

@@ -35,11 +35,21 @@ def make_optimizer(
     name: Literal["adamw", "muon"],
     learning_rate: float,
     weight_decay: float,
+    scales_gradients: bool = False,
 ) -> Optimizer:
-    """An optimizer with weight decay for matrices only: not for norms, biases and embeddings."""
+    """An optimizer with weight decay for matrices only: not for norms, biases and embeddings.
+
+    Args:
+        module: what is trained, on its device.
+        name: of the optimizer.
+        learning_rate: of AdamW.
+        weight_decay: of the matrices.
+        scales_gradients: whether they come multiplied, as for fp16. A fused optimizer divides them itself,
+            which Lightning leaves to it: then they would be clipped before.
+    """
     groups = _split_parameters(module)
     # Fused: 39 against 170 ms a step for 124 M parameters on two cores.
-    fused = next(module.parameters()).device.type in ("cpu", "cuda")
+    fused = not scales_gradients and next(module.parameters()).device.type in ("cpu", "cuda")
     if name == "muon":
         adamw = AdamW(
             [

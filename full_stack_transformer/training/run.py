@@ -18,8 +18,8 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import ARGUMENTS_FILE_NAME, TrainArguments
 from full_stack_transformer.arguments.typed import command_started
-from full_stack_transformer.errors import UsageError
-from full_stack_transformer.machine import multiplies_bfloat16
+from full_stack_transformer.errors import MachineError, UsageError
+from full_stack_transformer.machine import is_out_of_memory, multiplies_bfloat16
 from full_stack_transformer.modelling.acceleration import (
     compile_layers,
     flops_per_token,
@@ -104,6 +104,10 @@ def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> 
         except InterruptedBySignalError as interruption:
             # Lightning kills the main process if another process exits with an error.
             return training.log_resume_command(interruption) if is_main_process() else 0
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise training.memory_is_short() from error
         if not is_main_process():
             return 0
         training.finish(time.monotonic() - started)
@@ -227,6 +231,15 @@ class _Training:
             self._experiment.resume_command(),
         )
         return _EXIT_CODE_OF_SIGNAL + interruption.number
+
+    def memory_is_short(self) -> MachineError:
+        """The error for a step that does not fit into the memory of the device."""
+        size = self._experiment.arguments.batch_size
+        return MachineError(
+            f"{self._trainer.strategy.root_device} has too little memory for --batch_size {size}: halve it "
+            "and double --accumulate_grad_batches for the same result, use --activation_checkpointing, "
+            "--precision bf16 or a smaller model; --find_batch_size finds a size that fits"
+        )
 
     def finish(self, seconds_taken: float) -> Path:
         """Write the summary, and return the experiment directory."""

@@ -9,6 +9,7 @@ rate instead of its logarithm, which favours the lowest rates: on the same curve
 fits, not the fastest one, by running out of memory, which on a processor ends the process.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -130,6 +131,10 @@ class _Trial:
         self._optimizer.zero_grad()
         return float(total)
 
+    def forget_gradients(self) -> None:
+        """Forget those of a step that failed half-way."""
+        self._optimizer.zero_grad()
+
     def _data(self, batch_size: int) -> EpochDataModule:
         arguments = dataclasses.replace(
             self.arguments,
@@ -221,11 +226,12 @@ def _try_size(trial: _Trial, size: int) -> tuple[str, float]:
     held = resident_bytes()
     if trial.device.type == "cpu" and free and held and held > _PART_OF_MEMORY * free:
         return "may not fit into memory", 0.0
-    try:
+    with contextlib.suppress(torch.OutOfMemoryError):
         return "", _tokens_per_second(trial, size)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return "does not fit into memory", 0.0
+    # After the error is gone, which holds the activations.
+    trial.forget_gradients()
+    torch.cuda.empty_cache()
+    return "does not fit into memory", 0.0
 
 
 def _tokens_per_second(trial: _Trial, size: int) -> float:

@@ -162,6 +162,26 @@ def test_a_compiler_that_fails_is_named_and_the_training_goes_on(
     assert "no such program: g++" in record.message
 
 
+def test_a_compiler_that_is_missed_at_the_first_call_counts_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton's, which makes the code of a GPU."""
+
+    def compile_later(*_: Any) -> Callable[..., Any]:
+        def call(*_: Any) -> Any:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC")
+
+        return call
+
+    backbone = _backbone("tiny", tmp_path)
+    accelerate(backbone)
+    loss, _ = _step(backbone, _input_ids())
+    compile_layers(backbone, backend=compile_later)
+    with caplog.at_level(logging.WARNING):
+        assert _step(backbone, _input_ids())[0] == loss
+    assert "Failed to find C compiler" in caplog.text
+
+
 def test_an_error_of_the_model_itself_is_not_taken_for_one_of_the_compiler(
     tmp_path: Path,
 ) -> None:

@@ -169,6 +169,21 @@ def test_frozen_parameters_are_left_out() -> None:
     assert _names(module, trained) == {"0.weight", "1.bias", "2.weight", "2.bias"}
 
 
+def test_gradients_that_are_scaled_are_left_to_the_scaler() -> None:
+    """A fused optimizer would undo it itself, after the gradients were clipped."""
+    module = _small_module()
+    for scales_gradients in (False, True):
+        optimizer = make_optimizer(
+            module,
+            name="adamw",
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            scales_gradients=scales_gradients,
+        )
+        undoes_it = getattr(optimizer, "_step_supports_amp_scaling", False)
+        assert undoes_it is not scales_gradients
+
+
 def test_a_step_follows_adamw() -> None:
     module = torch.nn.Linear(3, 3, bias=False)
     before = module.weight.detach().clone()

@@ -294,3 +294,19 @@ def test_a_full_disk_is_called_so(dataset_dir: Path, tmp_path: Path) -> None:
         pytest.skip(f"a small file system cannot be mounted here: {done.stderr[:200]}")
     assert done.stdout.split() == ["code", "1", "0"]
     assert "last.ckpt failed: the disk is full; nothing was saved" in done.stderr.splitlines()[-1]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_one_sentence(
+    dataset_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("full_stack_transformer.training.module.TrainingModule.mean_losses", fail)
+    words = ("--dataset_dir", str(dataset_dir), "--experiments_root", str(tmp_path))
+    assert run(["train", *words, "--model_config", "tiny", "--accelerator", "cpu"]) == 1
+    assert "too little memory for --batch_size 16: halve it" in capsys.readouterr().err
+    assert not (tmp_path / "experiment").exists()

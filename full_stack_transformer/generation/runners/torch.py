@@ -133,8 +133,9 @@ class TorchRunner:
         num_tokens = len(work[0].token_ids)
         starts = torch.tensor([[one.start] for one in work])
         positions = (starts + torch.arange(num_tokens)).to(self._device)
-        slots = torch.tensor([one.slot for one in work], device=self._device)
-        num_keys = self._cache.select(slots, positions)
+        # Lists: what is asked of a device waits for it.
+        ends = [one.start + num_tokens for one in work]
+        num_keys = self._cache.select([one.slot for one in work], positions, ends)
         return {
             "input_ids": torch.tensor([list(one.token_ids) for one in work], device=self._device),
             "position_ids": positions,
@@ -203,23 +204,28 @@ class SlotCache(Cache):
         self.num_slots = num_slots
         self.max_length = max_length
         self.slots = torch.zeros(0, dtype=torch.long)
+        self.only_slot: int | None = None
+        """Where there is one row."""
         self.positions = torch.zeros(0, 0, dtype=torch.long)
         self.length = 0
         self.held = [0] * num_slots
         """Tokens that each slot may hold."""
         super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
 
-    def select(self, slots: Tensor, positions: Tensor) -> int:
+    def select(self, slots: Sequence[int], positions: Tensor, ends: Sequence[int]) -> int:
         """Say what the next forward pass computes; returns the number of keys that it will see.
 
         Args:
-            slots: (rows,) the slot of each row.
+            slots: the slot of each row.
             positions: (rows, queries) the position of each new token in its slot.
+            ends: after the last position of each row.
         """
-        self.slots, self.positions = slots, positions
-        self.length = int(positions.max()) + 1
-        for slot, last in zip(slots.tolist(), positions[:, -1].tolist(), strict=True):
-            self.held[slot] = last + 1
+        self.slots = torch.tensor(slots, device=positions.device)
+        self.only_slot = slots[0] if len(slots) == 1 else None
+        self.positions = positions
+        self.length = max(ends)
+        for slot, end in zip(slots, ends, strict=True):
+            self.held[slot] = end
         return self.length
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
@@ -278,8 +284,7 @@ class _SlotLayer(CacheLayerMixin):
         # Indices around a slice put the indexed dimensions first: (rows, queries, heads, size).
         self.keys[slots[:, None], :, positions] = key_states.transpose(1, 2)
         self.values[slots[:, None], :, positions] = value_states.transpose(1, 2)
-        if len(slots) == 1:
-            slot = int(slots)
+        if (slot := self._cache.only_slot) is not None:
             return self.keys[slot : slot + 1, :, :length], self.values[slot : slot + 1, :, :length]
         return self.keys[slots, :, :length], self.values[slots, :, :length]
 
