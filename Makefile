@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docker-test clean
 
 demo: $(VENV)/installed-all
 	$(BIN)/fst demo $(ARGS)
@@ -17,6 +17,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# With docker or podman, whichever runs here; FST_DOCKER_BUILD_ARGS are more words for its build.
+docker-test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m docker -v -s tests/test_docker_images.py $(ARGS)
 
 # The installation also builds the C++ decoder.
 $(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard full_stack_transformer/generation/runners/native/*.[ch]*)

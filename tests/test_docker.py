@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 TARGETS = ("train", "serve", "telegram")
 SERVICES = ("service", "bot", "tensorboard")
+ALL_SERVICES = (*SERVICES, "train")
 
 
 def _stages() -> dict[str, list[str]]:
@@ -102,18 +103,24 @@ def test_there_are_the_three_targets_and_they_share_one_runtime() -> None:
         assert _ancestry(stages, target) == [target, "runtime", "base"]
         assert f"COPY --from={target}-builder /opt/fst /opt/fst" in stages[target]
         assert _ancestry(stages, f"{target}-builder")[1:] == ["builder", "base"]
+        assert "COPY --from=wheel /wheels /wheels" in stages[f"{target}-builder"]
     assert stages["base"] == ["FROM python:3.11-slim-bookworm"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_runs_fst_as_a_fixed_user_and_no_health_check_is_inherited(target: str) -> None:
+def test_a_target_runs_fst_as_a_fixed_user_and_only_the_service_has_a_health_check(
+    target: str,
+) -> None:
     stages = _stages()
     lines = [line for name in reversed(_ancestry(stages, target)) for line in stages[name]]
     assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"]
     assert [line for line in lines if line.startswith("ENTRYPOINT ")] == ['ENTRYPOINT ["fst"]']
     assert [line for line in lines if line.startswith("WORKDIR ")] == ["WORKDIR /data"]
     assert any("PYTHONUNBUFFERED=1" in line for line in lines)
-    assert not [line for line in lines if line.startswith(("HEALTHCHECK", "VOLUME", "ARG"))]
+    assert not [line for line in lines if line.startswith(("VOLUME", "ARG"))]
+    checks = [line for line in lines if line.startswith("HEALTHCHECK")]
+    assert len(checks) == (target == "serve")
+    assert not any("g++" in line for line in lines)
     assert "PIP_EXTRA_INDEX_URL" not in "".join(lines)
 
 
@@ -125,9 +132,11 @@ def test_each_target_installs_its_extra_through_the_constraints() -> None:
         assert all("--no-cache-dir" in line for line in installs)
         with_dependencies = [line for line in installs if "--no-deps" not in line]
         assert len(with_dependencies) == 1
+        assert [line.split()[-1] for line in installs if "--no-deps" in line] == ["/wheels/*.whl"]
         assert "--constraint constraints.txt" in with_dependencies[0]
-        assert re.findall(r"\.\[([^]]+)\]", with_dependencies[0]) == [target]
-        assert target in project["optional-dependencies"]
+        (extras,) = re.findall(r"\.\[([^]]+)\]", with_dependencies[0])
+        assert target in extras.split(",")
+        assert {*extras.split(",")} <= {*project["optional-dependencies"]}
 
 
 def test_serve_and_telegram_start_without_further_words() -> None:
@@ -180,8 +189,8 @@ def test_the_wheel_that_an_image_installs_holds_every_file_of_the_package(tmp_pa
 
 def test_every_command_of_compose_is_one_that_fst_understands() -> None:
     compose = _compose()
-    given = {name: _parse(compose["services"][name]["command"]) for name in SERVICES}
-    assert set(compose["services"]) == set(SERVICES)
+    given = {name: _parse(compose["services"][name]["command"]) for name in ALL_SERVICES}
+    assert set(compose["services"]) == set(ALL_SERVICES)
     assert given["service"].host == given["tensorboard"].host == "0.0.0.0"
     assert given["bot"].service_url == f"http://service:{given['service'].port}"
 
@@ -210,10 +219,16 @@ def test_what_a_command_reads_is_mounted_read_only() -> None:
 
 def test_compose_builds_targets_that_exist() -> None:
     services = _compose()["services"]
-    targets = {name: services[name]["build"]["target"] for name in SERVICES}
-    assert targets == {"service": "serve", "bot": "telegram", "tensorboard": "train"}
+    targets = {name: services[name]["build"]["target"] for name in ALL_SERVICES}
+    assert targets == {
+        "service": "serve",
+        "bot": "telegram",
+        "tensorboard": "train",
+        "train": "train",
+    }
     assert set(targets.values()) <= set(_stages())
-    for name in SERVICES:
+    for name in ALL_SERVICES:
+        assert services[name]["image"] == f"fst-{targets[name]}"
         context = (ROOT / "docker" / services[name]["build"]["context"]).resolve()
         assert context / services[name]["build"]["dockerfile"] == DOCKERFILE
         assert f"ARG {next(iter(services[name]['build']['args']))}" in DOCKERFILE.read_text("utf-8")
@@ -225,7 +240,7 @@ def test_the_token_is_a_secret_file_and_never_in_the_environment() -> None:
     (secret,) = bot["secrets"]
     assert compose["secrets"][secret].keys() == {"file"}
     assert str(_parse(bot["command"]).token_file) == f"/run/secrets/{secret}"
-    for name in SERVICES:
+    for name in ALL_SERVICES:
         service = compose["services"][name]
         assert "env_file" not in service
         for variable in [*service["environment"], *service["build"]["args"]]:
@@ -233,13 +248,13 @@ def test_the_token_is_a_secret_file_and_never_in_the_environment() -> None:
     assert "secrets" not in compose["services"]["service"]
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", ALL_SERVICES)
 def test_a_service_is_confined(name: str) -> None:
     service = _compose()["services"][name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges"]
-    assert service["restart"] == "unless-stopped"
+    assert service["restart"] == ("no" if name == "train" else "unless-stopped")
     assert service["user"] == "1000:1000"
     assert service["tmpfs"] == ["/tmp"]
     assert service["mem_limit"]
@@ -265,3 +280,56 @@ def test_health_is_asked_with_python_where_something_listens() -> None:
         assert f'urlopen("http://127.0.0.1:{port}/' in command[2]
         compile(command[2], name, "exec")
     assert services["bot"]["depends_on"] == {"service": {"condition": "service_healthy"}}
+
+
+def test_training_starts_only_where_it_is_named_and_may_write_its_checkpoint() -> None:
+    train = _compose()["services"]["train"]
+    assert train["profiles"] == ["train"]
+    (volume,) = train["volumes"]
+    assert volume["target"] == train["environment"]["TMPDIR"] == "/data/data"
+    assert int(train["stop_grace_period"].removesuffix("s")) >= 60
+
+
+def _kubernetes() -> dict[tuple[str, str], Any]:
+    """The objects of kubernetes.yaml by kind and name."""
+    text = (ROOT / "docker" / "kubernetes.yaml").read_text("utf-8")
+    return {
+        (content["kind"], content["metadata"]["name"]): content
+        for content in yaml.safe_load_all(text)
+    }
+
+
+@pytest.mark.parametrize(("name", "target"), [("fst-service", "serve"), ("fst-bot", "telegram")])
+def test_a_deployment_is_confined_probed_and_drained(name: str, target: str) -> None:
+    objects = _kubernetes()
+    pod = objects["Deployment", name]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == f"fst-{target}:latest"
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 1000
+    assert container["securityContext"] == {
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert container["resources"]["limits"]["memory"]
+    assert "livenessProbe" in container
+    given = _parse(container["args"])
+    if name == "fst-service":
+        assert pod["terminationGracePeriodSeconds"] > given.shutdown_seconds + 5
+        port = given.port
+        assert objects["Service", "service"]["spec"]["ports"][0]["targetPort"] == port
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            # With keys nothing else is open.
+            assert container[probe]["httpGet"] == {"path": "/health", "port": port}
+    else:
+        assert given.service_url == "http://service:9228"
+        compile(container["livenessProbe"]["exec"]["command"][-1], name, "exec")
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in pod["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    assert {("PersistentVolumeClaim", claim) for claim in claims} <= objects.keys()
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
