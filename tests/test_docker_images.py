@@ -287,8 +287,9 @@ def test_compose_starts_service_bot_and_tensorboard(
         '/data/bot/telegram_bot.sqlite3, --monitoring_port, "9229"]\n'
         f"networks:\n  default:\n    name: {_NETWORK}\n    external: true\n"
     )
-    (data / "compose_bot").mkdir(mode=0o777)
-    (data / "compose_bot").chmod(0o777)
+    (data / "compose_bot").mkdir()
+    for directory in (data / "compose_bot", data / "data" / "experiments"):  # root made the second
+        directory.chmod(0o777)
     variables = {
         "MODEL_DIR": str(model),
         "EXPERIMENTS_ROOT": str(data / "data" / "experiments"),

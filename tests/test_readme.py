@@ -54,7 +54,7 @@ def test_every_command_line_is_valid() -> None:
             assert (REPOSITORY / words[1]).is_file()
             words = ["fst", Path(words[1]).stem, *words[2:]]
         if words[0] != "fst":
-            assert words[0] in ("make", "curl", "source")
+            assert words[0] in ("make", "curl", "source", "docker", "export")
             continue
         if words[1] == "--help":
             continue
@@ -192,6 +192,8 @@ def test_every_option_that_a_page_names_exists(name: str) -> None:
     known = set().union(*OPTIONS.values(), everywhere, (f"--{old}" for old in [*SAME, *INSTEAD]))
     # One negation, and options of scripts in tests/.
     known |= {"--no_header", "--gpus", "--peer_python", "--schedules"}
+    # Of docker, up to the first hyphen.
+    known |= {"--build", "--format", "--userns", "--stop", "--memory"}
     text = re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`]+)`", text):
         options = set(re.findall(r"--[a-z]\w+", code))

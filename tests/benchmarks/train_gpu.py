@@ -24,7 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by its path
 
-from full_stack_transformer.training.callbacks.meter import measure_matmul_peak
+from full_stack_transformer.machine import measure_matmul_peak
 from full_stack_transformer.training.run import _quieten_libraries
 from tests.benchmarks.train_peers import SHAPES, _data_and_task, _Model, _padded_batches
 
