@@ -16,26 +16,43 @@ constexpr int panels_of_tile(int, int) { return 1; }
 inline Vector broadcast(float value) { return Vector{value, value, value, value}; }
 inline IntVector broadcast(int32_t value) { return IntVector{value, value, value, value}; }
 
+#ifdef __FP_FAST_FMAF
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+  for (int lane = 0; lane < 4; ++lane) a[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return a;
+}
+#else
 // a * b + c, rounded once. The product is exact as a double; of the sum its last bit says whether something
 // was lost ("round to odd", Boldo and Melquiond 2008), so that rounding again to a float is right.
 inline float multiply_add(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
-  return __builtin_fmaf(a, b, c);
-#else
   const double product = static_cast<double>(a) * b, sum = product + c, added = sum - product;
   const double lost = (product - (sum - added)) + (c - added);
   auto bits = std::bit_cast<int64_t>(sum);
   const int64_t outwards = (lost > 0) == (sum > 0) ? 1 : -1;
   if ((lost > 0 || lost < 0) && bits % 2 == 0) bits += outwards;
   return static_cast<float>(std::bit_cast<double>(bits));
-#endif
 }
 
+constexpr int kLow = std::endian::native == std::endian::little ? 0 : 1;
+
+// Rounding twice is wrong only where the double is in the middle of two floats, and for the smallest floats.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
-  Vector results;
-  for (int lane = 0; lane < 4; ++lane) results[lane] = multiply_add(a[lane], b[lane], c[lane]);
+  typedef double Doubles __attribute__((vector_size(32)));
+  typedef int32_t Halves __attribute__((vector_size(32)));
+  typedef int64_t Pair __attribute__((vector_size(16)));
+  const Doubles products = __builtin_convertvector(a, Doubles) * __builtin_convertvector(b, Doubles);
+  const Doubles sums = products + __builtin_convertvector(c, Doubles);
+  Vector results = __builtin_convertvector(sums, Vector);
+  const IntVector last_bits = __builtin_shufflevector((Halves)sums, (Halves)sums, kLow, kLow + 2, kLow + 4, kLow + 6);
+  const auto are_middle = (last_bits & 0x1fffffff) == 0x10000000;
+  const auto are_small = ((IntVector)results & 0x7f800000) == 0;
+  const auto either = (Pair)(are_middle | are_small);
+  if (__builtin_expect((either[0] | either[1]) != 0, 0)) {
+    for (int lane = 0; lane < 4; ++lane) results[lane] = multiply_add(a[lane], b[lane], c[lane]);
+  }
   return results;
 }
+#endif
 
 constexpr int kInt8Offset = 0;
 constexpr int kInt8Words = 1;
