@@ -359,12 +359,26 @@ def _write_texts(trainer: pl.Trainer, experiment: Experiment, setup: TrainingSet
 def _resolve_precision(arguments: TrainArguments) -> str:
     """The precision for `auto` on this machine."""
     if arguments.precision != "auto":
+        _warn_if_emulated(arguments)
         return arguments.precision
     if arguments.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16" if multiplies_bfloat16(torch.device("cuda")) else "32"
     if arguments.accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
         return "bf16" if multiplies_bfloat16(torch.device("cpu")) else "32"
     return "32"
+
+
+def _warn_if_emulated(arguments: TrainArguments) -> None:
+    on_processor = arguments.accelerator == "cpu" or not torch.cuda.is_available()
+    if (
+        arguments.precision == "bf16"
+        and on_processor
+        and is_main_process()
+        and not multiplies_bfloat16(torch.device("cpu"))
+    ):
+        logger.warning(
+            "this processor has no bf16 instructions: --precision bf16 takes some ten times as long as 32"
+        )
 
 
 def _as_markdown(content: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ SHAPES = {
     # layers, width, heads, vocabulary, rows, tokens
     "tiny": (2, 64, 2, 512, 4, 64),
     "small": (6, 384, 6, 8192, 16, 256),
+    "short": (6, 384, 6, 8192, 4, 256),
     "big": (12, 768, 12, 50257, 4, 256),
 }
 NUM_THREADS = 2
