@@ -59,7 +59,7 @@ class LogisticGelu(nn.Module):
         if torch.compiler.is_compiling():
             return inputs * torch.sigmoid(inputs * (_SLOPE + _CUBIC * inputs * inputs))
         if inputs.dtype == torch.float32 and inputs.device.type == "cpu":
-            result: Tensor = _LogisticGeluFunction.apply(inputs)
+            result: Tensor = _LogisticGeluFunction.apply(inputs)  # type: ignore[no-untyped-call]
             return result
         return nn.functional.gelu(inputs, approximate="tanh")
 

@@ -164,7 +164,7 @@ def test_minutes_include_validations(interval: float, dataset_dir: Path, tmp_pat
         (["--model_config", "huge"], 2, "--model_config must be one of"),
         (["--model_path", "/none"], 1, "/none should be a model directory"),
         (["--learning_rate", "-1"], 2, "--learning_rate must be between"),
-        (["--accelerator", "warp"], 2, "--accelerator warp"),
+        (["--accelerator", "warp"], 2, "--accelerator must be auto, cpu, gpu or mps"),
         (["--max_epochs", "-1"], 2, "--max_epochs -1 never ends"),
         (["--val_check_interval", "1.5"], 2, "--val_check_interval"),
         (["--precision", "8"], 2, "--precision"),
