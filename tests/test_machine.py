@@ -43,6 +43,7 @@ def test_the_features_of_other_processors_are_read(monkeypatch: pytest.MonkeyPat
         ("flags\t\t: avx2 fma avx512f avx512bw avx512vl\n", "avx512"),
         ("flags\t\t: avx2 fma avx512f avx512cd\n", "avx2"),
     ]:
+        monkeypatch.delenv(machine.ISA_VARIABLE, raising=False)
         monkeypatch.setattr(
             machine._CPUINFO.__class__, "read_text", lambda *_, text=text, **__: text
         )

@@ -118,7 +118,7 @@ def _found(isas: tuple[str, ...]) -> tuple[Library | None, str | None]:
     )
     for isa, name in names.items():
         for folder in (_PREBUILT, _cache_folder()):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 return _open(folder / name, isa), None
         # One for a lesser instruction set may be there; it is slower.
         if isa == best and compiler is not None:
@@ -133,10 +133,7 @@ def _found(isas: tuple[str, ...]) -> tuple[Library | None, str | None]:
 
 
 def _open(path: Path, isa: str) -> Library:
-    try:
-        content = path.read_bytes()
-    except PermissionError as error:
-        raise MachineError(f"the library of the C++ decoder cannot be read: {error}") from error
+    content = path.read_bytes()
     if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
         advice = "install the package again" if path.parent == _PREBUILT else "delete it"
         raise MachineError(f"the library of the C++ decoder at {path} is damaged; {advice}")
@@ -241,5 +238,8 @@ def _compiler() -> str | None:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without home, as in some containers: nothing can be kept
+        root = os.devnull
     return Path(root) / "full_stack_transformer"
