@@ -4,6 +4,7 @@ Everything is written once per test session and never changed; a test that write
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,10 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Two threads cost twice the processor time of one on models this small.
 torch.set_num_threads(1)
+
+# What a shell starts in the background is deaf to Ctrl-C, and so would be the programs that are tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RunFst = Callable[..., "subprocess.CompletedProcess[str]"]
 
