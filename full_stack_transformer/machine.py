@@ -298,9 +298,7 @@ def free_memory_bytes(device: "torch.device") -> int | None:
     On the processor also bounded by `ulimit -v` and by the memory of a container.
     """
     if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
+        return _free_bytes_of_gpu(device)
     bounds = (_available_bytes(), _bytes_under_address_limit(), _bytes_under_group_limit())
     return min((one for one in bounds if one is not None), default=None)
 
@@ -312,6 +310,17 @@ def total_memory_bytes() -> int | None:
         with contextlib.suppress(OSError, ValueError):
             bounds.append(int((group / limit).read_text()))
     return min((one for one in bounds if one is not None), default=None)
+
+
+def _free_bytes_of_gpu(device: "torch.device") -> int:
+    """What the driver has, and what torch keeps of it for its next allocations; within torch's own limit."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    kept = torch.cuda.memory_reserved(device) - allocated
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return max(0, min(free + kept, limit - allocated))
 
 
 def _available_bytes() -> int | None:
@@ -379,9 +388,16 @@ def memory_for(what: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MachineError(
-            f"memory is short for {what}; free some, raise the limit (ulimit -v, the container's) or "
-            "choose a smaller model"
+            f"{memory_is_short_for(what, error)} or choose a smaller model"
         ) from error
+
+
+def memory_is_short_for(what: str, error: BaseException) -> str:
+    """A sentence to go on with: whose memory is short, and how there may be more of it."""
+    words = str(error).lower()
+    if "cuda" in words or "hip" in words or "alloc_failed" in words:
+        return f"the GPU's memory is short for {what}; free some (nvidia-smi shows what uses it)"
+    return f"memory is short for {what}; free some, raise the limit (ulimit -v, the container's)"
 
 
 def resident_bytes() -> int | None:

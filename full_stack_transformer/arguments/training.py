@@ -151,7 +151,8 @@ class HardwareOptions:
     """Compile the model with torch.compile. auto: if a compiler is installed, the training is long
     enough and it is faster on this hardware."""
     deterministic: bool = False
-    """Raise on operations that are not deterministic on GPUs."""
+    """On GPUs compute slower, so that the same command gives the same bits, also after --resume; raise on
+    operations that cannot. On a processor it is always so."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from full_stack_transformer.generation.sampling import (
     draw_allowed,
     score_tokens,
 )
+from full_stack_transformer.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -468,6 +469,11 @@ class Engine:
     def _end_failed(self, key: int, error: Exception) -> TokenEvent:
         if isinstance(error, FullStackTransformerError):
             return self._end_with(key, error)
+        if is_out_of_memory(error):
+            problem = ModelError(
+                "memory is short for this request; ask for less, or try again later"
+            )
+            return self._end_with(key, problem)
         logger.error("a request failed and is ended; the others go on", exc_info=error)
         problem = ModelError(f"the model failed on this request ({type(error).__name__})")
         return self._end_with(key, problem)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import FOR_SMALL_MODELS
 from full_stack_transformer.errors import MachineError, ModelError
+from full_stack_transformer.machine import memory_for
 from full_stack_transformer.modelling.backbones import backbone_of_config, convert
 from full_stack_transformer.modelling.model_files import check_tokenizer_files, find_model_directory
 from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
@@ -124,8 +125,19 @@ def open_model(
         )
     description_file = directory / DESCRIPTION_FILE_NAME
     description = read_json(description_file) if description_file.is_file() else {}
-    backbone = backbone.to(resolve_device(device)).eval()
+    backbone = moved(backbone, resolve_device(device)).eval()
     return OpenedModel(name_of_model(directory), backbone, tokenizer, description)
+
+
+def moved(backbone: Backbone, device: torch.device) -> Backbone:
+    """The backbone on a device, changed in place.
+
+    Raises:
+        MachineError: the device lacks the memory.
+    """
+    with memory_for(f"the model's weights on {device}"):
+        on_device: Backbone = backbone.to(device)
+        return on_device
 
 
 def resolve_device(device: str) -> torch.device:

@@ -12,7 +12,11 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError, UsageError
-from full_stack_transformer.modelling.model_directory import backbone_of_checkpoint, resolve_device
+from full_stack_transformer.modelling.model_directory import (
+    backbone_of_checkpoint,
+    moved,
+    resolve_device,
+)
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.modelling.pretrained import load_backbone, open_config
 from full_stack_transformer.own_classes import class_of_file, class_of_option, trust
@@ -203,7 +207,7 @@ def open_task(
         )
     where = resolve_device(device)
     task.read_directory(directory, where)
-    return OpenedTask(directory, task, backbone.to(where).eval(), description)
+    return OpenedTask(directory, task, moved(backbone, where).eval(), description)
 
 
 def _architecture(directory: Path) -> str:

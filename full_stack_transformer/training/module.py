@@ -155,7 +155,9 @@ class TrainingModule(pl.LightningModule):
         return self.task.metrics(rows, predictions).scalars if rows else {}
 
     def _tell(self, name: str, value: float) -> None:
-        self.log(name, torch.tensor(value, dtype=torch.float32), logger=False, sync_dist=True)
+        # On the device: NCCL, which averages between GPUs, takes nothing from a processor.
+        tensor = torch.tensor(value, dtype=torch.float32, device=self.device)
+        self.log(name, tensor, logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and the schedule, stepped with every optimizer step."""

@@ -23,8 +23,9 @@ _ADAM_BETAS = (0.9, 0.95)
 # updates with this factor reached 1.68 bits per byte on python_docs (4 x 192, 2 M tokens); updates of
 # AdamW's size with equal rates, Liu et al. 2025 (arXiv 2502.16982), 1.72 to 1.78.
 _MUON_RATE = 5.0
-# Numbers of the matrices that Muon orthogonalises at once: more need memory and are no faster.
-_MAX_NUMBERS_AT_ONCE = 2**22
+# Numbers of the matrices that Muon orthogonalises at once: more need memory and are no faster on a processor;
+# a GPU is given few large products, not many small ones.
+_MAX_NUMBERS_AT_ONCE, _MAX_NUMBERS_AT_ONCE_ON_GPU = 2**22, 2**26
 # From this ratio of the sides on, products of the small Gram matrices are less work than those of the matrix.
 _MIN_RATIO_FOR_GRAM = 1.5
 
@@ -120,7 +121,9 @@ class BatchedMuon(Muon):
                 if parameter.grad is not None:
                     by_shape[min(parameter.shape), max(parameter.shape)].append(parameter)
             for (rows, columns), parameters in by_shape.items():
-                num_at_once = max(1, _MAX_NUMBERS_AT_ONCE // (rows * columns))
+                is_on_gpu = parameters[0].device.type == "cuda"
+                limit = _MAX_NUMBERS_AT_ONCE_ON_GPU if is_on_gpu else _MAX_NUMBERS_AT_ONCE
+                num_at_once = max(1, limit // (rows * columns))
                 for first in range(0, len(parameters), num_at_once):
                     self._update(parameters[first : first + num_at_once], group)
 

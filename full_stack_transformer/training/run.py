@@ -194,6 +194,13 @@ class _Training:
             )
             if checkpoint is None:
                 _write_texts(self._trainer, experiment, self._setup)
+            elif self._trainer.strategy.root_device.type == "cuda" and not (
+                self._experiment.arguments.deterministic
+            ):
+                logger.warning(
+                    "without --deterministic a GPU adds up in changing order: the result equals that of a "
+                    "training without an interruption up to rounding, not in each bit"
+                )
         module = self._setup.make_module(self._backbone, experiment.arguments)
         module.count_time_from(started)
         if self._should_compile():
@@ -208,14 +215,19 @@ class _Training:
 
     def _should_compile(self) -> bool:
         arguments, trainer = self._experiment.arguments, self._trainer
+        device = trainer.strategy.root_device
         if arguments.compile != "auto":
             return arguments.compile == "always"
+        if arguments.deterministic and device.type == "cuda" and arguments.batching == "length":
+            # The code for a batch depends on the lengths that came before it, and a resumed training starts
+            # with others.
+            return False
         num_batches = self._data.count_batches_per_epoch(trainer.world_size)
         num_steps = Plan.of(arguments, num_batches_per_epoch=num_batches).num_steps
         num_rows = arguments.batch_size * arguments.accumulate_grad_batches
         num_rows_in_all = math.inf if num_steps is None else num_rows * num_steps
         return pays_to_compile(
-            trainer.strategy.root_device,
+            device,
             flops=flops_per_token(self._backbone, self._data.num_context_tokens)
             * self._data.num_row_tokens
             * num_rows_in_all,
@@ -326,6 +338,8 @@ def _make_trainer(experiment: Experiment, callbacks: Sequence[pl.Callback] = ())
             f"--accelerator {arguments.accelerator} --devices {arguments.devices} --strategy "
             f"{arguments.strategy}: {error}"
         ) from error
+    # Reading what was never written would be a bug of ours; filling it with NaN costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     checkpoint = experiment.checkpoint
     if checkpoint is not None and checkpoint.world_size != trainer.world_size:
         raise UsageError(

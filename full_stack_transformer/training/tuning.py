@@ -12,6 +12,7 @@ fits, not the fastest one, by running out of memory, which on a processor ends t
 import contextlib
 import copy
 import dataclasses
+import gc
 import itertools
 import logging
 import math
@@ -76,6 +77,9 @@ def tune(
     if arguments.find_learning_rate:
         rate = find_learning_rate(_Trial(arguments, setup, backbone, trainer))
         arguments = dataclasses.replace(arguments, learning_rate=rate, find_learning_rate=False)
+    if trainer.strategy.root_device.type == "cuda":  # the training needs the memory of the trials
+        gc.collect()
+        torch.cuda.empty_cache()
     return arguments
 
 

@@ -265,13 +265,13 @@ class _SlotLayer(CacheLayerMixin):
         if length <= before:
             return
         after = min(self._cache.max_length, max(length, 2 * before, _MIN_SLOT_TOKENS))
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = self._empty(old, after)
+        # Both or none: where memory ends between the two, they still fit each other.
+        keys, values = self._empty(self.keys, after), self._empty(self.values, after)
+        for old, new in ((self.keys, keys), (self.values, values)):
             for slot, num_held in enumerate(self._cache.held):
                 if kept := min(num_held, before):
                     new[slot, :, :kept] = old[slot, :, :kept]
-            setattr(self, name, new)
+        self.keys, self.values = keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.embedding.head import Head, needs_first_layer, read_head
-from full_stack_transformer.modelling.model_directory import resolve_device
+from full_stack_transformer.modelling.model_directory import moved, resolve_device
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.modelling.pretrained import load_backbone
 
@@ -97,7 +97,7 @@ def open_sentence_encoder(path: Path, *, device: str = "auto") -> SentenceEncode
     head, max_length = read_head(directory, device=torch_device)
     longest = min(context_length(backbone.config), tokenizer.model_max_length)
     return SentenceEncoder(
-        backbone.to(torch_device).eval(),
+        moved(backbone, torch_device).eval(),
         tokenizer,
         head,
         max_length=min(max_length or longest, longest),
