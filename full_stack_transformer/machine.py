@@ -395,7 +395,7 @@ def memory_for(what: str) -> Iterator[None]:
 def memory_is_short_for(what: str, error: BaseException) -> str:
     """A sentence to go on with: whose memory is short, and how there may be more of it."""
     words = str(error).lower()
-    if "cuda" in words or "hip" in words or "alloc_failed" in words:
+    if "cuda" in words or "hip out of" in words or "alloc_failed" in words:
         return f"the GPU's memory is short for {what}; free some (nvidia-smi shows what uses it)"
     return f"memory is short for {what}; free some, raise the limit (ulimit -v, the container's)"
 

@@ -116,9 +116,8 @@ def running_service(model: Path, *options: str) -> Iterator[tuple[str, LoggedPro
         core = max(os.sched_getaffinity(0))
         command = [taskset, "--cpu-list", str(core), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = LoggedProcess(
-        [*command, "--port", "0", "--device", "cpu", *options], "serving ", environment
-    )
+    device = () if "--device" in options else ("--device", "cpu")
+    process = LoggedProcess([*command, "--port", "0", *device, *options], "serving ", environment)
     try:
         address = re.search(r"http://[0-9.]+:[0-9]+", process.start())
         assert address is not None

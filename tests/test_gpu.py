@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,10 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 from full_stack_transformer.command_line import COMMANDS
+from full_stack_transformer.errors import MachineError
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.machine import free_memory_bytes
-from full_stack_transformer.modelling.model_directory import open_model, resolve_device
+from full_stack_transformer.modelling.backbones import new_backbone
+from full_stack_transformer.modelling.model_directory import moved, open_model, resolve_device
 from tests.conftest import RunFst
 
 DEVICE = os.environ.get("FST_TEST_DEVICE", "cuda")
@@ -33,6 +36,7 @@ pytestmark = [
         IS_CUDA and not torch.cuda.is_available(), reason="NOT RUN: there is no CUDA device"
     ),
 ]
+_LEFT_BYTES = 64 * 2**20
 needs_cuda = pytest.mark.skipif(not IS_CUDA, reason="a processor cannot do that")
 
 _ACCELERATOR = ("--accelerator", "gpu" if IS_CUDA else "cpu", "--devices", "1")
@@ -169,6 +173,9 @@ def test_the_service_answers_several_at_once(model_dir: Path) -> None:
             assert all(answer.result().status_code == 200 for answer in answers)
         chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
         assert httpx.post(f"{url}/v1/chat/completions", json=chat).status_code == 200
+        for encoding in ("float", "base64"):
+            text = {"input": "The reader", "encoding_format": encoding}
+            assert httpx.post(f"{url}/v1/embeddings", json=text).status_code == 200
         with httpx.stream(
             "POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60
         ) as stream:
@@ -216,6 +223,59 @@ def test_a_batch_that_does_not_fit_is_one_sentence(dataset_dir: Path, tmp_path: 
     assert done.returncode == 1, done.stderr[-3000:]
     assert "memory" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def little_memory() -> Iterator[torch.device]:
+    """The device, of whose memory torch may take 64 MB more than it has."""
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = torch.cuda.memory_allocated(device) + _LEFT_BYTES
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    yield device
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.empty_cache()
+
+
+@needs_cuda
+def test_a_device_that_is_nearly_full_takes_fewer_texts_or_says_so(
+    little_memory: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = {"begin": 0, "end": 1, "pad": 2}
+    backbone = new_backbone("mini", vocab_size=300, max_length=4096, special_token_ids=ids).eval()
+    free = free_memory_bytes(little_memory)
+    assert free is not None
+    assert free <= _LEFT_BYTES
+    engine = open_engine(backbone.to(little_memory), num_slots=64)
+    assert engine.num_slots < 64
+    assert "memory holds" in caplog.text
+    rest = free_memory_bytes(little_memory) or 0
+    taken = torch.empty(max(0, rest - 2**20), dtype=torch.uint8, device=little_memory)
+    with pytest.raises(MachineError, match=r"a text of 256 tokens needs|GPU's memory is short"):
+        open_engine(backbone, num_slots=64)
+    del taken
+
+
+@needs_cuda
+def test_a_model_that_does_not_fit_is_one_sentence(little_memory: torch.device) -> None:
+    ids = {"begin": 0, "end": 1, "pad": 2}
+    large = new_backbone("base", vocab_size=300, max_length=64, special_token_ids=ids)
+    with pytest.raises(MachineError, match="the GPU's memory is short for the model's weights"):
+        moved(large, little_memory)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NOT RUN: it needs two CUDA devices")
+def test_two_gpus_train_and_validate_together(
+    dataset_dir: Path, tmp_path: Path, run_fst: RunFst
+) -> None:
+    done = run_fst(
+        *("train", "--dataset_dir", dataset_dir, "--experiments_root", tmp_path),
+        *("--model_config", "tiny", "--accelerator", "gpu", "--devices", "2", "--strategy", "ddp"),
+        *("--max_epochs", "-1", "--max_steps", "10", "--val_check_interval", "5"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("step 5: validation loss") == 1
 
 
 def test_the_doctor_knows_the_device(run_fst: RunFst) -> None:

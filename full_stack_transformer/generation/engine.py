@@ -553,7 +553,7 @@ def _guess_from_text(token_ids: Tensor, max_guesses: int) -> list[int]:
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
     """Tokens at the beginning that two sequences share."""
     length = min(len(first), len(second))
-    if first[:length] == list(second[:length]):
+    if list(first[:length]) == list(second[:length]):
         return length
     return next(place for place in range(length) if first[place] != second[place])
 

@@ -139,7 +139,7 @@ async def embed(
     def mean(ids: Sequence[int], states: Tensor) -> Tensor:
         """Of the text's own tokens, where there are any."""
         is_framed = ids[: len(prefix)] == prefix and len(ids) > len(prefix)
-        return states[len(prefix) if is_framed else 0 :].float().mean(dim=0)
+        return states[len(prefix) if is_framed else 0 :].float().mean(dim=0).cpu()
 
     work = worker.hidden_states(
         *(model.name, model.engine, token_ids, deadline), client=client, summarize=mean

@@ -215,6 +215,15 @@ class EpochDataModule(pl.LightningDataModule, ABC):
         """Every validation sample once, or the part of them that the limit leaves."""
         return ValidationLoader(self.valid_plan(*self._rank_and_world_size), self.valid_collator())
 
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """From pinned memory where there is a GPU: from other memory a copy waits for all work before it."""
+        if device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
+
     @property
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,0 +1,127 @@
+"""What runs on a GPU, on a device that is only pretended: nothing is forgotten on the processor."""
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel as Backbone
+
+from full_stack_transformer.arguments.sampling import SamplingParameters
+from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
+from full_stack_transformer.generation.runners.torch import TorchRunner
+from full_stack_transformer.modelling.losses import LossOptions, language_model_loss
+from full_stack_transformer.training import optimization
+from full_stack_transformer.training.optimization import make_optimizer
+from tests.another_device import DEVICE, another_device
+from tests.generation.small_models import SHAPES, small_backbone
+
+_PROMPT = tuple(range(3, 25))
+
+
+def _requests() -> list[TokenRequest]:
+    """Of each way to choose a token, and of what is told of them."""
+    greedy = SamplingParameters(max_new_tokens=8, temperature=0)
+    free = SamplingParameters(max_new_tokens=8, seed=1)
+    cut = SamplingParameters(max_new_tokens=8, top_k=5, top_p=0.9, seed=2)
+    typical = SamplingParameters(max_new_tokens=8, typical_p=0.9, min_p=0.01, seed=3)
+    changed = SamplingParameters(
+        max_new_tokens=8,
+        repetition_penalty=1.3,
+        presence_penalty=0.2,
+        frequency_penalty=0.1,
+        logit_bias={3: 1.0, 5: -2.0},
+        min_new_tokens=4,
+        seed=4,
+    )
+    return [
+        TokenRequest(_PROMPT, greedy),
+        TokenRequest(_PROMPT, free, num_log_probabilities=2),
+        TokenRequest(_PROMPT, cut, num_log_probabilities=0, forbids=lambda ids: ids[-1] % 2 == 0),
+        TokenRequest(_PROMPT, typical, num_prompt_log_probabilities=1),
+        TokenRequest(_PROMPT, changed, stop_ids=frozenset({1})),
+    ]
+
+
+def _answers(
+    backbone: Backbone, requests: Sequence[TokenRequest]
+) -> tuple[dict[int, list[TokenEvent]], list[Tensor]]:
+    """What an engine of three slots makes of the requests, and hidden states of two sequences."""
+    engine = Engine(TorchRunner(backbone, num_slots=3, max_length=64))
+    waiting, events = list(requests), dict[int, list[TokenEvent]]()
+    while waiting or engine.num_running:
+        while waiting and engine.num_free_slots:
+            events[engine.add(waiting.pop(0))] = []
+        for event in engine.step():
+            assert event.problem is None, event.problem
+            events[event.request_id].append(event)
+    return events, engine.hidden_states([[4, 5, 6], [7] * 20])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_another_device_gives_the_same_tokens(shape: str) -> None:
+    backbone = small_backbone(shape)
+    events, states = _answers(backbone, _requests())
+    with another_device():
+        moved = copy.deepcopy(backbone).to(DEVICE)
+        found, found_states = _answers(moved, _requests())
+        assert found == events
+        for here, there in zip(states, found_states, strict=True):
+            assert there.device == DEVICE
+            assert torch.equal(here, there.cpu())
+
+
+def test_a_token_waits_for_the_device_a_few_times_whatever_the_layers() -> None:
+    with another_device() as device:
+        backbone = copy.deepcopy(small_backbone("llama")).to(DEVICE)
+        engine = Engine(TorchRunner(backbone, num_slots=2, max_length=64), guesses=False)
+        for _ in range(2):
+            engine.add(TokenRequest(_PROMPT, SamplingParameters(max_new_tokens=20, temperature=0)))
+        while any(one.is_reading for one in engine._running.values()):
+            engine.step()
+        before = device.num_readings
+        for _ in range(5):
+            assert len(engine.step()) == 2
+        assert device.num_readings - before <= 5 * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [LossOptions(), LossOptions(unlikelihood_alpha=0.5, label_smoothing=0.1, z_loss=1e-3)],
+    ids=["cross entropy", "all terms"],
+)
+def test_another_device_gives_the_same_losses(options: LossOptions) -> None:
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 9, 50), torch.randint(0, 50, (2, 9))
+    labels = ids.clone()
+    labels[1, 5:] = -100
+    documents = torch.tensor([[0] * 4 + [1] * 5] * 2)
+    expected = language_model_loss(logits, labels, ids, options, documents)
+    with another_device():
+        there = [tensor.to(DEVICE) for tensor in (logits, labels, ids, documents)]
+        found = language_model_loss(there[0], there[1], there[2], options, there[3])
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other.cpu())
+
+
+def test_another_device_takes_the_same_steps_of_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimization, "multiplies_bfloat16", lambda device: False)
+    torch.manual_seed(0)
+    here, there = torch.nn.Linear(8, 24), torch.nn.Linear(8, 24)
+    there.load_state_dict(here.state_dict())
+    gradients = [torch.randn(24, 8), torch.randn(24)]
+    _step(here, gradients)
+    with another_device():
+        there.to(DEVICE)
+        _step(there, [gradient.to(DEVICE) for gradient in gradients])
+        for one, other in zip(here.parameters(), there.parameters(), strict=True):
+            assert torch.allclose(one, other.detach().cpu(), atol=1e-6)
+
+
+def _step(module: torch.nn.Module, gradients: Sequence[Tensor]) -> None:
+    optimizer = make_optimizer(module, name="muon", learning_rate=0.01, weight_decay=0.1)
+    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
