@@ -5,13 +5,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docker-test clean
+.PHONY: demo test test-gpu lint docker-test clean
 
 demo: $(VENV)/installed-all
 	$(BIN)/fst demo $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu -s tests/test_gpu.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
