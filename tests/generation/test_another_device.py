@@ -11,9 +11,6 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
 from full_stack_transformer.generation.runners.torch import TorchRunner
-from full_stack_transformer.modelling.losses import LossOptions, language_model_loss
-from full_stack_transformer.training import optimization
-from full_stack_transformer.training.optimization import make_optimizer
 from tests.another_device import DEVICE, another_device
 from tests.generation.small_models import SHAPES, small_backbone
 
@@ -84,44 +81,3 @@ def test_a_token_waits_for_the_device_a_few_times_whatever_the_layers() -> None:
         for _ in range(5):
             assert len(engine.step()) == 2
         assert device.num_readings - before <= 5 * 4
-
-
-@pytest.mark.parametrize(
-    "options",
-    [LossOptions(), LossOptions(unlikelihood_alpha=0.5, label_smoothing=0.1, z_loss=1e-3)],
-    ids=["cross entropy", "all terms"],
-)
-def test_another_device_gives_the_same_losses(options: LossOptions) -> None:
-    torch.manual_seed(0)
-    logits, ids = torch.randn(2, 9, 50), torch.randint(0, 50, (2, 9))
-    labels = ids.clone()
-    labels[1, 5:] = -100
-    documents = torch.tensor([[0] * 4 + [1] * 5] * 2)
-    expected = language_model_loss(logits, labels, ids, options, documents)
-    with another_device():
-        there = [tensor.to(DEVICE) for tensor in (logits, labels, ids, documents)]
-        found = language_model_loss(there[0], there[1], there[2], options, there[3])
-        for one, other in zip(expected, found, strict=True):
-            assert torch.equal(one, other.cpu())
-
-
-def test_another_device_takes_the_same_steps_of_muon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimization, "multiplies_bfloat16", lambda device: False)
-    torch.manual_seed(0)
-    here, there = torch.nn.Linear(8, 24), torch.nn.Linear(8, 24)
-    there.load_state_dict(here.state_dict())
-    gradients = [torch.randn(24, 8), torch.randn(24)]
-    _step(here, gradients)
-    with another_device():
-        there.to(DEVICE)
-        _step(there, [gradient.to(DEVICE) for gradient in gradients])
-        for one, other in zip(here.parameters(), there.parameters(), strict=True):
-            assert torch.allclose(one, other.detach().cpu(), atol=1e-6)
-
-
-def _step(module: torch.nn.Module, gradients: Sequence[Tensor]) -> None:
-    optimizer = make_optimizer(module, name="muon", learning_rate=0.01, weight_decay=0.1)
-    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
-        parameter.grad = gradient
-    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    optimizer.step()
