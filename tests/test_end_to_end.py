@@ -269,5 +269,5 @@ def test_the_demo_says_at_once_that_a_port_is_in_use(run_fst: RunFst, tmp_path: 
         port = other.getsockname()[1]
         done = run_fst("demo", "--root", tmp_path / "demo", "--port", str(port))
     assert done.returncode == 1
-    assert f"port {port} is not available: Address already in use" in done.stderr
+    assert f"127.0.0.1:{port}: Address already in use" in done.stderr
     assert not (tmp_path / "demo").exists()
