@@ -5,7 +5,8 @@ python tests/benchmarks/train_gpu.py --device cpu --short    # tries the script 
 
 Rows of 1,024 random tokens in bf16, compiled, fused AdamW, gradients clipped. Ours is the task, the loader
 and the Lightning loop of `fst train`; nanoGPT's way is its loop and its model without biases. MFU is PaLM's
-count of FLOPs by the fastest matrix product in the same run, not by the data sheet.
+count of FLOPs by the fastest matrix product in the same run; beside it by the peak of the data sheet, where
+the name of the device is known. The batch has as many rows as its memory holds, 16 at most.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by its path
 
-from full_stack_transformer.machine import measure_matmul_peak
+from full_stack_transformer.machine import free_memory_bytes, measure_matmul_peak
 from full_stack_transformer.training.run import _quieten_libraries
 from tests.benchmarks.train_peers import SHAPES, _data_and_task, _Model, _padded_batches
 
@@ -32,12 +33,43 @@ from tests.benchmarks.train_peers import SHAPES, _data_and_task, _Model, _padded
 SHAPES["124M"] = (12, 768, 12, 50304, 16, 1024)
 
 
+# Free bytes -> rows that fit, with nanoGPT's logits in fp32.
+_ROWS = ((50e9, 16), (26e9, 8), (0, 4))
+# Words of a device's name -> dense bf16 TFLOP/s with sums in fp32, by the makers' data sheets; the first one
+# whose words all occur counts.
+_PEAKS = (
+    (("B200",), 2250),
+    (("H200", "NVL"), 835),
+    (("H200",), 989),
+    (("H100", "PCIe"), 756),
+    (("H100", "NVL"), 835),
+    (("H100",), 989),
+    (("A100",), 312),
+    (("A10G",), 70),
+    (("A10",), 125),
+    (("A40",), 150),
+    (("L40S",), 362),
+    (("L40",), 181),
+    (("L4",), 121),
+    (("5090",), 210),
+    (("4090",), 165),
+    (("4080",), 97),
+    (("3090",), 71),
+)
+
+
+def datasheet_teraflops(name: str) -> float | None:
+    """Peak of a device of this name; none if it is not known."""
+    return next((peak for words, peak in _PEAKS if all(word in name for word in words)), None)
+
+
 class Clock:
     """Times the steps after the first ones, which compile."""
 
     def __init__(self, device: torch.device, num_warmup: int, num_steps: int) -> None:
         self._device = device
-        self._num_warmup, self._num_steps = num_warmup, num_steps
+        self._num_warmup = num_warmup
+        self.num_steps = num_warmup + num_steps
         self._step = 0
         self._started = self.seconds = 0.0
 
@@ -46,7 +78,7 @@ class Clock:
         self._step += 1
         if self._step == self._num_warmup:
             self._started = self._now()
-        if self._step == self._num_warmup + self._num_steps:
+        if self._step == self.num_steps:
             self.seconds = self._now() - self._started
             return False
         return True
@@ -62,8 +94,7 @@ class _Timed(pl.Callback):
         self._clock = clock
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if not self._clock.tick():
-            trainer.should_stop = True
+        self._clock.tick()
 
 
 def train_ours(job: dict[str, Any], device: torch.device, clock: Clock) -> None:
@@ -76,6 +107,7 @@ def train_ours(job: dict[str, Any], device: torch.device, clock: Clock) -> None:
             devices=1,
             precision="bf16-mixed",
             max_epochs=1,
+            max_steps=clock.num_steps,
             logger=False,
             limit_val_batches=0,
             gradient_clip_val=1.0,
@@ -118,18 +150,27 @@ def main() -> None:
     device = torch.device(options.device)
     shape, num_steps = ("tiny", 3) if options.short else ("124M", options.num_steps)
     job = {"shape": shape, "is_short": False, "num_documents": 512, "compile": not options.short}
-    layers, width, _, vocabulary, rows, tokens = SHAPES[shape]
+    job["precision"] = "bf16"
+    layers, width, heads, vocabulary, rows, tokens = SHAPES[shape]
+    if not options.short:
+        free = free_memory_bytes(device) or 0
+        rows = next(number for needed, number in _ROWS if free >= needed)
+        SHAPES[shape] = (layers, width, heads, vocabulary, rows, tokens)
     flops = 6 * (layers * 12 * width**2 + vocabulary * width) + 12 * layers * width * tokens
     peak = measure_matmul_peak(device, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result: dict[str, Any] = {"device": name, "torch": version("torch"), "shape": shape}
-    result["peak_tflops"] = round(peak / 1e12, 2)
+    result |= {"rows": rows, "tokens": tokens, "peak_tflops": round(peak / 1e12, 2)}
+    datasheet = datasheet_teraflops(name)
+    result["datasheet_tflops"] = datasheet
     for way, train in (("ours", train_ours), ("nanogpt", train_nanogpt)):
         torch.manual_seed(0)
         clock = Clock(device, num_warmup=5, num_steps=num_steps)
         train(job, device, clock)
         rate = num_steps * rows * tokens / clock.seconds
         result[way] = {"tokens_per_second": round(rate), "mfu": round(rate * flops / peak, 4)}
+        if datasheet is not None:
+            result[way]["mfu_of_datasheet"] = round(rate * flops / datasheet / 1e12, 4)
         if device.type == "cuda":
             result[way]["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             torch.cuda.empty_cache()
