@@ -303,6 +303,25 @@ def free_memory_bytes(device: "torch.device") -> int | None:
     return min((one for one in bounds if one is not None), default=None)
 
 
+def check_free_memory(num_bytes: int, what: str, device: "torch.device") -> None:
+    """Refuse what cannot fit: where memory is lent freely, the system would kill the process in the middle.
+
+    Args:
+        num_bytes: the least that it needs.
+        what: that needs it, for the message.
+        device: where.
+
+    Raises:
+        MachineError: less is free.
+    """
+    free = free_memory_bytes(device)
+    if free is not None and num_bytes > free:
+        raise MachineError(
+            f"memory is short for {what}: at least {num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+            "free some, raise the limit (ulimit -v, the container's) or choose a smaller model"
+        )
+
+
 def total_memory_bytes() -> int | None:
     """Memory that the machine has, or that the control groups allow; None if unknown."""
     bounds = [_memory_of_machine("MemTotal")]

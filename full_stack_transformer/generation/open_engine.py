@@ -20,7 +20,7 @@ from full_stack_transformer.machine import (
     memory_for,
     multiplies_bfloat16,
 )
-from full_stack_transformer.modelling.backbones import context_length, convert
+from full_stack_transformer.modelling.backbones import context_length, convert, num_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,7 @@ def _fitting(
     free_bytes = free_memory_bytes(backbone.device)
     if free_bytes is None:
         return num_slots, max_length
+    free_bytes = max(0, free_bytes - _converted_bytes(backbone, weights_dtype))
     num_tokens = int(free_bytes * _MAX_MEMORY_FRACTION) // token_bytes
     if num_tokens < min(max_length, _MIN_TOKENS):
         raise MachineError(
@@ -175,3 +176,12 @@ def _fitting(
             *(fitting_slots, f"{max_length:,}", num_slots),
         )
     return min(num_slots, fitting_slots), fitting_length
+
+
+def _converted_bytes(backbone: Backbone, weights_dtype: WeightsDtype) -> int:
+    """What the runner's own weights will take beside those of the backbone."""
+    is_kept = why_not_native(backbone) is not None and backbone.dtype == _TORCH_TYPES.get(
+        weights_dtype
+    )
+    size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights_dtype]
+    return 0 if is_kept else size * num_parameters(backbone)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import MODEL_PRESETS
 from full_stack_transformer.errors import ModelError, UsageError
+from full_stack_transformer.machine import check_free_memory
 
 # name -> (layers, hidden size, attention heads). Decoders with rotary positions, RMSNorm, SwiGLU and tied
 # embeddings: at the same number of parameters and tokens they reach a lower loss than GPT-2's shape.
@@ -80,6 +81,7 @@ def backbone_of_config(config: PretrainedConfig, model_class: Any, origin: str) 
 
     Raises:
         ModelError: the architecture has no such head.
+        MachineError: memory is short for its weights.
     """
     expected = getattr(model_class, "config_class", None)
     if expected is not None and not isinstance(config, expected):
@@ -89,9 +91,12 @@ def backbone_of_config(config: PretrainedConfig, model_class: Any, origin: str) 
         )
     try:
         # A custom class has no `from_config`.
-        if hasattr(model_class, "from_config"):
-            return model_class.from_config(config, trust_remote_code=False)
-        return model_class(config)
+        if not hasattr(model_class, "from_config"):
+            return model_class(config)
+        with torch.device("meta"):  # nothing is allocated or drawn there
+            size = num_parameters(model_class.from_config(config, trust_remote_code=False))
+        check_free_memory(4 * size, f"the weights of {origin}", torch.device("cpu"))
+        return model_class.from_config(config, trust_remote_code=False)
     except ValueError as error:
         what = describe(model_class)
         raise ModelError(f"{origin} does not describe {what}: {error}") from error

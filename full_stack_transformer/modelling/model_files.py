@@ -6,6 +6,7 @@ Reads names, JSON and the headers of weights. Never imports torch, so that a mis
 """
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -318,6 +319,22 @@ def _check_weights(directory: Path) -> None:
     raise ModelError(
         f"{directory} has config.json, but no weights that are read here: found {other_weights(directory)}"
     )
+
+
+def num_weights(directory: Path) -> int:
+    """Numbers in the safetensors files of a checked model directory; 0 where there are none."""
+    for name in _READ_WEIGHTS:
+        file = directory / name
+        if file.is_file() and "safetensors" in name:
+            files = _shards(file) if name.endswith(".index.json") else [file]
+            headers = [_header(one) or {} for one in files]
+            return sum(
+                math.prod(entry["shape"])
+                for header in headers
+                for tensor, entry in header.items()
+                if tensor != "__metadata__"
+            )
+    return 0
 
 
 def _shards(index: Path) -> list[Path]:

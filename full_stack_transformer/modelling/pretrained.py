@@ -20,12 +20,13 @@ from transformers import PreTrainedModel as Backbone
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from full_stack_transformer.errors import ModelError
-from full_stack_transformer.machine import memory_for
+from full_stack_transformer.machine import check_free_memory, memory_for
 from full_stack_transformer.modelling.backbones import describe, is_causal, quieten_transformers
 from full_stack_transformer.modelling.model_files import (
     check_config,
     check_generates,
     check_start,
+    num_weights,
     read_config,
 )
 
@@ -104,8 +105,10 @@ def load_backbone(
         )
     if is_causal(model_class):
         check_generates(config.to_dict(), place)
+    what = f"the weights at {model_path}"
+    check_free_memory(num_weights(place) * dtype.itemsize, what, torch.device("cpu"))
     try:
-        with memory_for(f"the weights at {model_path}"):
+        with memory_for(what):
             backbone, loading = model_class.from_pretrained(
                 model_path,
                 dtype=dtype,

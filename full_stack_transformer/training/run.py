@@ -14,12 +14,17 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import ARGUMENTS_FILE_NAME, TrainArguments
 from full_stack_transformer.arguments.typed import command_started
 from full_stack_transformer.errors import MachineError, UsageError
-from full_stack_transformer.machine import is_out_of_memory, multiplies_bfloat16
+from full_stack_transformer.machine import (
+    check_free_memory,
+    is_out_of_memory,
+    multiplies_bfloat16,
+)
 from full_stack_transformer.modelling.acceleration import (
     compile_layers,
     flops_per_token,
@@ -182,6 +187,7 @@ class _Training:
             InterruptedBySignalError: a signal ended it early; a checkpoint was written.
         """
         experiment, checkpoint = self._experiment, self._experiment.checkpoint
+        self._check_memory()
         if is_main_process():
             logger.info(
                 "training %s parameters on %s in %s, %s precision, into %s%s",
@@ -211,6 +217,24 @@ class _Training:
                 datamodule=self._data,
                 ckpt_path=checkpoint.path if checkpoint else None,
                 weights_only=True,
+            )
+
+    def _check_memory(self) -> None:
+        """Refuse a model that cannot be trained whole: a container would kill the process in mid-step.
+
+        Raises:
+            MachineError: gradients and the optimizer's state do not fit, whatever the batches are.
+        """
+        strategy = self._trainer.strategy
+        if isinstance(strategy, SingleDeviceStrategy):
+            trained = [one for one in self._backbone.parameters() if one.requires_grad]
+            num_values = sum(one.numel() for one in trained)
+            is_moved = strategy.root_device.type != "cpu"
+            # fp32: gradients and Muon's momentum, AdamW has two; weights too where they are not yet.
+            check_free_memory(
+                4 * num_values * (3 if is_moved else 2),
+                f"training {num_values:,} parameters",
+                strategy.root_device,
             )
 
     def _should_compile(self) -> bool:

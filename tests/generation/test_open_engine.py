@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.errors import MachineError
@@ -45,6 +46,12 @@ def test_slots_take_memory_when_they_are_written(monkeypatch: pytest.MonkeyPatch
 TOKEN_BYTES = 2 * 2 * 64 * 4
 
 
+def _leave(num_bytes: float, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let so much memory be free beside what the runner's own weights take."""
+    weights = opening._converted_bytes(backbone, "float32")
+    monkeypatch.setattr(opening, "free_memory_bytes", lambda device: num_bytes + weights)
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "slots", "length"),
     [(100_000, 8, 128), (128 * 3 + 1, 3, 128), (128, 1, 128)],
@@ -56,9 +63,7 @@ def test_memory_decides_how_many_texts_there_are(
     slots: int,
     length: int,
 ) -> None:
-    monkeypatch.setattr(
-        opening, "free_memory_bytes", lambda device: (num_tokens + 1) * TOKEN_BYTES / 0.7
-    )
+    _leave((num_tokens + 1) * TOKEN_BYTES / 0.7, small_backbone("llama"), monkeypatch)
     engine = open_engine(small_backbone("llama"), num_slots=8, weights_dtype="float32")
     assert (engine.num_slots, engine.max_length) == (slots, length)
     assert ("memory holds" in caplog.text) == (slots < 8)
@@ -69,12 +74,12 @@ def test_a_long_context_is_cut_where_memory_holds_no_such_text(
 ) -> None:
     ids = {"begin": 0, "end": 1, "pad": 2}
     backbone = new_backbone("tiny", vocab_size=300, max_length=4096, special_token_ids=ids).eval()
-    monkeypatch.setattr(opening, "free_memory_bytes", lambda device: 1001 * TOKEN_BYTES / 0.7)
+    _leave(1001 * TOKEN_BYTES / 0.7, backbone, monkeypatch)
     engine = open_engine(backbone, num_slots=8, weights_dtype="float32")
     assert engine.num_slots == 1
     assert 990 < engine.max_length <= 1001
     assert "not of the model's 4,096" in caplog.text
-    monkeypatch.setattr(opening, "free_memory_bytes", lambda device: 100 * TOKEN_BYTES)
+    _leave(100 * TOKEN_BYTES, backbone, monkeypatch)
     with pytest.raises(MachineError, match="a text of 256 tokens needs"):
         open_engine(backbone, num_slots=8, weights_dtype="float32")
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from full_stack_transformer import machine
 from full_stack_transformer.command_line import run
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.datasets.corpus import DatasetDirectory
@@ -294,6 +295,34 @@ def test_a_full_disk_is_called_so(dataset_dir: Path, tmp_path: Path) -> None:
         pytest.skip(f"a small file system cannot be mounted here: {done.stderr[:200]}")
     assert done.stdout.split() == ["code", "1", "0"]
     assert "last.ckpt failed: the disk is full; nothing was saved" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "model", "message"),
+    [
+        (100_000, [], "for the weights of tiny: at least 1 MB"),
+        (700_000, [], "for training 126,"),
+        (100_000, ["--model_path"], "for the weights at "),
+    ],
+    ids=["weights", "gradients", "pretrained"],
+)
+def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(
+    free_bytes: int,
+    model: list[str],
+    message: str,
+    dataset_dir: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A container's limit would kill the process without a word."""
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda device: free_bytes)
+    words = ["train", "--dataset_dir", str(dataset_dir), "--experiments_root", str(tmp_path / "x")]
+    words += [*model, str(model_dir)] if model else ["--model_config", "tiny"]
+    assert run([*words, "--accelerator", "cpu", "--max_steps", "1", "--max_epochs", "-1"]) == 1
+    assert f"memory is short {message}" in capsys.readouterr().err
+    assert not any((tmp_path / "x").glob("*/*"))
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_one_sentence(
