@@ -33,6 +33,13 @@ def tokenizer(model_dir: Path) -> DocumentTokenizer:
     return open_saved_tokenizer(model_dir)
 
 
+def _processes() -> list[int]:
+    """Those that are tested here, without those of a service that other tests have started."""
+    services = descendants(os.getpid(), "full_stack_transformer serve")
+    others = {one for service in services for one in descendants(service)}
+    return [one for one in descendants(os.getpid(), "grammar_process") if one not in others]
+
+
 @asynccontextmanager
 async def _grammars() -> AsyncIterator[Grammars]:
     grammars = Grammars(max_queue_size=QUEUE)
@@ -41,7 +48,7 @@ async def _grammars() -> AsyncIterator[Grammars]:
     finally:
         grammars.close()
         await asyncio.sleep(0)
-        wait_for(lambda: not descendants(os.getpid(), "grammar_process"))
+        wait_for(lambda: not _processes())
 
 
 def _run(trial: Callable[[Grammars], Any]) -> None:
@@ -73,9 +80,9 @@ def test_an_equal_grammar_finds_its_process_and_texts_begin_anew(
         assert [forbids([digit, digit, stop]), forbids([digit, digit, digit])] == [False, True]
         assert not other([digit, digit])
         grammars.take_back(grammar)
-        before = descendants(os.getpid(), "grammar_process")
+        before = _processes()
         again = await _open(grammars, tokenizer)
-        assert descendants(os.getpid(), "grammar_process") == before
+        assert _processes() == before
         assert again.constraint(frozenset({stop})).forbids([stop])
         grammars.take_back(again)
 
@@ -85,7 +92,7 @@ def test_an_equal_grammar_finds_its_process_and_texts_begin_anew(
 def test_a_child_has_one_socket_and_bounds(tokenizer: DocumentTokenizer) -> None:
     async def trial(grammars: Grammars) -> None:
         await _open(grammars, tokenizer)
-        child = descendants(os.getpid(), "grammar_process")[-1]
+        child = _processes()[-1]
         places = [str(one.readlink()) for one in Path(f"/proc/{child}/fd").iterdir()]
         assert sum(place.startswith("socket:") for place in places) == 1
         assert {place for place in places if not place.startswith("socket:")} == {"/dev/null"}
@@ -109,7 +116,7 @@ def test_a_child_that_dies_says_why_and_the_next_one_lives(
 ) -> None:
     async def trial(grammars: Grammars) -> None:
         grammar = await _open(grammars, tokenizer)
-        os.kill(descendants(os.getpid(), "grammar_process")[-1], number)
+        os.kill(_processes()[-1], number)
         with pytest.raises(error, match=words):
             grammar.constraint(frozenset()).forbids([1])
         grammars.take_back(grammar)
@@ -121,7 +128,7 @@ def test_a_child_that_dies_says_why_and_the_next_one_lives(
 def test_a_vocabulary_whose_process_died_is_started_again(tokenizer: DocumentTokenizer) -> None:
     async def trial(grammars: Grammars) -> None:
         grammar = await _open(grammars, tokenizer)
-        parent, child = descendants(os.getpid(), "grammar_process")
+        parent, child = _processes()
         os.kill(parent, signal.SIGKILL)
         wait_for(lambda: has_ended(child))
         with pytest.raises(ServiceUnavailableError, match="try again"):
@@ -144,7 +151,7 @@ def test_who_is_cancelled_ends_his_process_and_frees_his_place(
         await asyncio.wait(bombs)
         other = Wanted("regex", "[a-z]{3}")
         grammars.take_back(await asyncio.wait_for(_open(grammars, tokenizer, other), 30))
-        wait_for(lambda: len(descendants(os.getpid(), "grammar_process")) == 3)
+        wait_for(lambda: len(_processes()) == 3)
 
     _run(trial)
 
