@@ -214,14 +214,14 @@ def test_muon_moves_matrices_and_adamw_the_rest() -> None:
     together, apart = _small_module(), _small_module()
     one = make_optimizer(together, name="muon", learning_rate=0.01, weight_decay=0.1)
     parameters = dict(apart.named_parameters())
-    muon = torch.optim.Muon([parameters.pop("1.weight")], lr=0.05, weight_decay=0.1)
+    muon = BatchedMuon([parameters.pop("1.weight")], lr=0.05, weight_decay=0.1)
     rest = list(parameters.values())
     adamw = torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     _train(together, one, 3)
     for _ in range(3):
         apart.zero_grad()
         torch.autograd.backward(apart(torch.tensor([[1, 2, 3]])).square().sum())
-        muon.step()  # type: ignore[no-untyped-call]
+        muon.step()
         adamw.step()
     for ours, theirs in zip(together.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)  # of updates of 0.01 to 0.15
