@@ -269,6 +269,7 @@ def test_a_reload_keeps_the_history(tab: Visit, browser: Any, tmp_path: Path) ->
     assert tab.page.locator("#parameter-top_k").input_value() == "7"
 
     tab.page.get_by_role("button", name="New").click()
+    tab.page.wait_for_function("area => area.value === ''", arg=area.element_handle())
     _write(tab, "A second one " + HOSTILE)
     tab.wait_until_saved()
     tab.page.get_by_role("button", name="History").click()
