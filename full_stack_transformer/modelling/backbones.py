@@ -93,9 +93,11 @@ def backbone_of_config(config: PretrainedConfig, model_class: Any, origin: str) 
         # A custom class has no `from_config`.
         if not hasattr(model_class, "from_config"):
             return model_class(config)
-        with torch.device("meta"):  # nothing is allocated or drawn there
-            size = num_parameters(model_class.from_config(config, trust_remote_code=False))
-        check_free_memory(4 * size, f"the weights of {origin}", torch.device("cpu"))
+        device = torch.get_default_device()
+        if device.type != "meta":
+            with torch.device("meta"):  # nothing is allocated or drawn there
+                size = num_parameters(model_class.from_config(config, trust_remote_code=False))
+            check_free_memory(4 * size, f"the weights of {origin}", device)
         return model_class.from_config(config, trust_remote_code=False)
     except ValueError as error:
         what = describe(model_class)

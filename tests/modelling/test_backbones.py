@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from full_stack_transformer.errors import ModelError, UsageError
+from full_stack_transformer import machine
+from full_stack_transformer.errors import MachineError, ModelError, UsageError
 from full_stack_transformer.modelling.backbones import (
     DECODER_PRESETS,
     context_length,
@@ -26,6 +27,18 @@ def test_a_preset_makes_a_model_of_its_vocabulary(name: str) -> None:
     assert backbone.get_input_embeddings().num_embeddings == 500
     assert context_length(backbone.config) == 96
     assert backbone.config.eos_token_id == 1
+
+
+def test_a_model_without_memory_is_made_where_little_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`fst doctor` counts the operations of large presets on the meta device."""
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda device: 1)
+    ids = {"begin": 0, "end": 1, "pad": 2}
+    with torch.device("meta"):
+        assert new_backbone("base", vocab_size=300, max_length=64, special_token_ids=ids)
+    with pytest.raises(MachineError, match="memory is short for the weights of tiny"):
+        new_backbone("tiny", vocab_size=300, max_length=64, special_token_ids=ids)
 
 
 def test_embeddings_are_tied_and_counted_once() -> None:
