@@ -97,9 +97,9 @@ def _device() -> "torch.device":
     """Where training runs by default."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    from full_stack_transformer.modelling.model_directory import resolve_device
+
+    return torch.device(resolve_device("auto").type)
 
 
 def _decisions() -> dict[str, str]:

@@ -18,7 +18,12 @@ from full_stack_transformer.documents.blocks import (
     ReadingOptions,
     decoded,
 )
-from full_stack_transformer.errors import DocumentsError, MissingExtraError, install_command
+from full_stack_transformer.errors import (
+    DocumentsError,
+    InputError,
+    MissingExtraError,
+    install_command,
+)
 
 _MAX_ROWS_AT_ONCE = 256
 # Of the column, decoded; rows of long documents are read one by one.
@@ -70,12 +75,12 @@ class Parquet:
 
     def column_names(self, path: Path) -> list[str]:
         """The columns of a file."""
-        with _opened(path) as file:
+        with opened_parquet(path, DocumentsError) as file:
             return list(file.schema_arrow.names)
 
     def _columns(self, path: Path) -> Iterator[list[str | bytes | None]]:
         field = self._options.text_field
-        with _opened(path) as file:
+        with opened_parquet(path, DocumentsError) as file:
             self._check_column(path, file.schema_arrow)
             num_rows = _rows_at_once(file.metadata, field)
             for batch in file.iter_batches(num_rows, columns=[field]):
@@ -97,7 +102,13 @@ class Parquet:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened_parquet(path: Path, error_class: type[InputError]) -> Iterator[Any]:
+    """The pyarrow ParquetFile at a path.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        InputError: of that class: the file, or what is read from it inside, is no Parquet.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError as error:
@@ -109,7 +120,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
             yield file
     except (OSError, ArrowException) as error:
-        raise DocumentsError(
+        raise error_class(
             f"{path} should be a Parquet file, but cannot be read: {error}"
         ) from error
 

@@ -18,12 +18,11 @@ from typing import Any
 
 from full_stack_transformer.arguments.data import RowFileOptions
 from full_stack_transformer.documents.blocks import ending, open_decompressed
+from full_stack_transformer.documents.parquet import opened_parquet
 from full_stack_transformer.errors import (
     DocumentsError,
-    MissingExtraError,
     RowError,
     UsageError,
-    install_command,
 )
 from full_stack_transformer.rows.fields import PLACE, BadRows, Columns, Row, columns_to_read
 from full_stack_transformer.rows.labelled_words import WORD_ENDINGS, read_labelled_words
@@ -215,23 +214,13 @@ def _nested_spans(path: Path, articles: list[Any]) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{path} needs the package pyarrow, which is not installed; "
-            f"install it with: {install_command('data')}"
-        ) from error
     index = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    found = {name: _as_text(value) for name, value in row.items()}
-                    yield {**found, PLACE: f"{path}, row {index}"}
-                    index += 1
-    except (OSError, ArrowException) as error:
-        raise RowError(f"{path} should be a Parquet file, but cannot be read: {error}") from error
+    with opened_parquet(path, RowError) as file:
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                found = {name: _as_text(value) for name, value in row.items()}
+                yield {**found, PLACE: f"{path}, row {index}"}
+                index += 1
 
 
 def _as_text(value: Any) -> Any:

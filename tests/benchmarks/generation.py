@@ -31,6 +31,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run by its path, this script sees only its own directory
 
+from full_stack_transformer.machine import processor_name  # noqa: E402
 from tests.benchmarks.generation_models import (  # noqa: E402
     SHAPES,
     WEIGHT_BYTES,
@@ -48,7 +49,7 @@ from tests.benchmarks.generation_runs import (  # noqa: E402
     has_packages,
     reading_rate,
 )
-from tests.benchmarks.machine import NUM_CORES, commit, processor  # noqa: E402
+from tests.benchmarks.machine import NUM_CORES, commit  # noqa: E402
 
 _AIM = 1.0
 _NUM_SAME_TOKENS = 16
@@ -263,7 +264,7 @@ def find_ratios(benchmark: Benchmark) -> dict[str, float]:
 def print_machine(benchmark: Benchmark, limits: dict[str, float], load: float) -> None:
     """Machine, versions, commit and limits."""
     versions = ", ".join(f"{name} {number}" for name, number in sorted(benchmark.versions.items()))
-    print(f"machine     {processor()}, {NUM_CORES} cores, load {load:.1f} at the start")
+    print(f"machine     {processor_name()}, {NUM_CORES} cores, load {load:.1f} at the start")
     print(f"versions    Python {platform.python_version()}, {versions}")
     print(f"commit      {commit()}")
     print(

@@ -44,6 +44,7 @@ from full_stack_transformer.datasets.batches import (  # noqa: E402
     Samples,
 )
 from full_stack_transformer.datasets.corpus import Corpus, CorpusWriter  # noqa: E402
+from full_stack_transformer.machine import processor_name  # noqa: E402
 from tests.benchmarks.loader_peers import BATCH_SIZE, PAD_ID, ROW_LENGTH  # noqa: E402
 from tests.datasets.corpora import ManySamples, short_lengths  # noqa: E402
 
@@ -247,7 +248,7 @@ def print_machine(subjects: list[Subject], load: float) -> None:
     for subject in subjects:
         versions.update(subject.first.get("versions", {}))
     described = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    print(f"machine     {_processor()}, {cores} cores, load {load:.1f} at the start")
+    print(f"machine     {processor_name()}, {cores} cores, load {load:.1f} at the start")
     print(f"versions    Python {platform.python_version()}, {described}")
     print(f"commit      {commit}{changed}\n")
 
@@ -273,15 +274,6 @@ def print_table(subjects: list[Subject]) -> None:
                 else ""
             )
         )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _git(*arguments: str) -> str:

@@ -1,7 +1,6 @@
 """What a benchmark ran on, and which state of the code: the head of its report."""
 
 import os
-import platform
 import subprocess
 from pathlib import Path
 
@@ -9,16 +8,6 @@ _HERE = Path(__file__).resolve().parent
 NUM_CORES = (
     len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 )
-
-
-def processor() -> str:
-    """Name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def commit() -> str:

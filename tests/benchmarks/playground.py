@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from full_stack_transformer.machine import processor_name
 from full_stack_transformer.serving.app import playground_files
-from tests.benchmarks.machine import NUM_CORES, commit, processor
+from tests.benchmarks.machine import NUM_CORES, commit
 from tests.logged_process import running_service
 from tests.serving.browser import running_browser, visit
 
@@ -56,7 +57,7 @@ def main() -> int:
     parser.add_argument("--visits", type=int, default=10)
     arguments = parser.parse_args()
     machine = {
-        "processor": processor(),
+        "processor": processor_name(),
         "num_cores": NUM_CORES,
         "python": platform.python_version(),
     }

@@ -30,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run by its path, this script sees only its own directory
 
+from full_stack_transformer.machine import processor_name  # noqa: E402
 from tests.benchmarks.prepare_runs import (  # noqa: E402
     Corpus,
     Runner,
@@ -164,7 +165,7 @@ def print_machine(inputs: Inputs, runner: Runner, load: float) -> None:
     changed = " and uncommitted changes" if _git("status", "--porcelain") else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{name} {version}" for name, version in sorted(runner.versions.items()))
-    print(f"machine     {_processor()}, {cores} cores, load {load:.1f} at the start")
+    print(f"machine     {processor_name()}, {cores} cores, load {load:.1f} at the start")
     print(f"versions    Python {platform.python_version()}, {versions}")
     print(f"commit      {commit}{changed}")
     print(
@@ -197,15 +198,6 @@ def print_table(full: Corpus, all_runs: dict[Subject, Runs], large: Runs | None)
     print(f"backend of ours: {all_runs[OURS].results[0]['backend']}")
     if large is not None:
         print(f"the large corpus holds {large.corpus.unique_mb:,.0f} MB of unique documents")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _git(*arguments: str) -> str:

@@ -25,12 +25,13 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.document_sources.python_sources import Docstring, library_docstrings
 from full_stack_transformer.document_sources.task_rows import TaskRow, sentence_rows, side_of
+from full_stack_transformer.machine import processor_name
 from full_stack_transformer.metrics.regression import spearman
 from full_stack_transformer.modelling.embedding.encoder import SentenceEncoder
 from full_stack_transformer.modelling.embedding.head import POOLING_MODES, Head, PoolingMode
 from full_stack_transformer.modelling.embedding.whitening import fit_whitening
 from full_stack_transformer.tokenization.document_tokenizer import TrainedTokenizer
-from tests.benchmarks.machine import commit, processor
+from tests.benchmarks.machine import commit
 
 MAX_LENGTH = 48
 BATCH_SIZE = 32
@@ -46,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     docstrings = library_docstrings()
     rows = list(sentence_rows(docstrings))
-    print(f"{processor()}, PyTorch {torch.__version__}, commit {commit()}")
+    print(f"{processor_name()}, PyTorch {torch.__version__}, commit {commit()}")
     backbone, tokenizer, texts = new_model(docstrings)
     num_parameters = sum(weight.numel() for weight in backbone.parameters())
     print(f"{num_parameters:,} parameters, {len(texts):,} docstrings to train on")

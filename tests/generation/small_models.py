@@ -62,6 +62,22 @@ def small_backbone(shape: str) -> Backbone:
     return backbone.eval()
 
 
+def varied_backbone(config: transformers.PretrainedConfig) -> Backbone:
+    """A model whose weights, biases and norms all matter for the result."""
+    config.bos_token_id, config.eos_token_id = 0, 1
+    torch.manual_seed(2)
+    backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+            elif "bias" in name:
+                parameter.normal_(std=0.3)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return backbone
+
+
 def make_runner(kind: str, shape: str = "llama", *, num_slots: int = 4) -> Runner:
     """A runner of this kind; skips the test where the machine cannot have it."""
     backbone = small_backbone(shape)

@@ -19,6 +19,7 @@ from full_stack_transformer.generation.runners.native import decoder, library
 from full_stack_transformer.generation.runners.native.decoder import NativeRunner, WeightsDtype
 from full_stack_transformer.generation.runners.torch import SlotWork
 from full_stack_transformer.machine import instruction_sets
+from tests.generation.small_models import varied_backbone
 
 ISAS = tuple(isa for isa in instruction_sets() if isa in library.targets())
 SAME_BITS: tuple[WeightsDtype, ...] = ("float32", "int8")
@@ -62,18 +63,7 @@ def _backbone(kind: str) -> Backbone:
         ),
     }[kind]
     config.max_position_embeddings = CONTEXT
-    config.bos_token_id, config.eos_token_id = 0, 1
-    torch.manual_seed(2)
-    backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-            elif "bias" in name:
-                parameter.normal_(std=0.3)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    return backbone
+    return varied_backbone(config)
 
 
 KINDS = ("grouped", "llama-3", "gpt2")

@@ -36,6 +36,7 @@ from tests.generation.small_models import (
     run_requests,
     small_backbone,
     token_request,
+    varied_backbone,
 )
 
 DTYPES: tuple[WeightsDtype, ...] = ("float32", "bfloat16", "int8")
@@ -115,17 +116,7 @@ LLAMA_3_ROPE = {
 def test_variants_of_the_two_families_are_computed_right(
     config: transformers.PretrainedConfig,
 ) -> None:
-    config.bos_token_id, config.eos_token_id = 0, 1
-    torch.manual_seed(2)
-    backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-            elif "bias" in name:
-                parameter.normal_(std=0.3)
-            else:
-                parameter.uniform_(0.5, 1.5)
+    backbone = varied_backbone(config)
     runner = NativeRunner(backbone, num_slots=2, weights_dtype="float32")
     for prompt in random_prompts(6, vocab_size=77, max_tokens=70):
         assert _distance(_read(runner, 0, prompt), _theirs(backbone, prompt)) < 1e-4
