@@ -43,6 +43,8 @@ _PURPOSES = {
 _PACKAGE = "full_stack_transformer"
 # What is trained: the demo's batches of a vocabulary of its size.
 _VOCABULARY, _ROWS, _TOKENS = 4096, 8, 256
+# What measuring takes at most, beside the libraries: 0.55 GB in fp32.
+_MEASURING_BYTES = 600e6
 # In this order as far as time allows; the demo asks for the first one.
 _MEASURED_CONFIGS = ("mini", "micro", "tiny", "small")
 _BYTES_PER_GIGABYTE = 1e9
@@ -138,12 +140,16 @@ def _has_compiler(device: "torch.device") -> bool:
 
 
 def _speed(seconds: float) -> dict[str, Any]:
-    """Measured on the default device, in about `seconds` after the imports."""
+    """Measured on the default device, in about `seconds` after the imports; or why it was not."""
     import torch
 
     for name in ("modelling.backbones", "training.optimization"):
         importlib.import_module(f"{_PACKAGE}.{name}")
     device = _device()
+    free = machine.free_memory_bytes(torch.device("cpu"))
+    if free is not None and free < _MEASURING_BYTES:
+        why = f"it takes {_MEASURING_BYTES / 1e6:,.0f} MB of memory, {free / 1e6:,.0f} MB are free"
+        return {"not_measured": why}
     deadline = time.perf_counter() + seconds
     types = (torch.float32, torch.bfloat16)
     gigaflops = {
@@ -313,6 +319,9 @@ def _device_words(device: dict[str, Any]) -> str:
 
 
 def _speed_lines(speed: dict[str, Any]) -> Iterator[str]:
+    if "not_measured" in speed:
+        yield f"\nSpeed was not measured: {speed['not_measured']}"
+        return
     yield f"\nSpeed of {speed['device']}, while other work may share it"
     products = ", ".join(f"{name} {value:,}" for name, value in speed["gigaflops"].items())
     rows = [

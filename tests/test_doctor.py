@@ -76,3 +76,14 @@ def test_a_container_is_described_by_what_it_may_use(
     assert report["machine"]["cores"] == 1
     assert report["machine"]["cores_of_the_machine"] == 64
     assert report["speed"] == {}
+
+
+def test_it_measures_nothing_where_memory_is_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the system would kill it in the middle of a page."""
+    monkeypatch.setattr(machine, "_available_bytes", lambda: 90_000_000)
+    assert doctor.main(DoctorArguments(seconds=1)) == 0
+    page = capsys.readouterr().out
+    assert "Speed was not measured: it takes 600 MB of memory, 90 MB are free" in page
+    assert "Extras" in page

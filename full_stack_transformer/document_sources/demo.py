@@ -168,6 +168,8 @@ def _choose(minutes: float) -> Choice:
         raise MissingExtraError(
             f"the demo needs PyTorch, which is not installed; {install_command('all')}"
         )
+    if "not_measured" in report["speed"]:
+        raise MachineError(f"the demo measures first: {report['speed']['not_measured']}")
     rates = {
         name: rate["tokens_per_second"]
         for name, rate in report["speed"]["training_tokens_per_second"].items()
