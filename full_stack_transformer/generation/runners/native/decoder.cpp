@@ -12,7 +12,8 @@
 //   isa_*.h                vectors and their products, by instruction set
 //   lanes.h                arithmetic of 16 numbers, the same bits everywhere
 //   kernels.h              linear layers
-//   model.h                layers, attention, cache of keys and values
+//   attention.h            the keys and values of slots, and who looks at them
+//   model.h                layers
 //   this file              what Python calls
 
 #include <algorithm>
