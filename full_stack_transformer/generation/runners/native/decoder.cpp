@@ -41,7 +41,7 @@ void decoder_set_linear(Decoder* decoder, int layer, int name, const float* weig
                         int num_outputs, int num_inputs) {
   Linear& linear = layer < 0 ? decoder->head_ : decoder->layers_[layer].linears[name];
   const bool is_pair = layer >= 0 && name == kMlpIn && decoder->shape_.is_gated;
-  pack(linear, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair);
+  pack(linear, decoder->pages_, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair);
 }
 
 // layer -1 is the last norm.

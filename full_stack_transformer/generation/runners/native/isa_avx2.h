@@ -14,7 +14,7 @@ typedef int32_t IntVector __attribute__((vector_size(32)));
 // 16 registers: 6 tokens by 1 panel of two vectors fill 12; two vectors become four where weights are unpacked.
 constexpr int max_tokens_of_tile(int words_of_group) { return words_of_group == 1 ? 6 : 4; }
 constexpr int panels_of_tile(int num_tokens, int words_of_group) {
-  return num_tokens * words_of_group == 1 ? 4 : num_tokens * words_of_group == 2 ? 2 : 1;
+  return num_tokens * words_of_group <= 2 ? 2 : 1;
 }
 
 inline Vector broadcast(float value) { return (Vector)_mm256_set1_ps(value); }

@@ -11,11 +11,9 @@ namespace {
 typedef float Vector __attribute__((vector_size(64)));
 typedef int32_t IntVector __attribute__((vector_size(64)));
 
-// 32 registers: 12 tokens by 2 panels fill 24. Few tokens need many panels, to have enough sums under way.
+// 32 registers: 12 tokens by 2 panels fill 24. One token needs more panels, to have enough sums under way.
 constexpr int max_tokens_of_tile(int) { return 12; }
-constexpr int panels_of_tile(int num_tokens, int words_of_group) {
-  return num_tokens <= 2 && words_of_group == 1 ? 8 : num_tokens <= 5 ? 4 : 2;
-}
+constexpr int panels_of_tile(int num_tokens, int) { return num_tokens == 1 ? 4 : 2; }
 
 inline Vector broadcast(float value) { return (Vector)_mm512_set1_ps(value); }
 inline IntVector broadcast(int32_t value) { return (IntVector)_mm512_set1_epi32(value); }

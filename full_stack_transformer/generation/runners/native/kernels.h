@@ -76,7 +76,7 @@ inline Sums<Type> add_products(Sums<Type> sums, Weights weights, const int32_t* 
 // are stored with kInt8Offset added.
 struct Linear {
   int num_outputs = 0, num_panels = 0, num_groups = 0;
-  Buffer<uint8_t> panels;
+  uint8_t* panels = nullptr;
   Buffer<float> scales, bias;  // (panels * 16)
 };
 
@@ -99,14 +99,14 @@ inline void pack_group(WeightsType type, const float* values, float scale, uint8
 }
 
 // `is_pair`: outputs n and n + N / 2 share a pair of panels (gate and up of an MLP).
-void pack(Linear& linear, WeightsType type, const float* weights, const float* bias, int num_outputs,
-          int num_inputs, bool is_pair) {
+void pack(Linear& linear, HugePages& pages, WeightsType type, const float* weights, const float* bias,
+          int num_outputs, int num_inputs, bool is_pair) {
   const int per_group = values_of_group(type), num_groups = num_inputs / per_group;
   const int num_panels = (num_outputs + 2 * kLanes - 1) / (2 * kLanes) * 2;
   linear.num_outputs = num_outputs;
   linear.num_panels = num_panels;
   linear.num_groups = num_groups;
-  uint8_t* out = linear.panels.reserve(static_cast<size_t>(num_panels) * num_groups * 64);
+  uint8_t* out = linear.panels = pages.take(static_cast<size_t>(num_panels) * num_groups * 64);
   float* scales = linear.scales.reserve(num_panels * kLanes);
   float* biases = linear.bias.reserve(num_panels * kLanes);
   const Buffer<float> zeros(num_inputs);
@@ -211,7 +211,7 @@ inline void accumulate(const Tile& tile, int first_token, int first_panel, Sums<
   constexpr int kWords = words_of_group(Type);
   const int num_groups = tile.linear->num_groups;
   const size_t panel_bytes = static_cast<size_t>(num_groups) * 64, row = static_cast<size_t>(num_groups) * kWords;
-  const uint8_t* weights = tile.linear->panels.get() + first_panel * panel_bytes;
+  const uint8_t* weights = tile.linear->panels + first_panel * panel_bytes;
   const int32_t* words = tile.inputs.words + first_token * row;
   using Weights = decltype(unpacked<Type>(IntVector{}));
   // Every loop over `sums` is unrolled, else the compiler keeps them in memory instead of registers.
@@ -234,8 +234,8 @@ inline void accumulate(const Tile& tile, int first_token, int first_panel, Sums<
       for (int part = 0; part < kParts; ++part) {
         loaded[panel][part] = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)));
       }
-      // The next tile's, else memory rests while there are many tokens to multiply.
-      __builtin_prefetch(place + Panels * panel_bytes, 0, 2);
+      // The next tile's, else memory rests while there are many tokens to multiply. With one it never rests.
+      if constexpr (Tokens > 1 || Panels < 4) __builtin_prefetch(place + Panels * panel_bytes, 0, 2);
     }
 #pragma GCC unroll 12
     for (int token = 0; token < Tokens; ++token) {

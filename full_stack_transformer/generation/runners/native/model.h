@@ -48,6 +48,7 @@ class Decoder {
 
   DecoderShape shape_;
   WeightsType type_;
+  HugePages pages_;  // of weights
   std::vector<Layer> layers_;
   Linear head_;
   Norm last_norm_;
