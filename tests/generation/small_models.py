@@ -43,8 +43,8 @@ def small_backbone(shape: str) -> Backbone:
         )
         backbone = transformers.GPT2LMHeadModel(config)
     else:
-        assert shape == "gpt_neox"
-        config = transformers.GPTNeoXConfig(
+        assert shape == "cohere"  # which the C++ decoder does not know
+        config = transformers.CohereConfig(
             **ids,
             vocab_size=VOCABULARY,
             max_position_embeddings=CONTEXT,
@@ -52,8 +52,9 @@ def small_backbone(shape: str) -> Backbone:
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
+            logit_scale=1.0,
         )
-        backbone = transformers.GPTNeoXForCausalLM(config)
+        backbone = transformers.CohereForCausalLM(config)
     # Fresh weights predict all tokens about alike, or the last one again.
     with torch.no_grad():
         for parameter in backbone.parameters():

@@ -96,7 +96,7 @@ def _run_in_company(engine: Engine, requests: Sequence[TokenRequest]) -> list[li
     [
         ("torch", "llama"),
         ("torch", "gpt2"),
-        ("torch", "gpt_neox"),
+        ("torch", "cohere"),
         ("float32", "llama"),
         ("float32", "gpt2"),
     ],
@@ -454,13 +454,13 @@ def test_a_prompt_is_scored_without_a_new_token(new_runner: MakeRunner) -> None:
         assert [one.token_id for one in event.scored_prompt] == prompt[1:]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, "gpt_neox"])
+@pytest.mark.parametrize("shape", [*SHAPES, "cohere"])
 @pytest.mark.parametrize("kind", ["torch", "float32"])
 def test_hidden_states_are_those_after_the_last_norm(
     kind: str, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (kind, shape) == ("float32", "gpt_neox"):
-        pytest.skip("the C++ decoder does not know gpt_neox")
+    if (kind, shape) == ("float32", "cohere"):
+        pytest.skip("the C++ decoder does not know cohere")
     monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 20)
     engine = Engine(make_runner(kind, shape, num_slots=3))
     prompts = random_prompts(7)

@@ -52,13 +52,16 @@ int main(int, char** arguments) {
     } else if (name == 'n') {
       const int layer = tape.number(), which = tape.number();
       const auto *weight = tape.array<float>(), *bias = tape.array<float>();
-      decoder_set_norm(decoder, layer, which, weight, bias);
+      decoder_set_norm(decoder, layer, which, weight, bias, tape.number());
+    } else if (name == 'y') {
+      const int layer = tape.number(), window = tape.number();
+      decoder_set_layer(decoder, layer, window, tape.number());
     } else if (name == 'e') {
       const auto *tokens = tape.array<float>(), *positions = tape.array<float>();
       decoder_set_embeddings(decoder, tokens, positions);
     } else if (name == 'r') {
       const auto *frequencies = tape.array<float>(), *scaling = tape.array<float>();
-      decoder_set_rotary(decoder, frequencies, *scaling);
+      decoder_add_rotary(decoder, frequencies, tape.number(), *scaling);
     } else if (name == 'f') {
       const int num_tokens = tape.number();
       const auto *ids = tape.array<int32_t>(), *slots = tape.array<int32_t>(), *positions = tape.array<int32_t>();

@@ -61,12 +61,25 @@ def _backbone(kind: str) -> Backbone:
         "gpt2": transformers.GPT2Config(
             vocab_size=77, n_positions=CONTEXT, n_embd=96, n_inner=112, n_layer=2, n_head=2
         ),
+        # Windows, caps, norms after, gates of GELU by tanh.
+        "gemma2": transformers.Gemma2Config(
+            **sizes,
+            vocab_size=77,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=48,
+            sliding_window=21,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+        ),
+        # Parallel layers, a part of each head turned, GELU by erf.
+        "gpt_neox": transformers.GPTNeoXConfig(**sizes, vocab_size=77, num_attention_heads=3),
     }[kind]
     config.max_position_embeddings = CONTEXT
     return varied_backbone(config)
 
 
-KINDS = ("grouped", "llama-3", "gpt2")
+KINDS = ("grouped", "llama-3", "gpt2", "gemma2", "gpt_neox")
 
 
 def _logits(backbone: Backbone, isa: str, dtype: WeightsDtype) -> Tensor:
@@ -168,18 +181,22 @@ class _Tape:
     ) -> None:
         self._write("l", layer, name, (weights, rows * columns), (bias, rows), rows, columns)
 
-    def decoder_set_norm(self, _: int, layer: int, name: int, weight: Any, bias: Any) -> None:
-        size = self._shape.hidden_size
-        self._write("n", layer, name, (weight, size), (bias, size))
+    def decoder_set_norm(
+        self, _: int, layer: int, name: int, weight: Any, bias: Any, size: int
+    ) -> None:
+        self._write("n", layer, name, (weight, size), (bias, size), size)
+
+    def decoder_set_layer(self, _: int, layer: int, window: int, rotary: int) -> None:
+        self._write("y", layer, window, rotary)
 
     def decoder_set_embeddings(self, _: int, tokens: Any, positions: Any) -> None:
         size = self._shape.hidden_size
         lengths = self._shape.vocab_size * size, self._shape.max_length * size
         self._write("e", (tokens, lengths[0]), (positions, lengths[1]))
 
-    def decoder_set_rotary(self, _: int, frequencies: Any, scaling: float) -> None:
+    def decoder_add_rotary(self, _: int, frequencies: Any, half: int, scaling: float) -> None:
         scaling_pointer = ctypes.pointer(ctypes.c_float(scaling))
-        self._write("r", (frequencies, self._shape.head_size // 2), (scaling_pointer, 1))
+        self._write("r", (frequencies, half), (scaling_pointer, 1), half)
 
     def decoder_forward(
         self,
@@ -211,7 +228,7 @@ def arm_replay(
 
 
 @pytest.mark.parametrize("dtype", SAME_BITS)
-@pytest.mark.parametrize("kind", ["grouped", "gpt2"])
+@pytest.mark.parametrize("kind", ["grouped", "gpt2", "gemma2", "gpt_neox"])
 def test_logits_of_an_arm_processor_have_the_same_bits(
     kind: str,
     dtype: WeightsDtype,

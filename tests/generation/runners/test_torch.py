@@ -52,8 +52,7 @@ def _backbone(model_type: str, fields: dict[str, Any]) -> Backbone:
 def test_pieces_in_slots_give_what_the_whole_gives(model_type: str) -> None:
     """Also beyond the window of layers that look only at the last tokens."""
     backbone = _backbone(model_type, {**SIZES, **ARCHITECTURES[model_type]})
-    runner = open_runner(backbone, num_slots=3, weights_dtype="float32", max_length=64)
-    assert isinstance(runner, TorchRunner)
+    runner = TorchRunner(backbone, num_slots=3, max_length=64)
     ids = torch.randint(3, 120, (30,)).tolist()
     with torch.inference_mode():
         expected = backbone(torch.tensor([ids]), use_cache=False).logits[0]
@@ -141,7 +140,7 @@ def test_control_tokens_that_were_never_trained_do_not_make_a_model_suspicious(
     weights_dtype: WeightsDtype,
 ) -> None:
     """SmolLM2's differ by 25 % in bfloat16, read in pieces or at once."""
-    backbone = _backbone("qwen2", SIZES)
+    backbone = _backbone("cohere", SIZES)
     with torch.no_grad():
         backbone.get_input_embeddings().weight[:17] *= 1e4
         for layer in backbone.model.layers:
@@ -150,7 +149,7 @@ def test_control_tokens_that_were_never_trained_do_not_make_a_model_suspicious(
 
 
 def test_a_lack_of_memory_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = _backbone("qwen2", SIZES)
+    backbone = _backbone("cohere", SIZES)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")

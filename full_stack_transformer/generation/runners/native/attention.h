@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 #include "memory_and_threads.h"
@@ -18,13 +19,13 @@ constexpr WeightsType kBFloat16Weights = kHasBFloat16Products ? kBFloat16Pairs :
 
 struct AttentionShape {
   int num_layers, num_heads, num_key_value_heads, head_size, max_length, num_slots;
-  float scale;
+  float scale, cap;  // scores are kept below `cap`, 0 for none
   WeightsType type;  // of the model's weights
 };
 
 class Attention {
  public:
-  explicit Attention(const AttentionShape& shape) : shape_(shape) {
+  explicit Attention(const AttentionShape& shape) : shape_(shape), windows_(shape.num_layers) {
     const int num_blocks = (shape.max_length + kLanes - 1) / kLanes;
     head_values_ = static_cast<size_t>(num_blocks) * kLanes * shape.head_size;
     const size_t num_values =
@@ -32,6 +33,9 @@ class Attention {
     keys_.reserve(num_values * cache_bytes());
     values_.reserve(num_values * cache_bytes());
   }
+
+  // A token of this layer sees itself and the `window` - 1 before it; all of them where it is 0.
+  void set_window(int layer, int window) { windows_[layer] = window; }
 
   // Stores the keys and values (heads, D) of one token.
   void remember(int layer, int slot, int position, const float* key, const float* value) {
@@ -77,6 +81,10 @@ class Attention {
     return number * head_values_ * cache_bytes();
   }
 
+  const uint8_t* block_of(const ZeroPages& cache, int layer, int slot, int head, int block) const {
+    return cache.get() + offset(layer, slot, head) + block * kLanes * shape_.head_size * cache_bytes();
+  }
+
   // Keys: [16 positions][group of D][position][group]; values: [group of positions][D][group]. Neighbours
   // are written by other threads at the same time, so nothing but one's own numbers is touched.
   template <WeightsType Type>
@@ -102,7 +110,10 @@ class Attention {
 
   template <WeightsType Type>
   void look(int layer, int slot, int position, int head, const float* query, float* out) const {
-    const int size = shape_.head_size, length = position + 1;
+    // Positions are counted from the block that holds the first one to be seen.
+    const int size = shape_.head_size, window = windows_[layer];
+    const int first = window ? std::max(0, position + 1 - window) : 0, first_block = first / kLanes;
+    const int num_skipped = first % kLanes, length = position + 1 - first_block * kLanes;
     const int kv_head = head / (shape_.num_heads / shape_.num_key_value_heads);
     const int num_blocks = (length + kLanes - 1) / kLanes;
     thread_local Buffer<float> score_buffer;
@@ -114,16 +125,17 @@ class Attention {
       round_to_bfloat16_pairs(query, size, pairs);
       words = pairs;
     }
-    const uint8_t* keys = keys_.get() + offset(layer, slot, kv_head);
+    const uint8_t* keys = block_of(keys_, layer, slot, kv_head, first_block);
     int block = 0;
     for (; block + 4 <= num_blocks; block += 4) score<Type, 4>(keys, words, block, scores);
     for (; block < num_blocks; ++block) score<Type, 1>(keys, words, block, scores);
-    const float inverse = soften(scores, length, num_blocks);
+    if (shape_.cap > 0) cap(scores, num_blocks);
+    const float inverse = soften(scores, num_skipped, length, num_blocks);
     // In place: a number is read before half as many bytes are written.
     if constexpr (Type == kBFloat16Pairs) {
       round_to_bfloat16_pairs(scores, num_blocks * kLanes, reinterpret_cast<int32_t*>(scores));
     }
-    const uint8_t* values = values_.get() + offset(layer, slot, kv_head);
+    const uint8_t* values = block_of(values_, layer, slot, kv_head, first_block);
     auto* weights = reinterpret_cast<const int32_t*>(scores);
     for (int d = 0; d < size; d += 4 * kLanes) {
       switch (std::min(4, (size - d) / kLanes)) {
@@ -166,8 +178,17 @@ class Attention {
     }
   }
 
-  // Scores -> exponentials relative to the largest, 0 after `length`; returns 1 / their sum.
-  static float soften(float* scores, int length, int num_blocks) {
+  // Gemma Team 2024 (Gemma 2), 2: cap * tanh(score / cap).
+  void cap(float* scores, int num_blocks) const {
+    for (int block = 0; block < num_blocks; ++block) {
+      store(scores + block * kLanes, capped(load(scores + block * kLanes), shape_.cap));
+    }
+  }
+
+  // Scores -> exponentials relative to the largest, 0 for those to be skipped and after `length`; returns 1 /
+  // their sum.
+  static float soften(float* scores, int num_skipped, int length, int num_blocks) {
+    if (num_skipped) store(scores, last_lanes(load(scores), num_skipped, -INFINITY));
     // What a slot held before stands behind the last position.
     float* last = scores + (num_blocks - 1) * kLanes;
     const int num_last = length - (num_blocks - 1) * kLanes;
@@ -177,6 +198,7 @@ class Attention {
     const Floats top = all(largest_of(largest));
     for (int block = 0; block < num_blocks; ++block) {
       Floats weights = exp_of(load(scores + block * kLanes) - top);
+      if (block == 0 && num_skipped) weights = last_lanes(weights, num_skipped, 0);
       if (block == num_blocks - 1) weights = first_lanes(weights, num_last, 0);
       store(scores + block * kLanes, weights);
       sum = sum + weights;
@@ -210,6 +232,7 @@ class Attention {
   }
 
   AttentionShape shape_;
+  std::vector<int> windows_;  // of layers
   size_t head_values_ = 0;  // numbers of one head of one slot of one layer
   ZeroPages keys_, values_;
 };

@@ -44,10 +44,17 @@ void decoder_set_linear(Decoder* decoder, int layer, int name, const float* weig
   pack(linear, decoder->pages_, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair);
 }
 
-// layer -1 is the last norm.
-void decoder_set_norm(Decoder* decoder, int layer, int name, const float* weight, const float* bias) {
+// layer -1 is the last norm. `size`: how many numbers are normalized together.
+void decoder_set_norm(Decoder* decoder, int layer, int name, const float* weight, const float* bias, int size) {
   Norm& norm = layer < 0 ? decoder->last_norm_ : decoder->layers_[layer].norms[name];
-  set_norm(norm, weight, bias, decoder->shape_.hidden_size);
+  set_norm(norm, weight, bias, size);
+}
+
+// window: tokens that one sees, 0 for all. rotary: which one of decoder_add_rotary turns queries and keys, -1
+// for none.
+void decoder_set_layer(Decoder* decoder, int layer, int window, int rotary) {
+  decoder->set_window(layer, window);
+  decoder->layers_[layer].rotary = rotary;
 }
 
 void decoder_set_embeddings(Decoder* decoder, const float* tokens, const float* positions) {
@@ -67,12 +74,13 @@ void decoder_set_embeddings(Decoder* decoder, const float* tokens, const float* 
   }
 }
 
-// Frequencies (head_size / 2) in radians per position; cosines and sines are multiplied by `scaling`.
-void decoder_set_rotary(Decoder* decoder, const float* frequencies, float scaling) {
-  const int half = decoder->shape_.head_size / 2;
+// Frequencies (half) in radians per position; cosines and sines are multiplied by `scaling`.
+void decoder_add_rotary(Decoder* decoder, const float* frequencies, int half, float scaling) {
+  Rotary& rotary = decoder->rotaries_.emplace_back();
+  rotary.half = half;
   const size_t size = static_cast<size_t>(decoder->shape_.max_length) * half;
-  float* cosines = decoder->cosines_.reserve(size);
-  float* sines = decoder->sines_.reserve(size);
+  float* cosines = rotary.cosines.reserve(size);
+  float* sines = rotary.sines.reserve(size);
   for (size_t number = 0; number < size; ++number) {
     const float angle = static_cast<float>(number / half) * frequencies[number % half];
     cosines[number] = cosine(angle, 0) * scaling;

@@ -1,6 +1,6 @@
 """A backbone of transformers, packed for the C++ decoder: the fast runner on processors.
 
-Decoders of the Llama and GPT-2 families. The numbers of a token do not depend on what is computed beside
+Which models: families.py. The numbers of a token do not depend on what is computed beside
 it, on how its prompt was cut, on its slot or on the number of threads, bit for bit, and with fp32 and int8
 weights nor on the processor; see decoder.cpp.
 """
@@ -17,7 +17,9 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import MachineError, ModelError
 from full_stack_transformer.generation.runners.native.families import (
+    NORMS,
     Linear,
+    Norm,
     Parts,
     parts_of,
     shape_of,
@@ -37,7 +39,6 @@ WeightsDtype = Literal["float32", "bfloat16", "int8"]
 _NUM_THREADS = torch.get_num_threads()
 _WEIGHTS_TYPES: dict[WeightsDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _ATTENTION_IN, _ATTENTION_OUT, _MLP_IN, _MLP_OUT = range(4)
-_ATTENTION_NORM, _MLP_NORM = range(2)
 _LAST = -1  # the layer that head and last norm are said to belong to
 
 
@@ -45,7 +46,7 @@ def why_not_native(backbone: Backbone) -> str | None:
     """Why this backbone cannot run here in the C++ decoder; none if it can."""
     if next(backbone.parameters()).device.type != "cpu":
         return "the model is not on the processor"
-    return why_not_family(backbone.config) or why_not()
+    return why_not_family(backbone) or why_not()
 
 
 class NativeRunner:
@@ -90,7 +91,7 @@ class NativeRunner:
         self.isa = self._library.isa
         self.name = f"C++ ({self.isa}), {weights_dtype} weights, {self.num_threads} threads"
         shape = DecoderShape(
-            **shape_of(config),
+            **shape_of(backbone),
             vocab_size=self.vocab_size,
             max_length=self.max_length,
             num_slots=num_slots,
@@ -160,16 +161,19 @@ class NativeRunner:
         self._set_embeddings(
             parts.token_embeddings, positions[: self.max_length] if positions is not None else None
         )
-        if parts.rotary is not None:
-            frequencies, scaling = parts.rotary
-            self._library.decoder_set_rotary(self._decoder, _values(frequencies), scaling)
+        for rotary in parts.rotaries:
+            frequencies = rotary.frequencies
+            self._library.decoder_add_rotary(
+                self._decoder, _values(frequencies), len(frequencies), rotary.scaling
+            )
         for number, layer in enumerate(parts.layers):
+            self._library.decoder_set_layer(self._decoder, number, layer.window, layer.rotary)
             self._set_linear(number, _ATTENTION_IN, layer.attention_in)
             self._set_linear(number, _ATTENTION_OUT, layer.attention_out)
             self._set_linear(number, _MLP_IN, layer.mlp_in)
             self._set_linear(number, _MLP_OUT, layer.mlp_out)
-            self._set_norm(number, _ATTENTION_NORM, layer.attention_norm)
-            self._set_norm(number, _MLP_NORM, layer.mlp_norm)
+            for name, norm in layer.norms.items():
+                self._set_norm(number, NORMS.index(name), norm)
         self._set_norm(_LAST, 0, parts.last_norm)
         self._set_linear(_LAST, 0, parts.head)
 
@@ -179,11 +183,11 @@ class NativeRunner:
             self._decoder, layer, name, _values(weights), _values(bias), *weights.shape
         )
 
-    def _set_norm(self, layer: int, name: int, norm: Any) -> None:
-        weight = norm.weight.float().contiguous()
-        bias = getattr(norm, "bias", None)
-        bias = bias.float().contiguous() if bias is not None else None
-        self._library.decoder_set_norm(self._decoder, layer, name, _values(weight), _values(bias))
+    def _set_norm(self, layer: int, name: int, norm: Norm) -> None:
+        weight, bias = norm.weight(), norm.bias()
+        self._library.decoder_set_norm(
+            self._decoder, layer, name, _values(weight), _values(bias), len(weight)
+        )
 
     def _set_embeddings(self, tokens: Tensor, positions: Tensor | None) -> None:
         tokens = tokens.float().contiguous()

@@ -160,8 +160,18 @@ inline void quantize(const float* in, int num_values, int32_t* words, float& sca
 
 // ---------------------------------------------------------------- products
 
-// What happens to the 16 sums of a panel; a pair of panels is handed over together.
-enum class Ending { kStore, kAdd, kGelu, kGated };
+// What happens to the 16 sums of a panel; a pair of panels is handed over together. kGated: the first one,
+// activated, times the second one.
+enum class Ending { kStore, kAdd, kActivated, kGated, kCapped };
+enum class Activation : int32_t { kSilu = 0, kGelu, kGeluByTanh };
+
+__attribute__((noinline)) Floats activated(Activation activation, Floats values) {
+  switch (activation) {
+    case Activation::kSilu: return silu_of(values);
+    case Activation::kGelu: return gelu_of(values);
+    default: return gelu_by_tanh_of(values);
+  }
+}
 
 struct Tile {
   const Linear* linear;
@@ -169,6 +179,8 @@ struct Tile {
   float* outputs;  // (T, stride)
   int stride;
   Ending ending;
+  Activation activation;
+  float cap;
 };
 
 template <WeightsType Type>
@@ -191,7 +203,8 @@ inline void put(const Tile& tile, Floats values, int token, int panel) {
   const int left = tile.linear->num_outputs - panel * kLanes;
   if (left <= 0) return;
   float* place = tile.outputs + static_cast<size_t>(token) * tile.stride + panel * kLanes;
-  if (tile.ending == Ending::kGelu) values = gelu_of(values);
+  if (tile.ending == Ending::kActivated) values = activated(tile.activation, values);
+  if (tile.ending == Ending::kCapped) values = capped(values, tile.cap);
   if (left >= kLanes) {
     if (tile.ending == Ending::kAdd) values = load(place) + values;
     store(place, values);
@@ -277,7 +290,7 @@ inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
       const Floats second = finish<Type>(tile, results[token][panel + 1], at_token, at_panel + 1);
       if (tile.ending == Ending::kGated) {
         store(tile.outputs + static_cast<size_t>(at_token) * tile.stride + at_panel / 2 * kLanes,
-              first * sigmoid_of(first) * second);
+              activated(tile.activation, first) * second);
       } else {
         put(tile, first, at_token, at_panel);
         put(tile, second, at_token, at_panel + 1);

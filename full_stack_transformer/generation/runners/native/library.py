@@ -60,11 +60,16 @@ class DecoderShape(ctypes.Structure):
             for name in (
                 *("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "head_size"),
                 *("intermediate_size", "vocab_size", "max_length", "num_slots", "weights_type"),
-                *("num_threads", "is_gated", "centers_in_norm", "has_rotary"),
+                *("num_threads", "activation", "is_gated", "is_parallel", "centers_in_norm"),
             )
         ),
-        ("norm_epsilon", c_float),
-        ("attention_scale", c_float),
+        *(
+            (name, c_float)
+            for name in (
+                *("norm_epsilon", "attention_scale", "embedding_scale", "attention_cap"),
+                "logit_cap",
+            )
+        ),
     ]
 
 
@@ -146,9 +151,10 @@ def _open(path: Path, isa: str) -> Library:
         "decoder_new": ([POINTER(DecoderShape)], c_void_p),
         "decoder_delete": ([c_void_p], None),
         "decoder_set_linear": ([c_void_p, c_int, c_int, values, values, c_int, c_int], None),
-        "decoder_set_norm": ([c_void_p, c_int, c_int, values, values], None),
+        "decoder_set_norm": ([c_void_p, c_int, c_int, values, values, c_int], None),
+        "decoder_set_layer": ([c_void_p, c_int, c_int, c_int], None),
         "decoder_set_embeddings": ([c_void_p, values, values], None),
-        "decoder_set_rotary": ([c_void_p, values, c_float], None),
+        "decoder_add_rotary": ([c_void_p, values, c_int, c_float], None),
         "decoder_forward": ([c_void_p, c_int, ids, ids, ids, c_int, ids, values], None),
         "decoder_hidden_states": ([c_void_p, values], None),
         "decoder_copy_slot": ([c_void_p, c_int, c_int, c_int], None),

@@ -1,4 +1,7 @@
-// The layers of GPT-2 and Llama over the kernels: what is normalized, projected, attended to and added.
+// The layers of a decoder over the kernels: what is normalized, projected, attended to and added.
+//
+// Families of models differ in numbers, in the norms that there are, and in what is added when; families.py
+// says which family has what.
 //
 // `Decoder::forward` reads tokens behind those of their slots.
 
@@ -21,23 +24,36 @@ constexpr int kPairsOfPiece = 4;
 struct DecoderShape {
   int32_t num_layers, hidden_size, num_heads, num_key_value_heads, head_size, intermediate_size;
   int32_t vocab_size, max_length, num_slots, weights_type, num_threads;
-  int32_t is_gated;         // silu(gate) * up, else GELU by tanh
+  int32_t activation;       // of MLPs
+  int32_t is_gated;         // activation(gate) * up, else activation(inner)
+  int32_t is_parallel;      // an MLP reads what its layer's attention has read, not what that has written
   int32_t centers_in_norm;  // LayerNorm, else RMSNorm
-  int32_t has_rotary;
-  float norm_epsilon, attention_scale;
+  float norm_epsilon, attention_scale, embedding_scale;
+  float attention_cap, logit_cap;  // 0 for none
 };
 
 enum LinearName : int32_t { kAttentionIn = 0, kAttentionOut, kMlpIn, kMlpOut, kNumLinears };
-enum NormName : int32_t { kAttentionNorm = 0, kMlpNorm, kNumNorms };
+// Before attention and MLP, after them, and of queries and keys.
+enum NormName : int32_t {
+  kAttentionNorm = 0, kMlpNorm, kAttentionOutNorm, kMlpOutNorm, kQueryNorm, kKeyNorm, kNumNorms
+};
 
 struct Norm {
+  int size = 0;  // numbers that are normalized together; 0 where there is no norm
   Buffer<float> weight, bias;
   bool has_bias = false;
+};
+
+// Cosines and sines (max_length, half) of the angles by which the first 2 * half numbers of a head are turned.
+struct Rotary {
+  int half = 0;
+  Buffer<float> cosines, sines;
 };
 
 struct Layer {
   Linear linears[kNumLinears];
   Norm norms[kNumNorms];
+  int rotary = -1;  // which one; -1 for none
 };
 
 class Decoder {
@@ -55,7 +71,7 @@ class Decoder {
   Buffer<uint8_t> token_embeddings_;     // (vocabulary, hidden), bf16 or fp32
   Buffer<float> position_embeddings_;    // (max_length, hidden), where the model has them
   bool has_positions_ = false;
-  Buffer<float> cosines_, sines_;        // (max_length, head_size / 2)
+  std::vector<Rotary> rotaries_;
 
   static WeightsType type_of(const DecoderShape& shape) {
     const auto type = static_cast<WeightsType>(shape.weights_type);
@@ -64,8 +80,10 @@ class Decoder {
 
   static AttentionShape attention_of(const DecoderShape& shape) {
     return {shape.num_layers, shape.num_heads, shape.num_key_value_heads, shape.head_size,
-            shape.max_length, shape.num_slots, shape.attention_scale, type_of(shape)};
+            shape.max_length, shape.num_slots, shape.attention_scale, shape.attention_cap, type_of(shape)};
   }
+
+  void set_window(int layer, int window) { attention_.set_window(layer, window); }
 
   void copy_slot(int from, int to, int length) { attention_.copy_slot(from, to, length); }
 
@@ -76,23 +94,28 @@ class Decoder {
     hidden_.reserve(static_cast<size_t>(num_tokens) * hidden);
     each_token(num_tokens, [&](int token) { embed(token); });
     for (int layer = 0; layer < shape_.num_layers; ++layer) {
+      const Layer& weights = layers_[layer];
       attend(layer);
-      apply(layers_[layer].linears[kAttentionOut], prepare(attended_.get(), attention_size(), num_tokens),
-            num_tokens, hidden_.get(), hidden, Ending::kAdd);
-      compute_mlp(layers_[layer]);
+      if (shape_.is_parallel) compute_inner(weights);
+      add(weights.linears[kAttentionOut], prepare(attended_.get(), attention_size(), num_tokens),
+          weights.norms[kAttentionOutNorm]);
+      if (!shape_.is_parallel) compute_inner(weights);
+      add(weights.linears[kMlpOut], prepare(inner_.get(), shape_.intermediate_size, num_tokens),
+          weights.norms[kMlpOutNorm]);
     }
     if (num_rows == 0) return;
     for (int row = 0; row < num_rows; ++row) {  // rows ascend, so nothing is overwritten before it is read
       std::memmove(hidden_.get() + static_cast<size_t>(row) * hidden,
                    hidden_.get() + static_cast<size_t>(rows[row]) * hidden, hidden * sizeof(float));
     }
-    apply(head_, normalized(last_norm_, num_rows), num_rows, logits, shape_.vocab_size, Ending::kStore);
+    apply(head_, normalized(last_norm_, num_rows), num_rows, logits, shape_.vocab_size,
+          shape_.logit_cap > 0 ? Ending::kCapped : Ending::kStore);
   }
 
   // Hidden states (tokens, hidden) of the last forward pass, after the last norm.
   void hidden_states(float* out) {
     normalized_.reserve(static_cast<size_t>(num_tokens_) * shape_.hidden_size);
-    each_token(num_tokens_, [&](int token) { normalize(last_norm_, token); });
+    each_token(num_tokens_, [&](int token) { normalize_hidden(last_norm_, token); });
     std::memcpy(out, normalized_.get(), sizeof(float) * num_tokens_ * shape_.hidden_size);
   }
 
@@ -117,36 +140,41 @@ class Decoder {
       Floats values = type_ == kFloat32
                           ? load(reinterpret_cast<float*>(token_embeddings_.get()) + first + k)
                           : from_bfloat16(reinterpret_cast<uint16_t*>(token_embeddings_.get()) + first + k);
+      values = values * all(shape_.embedding_scale);
       if (has_positions_) values = values + load(position + k);
       store(out + k, values);
     }
   }
 
-  // One token's hidden state -> normalized_.
-  void normalize(const Norm& norm, int token) {
-    const int hidden = shape_.hidden_size;
-    const float* in = hidden_.get() + static_cast<size_t>(token) * hidden;
-    float* out = normalized_.get() + static_cast<size_t>(token) * hidden;
+  void normalize(const Norm& norm, const float* in, float* out) const {
+    const int size = norm.size;
     Floats mean = all(0), squares = all(0);
     if (shape_.centers_in_norm) {
       Floats sum = all(0);
-      for (int k = 0; k < hidden; k += kLanes) sum = sum + load(in + k);
-      mean = all(sum_of(sum) / hidden);
+      for (int k = 0; k < size; k += kLanes) sum = sum + load(in + k);
+      mean = all(sum_of(sum) / size);
     }
-    for (int k = 0; k < hidden; k += kLanes) {
+    for (int k = 0; k < size; k += kLanes) {
       const Floats value = load(in + k) - mean;
       squares = multiply_add(value, value, squares);
     }
-    const float variance = sum_of(squares) / hidden;
+    const float variance = sum_of(squares) / size;
     const Floats factor = all(1 / std::sqrt(variance + shape_.norm_epsilon));
-    for (int k = 0; k < hidden; k += kLanes) {
+    for (int k = 0; k < size; k += kLanes) {
       const Floats bias = norm.has_bias ? load(norm.bias.get() + k) : all(0);
       store(out + k, multiply_add((load(in + k) - mean) * factor, load(norm.weight.get() + k), bias));
     }
   }
 
-  // Hidden states, normalized, as the linear layers take them.
+  // One token's hidden state -> normalized_.
+  void normalize_hidden(const Norm& norm, int token) {
+    const size_t place = static_cast<size_t>(token) * shape_.hidden_size;
+    normalize(norm, hidden_.get() + place, normalized_.get() + place);
+  }
+
+  // Hidden states, normalized where there is a norm, as the linear layers take them.
   Inputs normalized(const Norm& norm, int num_tokens) {
+    if (!norm.size) return prepare(hidden_.get(), shape_.hidden_size, num_tokens);
     normalized_.reserve(static_cast<size_t>(num_tokens) * shape_.hidden_size);
     return prepare(normalized_.get(), shape_.hidden_size, num_tokens, &norm);
   }
@@ -154,7 +182,7 @@ class Decoder {
   // Values (T, K) as the linear layers take them; normalized before, where there is a norm.
   Inputs prepare(const float* values, int num_values, int num_tokens, const Norm* norm = nullptr) {
     if (type_ == kFloat32 || type_ == kBFloat16) {
-      if (norm) each_token(num_tokens, [&](int token) { normalize(*norm, token); });
+      if (norm) each_token(num_tokens, [&](int token) { normalize_hidden(*norm, token); });
       return {reinterpret_cast<const int32_t*>(values), nullptr, nullptr};
     }
     const int num_words = num_values / values_of_group(type_) * words_of_group(type_);
@@ -162,7 +190,7 @@ class Decoder {
     float* scales = scales_.reserve(num_tokens);
     int32_t* sums = sums_.reserve(num_tokens);
     each_token(num_tokens, [&](int token) {
-      if (norm) normalize(*norm, token);
+      if (norm) normalize_hidden(*norm, token);
       const float* in = values + static_cast<size_t>(token) * num_values;
       int32_t* out = words + static_cast<size_t>(token) * num_words;
       if (type_ == kInt8) {
@@ -176,7 +204,7 @@ class Decoder {
 
   void apply(const Linear& linear, Inputs inputs, int num_tokens, float* outputs, int stride,
              Ending ending) {
-    const Tile tile{&linear, inputs, outputs, stride, ending};
+    const Tile tile{&linear, inputs, outputs, stride, ending, static_cast<Activation>(shape_.activation), shape_.logit_cap};
     // Pieces small enough to share evenly, large enough for the widest tile.
     const int num_pairs = linear.num_panels / 2;
     const int pairs_of_piece = std::max(1, std::min(kPairsOfPiece, num_pairs / (2 * shape_.num_threads)));
@@ -192,13 +220,27 @@ class Decoder {
     });
   }
 
-  void compute_mlp(Layer& layer) {
-    const int size = shape_.intermediate_size, hidden = shape_.hidden_size;
+  // Adds what a linear layer makes, normalized where there is a norm, to the hidden states.
+  void add(const Linear& linear, Inputs inputs, const Norm& norm) {
+    const int hidden = shape_.hidden_size;
+    if (!norm.size) return apply(linear, inputs, num_tokens_, hidden_.get(), hidden, Ending::kAdd);
+    float* added = added_.reserve(static_cast<size_t>(num_tokens_) * hidden);
+    apply(linear, inputs, num_tokens_, added, hidden, Ending::kStore);
+    each_token(num_tokens_, [&](int token) {
+      const size_t place = static_cast<size_t>(token) * hidden;
+      normalize(norm, added + place, added + place);
+      for (int k = 0; k < hidden; k += kLanes) {
+        store(hidden_.get() + place + k, load(hidden_.get() + place + k) + load(added + place + k));
+      }
+    });
+  }
+
+  // The first half of an MLP.
+  void compute_inner(const Layer& layer) {
+    const int size = shape_.intermediate_size;
     float* inner = inner_.reserve(static_cast<size_t>(num_tokens_) * size);
     apply(layer.linears[kMlpIn], normalized(layer.norms[kMlpNorm], num_tokens_), num_tokens_, inner, size,
-          shape_.is_gated ? Ending::kGated : Ending::kGelu);
-    apply(layer.linears[kMlpOut], prepare(inner, size, num_tokens_), num_tokens_, hidden_.get(), hidden,
-          Ending::kAdd);
+          shape_.is_gated ? Ending::kGated : Ending::kActivated);
   }
 
   void attend(int layer) {
@@ -218,23 +260,35 @@ class Decoder {
     });
   }
 
-  // Turns queries and keys by their position and stores keys and values in the slot.
+  // Normalizes queries and keys, turns them by their position, and stores keys and values in the slot.
   void remember(int layer, int token) {
     const int size = shape_.head_size, num_heads = shape_.num_heads;
     const int num_kv = shape_.num_key_value_heads, position = positions_[token];
     float* all = projected_.get() + static_cast<size_t>(token) * (num_heads + 2 * num_kv) * size;
-    if (shape_.has_rotary) {
-      for (int head = 0; head < num_heads + num_kv; ++head) rotate(all + head * size, position);
+    float* key = all + num_heads * size;
+    const Layer& weights = layers_[layer];
+    normalize_each(weights.norms[kQueryNorm], all, num_heads * size);
+    normalize_each(weights.norms[kKeyNorm], key, num_kv * size);
+    if (weights.rotary >= 0) {
+      const Rotary& rotary = rotaries_[weights.rotary];
+      for (int head = 0; head < num_heads + num_kv; ++head) rotate(rotary, all + head * size, position);
     }
-    const float* key = all + num_heads * size;
     attention_.remember(layer, slots_[token], position, key, key + num_kv * size);
   }
 
-  // Su et al. 2021 (RoFormer), with the two numbers of a pair half a head apart.
-  void rotate(float* head, int position) const {
-    const int half = shape_.head_size / 2;
-    const float* cosines = cosines_.get() + static_cast<size_t>(position) * half;
-    const float* sines = sines_.get() + static_cast<size_t>(position) * half;
+  // In place: each head by itself or all of them together, as the norm is wide.
+  void normalize_each(const Norm& norm, float* values, int num_values) const {
+    if (!norm.size) return;
+    for (int first = 0; first < num_values; first += norm.size) {
+      normalize(norm, values + first, values + first);
+    }
+  }
+
+  // Su et al. 2021 (RoFormer), with the two numbers of a pair half of what is turned apart.
+  static void rotate(const Rotary& rotary, float* head, int position) {
+    const int half = rotary.half;
+    const float* cosines = rotary.cosines.get() + static_cast<size_t>(position) * half;
+    const float* sines = rotary.sines.get() + static_cast<size_t>(position) * half;
     for (int d = 0; d < half; ++d) {
       const float first = head[d], second = head[d + half];
       head[d] = first * cosines[d] - second * sines[d];
@@ -246,11 +300,12 @@ class Decoder {
   Pool pool_;
   int num_tokens_ = 0;
   const int32_t *ids_ = nullptr, *slots_ = nullptr, *positions_ = nullptr;
-  Buffer<float> hidden_, normalized_, projected_, attended_, inner_, scales_;
+  Buffer<float> hidden_, normalized_, projected_, attended_, inner_, added_, scales_;
   Buffer<int32_t> words_, sums_;
 };
 
 void set_norm(Norm& norm, const float* weight, const float* bias, int size) {
+  norm.size = size;
   std::copy(weight, weight + size, norm.weight.reserve(size));
   norm.has_bias = bias != nullptr;
   if (bias) std::copy(bias, bias + size, norm.bias.reserve(size));
