@@ -156,7 +156,7 @@ class EvaluateArguments(
     """Samples per batch; the metrics do not depend on it."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
-    weights_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    weights_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """Also evaluate with weights of this type, as fst generate and fst serve use them, and print the change
     in perplexity."""
     harness: Path | None = None
@@ -201,9 +201,9 @@ class GenerateArguments(
     most likely tokens."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
-    weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Type of the weights. auto: bfloat16 if the hardware supports it. int8: fastest, with a small loss of
-    quality that fst evaluate --weights_dtype int8 measures."""
+    weights_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    """Type of the weights. auto: bfloat16 if the hardware supports it. int8 and int4: smaller and faster,
+    with a loss of quality that fst evaluate --weights_dtype measures."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""

@@ -27,9 +27,9 @@ class EngineOptions:
     addresses without keys; as many places again are shared by the others."""
     max_length: int | None = None
     """Maximum tokens of prompt and answer together. Default: the model's context."""
-    weights_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Type of the weights. auto: bfloat16 if the hardware supports it. int8: fastest, with a small loss of
-    quality that fst evaluate --weights_dtype int8 measures."""
+    weights_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    """Type of the weights. auto: bfloat16 if the hardware supports it. int8 and int4: smaller and faster,
+    with a loss of quality that fst evaluate --weights_dtype measures."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
     workers: int = 1

@@ -82,10 +82,10 @@ def open_runner(
             return NativeRunner(
                 backbone, num_slots=num_slots, weights_dtype=weights_dtype, max_length=max_length
             )
-    if weights_dtype == "int8":
+    if weights_dtype in ("int8", "int4"):
         raise ModelError(
-            f"--weights_dtype int8 needs the C++ decoder, which cannot run this model here: {problem}; "
-            "pass bfloat16 or float32"
+            f"--weights_dtype {weights_dtype} needs the C++ decoder, which cannot run this model here: "
+            f"{problem}; pass bfloat16 or float32"
         )
     if next(backbone.parameters()).device.type == "cpu":
         logger.warning(
@@ -183,5 +183,5 @@ def _converted_bytes(backbone: Backbone, weights_dtype: WeightsDtype) -> int:
     is_kept = why_not_native(backbone) is not None and backbone.dtype == _TORCH_TYPES.get(
         weights_dtype
     )
-    size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights_dtype]
+    size = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 1}[weights_dtype]
     return 0 if is_kept else size * num_parameters(backbone)

@@ -291,8 +291,10 @@ def _open_task(
     Raises:
         ModelError: it cannot be opened, or not with weights of this type.
     """
-    if options.weights_dtype == "int8":
-        raise ModelError(f"{path}: int8 is for models that generate; pass --weights_dtype auto")
+    if options.weights_dtype in ("int8", "int4"):
+        raise ModelError(
+            f"{path}: {options.weights_dtype} is for models that generate; pass --weights_dtype auto"
+        )
     dtype = torch.bfloat16 if options.weights_dtype == "bfloat16" else torch.float32
     opened = open_task(path, device=options.device, dtype=dtype)
     _ = opened.row_task  # a model without rows is refused now, not by its first request

@@ -49,6 +49,14 @@ int main(int, char** arguments) {
       const auto *weights = tape.array<float>(), *bias = tape.array<float>();
       const int num_outputs = tape.number(), num_inputs = tape.number();
       decoder_set_linear(decoder, layer, which, weights, bias, num_outputs, num_inputs);
+    } else if (name == 'c') {
+      const int layer = tape.number(), which = tape.number();
+      const auto *codes = tape.array<uint8_t>(), *group_scales = tape.array<uint8_t>();
+      const auto* zeros = tape.array<uint8_t>();
+      const auto *scales = tape.array<float>(), *bias = tape.array<float>();
+      const int num_outputs = tape.number(), num_inputs = tape.number();
+      decoder_set_codes(decoder, layer, which, codes, group_scales, zeros, scales, bias, num_outputs,
+                        num_inputs);
     } else if (name == 'n') {
       const int layer = tape.number(), which = tape.number();
       const auto *weight = tape.array<float>(), *bias = tape.array<float>();

@@ -1,4 +1,4 @@
-"""The C++ decoder of each instruction set that this machine has: the same bits with fp32 and int8 weights."""
+"""The C++ decoder of each instruction set that this machine has: the same bits with all weights but bf16."""
 
 import copy
 import ctypes
@@ -22,7 +22,7 @@ from full_stack_transformer.machine import instruction_sets
 from tests.generation.small_models import varied_backbone
 
 ISAS = tuple(isa for isa in instruction_sets() if isa in library.targets())
-SAME_BITS: tuple[WeightsDtype, ...] = ("float32", "int8")
+SAME_BITS: tuple[WeightsDtype, ...] = ("float32", "int8", "int4")
 # Of 16 numbers, tiles and blocks there is always a rest.
 LENGTHS = (1, 2, 3, 5, 7, 13, 33, 50)
 CONTEXT = 70
@@ -115,7 +115,7 @@ def test_logits_are_those_of_transformers(isa: str, dtype: WeightsDtype) -> None
     with torch.inference_mode():
         theirs = _backbone("grouped")(torch.tensor([text])).logits[0]
     distance = (runner.run([SlotWork(0, 0, text, len(text))]) - theirs).norm() / theirs.norm()
-    assert float(distance) < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.1}[dtype]
+    assert float(distance) < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.1, "int4": 0.6}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [*SAME_BITS, "bfloat16"])
@@ -180,6 +180,13 @@ class _Tape:
         self, _: int, layer: int, name: int, weights: Any, bias: Any, rows: int, columns: int
     ) -> None:
         self._write("l", layer, name, (weights, rows * columns), (bias, rows), rows, columns)
+
+    def decoder_set_codes(self, _: int, layer: int, name: int, *arrays: Any) -> None:
+        codes, group_scales, zeros, scales, bias, rows, columns = arrays
+        num_bytes = rows * columns // (2 if group_scales else 1)
+        num_groups = rows * columns // 32
+        self._write("c", layer, name, (codes, num_bytes // 4), (group_scales, num_groups // 4))
+        self._write("", (zeros, num_groups // 4), (scales, rows), (bias, rows), rows, columns)
 
     def decoder_set_norm(
         self, _: int, layer: int, name: int, weight: Any, bias: Any, size: int

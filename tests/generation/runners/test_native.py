@@ -39,9 +39,14 @@ from tests.generation.small_models import (
     varied_backbone,
 )
 
-DTYPES: tuple[WeightsDtype, ...] = ("float32", "bfloat16", "int8")
+DTYPES: tuple[WeightsDtype, ...] = ("float32", "bfloat16", "int8", "int4")
 # Root mean square of the difference to transformers' fp32 logits, relative to that of the logits.
-TOLERANCES: dict[WeightsDtype, float] = {"float32": 1e-4, "bfloat16": 0.03, "int8": 0.06}
+TOLERANCES: dict[WeightsDtype, float] = {
+    "float32": 1e-4,
+    "bfloat16": 0.03,
+    "int8": 0.06,
+    "int4": 0.5,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,14 @@
 //
 // Every output is the sum over its inputs in their order, by one accumulator, and every token attends by
 // itself. So the numbers of a token do not depend on which tokens are computed beside it, on how a prompt
-// is cut into chunks, on its slot, or on the number of threads: bit for bit. With weights of fp32 and int8 nor
-// do they depend on the processor. bf16 is computed by its own instructions where there are any.
+// is cut into chunks, on its slot, or on the number of threads: bit for bit. With weights of fp32, int8
+// and int4 nor do they depend on the processor. bf16 is computed by its own instructions where there are any.
 //
 //   memory_and_threads.h   buffers, and threads that share the work
 //   isa_*.h                vectors and their products, by instruction set
 //   lanes.h                arithmetic of 16 numbers, the same bits everywhere
 //   kernels.h              linear layers
+//   int4.h                 weights of 4 bits
 //   attention.h            the keys and values of slots, and who looks at them
 //   model.h                layers
 //   this file              what Python calls
@@ -42,6 +43,21 @@ void decoder_set_linear(Decoder* decoder, int layer, int name, const float* weig
   Linear& linear = layer < 0 ? decoder->head_ : decoder->layers_[layer].linears[name];
   const bool is_pair = layer >= 0 && name == kMlpIn && decoder->shape_.is_gated;
   pack(linear, decoder->pages_, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair);
+}
+
+// Weights that have been rounded before: int8 (N, K), or with scales of groups int4 as int4.h says. Layer -1 is
+// the head.
+void decoder_set_codes(Decoder* decoder, int layer, int name, const uint8_t* codes, const uint8_t* group_scales,
+                       const uint8_t* zeros, const float* scales, const float* bias, int num_outputs,
+                       int num_inputs) {
+  Linear& linear = layer < 0 ? decoder->head_ : decoder->layers_[layer].linears[name];
+  const bool is_pair = layer >= 0 && name == kMlpIn && decoder->shape_.is_gated;
+  if (group_scales) {
+    pack_int4(linear, decoder->pages_, codes, group_scales, zeros, scales, bias, num_outputs, num_inputs, is_pair);
+  } else {
+    pack_int8(linear, decoder->pages_, reinterpret_cast<const int8_t*>(codes), scales, bias, num_outputs,
+              num_inputs, is_pair);
+  }
 }
 
 // layer -1 is the last norm. `size`: how many numbers are normalized together.

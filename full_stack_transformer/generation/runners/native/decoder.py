@@ -1,13 +1,13 @@
 """A backbone of transformers, packed for the C++ decoder: the fast runner on processors.
 
 Which models: families.py. The numbers of a token do not depend on what is computed beside
-it, on how its prompt was cut, on its slot or on the number of threads, bit for bit, and with fp32 and int8
-weights nor on the processor; see decoder.cpp.
+it, on how its prompt was cut, on its slot or on the number of threads, bit for bit, and with fp32, int8
+and int4 weights nor on the processor; see decoder.cpp.
 """
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int32
+from ctypes import POINTER, c_float, c_int32, c_uint8
 from typing import Any, Literal
 
 import numpy as np
@@ -32,12 +32,13 @@ from full_stack_transformer.generation.runners.native.library import (
 )
 from full_stack_transformer.generation.runners.torch import SlotWork
 from full_stack_transformer.modelling.backbones import context_length
+from full_stack_transformer.quantization.codes import Codes, CodesDtype
 
-WeightsDtype = Literal["float32", "bfloat16", "int8"]
+WeightsDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 # Before anybody tells PyTorch to use fewer, as `open_runner` does.
 _NUM_THREADS = torch.get_num_threads()
-_WEIGHTS_TYPES: dict[WeightsDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+_WEIGHTS_TYPES: dict[WeightsDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}
 _ATTENTION_IN, _ATTENTION_OUT, _MLP_IN, _MLP_OUT = range(4)
 _LAST = -1  # the layer that head and last norm are said to belong to
 
@@ -55,7 +56,9 @@ class NativeRunner:
     Args:
         backbone: in evaluation mode; its weights are copied and packed.
         num_slots: sequences held at once.
-        weights_dtype: int8 has one scale for each output of a linear layer and for each token's inputs.
+        weights_dtype: int8 has one scale for each output of a linear layer and for each token's inputs. int4
+            has one for each 32 inputs of an output, too; the head, and what has no multiple of 32 inputs,
+            stays int8.
         max_length: tokens of each sequence; none for the model's context.
         num_threads: none for as many as PyTorch uses.
         isa: instruction set, of `machine.INSTRUCTION_SETS`; none for the best of this machine.
@@ -104,6 +107,7 @@ class NativeRunner:
                 f"memory is short for {num_slots} texts of {self.max_length:,} tokens at once; allow "
                 "fewer or shorter ones"
             )
+        self._is_int4 = weights_dtype == "int4"
         with torch.no_grad():
             self._pack(parts_of(backbone))
 
@@ -178,9 +182,22 @@ class NativeRunner:
         self._set_linear(_LAST, 0, parts.head)
 
     def _set_linear(self, layer: int, name: int, linear: Linear) -> None:
-        weights, bias = linear.weights(), linear.bias()
+        bias = linear.bias()
+        # The head stays int8: it is where rounding costs most.
+        codes_dtype: CodesDtype = "int4" if self._is_int4 and layer != _LAST else "int8"
+        if linear.has_codes or codes_dtype == "int4":
+            self._set_codes(layer, name, linear.codes(codes_dtype), bias)
+            return
+        weights = linear.weights()
         self._library.decoder_set_linear(
             self._decoder, layer, name, _values(weights), _values(bias), *weights.shape
+        )
+
+    def _set_codes(self, layer: int, name: int, codes: Codes, bias: Tensor | None) -> None:
+        self._library.decoder_set_codes(
+            *(self._decoder, layer, name),
+            *map(_bytes, (codes.codes, codes.group_scales, codes.zeros)),
+            *(_values(codes.scales), _values(bias), *codes.shape),
         )
 
     def _set_norm(self, layer: int, name: int, norm: Norm) -> None:
@@ -201,6 +218,14 @@ def _values(tensor: Tensor | None) -> Any:
         return None
     assert tensor.dtype == torch.float32 and tensor.is_contiguous()
     return ctypes.cast(tensor.data_ptr(), POINTER(c_float))
+
+
+def _bytes(tensor: Tensor | None) -> Any:
+    """A pointer to bytes, which the caller keeps alive during the call."""
+    if tensor is None:
+        return None
+    assert tensor.element_size() == 1 and tensor.is_contiguous()
+    return ctypes.cast(tensor.data_ptr(), POINTER(c_uint8))
 
 
 def _ids(array: np.ndarray[Any, np.dtype[np.int32]]) -> Any:

@@ -19,7 +19,11 @@ from transformers import PreTrainedModel as Backbone
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from full_stack_transformer.quantization.codes import Codes, CodesDtype, joined, nearest
+
 _LANES = 16
+CODES_NAME = "quantized_weights"
+"""The attribute of a linear layer that holds its `Codes`, where they have been made before."""
 # As model.h numbers them.
 _ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish"), 0),
@@ -184,8 +188,23 @@ class Linear:
 
     def weights(self) -> Tensor:
         """Weights (outputs, inputs) in fp32."""
-        weights = torch.cat([_weights(part) for part in self.parts])
+        weights = torch.cat([weights_of(part) for part in self.parts])
         return weights if self.order is None else weights[self.order].contiguous()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether they were rounded before."""
+        return hasattr(self.parts[0], CODES_NAME)
+
+    def codes(self, dtype: CodesDtype) -> Codes:
+        """Weights as small integers; rounded here, unless the parts bring their own."""
+        codes = joined(
+            [
+                getattr(part, CODES_NAME, None) or nearest(weights_of(part), dtype)
+                for part in self.parts
+            ]
+        )
+        return codes if self.order is None else codes.rows(self.order)
 
     def bias(self) -> Tensor | None:
         """Biases (outputs) in fp32; none where there are none."""
@@ -513,7 +532,7 @@ def _size(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
-def _weights(linear: nn.Module) -> Tensor:
+def weights_of(linear: nn.Module) -> Tensor:
     """Weights (outputs, inputs) in fp32."""
     weight = linear.weight
     assert isinstance(weight, Tensor)

@@ -22,6 +22,11 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+// 16 bytes as numbers.
+inline Vector from_bytes(const uint8_t* bytes) {
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
+}
+
 #ifdef __AVX512VNNI__
 constexpr int kInt8Offset = 128;  // unsigned bytes of weights by signed bytes of inputs
 constexpr int kInt8Words = 1;
@@ -31,6 +36,13 @@ inline Int8Weights int8_weights(IntVector raw) { return raw; }
 inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const int32_t* words) {
   return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(words[0]));
 }
+
+// Weights of 4 bits, as bytes from 0 to 15.
+using CodeSums = IntVector;
+inline CodeSums add_code_products(CodeSums sums, IntVector codes, const int32_t* word) {
+  return add_int8_products(sums, codes, word);
+}
+inline IntVector total_of(CodeSums sums) { return sums; }
 #else
 constexpr int kInt8Offset = 0;
 constexpr int kInt8Words = 2;  // inputs of 16 bits: those for the even and those for the odd bytes of weights
@@ -46,6 +58,16 @@ inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const in
   const __m512i even = _mm512_madd_epi16(weights.even, _mm512_set1_epi32(words[0]));
   const __m512i odd = _mm512_madd_epi16(weights.odd, _mm512_set1_epi32(words[1]));
   return sums + (IntVector)even + (IntVector)odd;
+}
+
+// Weights of 4 bits, as bytes from 0 to 15: sums of 16 products fit in 16 bits.
+using CodeSums = IntVector;
+inline CodeSums add_code_products(CodeSums sums, IntVector codes, const int32_t* word) {
+  const auto products = _mm512_maddubs_epi16((__m512i)codes, _mm512_set1_epi32(word[0]));
+  return (IntVector)_mm512_add_epi16((__m512i)sums, products);
+}
+inline IntVector total_of(CodeSums sums) {
+  return (IntVector)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1));
 }
 #endif
 

@@ -66,6 +66,19 @@ inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const in
   return sums;
 }
 
+// Weights of 4 bits, as bytes from 0 to 15.
+using CodeSums = IntVector;
+inline CodeSums add_code_products(CodeSums sums, IntVector codes, const int32_t* word) {
+  return add_int8_products(sums, codes, word);
+}
+inline IntVector total_of(CodeSums sums) { return sums; }
+
+// 4 bytes as numbers.
+inline Vector from_bytes(const uint8_t* bytes) {
+  return Vector{static_cast<float>(bytes[0]), static_cast<float>(bytes[1]), static_cast<float>(bytes[2]),
+                static_cast<float>(bytes[3])};
+}
+
 constexpr bool kHasBFloat16Products = false;
 
 }  // namespace

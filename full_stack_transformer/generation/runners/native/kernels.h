@@ -2,7 +2,7 @@
 //
 // T tokens, K inputs and N outputs of a linear layer. A *group* is the 32 bits of weights that one lane takes at
 // once: 4 of int8, 2 of bf16, 1 of fp32. A *panel* is 16 outputs. A *word* is 32 bits of inputs that all lanes
-// share; a group takes one or two. Knows nothing of models.
+// share; a group takes one or two. Weights of 4 bits are in int4.h. Knows nothing of models.
 
 #pragma once
 
@@ -18,8 +18,8 @@
 namespace {
 
 // Weights and what they are multiplied with. Pairs are bf16 on both sides, by an instruction of its own that
-// rounds in its own way; otherwise bf16 is multiplied as fp32.
-enum WeightsType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kBFloat16Pairs = 3 };
+// rounds in its own way; otherwise bf16 is multiplied as fp32. int4 stands beside int8: a decoder has both.
+enum WeightsType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kBFloat16Pairs = 3, kInt4 = 4 };
 
 constexpr int values_of_group(WeightsType type) {
   return type == kInt8 ? 4 : type == kFloat32 ? 1 : 2;
@@ -75,20 +75,23 @@ inline Sums<Type> add_products(Sums<Type> sums, Weights weights, const int32_t* 
 // Weights (N, K) as panels: [N / 16][K / group][16 outputs][group]. int8 weights have one scale an output and
 // are stored with kInt8Offset added.
 struct Linear {
-  int num_outputs = 0, num_panels = 0, num_groups = 0;
+  WeightsType type = kFloat32;
+  int num_outputs = 0, num_inputs = 0, num_panels = 0, num_groups = 0;
   uint8_t* panels = nullptr;
-  Buffer<float> scales, bias;  // (panels * 16)
+  uint8_t* group_scales = nullptr;  // int4 only, see int4.h
+  Buffer<float> scales, bias;       // (panels * 16)
 };
 
 // What 127 stands for; too little to be divided by counts as 0.
 inline float scale_of(float largest) { return largest > 1e-30f ? largest / 127 : 1; }
 
+// Two words hold numbers 0 and 1, and 2 and 3: those of the even and of the odd bytes.
+constexpr int kInt8Places[4] = {0, kInt8Words == 2 ? 2 : 1, kInt8Words == 2 ? 1 : 2, 3};
+
 inline void pack_group(WeightsType type, const float* values, float scale, uint8_t* place) {
   if (type == kInt8) {
-    // Two words hold numbers 0 and 1, and 2 and 3: those of the even and of the odd bytes.
-    constexpr int kPlaces[4] = {0, kInt8Words == 2 ? 2 : 1, kInt8Words == 2 ? 1 : 2, 3};
     for (int number = 0; number < 4; ++number) {
-      place[kPlaces[number]] = static_cast<uint8_t>(kInt8Offset + nearest_integer(values[number] / scale));
+      place[kInt8Places[number]] = static_cast<uint8_t>(kInt8Offset + nearest_integer(values[number] / scale));
     }
   } else if (type == kFloat32) {
     std::memcpy(place, values, 4);
@@ -98,31 +101,67 @@ inline void pack_group(WeightsType type, const float* values, float scale, uint8
   }
 }
 
-// `is_pair`: outputs n and n + N / 2 share a pair of panels (gate and up of an MLP).
+// The row of the weights behind an output; none behind the last one. `is_pair`: outputs n and n + N / 2 share a
+// pair of panels (gate and up of an MLP).
+inline int row_of(int number, int num_outputs, bool is_pair) {
+  if (number >= num_outputs) return -1;
+  if (!is_pair) return number;
+  return number / (2 * kLanes) * kLanes + number % kLanes + number / kLanes % 2 * (num_outputs / 2);
+}
+
+// Sizes, biases, and room for the scales of outputs; returns how many there are with those that fill a panel.
+inline int prepare_linear(Linear& linear, WeightsType type, const float* bias, int num_outputs, int num_inputs,
+                          bool is_pair) {
+  linear.type = type;
+  linear.num_outputs = num_outputs;
+  linear.num_inputs = num_inputs;
+  linear.num_panels = (num_outputs + 2 * kLanes - 1) / (2 * kLanes) * 2;
+  const int num_all = linear.num_panels * kLanes;
+  float* biases = linear.bias.reserve(num_all);
+  float* scales = linear.scales.reserve(num_all);
+  for (int number = 0; number < num_all; ++number) {
+    const int row = row_of(number, num_outputs, is_pair);
+    biases[number] = bias && row >= 0 ? bias[row] : 0;
+    scales[number] = 1;
+  }
+  return num_all;
+}
+
 void pack(Linear& linear, HugePages& pages, WeightsType type, const float* weights, const float* bias,
           int num_outputs, int num_inputs, bool is_pair) {
+  const int num_all = prepare_linear(linear, type, bias, num_outputs, num_inputs, is_pair);
   const int per_group = values_of_group(type), num_groups = num_inputs / per_group;
-  const int num_panels = (num_outputs + 2 * kLanes - 1) / (2 * kLanes) * 2;
-  linear.num_outputs = num_outputs;
-  linear.num_panels = num_panels;
   linear.num_groups = num_groups;
-  uint8_t* out = linear.panels = pages.take(static_cast<size_t>(num_panels) * num_groups * 64);
-  float* scales = linear.scales.reserve(num_panels * kLanes);
-  float* biases = linear.bias.reserve(num_panels * kLanes);
+  uint8_t* out = linear.panels = pages.take(static_cast<size_t>(linear.num_panels) * num_groups * 64);
   const Buffer<float> zeros(num_inputs);
   std::fill_n(zeros.get(), num_inputs, 0.0f);
-  for (int number = 0; number < num_panels * kLanes; ++number) {
-    const int panel = number / kLanes, lane = number % kLanes;
-    const int row = is_pair ? panel / 2 * kLanes + lane + panel % 2 * (num_outputs / 2) : number;
-    const bool exists = number < num_outputs;
-    const float* source = exists ? weights + static_cast<size_t>(row) * num_inputs : zeros.get();
+  for (int number = 0; number < num_all; ++number) {
+    const int row = row_of(number, num_outputs, is_pair), panel = number / kLanes, lane = number % kLanes;
+    const float* source = row >= 0 ? weights + static_cast<size_t>(row) * num_inputs : zeros.get();
     float largest = 0;
     for (int k = 0; k < num_inputs; ++k) largest = std::max(largest, std::fabs(source[k]));
-    scales[number] = type == kInt8 ? scale_of(largest) : 1;
-    biases[number] = bias && exists ? bias[row] : 0;
+    if (type == kInt8) linear.scales.get()[number] = scale_of(largest);
     for (int group = 0; group < num_groups; ++group) {
-      pack_group(type, source + group * per_group, scales[number],
+      pack_group(type, source + group * per_group, linear.scales.get()[number],
                  out + (static_cast<size_t>(panel) * num_groups + group) * 64 + lane * 4);
+    }
+  }
+}
+
+// int8 weights (N, K) that have been rounded before, with one scale an output.
+void pack_int8(Linear& linear, HugePages& pages, const int8_t* codes, const float* scales, const float* bias,
+               int num_outputs, int num_inputs, bool is_pair) {
+  const int num_all = prepare_linear(linear, kInt8, bias, num_outputs, num_inputs, is_pair);
+  const int num_groups = num_inputs / 4;
+  linear.num_groups = num_groups;
+  uint8_t* out = linear.panels = pages.take(static_cast<size_t>(linear.num_panels) * num_groups * 64);
+  for (int number = 0; number < num_all; ++number) {
+    const int row = row_of(number, num_outputs, is_pair), panel = number / kLanes, lane = number % kLanes;
+    if (row >= 0) linear.scales.get()[number] = scales[row];
+    for (int k = 0; k < num_inputs; ++k) {
+      const int code = row >= 0 ? codes[static_cast<size_t>(row) * num_inputs + k] : 0;
+      out[(static_cast<size_t>(panel) * num_groups + k / 4) * 64 + lane * 4 + kInt8Places[k % 4]] =
+          static_cast<uint8_t>(kInt8Offset + code);
     }
   }
 }
@@ -132,12 +171,16 @@ void pack(Linear& linear, HugePages& pages, WeightsType type, const float* weigh
 // Inputs (T, K) of a linear layer as it takes them.
 struct Inputs {
   const int32_t* words = nullptr;  // (T, K / group * words of a group)
-  const float* scales = nullptr;   // (T), int8 only
+  const float* scales = nullptr;   // (T), int8 and int4 only
   const int32_t* sums = nullptr;   // (T) of the quantized values, int8 only
+  const float* group_sums = nullptr;  // (T, K / 32), int4 only
 };
 
-// Numbers (K) as int8 with one scale, in the words of the products; `sum` is that of the integers.
-inline void quantize(const float* in, int num_values, int32_t* words, float& scale, int32_t& sum) {
+using Int8Input = std::conditional_t<kInt8Words == 1, int8_t, int16_t>;
+
+// Numbers (K) as integers from -127 to 127 with one scale; returns the sum of the integers.
+template <class Integer>
+inline int32_t quantize(const float* in, int num_values, Integer* out, float& scale) {
   Floats largest = all(0), zeros = all(0);
   for (int k = 0; k < num_values; k += kLanes) {
     const Floats values = load(in + k);
@@ -148,14 +191,13 @@ inline void quantize(const float* in, int num_values, int32_t* words, float& sca
   const float factor = 1 / scale;
   const float zero = sum_of(zeros);
   if (zero != 0) scale = zero;  // integers cannot carry NaN to the logits, the scale can
-  auto* out = reinterpret_cast<std::conditional_t<kInt8Words == 1, int8_t, int16_t>*>(words);
   int32_t total = 0;
   for (int k = 0; k < num_values; ++k) {
     const int32_t rounded = nearest_integer(in[k] * factor);
-    out[k] = static_cast<std::remove_reference_t<decltype(*out)>>(rounded);
+    out[k] = static_cast<Integer>(rounded);
     total += rounded;
   }
-  sum = total;
+  return total;
 }
 
 // ---------------------------------------------------------------- products
@@ -186,14 +228,17 @@ struct Tile {
 template <WeightsType Type>
 inline Floats finish(const Tile& tile, const Sums<Type>* sums, int token, int panel) {
   const Floats bias = load(tile.linear->bias.get() + panel * kLanes);
+  const auto scales = [&]() __attribute__((always_inline)) {
+    return load(tile.linear->scales.get() + panel * kLanes) * all(tile.inputs.scales[token]);
+  };
   if constexpr (Type == kInt8) {
     // Takes back what was added to every weight.
     const IntVector added = broadcast(kInt8Offset * tile.inputs.sums[token]);
-    const Floats scales =
-        load(tile.linear->scales.get() + panel * kLanes) * all(tile.inputs.scales[token]);
     const Floats plain = each_part(
         [&](int part) { return __builtin_convertvector(sums[part] - added, Vector); });
-    return multiply_add(plain, scales, bias);
+    return multiply_add(plain, scales(), bias);
+  } else if constexpr (Type == kInt4) {
+    return multiply_add(each_part([&](int part) { return sums[part]; }), scales(), bias);
   } else {
     return each_part([&](int part) { return sums[part]; }) + bias;
   }
@@ -274,14 +319,24 @@ inline void accumulate(const Tile& tile, int first_token, int first_panel, Sums<
   }
 }
 
+// The same for weights of 4 bits, in int4.h.
+template <int Tokens, int Panels>
+inline void accumulate_codes(const Tile& tile, int first_token, int first_panel, Vector* results,
+                             int results_stride);
+
 // `Panels` panels, at least one pair.
 template <WeightsType Type, int Tokens, int Panels>
 inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
   constexpr int kTogether = std::min(Panels, panels_of_tile(Tokens, words_of_group(Type)));
   Sums<Type> results[Tokens][Panels][kParts];
   for (int panel = 0; panel < Panels; panel += kTogether) {
-    accumulate<Type, Tokens, kTogether>(tile, first_token, first_panel + panel, results[0][panel],
-                                        Panels * kParts);
+    if constexpr (Type == kInt4) {
+      accumulate_codes<Tokens, kTogether>(tile, first_token, first_panel + panel, results[0][panel],
+                                          Panels * kParts);
+    } else {
+      accumulate<Type, Tokens, kTogether>(tile, first_token, first_panel + panel, results[0][panel],
+                                          Panels * kParts);
+    }
   }
   for (int token = 0; token < Tokens; ++token) {
     for (int panel = 0; panel < Panels; panel += 2) {

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -146,11 +146,15 @@ def _open(path: Path, isa: str) -> Library:
         library = Library(str(path))
     except OSError as error:
         raise MachineError(f"the library of the C++ decoder cannot be opened: {error}") from error
-    values, ids = POINTER(c_float), POINTER(c_int32)
+    values, ids, codes = POINTER(c_float), POINTER(c_int32), POINTER(c_uint8)
     declarations: dict[str, tuple[list[type], type | None]] = {
         "decoder_new": ([POINTER(DecoderShape)], c_void_p),
         "decoder_delete": ([c_void_p], None),
         "decoder_set_linear": ([c_void_p, c_int, c_int, values, values, c_int, c_int], None),
+        "decoder_set_codes": (
+            [c_void_p, c_int, c_int, *(codes,) * 3, values, values, c_int, c_int],
+            None,
+        ),
         "decoder_set_norm": ([c_void_p, c_int, c_int, values, values, c_int], None),
         "decoder_set_layer": ([c_void_p, c_int, c_int, c_int], None),
         "decoder_set_embeddings": ([c_void_p, values, values], None),

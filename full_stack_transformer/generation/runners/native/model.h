@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "int4.h"
 #include "kernels.h"
 #include "memory_and_threads.h"
 
@@ -97,18 +98,16 @@ class Decoder {
       const Layer& weights = layers_[layer];
       attend(layer);
       if (shape_.is_parallel) compute_inner(weights);
-      add(weights.linears[kAttentionOut], prepare(attended_.get(), attention_size(), num_tokens),
-          weights.norms[kAttentionOutNorm]);
+      add(weights.linears[kAttentionOut], attended_.get(), weights.norms[kAttentionOutNorm]);
       if (!shape_.is_parallel) compute_inner(weights);
-      add(weights.linears[kMlpOut], prepare(inner_.get(), shape_.intermediate_size, num_tokens),
-          weights.norms[kMlpOutNorm]);
+      add(weights.linears[kMlpOut], inner_.get(), weights.norms[kMlpOutNorm]);
     }
     if (num_rows == 0) return;
     for (int row = 0; row < num_rows; ++row) {  // rows ascend, so nothing is overwritten before it is read
       std::memmove(hidden_.get() + static_cast<size_t>(row) * hidden,
                    hidden_.get() + static_cast<size_t>(rows[row]) * hidden, hidden * sizeof(float));
     }
-    apply(head_, normalized(last_norm_, num_rows), num_rows, logits, shape_.vocab_size,
+    apply(head_, normalized(head_, last_norm_, num_rows), num_rows, logits, shape_.vocab_size,
           shape_.logit_cap > 0 ? Ending::kCapped : Ending::kStore);
   }
 
@@ -172,34 +171,40 @@ class Decoder {
     normalize(norm, hidden_.get() + place, normalized_.get() + place);
   }
 
-  // Hidden states, normalized where there is a norm, as the linear layers take them.
-  Inputs normalized(const Norm& norm, int num_tokens) {
-    if (!norm.size) return prepare(hidden_.get(), shape_.hidden_size, num_tokens);
+  // Hidden states, normalized where there is a norm, as the linear layer takes them.
+  Inputs normalized(const Linear& linear, const Norm& norm, int num_tokens) {
+    if (!norm.size) return prepare(linear, hidden_.get(), num_tokens);
     normalized_.reserve(static_cast<size_t>(num_tokens) * shape_.hidden_size);
-    return prepare(normalized_.get(), shape_.hidden_size, num_tokens, &norm);
+    return prepare(linear, normalized_.get(), num_tokens, &norm);
   }
 
-  // Values (T, K) as the linear layers take them; normalized before, where there is a norm.
-  Inputs prepare(const float* values, int num_values, int num_tokens, const Norm* norm = nullptr) {
-    if (type_ == kFloat32 || type_ == kBFloat16) {
+  // Values (T, K) as the linear layer takes them; normalized before, where there is a norm.
+  Inputs prepare(const Linear& linear, const float* values, int num_tokens, const Norm* norm = nullptr) {
+    const WeightsType type = linear.type;
+    const int num_values = linear.num_inputs;
+    if (type == kFloat32 || type == kBFloat16) {
       if (norm) each_token(num_tokens, [&](int token) { normalize_hidden(*norm, token); });
-      return {reinterpret_cast<const int32_t*>(values), nullptr, nullptr};
+      return {reinterpret_cast<const int32_t*>(values)};
     }
-    const int num_words = num_values / values_of_group(type_) * words_of_group(type_);
+    const int num_words = type == kInt4 ? num_values / 4 : num_values / values_of_group(type) * words_of_group(type);
+    const int num_groups = num_values / kGroupInputs;
     int32_t* words = words_.reserve(static_cast<size_t>(num_tokens) * num_words);
     float* scales = scales_.reserve(num_tokens);
     int32_t* sums = sums_.reserve(num_tokens);
+    float* group_sums = group_sums_.reserve(static_cast<size_t>(num_tokens) * num_groups);
     each_token(num_tokens, [&](int token) {
       if (norm) normalize_hidden(*norm, token);
       const float* in = values + static_cast<size_t>(token) * num_values;
       int32_t* out = words + static_cast<size_t>(token) * num_words;
-      if (type_ == kInt8) {
-        quantize(in, num_values, out, scales[token], sums[token]);
+      if (type == kInt8) {
+        sums[token] = quantize(in, num_values, reinterpret_cast<Int8Input*>(out), scales[token]);
+      } else if (type == kInt4) {
+        quantize_groups(in, num_values, out, scales[token], group_sums + static_cast<size_t>(token) * num_groups);
       } else if constexpr (kHasBFloat16Products) {
         round_to_bfloat16_pairs(in, num_values, out);
       }
     });
-    return {words, scales, sums};
+    return {words, scales, sums, group_sums};
   }
 
   void apply(const Linear& linear, Inputs inputs, int num_tokens, float* outputs, int stride,
@@ -212,8 +217,9 @@ class Decoder {
     pool_.run(num_pieces, [&](int piece) {
       const int first = 2 * piece * pairs_of_piece;
       const int end = std::min(linear.num_panels, first + 2 * pairs_of_piece);
-      switch (type_) {
+      switch (linear.type) {
         case kFloat32: return compute_panels<kFloat32>(tile, num_tokens, first, end);
+        case kInt4: return compute_panels<kInt4>(tile, num_tokens, first, end);
         case kInt8: return compute_panels<kInt8>(tile, num_tokens, first, end);
         default: return compute_panels<kBFloat16Weights>(tile, num_tokens, first, end);
       }
@@ -221,8 +227,9 @@ class Decoder {
   }
 
   // Adds what a linear layer makes, normalized where there is a norm, to the hidden states.
-  void add(const Linear& linear, Inputs inputs, const Norm& norm) {
+  void add(const Linear& linear, const float* values, const Norm& norm) {
     const int hidden = shape_.hidden_size;
+    const Inputs inputs = prepare(linear, values, num_tokens_);
     if (!norm.size) return apply(linear, inputs, num_tokens_, hidden_.get(), hidden, Ending::kAdd);
     float* added = added_.reserve(static_cast<size_t>(num_tokens_) * hidden);
     apply(linear, inputs, num_tokens_, added, hidden, Ending::kStore);
@@ -239,7 +246,8 @@ class Decoder {
   void compute_inner(const Layer& layer) {
     const int size = shape_.intermediate_size;
     float* inner = inner_.reserve(static_cast<size_t>(num_tokens_) * size);
-    apply(layer.linears[kMlpIn], normalized(layer.norms[kMlpNorm], num_tokens_), num_tokens_, inner, size,
+    const Linear& linear = layer.linears[kMlpIn];
+    apply(linear, normalized(linear, layer.norms[kMlpNorm], num_tokens_), num_tokens_, inner, size,
           shape_.is_gated ? Ending::kGated : Ending::kActivated);
   }
 
@@ -248,8 +256,9 @@ class Decoder {
     const int num_all = num_heads + 2 * shape_.num_key_value_heads;
     float* projected = projected_.reserve(static_cast<size_t>(num_tokens_) * num_all * size);
     attended_.reserve(static_cast<size_t>(num_tokens_) * attention_size());
-    apply(layers_[layer].linears[kAttentionIn], normalized(layers_[layer].norms[kAttentionNorm], num_tokens_),
-          num_tokens_, projected, num_all * size, Ending::kStore);
+    const Linear& linear = layers_[layer].linears[kAttentionIn];
+    apply(linear, normalized(linear, layers_[layer].norms[kAttentionNorm], num_tokens_), num_tokens_, projected,
+          num_all * size, Ending::kStore);
     each_token(num_tokens_, [&](int token) { remember(layer, token); });
     // By heads first: neighbouring tokens of a prompt read the same keys.
     pool_.run(num_heads * num_tokens_, [&](int item) {
@@ -300,7 +309,7 @@ class Decoder {
   Pool pool_;
   int num_tokens_ = 0;
   const int32_t *ids_ = nullptr, *slots_ = nullptr, *positions_ = nullptr;
-  Buffer<float> hidden_, normalized_, projected_, attended_, inner_, added_, scales_;
+  Buffer<float> hidden_, normalized_, projected_, attended_, inner_, added_, scales_, group_sums_;
   Buffer<int32_t> words_, sums_;
 };
 
