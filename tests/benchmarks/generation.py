@@ -4,17 +4,23 @@ python tests/benchmarks/generation.py --short
 
     prompts of ids ──> ours, Hugging Face, CTranslate2, OpenVINO GenAI, llama.cpp ──> greedy ids, times
 
-Two models with random values, GPT-2 small and one of Llama's shape, in three classes: all in fp32, all in
-bf16, weights in int8. Each subject is a process that has loaded the model (`generation_peers.py`); for
-each number of streams they are asked in turn, A B C A B C, after a round that does not count. Decoding is
-measured while all streams decode, 64 new tokens each after prompts of 64; `prompt` is reading one of 512
-tokens. Prompts differ from run to run, so that nobody reads them out of a cache of prefixes. The same run
-measures how fast this processor reads memory and multiplies matrices: with one stream a decoder is to
-read all weights for each token, with 32 and while it reads prompts it is to multiply. Tokens of all fp32
-subjects are compared with ours. What peers read is written once into --cache, which takes 3 GB and, the
-first time, minutes. A peer that is not installed is skipped; --short runs GPT-2 in two classes, with the
-fastest peers of each, once. Ends with status 1 when tokens differ, and prints as its last line the ratios
-to the best peer and what they are to be, where higher is better everywhere.
+Two models with random values, GPT-2 small and one of Llama's shape, and SmolLM2-135M-Instruct, in four
+classes: all in fp32, all in bf16, weights in int8, weights in int4. Each subject is a process that has
+loaded the model (`generation_peers.py`); for each number of streams they are asked in turn, A B C A B C,
+after a round that does not count. Decoding is measured while all streams decode, 64 new tokens each after
+prompts of 64; `prompt` is reading one of 512 tokens. Prompts differ from run to run, so that nobody reads
+them out of a cache of prefixes. The same run measures how fast this processor reads memory and multiplies
+matrices: with one stream a decoder is to read all weights for each token, with 32 and while it reads
+prompts it is to multiply. Tokens of all fp32 subjects are compared with ours. What peers read is written
+once into --cache, which takes 6 GB and, the first time, minutes. A peer that is not installed is skipped.
+
+All runs once take half an hour; --shape and --class choose some. --short runs three cells once with the
+fastest peers, GPT-2 in int8 unless others are chosen. Where others use the machine, --processor_time counts
+that of one thread. FST_ISA=avx2 holds ours back, and peers as far as they let themselves: PyTorch,
+CTranslate2 and oneDNN in OpenVINO, but not OpenVINO's attention and its own products of fp32. llama.cpp is
+what it was built for; LLAMA_CPP_LIB_PATH names the folder of another build. Ends with status 1 when tokens
+differ, and prints as its last line the ratios to the best peer and what they are to be, where higher is
+better everywhere.
 """
 
 import argparse
@@ -31,8 +37,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run by its path, this script sees only its own directory
 
-from full_stack_transformer.machine import processor_name  # noqa: E402
+from full_stack_transformer.machine import instruction_sets, processor_name  # noqa: E402
 from tests.benchmarks.generation_models import (  # noqa: E402
+    AIMS,
     SHAPES,
     WEIGHT_BYTES,
     Cell,
@@ -51,7 +58,6 @@ from tests.benchmarks.generation_runs import (  # noqa: E402
 )
 from tests.benchmarks.machine import NUM_CORES, commit  # noqa: E402
 
-_AIM = 1.0
 _NUM_SAME_TOKENS = 16
 # Logits of these models have a deviation of 0.5; llama.cpp looks GELU up in a table of fp16.
 _MAX_TIE = 0.01
@@ -74,14 +80,19 @@ SUBJECTS = (
         "OpenVINO GenAI", "openvino", "float32", "openvino_genai", "openvino", is_in_short=True
     ),
     Subject("llama.cpp f32", "llama.cpp", "float32", "llama_cpp", "llama.cpp", is_in_short=True),
-    Subject(OURS, "ours", "bfloat16", "full_stack_transformer"),
+    Subject(OURS, "ours", "bfloat16", "full_stack_transformer", is_in_short=True),
     Subject("HF generate", "transformers", "bfloat16", "transformers"),
-    Subject("OpenVINO GenAI", "openvino", "bfloat16", "openvino_genai", "openvino", "float32"),
-    Subject("llama.cpp bf16", "llama.cpp", "bfloat16", "llama_cpp", "llama.cpp"),
+    Subject(
+        "OpenVINO GenAI", "openvino", "bfloat16", "openvino_genai", "openvino", "float32", True
+    ),
+    Subject("llama.cpp bf16", "llama.cpp", "bfloat16", "llama_cpp", "llama.cpp", is_in_short=True),
     Subject(OURS, "ours", "int8", "full_stack_transformer", is_in_short=True),
     Subject("CTranslate2", "ctranslate2", "int8", "ctranslate2", "ctranslate2"),
     Subject("OpenVINO GenAI", "openvino", "int8", "openvino_genai", "openvino", is_in_short=True),
     Subject("llama.cpp q8_0", "llama.cpp", "int8", "llama_cpp", "llama.cpp", is_in_short=True),
+    Subject(OURS, "ours", "int4", "full_stack_transformer", is_in_short=True),
+    Subject("OpenVINO GenAI", "openvino", "int4", "openvino_genai", "openvino", is_in_short=True),
+    Subject("llama.cpp q4_0", "llama.cpp", "int4", "llama_cpp", "llama.cpp", is_in_short=True),
 )
 
 
@@ -89,12 +100,20 @@ class Benchmark:
     """All runs of one call of this script."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.shapes = SHAPES[:1] if options.short else SHAPES
+        self.shapes = tuple(one for one in SHAPES if one.name in options.shapes)
         self.cells = SHORT_CELLS if options.short else CELLS
-        self.subjects = tuple(one for one in SUBJECTS if one.is_in_short or not options.short)
+        self.subjects = tuple(
+            one
+            for one in SUBJECTS
+            if one.weights in options.classes
+            and (one.is_in_short or not options.short)
+            # Its times are its own.
+            and not (options.processor_time and one.name == "continuous batching")
+        )
         self.runs: dict[tuple[Shape, Subject], Runs] = {}
         self.versions: dict[str, str] = {}
         self._num_repetitions: int = options.repetitions
+        self._counts_processor_time: bool = options.processor_time
         sources = b"".join(
             (HERE / name).read_bytes() for name in ("generation_files.py", "generation_openvino.py")
         )
@@ -167,7 +186,9 @@ class Benchmark:
             "model": str(self.model(shape)),
             "files": str(files),
             "weights": subject.weights,
-            "num_threads": NUM_CORES,
+            "isa": instruction_sets()[0],
+            "num_threads": 1 if self._counts_processor_time else NUM_CORES,
+            "counts_processor_time": self._counts_processor_time,
             "max_streams": max(cell.num_streams for cell in self.cells),
             "max_tokens": max(cell.num_prompt + cell.num_new for cell in self.cells),
         }
@@ -203,6 +224,8 @@ def compare_tokens(benchmark: Benchmark) -> dict[str, str]:
     Those of subjects in fp32 are to be the same, at first and up to ties.
     """
     said: dict[str, str] = {}
+    if all(subject.weights != "float32" for subject in benchmark.subjects):
+        return said
     for (shape, subject), runs in benchmark.runs.items():
         ours = benchmark.ours(shape, "float32")
         if runs is ours or not runs.ids:
@@ -248,8 +271,8 @@ def _find_differences(ours: Runs, theirs: Runs) -> list[dict[str, object]]:
     return cases
 
 
-def find_ratios(benchmark: Benchmark) -> dict[str, float]:
-    """Ours to the fastest peer of the same class, in each cell."""
+def find_ratios(benchmark: Benchmark) -> dict[str, tuple[float, float]]:
+    """Ours to the fastest peer of the same class in each cell, and what that is to be."""
     ratios = {}
     for shape in benchmark.shapes:
         for weights in {one.weights: None for one in benchmark.subjects}:
@@ -257,7 +280,7 @@ def find_ratios(benchmark: Benchmark) -> dict[str, float]:
                 best = benchmark.best_peer(shape, weights, cell)
                 rate = benchmark.ours(shape, weights).median(cell)
                 if best:
-                    ratios[f"{shape.name} {weights}, {cell.label}"] = rate / best
+                    ratios[f"{shape.name} {weights}, {cell.label}"] = rate / best, AIMS[weights]
     return ratios
 
 
@@ -265,11 +288,14 @@ def print_machine(benchmark: Benchmark, limits: dict[str, float], load: float) -
     """Machine, versions, commit and limits."""
     versions = ", ".join(f"{name} {number}" for name, number in sorted(benchmark.versions.items()))
     print(f"machine     {processor_name()}, {NUM_CORES} cores, load {load:.1f} at the start")
+    print(f"used        {instruction_sets()[0]}")
     print(f"versions    Python {platform.python_version()}, {versions}")
     print(f"commit      {commit()}")
     print(
         f"limits      reading {limits['read'] / 1e9:.0f} GB/s; matrices "
-        + ", ".join(f"{name} {limits[name] / 1e9:,.0f} GFLOP/s" for name in WEIGHT_BYTES)
+        + ", ".join(
+            f"{name} {limits[name] / 1e9:,.0f} GFLOP/s" for name in limits if name != "read"
+        )
     )
     print("cells       tokens/s, spread, share of the limit: reading with 1 stream, else matrices")
 
@@ -330,22 +356,32 @@ def _find_pythons(packages: set[str], peer_python: str) -> dict[str, str]:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--short", action="store_true", help="under a minute: fewer cells, one run")
+    shapes, classes = [one.name for one in SHAPES], [*WEIGHT_BYTES]
+    parser.add_argument("--shape", dest="shapes", nargs="+", choices=shapes, help="models (all)")
+    parser.add_argument("--class", dest="classes", nargs="+", choices=classes, help="(all)")
     parser.add_argument("--repetitions", type=int, help="runs of each cell (3, short 1)")
+    parser.add_argument(
+        "--processor_time", action="store_true", help="of one thread: where others use the machine"
+    )
     parser.add_argument("--peer_python", default=sys.executable, help="interpreter that has peers")
     cache = Path(tempfile.gettempdir(), "full-stack-transformer-benchmarks")
     parser.add_argument("--cache", type=Path, default=cache, help="directory for models")
     options = parser.parse_args()
     if options.repetitions is None:
         options.repetitions = 1 if options.short else 3
+    if options.classes is None and not options.short:
+        print("int4: skipped, ours has no such weights yet", file=sys.stderr)
+        classes.remove("int4")
+    options.shapes = options.shapes or (["gpt2"] if options.short else shapes)
+    options.classes = options.classes or (["int8"] if options.short else classes)
     return options
 
 
 def main() -> int:
     options = parse_options()
     load = os.getloadavg()[0]
-    limits: dict[str, float] = call(
-        sys.executable, "generation_reference.py", {"kind": "limits", "repetitions": 5}
-    )
+    job = {"kind": "limits", "repetitions": 5, "counts_processor_time": options.processor_time}
+    limits: dict[str, float] = call(sys.executable, "generation_reference.py", job)
     benchmark = Benchmark(options)
     benchmark.measure()
     said = compare_tokens(benchmark)
@@ -362,8 +398,10 @@ def main() -> int:
     }
     summary = {
         "benchmark": "generation",
-        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "aims": dict.fromkeys(ratios, _AIM),
+        "ratios": {name: round(ratio, 3) for name, (ratio, _) in ratios.items()},
+        "processor": processor_name(),
+        "instruction_set": instruction_sets()[0],
+        "aims": {name: aim for name, (_, aim) in ratios.items()},
         "problems": problems,
     }
     print(json.dumps(summary), flush=True)

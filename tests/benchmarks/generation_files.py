@@ -5,9 +5,9 @@ python tests/benchmarks/generation_files.py '{"kind": "model", "out": "/tmp/gpt2
     config, random values ──> a directory of transformers ──> CTranslate2, OpenVINO's IR, GGUF
 
 `tests/benchmarks/generation.py` starts this with the interpreter that has the peer, once per file: a
-file that is there is kept. The random values are small, as those of a model that begins to learn are;
-none is zero or one, so that a weight that a conversion forgets shows in the tokens. Knows nothing of
-clocks.
+file that is there is kept. SmolLM2-135M-Instruct is a real model. The random values of the others are
+small, as those of a model that begins to learn are; none is zero or one, so that a weight that a
+conversion forgets shows in the tokens. Knows nothing of clocks.
 """
 
 import importlib
@@ -33,20 +33,33 @@ class Job:
     kind: str
     out: str
     shape: str = ""
-    """Of a new model: gpt2 or llama."""
+    """Of a model: gpt2, llama or smollm2."""
     model: str = ""
     """Directory of the model that is converted."""
     weights: str = "float32"
 
 
+# No token of a vocabulary is special: nothing may end a request before its last token.
+_NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
 def write_model(job: Job) -> None:
-    """A model of transformers with random values."""
+    """A model of transformers."""
+    if job.shape == "smollm2":
+        backbone = _load(str(importlib.import_module("tests.real_models").smollm2()))
+        backbone.config.update(_NO_TOKENS)
+        backbone.generation_config.update(**_NO_TOKENS)
+    else:
+        backbone = _make_model(job)
+    backbone.save_pretrained(job.out)
+
+
+def _make_model(job: Job) -> Any:
+    """One with random values."""
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
-    # No token of the vocabulary is special: nothing may end a request before its last token.
-    shared: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if job.shape == "gpt2":
-        config = transformers.GPT2Config(n_positions=_CONTEXT_TOKENS, **shared)
+        config = transformers.GPT2Config(n_positions=_CONTEXT_TOKENS, **_NO_TOKENS)
     else:
         config = transformers.LlamaConfig(
             vocab_size=32_000,
@@ -56,7 +69,7 @@ def write_model(job: Job) -> None:
             num_attention_heads=12,
             max_position_embeddings=_CONTEXT_TOKENS,
             tie_word_embeddings=True,
-            **shared,
+            **_NO_TOKENS,
         )
     backbone = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(_SEED)
@@ -65,7 +78,7 @@ def write_model(job: Job) -> None:
             parameter.normal_(0, _STANDARD_DEVIATION, generator=generator)
             if parameter.dim() == 1 and name.endswith("weight"):
                 parameter += 1  # of a norm
-    backbone.save_pretrained(job.out)
+    return backbone
 
 
 def write_ctranslate2(job: Job) -> None:
@@ -85,13 +98,18 @@ def write_ctranslate2(job: Job) -> None:
 
 
 def write_gguf(job: Job) -> None:
-    """llama.cpp's model: matrices in fp32, in bf16 or in blocks of 32 int8 that share an fp16 scale."""
+    """llama.cpp's model: matrices in fp32, in bf16, or in blocks of 32 that share an fp16 scale."""
     gguf = importlib.import_module("gguf")
     backbone = _load(job.model)
     config = backbone.config
     is_gpt2 = config.model_type == "gpt2"
     types = gguf.GGMLQuantizationType
-    quantization = {"float32": types.F32, "bfloat16": types.BF16, "int8": types.Q8_0}[job.weights]
+    quantization = {
+        "float32": types.F32,
+        "bfloat16": types.BF16,
+        "int8": types.Q8_0,
+        "int4": types.Q4_0,
+    }[job.weights]
     writer = gguf.GGUFWriter(str(Path(job.out, "model.gguf")), config.model_type)
     writer.add_context_length(_CONTEXT_TOKENS)
     writer.add_embedding_length(config.hidden_size)
@@ -105,6 +123,7 @@ def write_gguf(job: Job) -> None:
         tensors = _gpt2_tensors(backbone)
     else:
         writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
@@ -147,7 +166,7 @@ def _gpt2_tensors(backbone: Any) -> dict[str, Any]:
 
 def _llama_tensors(backbone: Any) -> dict[str, Any]:
     """llama.cpp's names; it rotates neighbours where transformers rotates halves of a head."""
-    model, num_heads = backbone.model, backbone.config.num_attention_heads
+    model, config = backbone.model, backbone.config
     tensors = {
         "token_embd.weight": model.embed_tokens.weight,
         "output_norm.weight": model.norm.weight,
@@ -156,8 +175,8 @@ def _llama_tensors(backbone: Any) -> dict[str, Any]:
         attention, mlp = layer.self_attn, layer.mlp
         parts = {
             "attn_norm": layer.input_layernorm.weight,
-            "attn_q": _with_neighbours(attention.q_proj.weight, num_heads),
-            "attn_k": _with_neighbours(attention.k_proj.weight, num_heads),
+            "attn_q": _with_neighbours(attention.q_proj.weight, config.num_attention_heads),
+            "attn_k": _with_neighbours(attention.k_proj.weight, config.num_key_value_heads),
             "attn_v": attention.v_proj.weight,
             "attn_output": attention.o_proj.weight,
             "ffn_norm": layer.post_attention_layernorm.weight,

@@ -5,10 +5,10 @@ Knows nothing of who generates.
 
 from dataclasses import dataclass
 
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-"""Classes of subjects, and bytes of a weight."""
-_HIDDEN_SIZE = 768
-_NUM_LAYERS = 12
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5625}
+"""Classes of subjects, and bytes of a weight; 32 of 4 bits share a scale of 16."""
+AIMS = {"float32": 1.0, "bfloat16": 1.0, "int8": 1.15, "int4": 1.0}
+"""What ours is to be at least, relative to the best peer of the class."""
 _MANY_STREAMS = 32
 
 
@@ -33,23 +33,26 @@ class Shape:
 
     name: str
     vocab_size: int
+    num_layers: int
+    hidden_size: int
     layer_weights: int
     """In the matrices of a layer."""
 
     @property
     def num_layer_weights(self) -> int:
         """Each multiplies every token."""
-        return _NUM_LAYERS * self.layer_weights
+        return self.num_layers * self.layer_weights
 
     @property
     def num_weights(self) -> int:
         """With the matrix that makes logits, which only the last token of a prompt needs."""
-        return self.num_layer_weights + _HIDDEN_SIZE * self.vocab_size
+        return self.num_layer_weights + self.hidden_size * self.vocab_size
 
 
 SHAPES = (
-    Shape("gpt2", 50_257, 12 * _HIDDEN_SIZE**2),
-    Shape("llama", 32_000, 4 * _HIDDEN_SIZE**2 + 3 * _HIDDEN_SIZE * 2048),
+    Shape("gpt2", 50_257, 12, 768, 12 * 768**2),
+    Shape("llama", 32_000, 12, 768, 4 * 768**2 + 3 * 768 * 2048),
+    Shape("smollm2", 49_152, 30, 576, 2 * 576 * (576 + 192) + 3 * 576 * 1536),
 )
 
 

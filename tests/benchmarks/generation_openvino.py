@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _MASKED = -65504.0
+_INT4_GROUP_SIZE = 64
 
 
 def write(backbone: Any, out: Path, *, weights: str) -> None:
@@ -22,14 +23,14 @@ def write(backbone: Any, out: Path, *, weights: str) -> None:
     Args:
         backbone: GPT-2 or Llama of transformers.
         out: an empty directory.
-        weights: float32, or int8 for a scale for each output of a linear layer.
+        weights: float32, int8 for a scale for each output of a linear layer, or int4 for one for each
+            group of inputs.
     """
     openvino = importlib.import_module("openvino")
     model = _convert(backbone)
     _keep_state(model, backbone.config)
-    if weights == "int8":
-        nncf = importlib.import_module("nncf")
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    if weights != "float32":
+        model = _quantize(model, weights)
     openvino.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
     _write_tokenizer(out)
 
@@ -39,8 +40,7 @@ def _convert(backbone: Any) -> Any:
     torch = importlib.import_module("torch")
     cache_class = importlib.import_module("transformers").DynamicCache
     config = backbone.config
-    num_heads = config.num_attention_heads
-    head_size = config.hidden_size // num_heads
+    num_heads, head_size = _heads(config)
 
     class Step(torch.nn.Module):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -82,12 +82,26 @@ def _convert(backbone: Any) -> Any:
         return importlib.import_module("openvino").convert_model(Step(), example_input=example)
 
 
+def _quantize(model: Any, weights: str) -> Any:
+    nncf = importlib.import_module("nncf")
+    modes = nncf.CompressWeightsMode
+    if weights == "int8":
+        return nncf.compress_weights(model, mode=modes.INT8_ASYM)
+    options = {"group_size": _INT4_GROUP_SIZE, "ratio": 1.0, "all_layers": True}
+    return nncf.compress_weights(model, mode=modes.INT4_SYM, **options)
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Number of heads of keys and values, and size of a head."""
+    num_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    return num_heads, config.hidden_size // config.num_attention_heads
+
+
 def _keep_state(model: Any, config: Any) -> None:
     """Let keys and values stay in the model, and a new input say which sample goes on from which."""
     openvino = importlib.import_module("openvino")
     operations = importlib.import_module("openvino.opset13")
-    num_heads = config.num_attention_heads
-    head_size = config.hidden_size // num_heads
+    num_heads, head_size = _heads(config)
     for one, name in zip(
         model.inputs, ("input_ids", "attention_mask", "position_ids"), strict=False
     ):

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 Prompts = list[list[int]]
+_now = time.perf_counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,11 @@ class Job:
     files: str = ""
     """Directory of what the subject reads in place of it."""
     weights: str = "float32"
+    isa: str = ""
+    """The most that is to be used, one of `machine.INSTRUCTION_SETS`."""
     num_threads: int = 1
+    counts_processor_time: bool = False
+    """Of all threads of the process."""
     max_streams: int = 32
     max_tokens: int = 1024
     """Of prompt and new text of a stream that is alone."""
@@ -45,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Generated:
-    """For each stream its tokens, and when each came: seconds of `time.perf_counter`."""
+    """For each stream its tokens, and when each came: seconds of `_now`."""
 
     ids: list[list[int]]
     times: list[list[float]]
@@ -95,7 +100,7 @@ def load_ours(job: Job) -> Generate:
         result = Generated([[] for _ in prompts], [[] for _ in prompts])
         while engine.num_running:
             events = engine.step()
-            now = time.perf_counter()
+            now = _now()
             for event in events:
                 if event.token_id is not None:
                     result.ids[streams[event.request_id]].append(event.token_id)
@@ -113,7 +118,7 @@ def load_transformers(job: Job) -> Generate:
     goes_on = torch.zeros(job.max_streams, dtype=torch.bool)
 
     def note_time(input_ids: Any, scores: Any, **_: Any) -> Any:
-        times.append(time.perf_counter())
+        times.append(_now())
         return goes_on[: len(input_ids)]
 
     def generate(prompts: Prompts, num_new: int) -> Generated:
@@ -150,7 +155,7 @@ def load_continuous_batching(job: Job) -> Generate:
         with backbone.continuous_batching_context_manager(
             generation_config=greedy, continuous_batching_config=config
         ) as manager:
-            started = time.perf_counter()
+            started = _now()
             keys = [
                 manager.add_request(
                     prompt, request_id=str(number), max_new_tokens=num_new, record_timestamps=True
@@ -183,7 +188,7 @@ def load_ctranslate2(job: Job) -> Generate:
         times: list[list[float]] = [[] for _ in prompts]
 
         def note_time(step: Any) -> bool:
-            times[step.batch_id].append(time.perf_counter())
+            times[step.batch_id].append(_now())
             return False
 
         results = generator.generate_batch(
@@ -215,7 +220,9 @@ def load_openvino(job: Job) -> Generate:
     if job.weights == "float32":
         properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     if job.weights == "bfloat16":
-        properties |= {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
+        # Held back from AVX-512 it would not compute at all; on a processor without it, it takes fp32.
+        hint = "bf16" if job.isa.startswith("avx512") else "f32"
+        properties |= {"INFERENCE_PRECISION_HINT": hint, "KV_CACHE_PRECISION": "bf16"}
     pipeline = genai.ContinuousBatchingPipeline(job.files, scheduler, "CPU", properties)
 
     def generate(prompts: Prompts, num_new: int) -> Generated:
@@ -229,7 +236,7 @@ def load_openvino(job: Job) -> Generate:
         first_steps: dict[int, int] = {}
         while pipeline.has_non_finished_requests():
             pipeline.step()
-            step_times.append(time.perf_counter())
+            step_times.append(_now())
             # To read the tokens of each step would cost time; each stream gets one in every step.
             if len(first_steps) < len(prompts):
                 for number, handle in enumerate(handles):
@@ -315,14 +322,25 @@ def load_llama_cpp(job: Job) -> Generate:
             for position, token_id in enumerate(prompt)
         ]
         steps = [decode(context, rows)]
-        times = [time.perf_counter()]
+        times = [_now()]
         for position in range(length, length + num_new - 1):
             rows = [(token_id, position, stream, True) for stream, token_id in enumerate(steps[-1])]
             steps.append(decode(context, rows))
-            times.append(time.perf_counter())
+            times.append(_now())
         return Generated([list(ids) for ids in zip(*steps, strict=True)], [times] * len(prompts))
 
     return generate
+
+
+def _versions(job: Job, packages: Sequence[str]) -> dict[str, str]:
+    versions = {name: version(name) for name in packages}
+    if job.subject == "llama.cpp":  # nothing but its build holds it back
+        library: Any = importlib.import_module("llama_cpp")
+        features = library.llama_print_system_info().decode().split(" | ")
+        versions["its instructions"] = "+".join(
+            one.split(" = ")[0].removeprefix("CPU : ") for one in features if one.endswith(" = 1")
+        )
+    return versions
 
 
 def _load_backbone(job: Job, dtype: str) -> Any:
@@ -351,18 +369,21 @@ def _memory_mb(field: str) -> float:
 
 
 def main() -> None:
+    global _now
     # Libraries print; what they print is not to stand between the lines of JSON.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = Job(**json.loads(sys.argv[1]))
+    if job.counts_processor_time:
+        _now = time.process_time
     load, packages = SUBJECTS[job.subject]
     generate = load(job)
     loading_peak_mb = _memory_mb("VmHWM")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
-    print(json.dumps({name: version(name) for name in packages}), file=answers, flush=True)
+    print(json.dumps(_versions(job, packages)), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        started = time.perf_counter()
+        started = _now()
         generated = generate(request["prompts"], request["num_new"])
         started = max(started, generated.started)
         answer = {

@@ -19,29 +19,38 @@ _READ_BYTES = 512 << 20  # far more than caches hold
 _SIDE = 2048
 
 
-def measure_limits(repetitions: int) -> dict[str, float]:
-    """Bytes read, and operations of multiplying matrices of each type, each in a second."""
+def measure_limits(repetitions: int, counts_processor_time: bool) -> dict[str, float]:
+    """Bytes read, and operations of multiplying matrices of each type, each in a second.
+
+    Args:
+        repetitions: of each; the fastest counts.
+        counts_processor_time: of one thread.
+    """
+    best_seconds = partial(_best_seconds, repetitions=repetitions, clock=time.perf_counter)
+    if counts_processor_time:
+        torch.set_num_threads(1)
+        best_seconds = partial(_best_seconds, repetitions=repetitions, clock=time.process_time)
     numbers = torch.zeros(_READ_BYTES // 4)
-    limits = {"read": _READ_BYTES / _best_seconds(numbers.sum, repetitions)}
+    limits = {"read": _READ_BYTES / best_seconds(numbers.sum)}
     del numbers
     for dtype in (torch.float32, torch.bfloat16):
         one, other = (torch.randn(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
-        seconds = _best_seconds(partial(torch.matmul, one, other), repetitions)
+        seconds = best_seconds(partial(torch.matmul, one, other))
         limits[str(dtype).removeprefix("torch.")] = 2 * _SIDE**3 / seconds
     one, other = (torch.randint(-127, 127, (_SIDE, _SIDE), dtype=torch.int8) for _ in range(2))
     # Weights (outputs, inputs): the other way round they would be turned in every run.
-    seconds = _best_seconds(partial(torch._int_mm, one, other.T), repetitions)
+    seconds = best_seconds(partial(torch._int_mm, one, other.T))
     limits["int8"] = 2 * _SIDE**3 / seconds
     return limits
 
 
-def _best_seconds(work: Callable[[], Any], repetitions: int) -> float:
+def _best_seconds(work: Callable[[], Any], repetitions: int, clock: Callable[[], float]) -> float:
     """The shortest run: others on the machine only ever make it longer."""
     seconds = []
     for _ in range(repetitions + 1):
-        started = time.perf_counter()
+        started = clock()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return min(seconds)
 
 
@@ -59,10 +68,8 @@ def find_gaps(model: str, cases: list[dict[str, Any]]) -> list[float]:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    is_limits = job["kind"] == "limits"
-    result = (
-        measure_limits(job["repetitions"]) if is_limits else find_gaps(job["model"], job["cases"])
-    )
+    kind = job.pop("kind")
+    result = measure_limits(**job) if kind == "limits" else find_gaps(**job)
     print(json.dumps(result), flush=True)
 
 

@@ -15,10 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from full_stack_transformer.machine import ISA_VARIABLE
 from tests.benchmarks.generation_models import Cell
 from tests.benchmarks.machine import NUM_CORES
 
 HERE = Path(__file__).resolve().parent
+# FST_ISA -> what holds CTranslate2, PyTorch, MKL and oneDNN, which all have, back to it.
+_AVX2 = {
+    "CT2_FORCE_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+_HELD_BACK = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", **_AVX2},
+    "avx_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", **_AVX2},
+}
 # Threads of a runtime go on waiting for work for a while, 0.2 s in Intel's OpenMP; then the next may run.
 _PAUSE_SECONDS = 0.25
 
@@ -76,7 +87,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(job["num_threads"])},
+            env={**_environment(), "OMP_NUM_THREADS": str(job["num_threads"])},
         )
 
     def wait(self) -> str:
@@ -117,6 +128,11 @@ class Worker:
         errors = self._errors.read().strip()
         print(errors, file=sys.stderr)
         return {}, f"FAILED: {(errors.splitlines() or [f'status {status}'])[-1]}"
+
+
+def _environment() -> dict[str, str]:
+    """That of the workers."""
+    return {**os.environ, **_HELD_BACK.get(os.environ.get(ISA_VARIABLE, ""), {})}
 
 
 def decoding_rate(times: Sequence[Sequence[float]]) -> float:
@@ -160,7 +176,7 @@ def call(python: str, script: str, job: dict[str, Any]) -> Any:
     Raises:
         SystemExit: it failed.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(NUM_CORES)}
+    environment = {**_environment(), "OMP_NUM_THREADS": str(NUM_CORES)}
     command = [python, str(HERE / script), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
