@@ -29,12 +29,14 @@ _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_atte
 
 
 @dataclass(frozen=True)
-class SlotWork:
-    """Tokens to read in one slot, after those that it holds."""
+class SequenceWork:
+    """Tokens to read after those of a sequence that its blocks hold."""
 
-    slot: int
+    block_ids: Sequence[int]
+    """The blocks of the sequence in order: position p lies in block p // block_size, at p % block_size."""
     start: int
-    """Position of the first of them; what the slot holds from there on is forgotten."""
+    """Position of the first token; what the blocks hold before it is read and never written, what they hold
+    from there on is written over."""
     token_ids: Sequence[int]
     num_logits: int = 1
     """Number of last tokens whose logits are wanted."""
@@ -43,25 +45,26 @@ class SlotWork:
 class Runner(Protocol):
     """Computes logits; one thread at a time.
 
-    Logits of a token follow from it and those before it in its slot, whatever else is computed.
+    Logits of a token follow from it and those before it in its sequence, whatever else is computed. Several
+    sequences may share blocks that none of them writes.
     """
 
-    num_slots: int
+    num_blocks: int
+    """Blocks of keys and values, which take memory when they are first written."""
+    block_size: int
+    """Tokens of a block."""
     max_length: int
+    """Positions of a sequence."""
     vocab_size: int
     name: str
     """What computes, for people."""
 
-    def run(self, work: Sequence[SlotWork]) -> Tensor:
-        """Logits (sum of num_logits, vocabulary) in the order of the work; one item a slot."""
+    def run(self, work: Sequence[SequenceWork]) -> Tensor:
+        """Logits (sum of num_logits, vocabulary) in the order of the work."""
         ...
 
-    def hidden_states(self, work: Sequence[SlotWork]) -> Tensor:
+    def hidden_states(self, work: Sequence[SequenceWork]) -> Tensor:
         """What the last norm gives (sum of tokens, hidden) for each token, in the order of the work."""
-        ...
-
-    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        """Let `target` hold the first tokens of `source`."""
         ...
 
 
