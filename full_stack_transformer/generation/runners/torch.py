@@ -42,6 +42,9 @@ class SequenceWork:
     """Number of last tokens whose logits are wanted."""
 
 
+SlotWork: Any = SequenceWork  # until the engine goes over
+
+
 class Runner(Protocol):
     """Computes logits; one thread at a time.
 

@@ -1,4 +1,7 @@
-// The keys and values of every slot, and the attention of a token to those of its slot.
+// Keys and values in blocks of positions, and the attention of a token to those of its sequence.
+//
+// A sequence has a table of its blocks: position p lies in block table[p / block size]. Several sequences may
+// have the same block.
 //
 // Knows nothing of layers: who calls has turned queries and keys by their positions.
 
@@ -18,102 +21,86 @@ namespace {
 constexpr WeightsType kBFloat16Weights = kHasBFloat16Products ? kBFloat16Pairs : kBFloat16;
 
 struct AttentionShape {
-  int num_layers, num_heads, num_key_value_heads, head_size, max_length, num_slots;
-  float scale, cap;  // scores are kept below `cap`, 0 for none
-  WeightsType type;  // of the model's weights
+  int num_layers, num_heads, num_key_value_heads, head_size, num_blocks, block_size;
+  float scale, cap;        // scores are kept below `cap`, 0 for none
+  WeightsType stored;      // keys and values
+  WeightsType multiplied;  // as what: pairs of bf16, or bf16 as fp32
 };
 
 class Attention {
  public:
   explicit Attention(const AttentionShape& shape) : shape_(shape), windows_(shape.num_layers) {
-    const int num_blocks = (shape.max_length + kLanes - 1) / kLanes;
-    head_values_ = static_cast<size_t>(num_blocks) * kLanes * shape.head_size;
-    const size_t num_values =
-        head_values_ * shape.num_layers * shape.num_slots * shape.num_key_value_heads;
-    keys_.reserve(num_values * cache_bytes());
-    values_.reserve(num_values * cache_bytes());
+    pool_.reserve(head_bytes() * shape.num_key_value_heads * shape.num_layers * shape.num_blocks);
   }
 
   // A token of this layer sees itself and the `window` - 1 before it; all of them where it is 0.
   void set_window(int layer, int window) { windows_[layer] = window; }
 
   // Stores the keys and values (heads, D) of one token.
-  void remember(int layer, int slot, int position, const float* key, const float* value) {
+  void remember(int layer, const int32_t* table, int position, const float* key, const float* value) {
     for (int head = 0; head < shape_.num_key_value_heads; ++head) {
-      uint8_t* keys = keys_.get() + offset(layer, slot, head);
-      uint8_t* values = values_.get() + offset(layer, slot, head);
-      if (shape_.type == kFloat32) {
-        remember<kFloat32>(key, value, position, keys, values);
+      uint8_t* keys = keys_of(layer, table, position, head);
+      uint8_t* values = values_of(layer, table, position, head);
+      if (shape_.stored == kFloat32) {
+        remember<kFloat32>(key, value, position % kLanes, keys, values);
       } else {
-        remember<kBFloat16>(key, value, position, keys, values);
+        remember<kBFloat16>(key, value, position % kLanes, keys, values);
       }
       key += shape_.head_size, value += shape_.head_size;
     }
   }
 
   // What one head of a token sees: query (D) -> out (D).
-  void look(int layer, int slot, int position, int head, const float* query, float* out) const {
-    switch (shape_.type) {
-      case kFloat32: return look<kFloat32>(layer, slot, position, head, query, out);
-      case kBFloat16Pairs: return look<kBFloat16Weights>(layer, slot, position, head, query, out);
-      default: return look<kBFloat16>(layer, slot, position, head, query, out);  // int8 weights, too
-    }
-  }
-
-  void copy_slot(int from, int to, int length) {
-    const size_t positions = static_cast<size_t>((length + kLanes - 1) / kLanes) * kLanes;
-    const size_t bytes = positions * shape_.head_size * cache_bytes();
-    for (int layer = 0; layer < shape_.num_layers; ++layer) {
-      for (int head = 0; head < shape_.num_key_value_heads; ++head) {
-        for (auto* cache : {keys_.get(), values_.get()}) {
-          std::memcpy(cache + offset(layer, to, head), cache + offset(layer, from, head), bytes);
-        }
-      }
+  void look(int layer, const int32_t* table, int position, int head, const float* query, float* out) const {
+    switch (shape_.multiplied) {
+      case kFloat32: return look<kFloat32>(layer, table, position, head, query, out);
+      case kBFloat16Pairs: return look<kBFloat16Weights>(layer, table, position, head, query, out);
+      default: return look<kBFloat16>(layer, table, position, head, query, out);
     }
   }
 
  private:
-  size_t cache_bytes() const { return shape_.type == kFloat32 ? 4 : 2; }
+  // The keys, or the values, of 16 positions of a head.
+  size_t group_bytes() const { return kLanes * shape_.head_size * (shape_.stored == kFloat32 ? 4 : 2); }
+  size_t head_bytes() const { return 2 * (shape_.block_size / kLanes) * group_bytes(); }
 
-  size_t offset(int layer, int slot, int head) const {
-    const size_t number =
-        (static_cast<size_t>(layer) * shape_.num_slots + slot) * shape_.num_key_value_heads + head;
-    return number * head_values_ * cache_bytes();
+  // Of the 16 positions that this one is among.
+  uint8_t* keys_of(int layer, const int32_t* table, int position, int head) const {
+    const size_t block = table[position / shape_.block_size];
+    const size_t number = (block * shape_.num_layers + layer) * shape_.num_key_value_heads + head;
+    return pool_.get() + number * head_bytes() + position % shape_.block_size / kLanes * group_bytes();
+  }
+  uint8_t* values_of(int layer, const int32_t* table, int position, int head) const {
+    return keys_of(layer, table, position, head) + head_bytes() / 2;
   }
 
-  const uint8_t* block_of(const ZeroPages& cache, int layer, int slot, int head, int block) const {
-    return cache.get() + offset(layer, slot, head) + block * kLanes * shape_.head_size * cache_bytes();
-  }
-
-  // Keys: [16 positions][group of D][position][group]; values: [group of positions][D][group]. Neighbours
+  // Keys of 16 positions: [group of D][position][group]; values: [group of positions][D][group]. Neighbours
   // are written by other threads at the same time, so nothing but one's own numbers is touched.
   template <WeightsType Type>
-  void remember(const float* key, const float* value, int position, uint8_t* keys, uint8_t* values) const {
+  void remember(const float* key, const float* value, int lane, uint8_t* keys, uint8_t* values) const {
     const int size = shape_.head_size;
-    const size_t block = static_cast<size_t>(position / kLanes) * kLanes * size;
     if constexpr (Type == kFloat32) {
-      float* place = reinterpret_cast<float*>(keys) + block + position % kLanes;
+      float* place = reinterpret_cast<float*>(keys) + lane;
       for (int d = 0; d < size; ++d) place[d * kLanes] = key[d];
-      std::copy(value, value + size, reinterpret_cast<float*>(values) + static_cast<size_t>(position) * size);
+      std::copy(value, value + size, reinterpret_cast<float*>(values) + lane * size);
     } else {
       thread_local Buffer<uint16_t> buffer;
       uint16_t* halves = buffer.reserve(size);
       round_to_bfloat16(key, size, halves);
-      int32_t* pairs = reinterpret_cast<int32_t*>(keys) + block / 2 + position % kLanes;
+      int32_t* pairs = reinterpret_cast<int32_t*>(keys) + lane;
       for (int d = 0; d < size; d += 2) std::memcpy(pairs + d / 2 * kLanes, halves + d, 4);
       round_to_bfloat16(value, size, halves);
-      uint16_t* place = reinterpret_cast<uint16_t*>(values) + static_cast<size_t>(position / 2) * 2 * size +
-                        position % 2;
+      uint16_t* place = reinterpret_cast<uint16_t*>(values) + lane / 2 * 2 * size + lane % 2;
       for (int d = 0; d < size; ++d) place[2 * d] = halves[d];
     }
   }
 
   template <WeightsType Type>
-  void look(int layer, int slot, int position, int head, const float* query, float* out) const {
-    // Positions are counted from the block that holds the first one to be seen.
+  void look(int layer, const int32_t* table, int position, int head, const float* query, float* out) const {
+    // Positions are counted from the 16 that the first one to be seen is among.
     const int size = shape_.head_size, window = windows_[layer];
-    const int first = window ? std::max(0, position + 1 - window) : 0, first_block = first / kLanes;
-    const int num_skipped = first % kLanes, length = position + 1 - first_block * kLanes;
+    const int first = window ? std::max(0, position + 1 - window) : 0, origin = first / kLanes * kLanes;
+    const int num_skipped = first - origin, length = position + 1 - origin;
     const int kv_head = head / (shape_.num_heads / shape_.num_key_value_heads);
     const int num_blocks = (length + kLanes - 1) / kLanes;
     thread_local Buffer<float> score_buffer;
@@ -125,46 +112,39 @@ class Attention {
       round_to_bfloat16_pairs(query, size, pairs);
       words = pairs;
     }
-    const uint8_t* keys = block_of(keys_, layer, slot, kv_head, first_block);
+    const auto keys_at = [&](int block) { return keys_of(layer, table, origin + block * kLanes, kv_head); };
     int block = 0;
-    for (; block + 4 <= num_blocks; block += 4) score<Type, 4>(keys, words, block, scores);
-    for (; block < num_blocks; ++block) score<Type, 1>(keys, words, block, scores);
+    for (; block < num_blocks; ++block) score<Type>(keys_at(block), words, scores + block * kLanes);
     if (shape_.cap > 0) cap(scores, num_blocks);
     const float inverse = soften(scores, num_skipped, length, num_blocks);
     // In place: a number is read before half as many bytes are written.
     if constexpr (Type == kBFloat16Pairs) {
       round_to_bfloat16_pairs(scores, num_blocks * kLanes, reinterpret_cast<int32_t*>(scores));
     }
-    const uint8_t* values = block_of(values_, layer, slot, kv_head, first_block);
     auto* weights = reinterpret_cast<const int32_t*>(scores);
     for (int d = 0; d < size; d += 4 * kLanes) {
+      const auto values_at = [&](int place) { return values_of(layer, table, origin + place, kv_head) + d * 4; };
       switch (std::min(4, (size - d) / kLanes)) {
-        case 4: mix<Type, 4>(values, weights, length, inverse, d, out + d); break;
-        case 3: mix<Type, 3>(values, weights, length, inverse, d, out + d); break;
-        case 2: mix<Type, 2>(values, weights, length, inverse, d, out + d); break;
-        default: mix<Type, 1>(values, weights, length, inverse, d, out + d);
+        case 4: mix<Type, 4>(values_at, weights, length, inverse, out + d); break;
+        case 3: mix<Type, 3>(values_at, weights, length, inverse, out + d); break;
+        case 2: mix<Type, 2>(values_at, weights, length, inverse, out + d); break;
+        default: mix<Type, 1>(values_at, weights, length, inverse, out + d);
       }
     }
   }
 
-  // Products of the query and 16 keys for each of `Blocks` blocks.
-  template <WeightsType Type, int Blocks>
-  void score(const uint8_t* keys, const int32_t* words, int first, float* scores) const {
-    const size_t block_bytes = static_cast<size_t>(shape_.head_size / values_of_group(Type)) * 64;
-    keys += first * block_bytes;
-    Vector sums[Blocks][kParts] = {};
-    for (const auto* end = keys + block_bytes; keys < end; keys += 64, words += words_of_group(Type)) {
+  // Products of the query and 16 keys.
+  template <WeightsType Type>
+  void score(const uint8_t* keys, const int32_t* words, float* scores) const {
+    Vector sums[1][kParts] = {};
+    for (const auto* end = keys + group_bytes(); keys < end; keys += 64, words += words_of_group(Type)) {
 #pragma GCC unroll 4
-      for (int block = 0; block < Blocks; ++block) {
-        const auto* place = keys + block * block_bytes;
-#pragma GCC unroll 4
-        for (int part = 0; part < kParts; ++part) {
-          const auto loaded = unpacked<Type>(load_int_vector(place + part * sizeof(Vector)));
-          sums[block][part] = add_products<Type>(sums[block][part], loaded, words);
-        }
+      for (int part = 0; part < kParts; ++part) {
+        const auto loaded = unpacked<Type>(load_int_vector(keys + part * sizeof(Vector)));
+        sums[0][part] = add_products<Type>(sums[0][part], loaded, words);
       }
     }
-    put_scaled<Blocks>(sums, shape_.scale, scores + first * kLanes);
+    put_scaled<1>(sums, shape_.scale, scores);
   }
 
   template <int Count>
@@ -189,7 +169,7 @@ class Attention {
   // their sum.
   static float soften(float* scores, int num_skipped, int length, int num_blocks) {
     if (num_skipped) store(scores, last_lanes(load(scores), num_skipped, -INFINITY));
-    // What a slot held before stands behind the last position.
+    // Anything may stand behind the last position.
     float* last = scores + (num_blocks - 1) * kLanes;
     const int num_last = length - (num_blocks - 1) * kLanes;
     store(last, first_lanes(load(last), num_last, -INFINITY));
@@ -207,13 +187,12 @@ class Attention {
   }
 
   // Weighted mean of 16 * `Parts` numbers of the values.
-  template <WeightsType Type, int Parts>
-  void mix(const uint8_t* values, const int32_t* weights, int length, float inverse, int d, float* out) const {
+  template <WeightsType Type, int Parts, class ValuesAt>
+  void mix(const ValuesAt& values_at, const int32_t* weights, int length, float inverse, float* out) const {
     constexpr int kPositions = values_of_group(Type), kWords = words_of_group(Type);
     const size_t stride = static_cast<size_t>(shape_.head_size) * 4;  // bytes of a group of positions
     Vector sums[Parts][kParts] = {};
-    values += d * 4;
-    const auto add = [&](IntVector mask) __attribute__((always_inline)) {
+    const auto add = [&](const uint8_t* values, IntVector mask) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int block = 0; block < Parts; ++block) {
         const auto* place = values + block * kLanes * 4;
@@ -223,18 +202,23 @@ class Attention {
           sums[block][part] = add_products<Type>(sums[block][part], loaded, weights);
         }
       }
+      weights += kWords;
     };
-    const auto* end = values + length / kPositions * stride;
-    for (; values < end; values += stride, weights += kWords) add(broadcast(int32_t{-1}));
-    // Behind the last position may stand anything, even what is no number and would survive a weight of 0.
-    if (length % kPositions) add(broadcast(int32_t{0xffff}));
+    for (int position = 0; position < length; position += kLanes) {
+      const auto* values = values_at(position);
+      const int num_left = std::min(kLanes, length - position);
+      for (int group = 0; group < num_left / kPositions; ++group, values += stride) {
+        add(values, broadcast(int32_t{-1}));
+      }
+      // Behind the last position may stand anything, even what is no number and would survive a weight of 0.
+      if (num_left % kPositions) add(values, broadcast(int32_t{0xffff}));
+    }
     put_scaled<Parts>(sums, inverse, out);
   }
 
   AttentionShape shape_;
   std::vector<int> windows_;  // of layers
-  size_t head_values_ = 0;  // numbers of one head of one slot of one layer
-  ZeroPages keys_, values_;
+  ZeroPages pool_;  // [block][layer][head of keys][keys of the block, values of the block]
 };
 
 }  // namespace

@@ -1,19 +1,20 @@
 // The forward pass of a decoder, for batches of tokens of many requests.
 //
-//   ids, slots, positions (tokens) -> embeddings -> layers, each reading and writing its slots' keys and
-//   values -> logits (rows, vocabulary) of the tokens that are asked for
+//   ids, sequences, positions (tokens) -> embeddings -> layers, each reading and writing keys and values in
+//   the blocks of the sequences -> logits (rows, vocabulary) of the tokens that are asked for
 //
 // Every output is the sum over its inputs in their order, by one accumulator, and every token attends by
 // itself. So the numbers of a token do not depend on which tokens are computed beside it, on how a prompt
-// is cut into chunks, on its slot, or on the number of threads: bit for bit. With weights of fp32, int8
-// and int4 nor do they depend on the processor. bf16 is computed by its own instructions where there are any.
+// is cut into chunks, on its blocks and their size, or on the number of threads: bit for bit. With weights of
+// fp32, int8 and int4 nor do they depend on the processor. bf16 is computed by its own instructions where
+// there are any.
 //
 //   memory_and_threads.h   buffers, and threads that share the work
 //   isa_*.h                vectors and their products, by instruction set
 //   lanes.h                arithmetic of 16 numbers, the same bits everywhere
 //   kernels.h              linear layers
 //   int4.h                 weights of 4 bits
-//   attention.h            the keys and values of slots, and who looks at them
+//   attention.h            keys and values in blocks, and who looks at them
 //   model.h                layers
 //   this file              what Python calls
 
@@ -104,16 +105,13 @@ void decoder_add_rotary(Decoder* decoder, const float* frequencies, int half, fl
   }
 }
 
-void decoder_forward(Decoder* decoder, int num_tokens, const int32_t* ids, const int32_t* slots,
-                     const int32_t* positions, int num_rows, const int32_t* rows, float* logits) {
-  decoder->forward(num_tokens, ids, slots, positions, num_rows, rows, logits);
+void decoder_forward(Decoder* decoder, int num_tokens, const int32_t* ids, const int32_t* sequences,
+                     const int32_t* positions, const int32_t* table_starts, const int32_t* block_ids,
+                     int num_rows, const int32_t* rows, float* logits) {
+  decoder->forward({num_tokens, ids, sequences, positions, table_starts, block_ids}, num_rows, rows, logits);
 }
 
 void decoder_hidden_states(Decoder* decoder, float* out) { decoder->hidden_states(out); }
-
-void decoder_copy_slot(Decoder* decoder, int from, int to, int length) {
-  decoder->copy_slot(from, to, length);
-}
 
 }  // extern "C"
 #pragma GCC visibility pop

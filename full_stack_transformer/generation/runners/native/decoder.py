@@ -1,7 +1,7 @@
 """A backbone of transformers, packed for the C++ decoder: the fast runner on processors.
 
 Which models: families.py. The numbers of a token do not depend on what is computed beside
-it, on how its prompt was cut, on its slot or on the number of threads, bit for bit, and with fp32, int8
+it, on how its prompt was cut, on its blocks or on the number of threads, bit for bit, and with fp32, int8
 and int4 weights nor on the processor; see decoder.cpp.
 """
 
@@ -30,15 +30,18 @@ from full_stack_transformer.generation.runners.native.library import (
     load_library,
     why_not,
 )
-from full_stack_transformer.generation.runners.torch import SlotWork
+from full_stack_transformer.generation.runners.torch import SequenceWork
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.quantization.codes import Codes, CodesDtype
 
 WeightsDtype = Literal["float32", "bfloat16", "int8", "int4"]
+KvDtype = Literal["float32", "bfloat16", "int8"]
+_Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 # Before anybody tells PyTorch to use fewer, as `open_runner` does.
 _NUM_THREADS = torch.get_num_threads()
-_WEIGHTS_TYPES: dict[WeightsDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}
+_TYPES: dict[WeightsDtype | KvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}
+_BLOCK_SIZES = (16, 32, 64)
 _ATTENTION_IN, _ATTENTION_OUT, _MLP_IN, _MLP_OUT = range(4)
 _LAST = -1  # the layer that head and last norm are said to belong to
 
@@ -55,11 +58,13 @@ class NativeRunner:
 
     Args:
         backbone: in evaluation mode; its weights are copied and packed.
-        num_slots: sequences held at once.
+        num_blocks: of keys and values, which take memory when they are first written.
+        block_size: tokens of a block: 16, 32 or 64.
         weights_dtype: int8 has one scale for each output of a linear layer and for each token's inputs. int4
             has one for each 32 inputs of an output, too; the head, and what has no multiple of 32 inputs,
             stays int8.
-        max_length: tokens of each sequence; none for the model's context.
+        kv_dtype: of keys and values; int8 has one scale for each token and head.
+        max_length: positions of a sequence; none for the model's context.
         num_threads: none for as many as PyTorch uses.
         isa: instruction set, of `machine.INSTRUCTION_SETS`; none for the best of this machine.
 
@@ -72,8 +77,10 @@ class NativeRunner:
         self,
         backbone: Backbone,
         *,
-        num_slots: int,
+        num_blocks: int,
+        block_size: int = 32,
         weights_dtype: WeightsDtype,
+        kv_dtype: KvDtype,
         max_length: int | None = None,
         num_threads: int | None = None,
         isa: str | None = None,
@@ -83,8 +90,10 @@ class NativeRunner:
             raise ModelError(f"the C++ decoder cannot run this model here: {problem}")
         if not all(bool(torch.isfinite(weights).all()) for weights in backbone.parameters()):
             raise ModelError("the model has weights that are NaN or infinite; it is broken")
+        assert block_size in _BLOCK_SIZES and num_blocks > 0
         config = backbone.config
-        self.num_slots = num_slots
+        self.num_blocks = num_blocks
+        self.block_size = block_size
         self.max_length = max_length or context_length(config)
         self.vocab_size = backbone.get_input_embeddings().num_embeddings
         self._hidden_size: int = config.hidden_size
@@ -97,21 +106,23 @@ class NativeRunner:
             **shape_of(backbone),
             vocab_size=self.vocab_size,
             max_length=self.max_length,
-            num_slots=num_slots,
-            weights_type=_WEIGHTS_TYPES[weights_dtype],
+            num_blocks=num_blocks,
+            block_size=block_size,
+            weights_type=_TYPES[weights_dtype],
+            kv_type=_TYPES[kv_dtype],
             num_threads=self.num_threads,
         )
         self._decoder = self._library.decoder_new(ctypes.byref(shape))
         if not self._decoder:
             raise MachineError(
-                f"memory is short for {num_slots} texts of {self.max_length:,} tokens at once; allow "
-                "fewer or shorter ones"
+                f"memory is short for the keys and values of {num_blocks * block_size:,} tokens; allow fewer "
+                "or shorter texts at once"
             )
         self._is_int4 = weights_dtype == "int4"
         with torch.no_grad():
             self._pack(parts_of(backbone))
 
-    def run(self, work: Sequence[SlotWork]) -> Tensor:
+    def run(self, work: Sequence[SequenceWork]) -> Tensor:
         """Logits (sum of num_logits, vocabulary), in the order of the work."""
         ends = np.cumsum([len(one.token_ids) for one in work])
         rows = np.concatenate(
@@ -124,7 +135,7 @@ class NativeRunner:
         self._forward(work, rows, logits)
         return logits
 
-    def hidden_states(self, work: Sequence[SlotWork]) -> Tensor:
+    def hidden_states(self, work: Sequence[SequenceWork]) -> Tensor:
         """What the last norm gives (sum of tokens, hidden) for each token, in the order of the work."""
         no_rows = np.zeros(0, np.int32)
         num_tokens = self._forward(work, no_rows, torch.empty(0, self.vocab_size))
@@ -132,28 +143,37 @@ class NativeRunner:
         self._library.decoder_hidden_states(self._decoder, _values(states))
         return states
 
-    def _forward(
-        self, work: Sequence[SlotWork], rows: np.ndarray[Any, np.dtype[np.int32]], logits: Tensor
-    ) -> int:
+    def _forward(self, work: Sequence[SequenceWork], rows: _Ids, logits: Tensor) -> int:
         """Read the work and write the logits of some rows of it; returns its number of tokens."""
         lengths = [len(one.token_ids) for one in work]
-        ids = np.fromiter((token for one in work for token in one.token_ids), np.int32)
-        slots = np.repeat(np.array([one.slot for one in work], np.int32), lengths)
+        ids = np.concatenate([np.asarray(one.token_ids, np.int32) for one in work])
+        sequences = np.repeat(np.arange(len(work), dtype=np.int32), lengths)
         positions = np.concatenate(
             [
                 np.arange(one.start, one.start + length, dtype=np.int32)
                 for one, length in zip(work, lengths, strict=True)
             ]
         )
+        tables = [self._table(one) for one in work]
+        starts = np.cumsum([0, *map(len, tables)], dtype=np.int32)
+        block_ids = np.concatenate(tables)
+        # The decoder reads and writes wherever it is told to.
+        assert ids.min(initial=0) >= 0 and ids.max(initial=0) < self.vocab_size
+        assert block_ids.min(initial=0) >= 0 and block_ids.max(initial=0) < self.num_blocks
         self._library.decoder_forward(
-            *(self._decoder, len(ids), _ids(ids), _ids(slots), _ids(positions)),
-            *(len(rows), _ids(rows), _values(logits)),
+            *(self._decoder, len(ids), _ids(ids), _ids(sequences), _ids(positions)),
+            *(_ids(starts), _ids(block_ids), len(rows), _ids(rows), _values(logits)),
         )
         return len(ids)
 
-    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        """Let `target` hold the first tokens of `source`."""
-        self._library.decoder_copy_slot(self._decoder, source, target, num_tokens)
+    def _table(self, one: SequenceWork) -> _Ids:
+        """The blocks up to the last token of the work."""
+        end = one.start + len(one.token_ids)
+        num_blocks = -(-end // self.block_size)
+        assert 0 <= one.start and end <= self.max_length, f"{end} of {self.max_length} positions"
+        assert 0 <= one.num_logits <= len(one.token_ids)
+        assert num_blocks <= len(one.block_ids), f"{end} tokens in {len(one.block_ids)} blocks"
+        return np.asarray(one.block_ids[:num_blocks], np.int32)
 
     def __del__(self) -> None:
         if getattr(self, "_decoder", None):

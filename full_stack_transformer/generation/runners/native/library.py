@@ -59,8 +59,9 @@ class DecoderShape(ctypes.Structure):
             (name, c_int32)
             for name in (
                 *("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "head_size"),
-                *("intermediate_size", "vocab_size", "max_length", "num_slots", "weights_type"),
-                *("num_threads", "activation", "is_gated", "is_parallel", "centers_in_norm"),
+                *("intermediate_size", "vocab_size", "max_length", "num_blocks", "block_size"),
+                *("weights_type", "kv_type", "num_threads"),
+                *("activation", "is_gated", "is_parallel", "centers_in_norm"),
             )
         ),
         *(
@@ -159,9 +160,8 @@ def _open(path: Path, isa: str) -> Library:
         "decoder_set_layer": ([c_void_p, c_int, c_int, c_int], None),
         "decoder_set_embeddings": ([c_void_p, values, values], None),
         "decoder_add_rotary": ([c_void_p, values, c_int, c_float], None),
-        "decoder_forward": ([c_void_p, c_int, ids, ids, ids, c_int, ids, values], None),
+        "decoder_forward": ([c_void_p, c_int, *[ids] * 5, c_int, ids, values], None),
         "decoder_hidden_states": ([c_void_p, values], None),
-        "decoder_copy_slot": ([c_void_p, c_int, c_int, c_int], None),
     }
     for name, (arguments, result) in declarations.items():
         function = getattr(library, name)

@@ -3,7 +3,7 @@
 // Families of models differ in numbers, in the norms that there are, and in what is added when; families.py
 // says which family has what.
 //
-// `Decoder::forward` reads tokens behind those of their slots.
+// `Decoder::forward` reads tokens behind those of their sequences.
 
 #pragma once
 
@@ -24,7 +24,7 @@ constexpr int kPairsOfPiece = 4;
 
 struct DecoderShape {
   int32_t num_layers, hidden_size, num_heads, num_key_value_heads, head_size, intermediate_size;
-  int32_t vocab_size, max_length, num_slots, weights_type, num_threads;
+  int32_t vocab_size, max_length, num_blocks, block_size, weights_type, kv_type, num_threads;
   int32_t activation;       // of MLPs
   int32_t is_gated;         // activation(gate) * up, else activation(inner)
   int32_t is_parallel;      // an MLP reads what its layer's attention has read, not what that has written
@@ -37,6 +37,15 @@ enum LinearName : int32_t { kAttentionIn = 0, kAttentionOut, kMlpIn, kMlpOut, kN
 // Before attention and MLP, after them, and of queries and keys.
 enum NormName : int32_t {
   kAttentionNorm = 0, kMlpNorm, kAttentionOutNorm, kMlpOutNorm, kQueryNorm, kKeyNorm, kNumNorms
+};
+
+// Tokens to read, and the sequences that they belong to.
+struct Reading {
+  int num_tokens = 0;
+  const int32_t *ids = nullptr, *sequences = nullptr, *positions = nullptr;  // (tokens)
+  const int32_t *table_starts = nullptr, *block_ids = nullptr;  // the tables of the sequences, one after another
+
+  const int32_t* table(int token) const { return block_ids + table_starts[sequences[token]]; }
 };
 
 struct Norm {
@@ -80,18 +89,18 @@ class Decoder {
   }
 
   static AttentionShape attention_of(const DecoderShape& shape) {
+    const auto stored = static_cast<WeightsType>(shape.kv_type);
+    const bool are_pairs = stored == kBFloat16 && type_of(shape) == kBFloat16Pairs;
     return {shape.num_layers, shape.num_heads, shape.num_key_value_heads, shape.head_size,
-            shape.max_length, shape.num_slots, shape.attention_scale, shape.attention_cap, type_of(shape)};
+            shape.num_blocks, shape.block_size, shape.attention_scale, shape.attention_cap, stored,
+            are_pairs ? kBFloat16Pairs : stored};
   }
 
   void set_window(int layer, int window) { attention_.set_window(layer, window); }
 
-  void copy_slot(int from, int to, int length) { attention_.copy_slot(from, to, length); }
-
-  void forward(int num_tokens, const int32_t* ids, const int32_t* slots, const int32_t* positions,
-               int num_rows, const int32_t* rows, float* logits) {
-    const int hidden = shape_.hidden_size;
-    ids_ = ids, slots_ = slots, positions_ = positions, num_tokens_ = num_tokens;
+  void forward(const Reading& reading, int num_rows, const int32_t* rows, float* logits) {
+    const int hidden = shape_.hidden_size, num_tokens = reading.num_tokens;
+    reading_ = reading;
     hidden_.reserve(static_cast<size_t>(num_tokens) * hidden);
     each_token(num_tokens, [&](int token) { embed(token); });
     for (int layer = 0; layer < shape_.num_layers; ++layer) {
@@ -113,9 +122,9 @@ class Decoder {
 
   // Hidden states (tokens, hidden) of the last forward pass, after the last norm.
   void hidden_states(float* out) {
-    normalized_.reserve(static_cast<size_t>(num_tokens_) * shape_.hidden_size);
-    each_token(num_tokens_, [&](int token) { normalize_hidden(last_norm_, token); });
-    std::memcpy(out, normalized_.get(), sizeof(float) * num_tokens_ * shape_.hidden_size);
+    normalized_.reserve(static_cast<size_t>(reading_.num_tokens) * shape_.hidden_size);
+    each_token(reading_.num_tokens, [&](int token) { normalize_hidden(last_norm_, token); });
+    std::memcpy(out, normalized_.get(), sizeof(float) * reading_.num_tokens * shape_.hidden_size);
   }
 
  private:
@@ -133,8 +142,8 @@ class Decoder {
   void embed(int token) {
     const int hidden = shape_.hidden_size;
     float* out = hidden_.get() + static_cast<size_t>(token) * hidden;
-    const size_t first = static_cast<size_t>(ids_[token]) * hidden;
-    const float* position = position_embeddings_.get() + static_cast<size_t>(positions_[token]) * hidden;
+    const size_t first = static_cast<size_t>(reading_.ids[token]) * hidden;
+    const float* position = position_embeddings_.get() + static_cast<size_t>(reading_.positions[token]) * hidden;
     for (int k = 0; k < hidden; k += kLanes) {
       Floats values = type_ == kFloat32
                           ? load(reinterpret_cast<float*>(token_embeddings_.get()) + first + k)
@@ -228,12 +237,12 @@ class Decoder {
 
   // Adds what a linear layer makes, normalized where there is a norm, to the hidden states.
   void add(const Linear& linear, const float* values, const Norm& norm) {
-    const int hidden = shape_.hidden_size;
-    const Inputs inputs = prepare(linear, values, num_tokens_);
-    if (!norm.size) return apply(linear, inputs, num_tokens_, hidden_.get(), hidden, Ending::kAdd);
-    float* added = added_.reserve(static_cast<size_t>(num_tokens_) * hidden);
-    apply(linear, inputs, num_tokens_, added, hidden, Ending::kStore);
-    each_token(num_tokens_, [&](int token) {
+    const int hidden = shape_.hidden_size, num_tokens = reading_.num_tokens;
+    const Inputs inputs = prepare(linear, values, num_tokens);
+    if (!norm.size) return apply(linear, inputs, num_tokens, hidden_.get(), hidden, Ending::kAdd);
+    float* added = added_.reserve(static_cast<size_t>(num_tokens) * hidden);
+    apply(linear, inputs, num_tokens, added, hidden, Ending::kStore);
+    each_token(num_tokens, [&](int token) {
       const size_t place = static_cast<size_t>(token) * hidden;
       normalize(norm, added + place, added + place);
       for (int k = 0; k < hidden; k += kLanes) {
@@ -244,35 +253,35 @@ class Decoder {
 
   // The first half of an MLP.
   void compute_inner(const Layer& layer) {
-    const int size = shape_.intermediate_size;
-    float* inner = inner_.reserve(static_cast<size_t>(num_tokens_) * size);
+    const int size = shape_.intermediate_size, num_tokens = reading_.num_tokens;
+    float* inner = inner_.reserve(static_cast<size_t>(num_tokens) * size);
     const Linear& linear = layer.linears[kMlpIn];
-    apply(linear, normalized(linear, layer.norms[kMlpNorm], num_tokens_), num_tokens_, inner, size,
+    apply(linear, normalized(linear, layer.norms[kMlpNorm], num_tokens), num_tokens, inner, size,
           shape_.is_gated ? Ending::kGated : Ending::kActivated);
   }
 
   void attend(int layer) {
     const int size = shape_.head_size, num_heads = shape_.num_heads;
     const int num_all = num_heads + 2 * shape_.num_key_value_heads;
-    float* projected = projected_.reserve(static_cast<size_t>(num_tokens_) * num_all * size);
-    attended_.reserve(static_cast<size_t>(num_tokens_) * attention_size());
+    float* projected = projected_.reserve(static_cast<size_t>(reading_.num_tokens) * num_all * size);
+    attended_.reserve(static_cast<size_t>(reading_.num_tokens) * attention_size());
     const Linear& linear = layers_[layer].linears[kAttentionIn];
-    apply(linear, normalized(linear, layers_[layer].norms[kAttentionNorm], num_tokens_), num_tokens_, projected,
-          num_all * size, Ending::kStore);
-    each_token(num_tokens_, [&](int token) { remember(layer, token); });
+    apply(linear, normalized(linear, layers_[layer].norms[kAttentionNorm], reading_.num_tokens),
+          reading_.num_tokens, projected, num_all * size, Ending::kStore);
+    each_token(reading_.num_tokens, [&](int token) { remember(layer, token); });
     // By heads first: neighbouring tokens of a prompt read the same keys.
-    pool_.run(num_heads * num_tokens_, [&](int item) {
-      const int head = item / num_tokens_, token = item % num_tokens_;
-      attention_.look(layer, slots_[token], positions_[token], head,
+    pool_.run(num_heads * reading_.num_tokens, [&](int item) {
+      const int head = item / reading_.num_tokens, token = item % reading_.num_tokens;
+      attention_.look(layer, reading_.table(token), reading_.positions[token], head,
                       projected + (static_cast<size_t>(token) * num_all + head) * size,
                       attended_.get() + static_cast<size_t>(token) * attention_size() + head * size);
     });
   }
 
-  // Normalizes queries and keys, turns them by their position, and stores keys and values in the slot.
+  // Normalizes queries and keys, turns them by their position, and stores keys and values.
   void remember(int layer, int token) {
     const int size = shape_.head_size, num_heads = shape_.num_heads;
-    const int num_kv = shape_.num_key_value_heads, position = positions_[token];
+    const int num_kv = shape_.num_key_value_heads, position = reading_.positions[token];
     float* all = projected_.get() + static_cast<size_t>(token) * (num_heads + 2 * num_kv) * size;
     float* key = all + num_heads * size;
     const Layer& weights = layers_[layer];
@@ -282,7 +291,7 @@ class Decoder {
       const Rotary& rotary = rotaries_[weights.rotary];
       for (int head = 0; head < num_heads + num_kv; ++head) rotate(rotary, all + head * size, position);
     }
-    attention_.remember(layer, slots_[token], position, key, key + num_kv * size);
+    attention_.remember(layer, reading_.table(token), position, key, key + num_kv * size);
   }
 
   // In place: each head by itself or all of them together, as the norm is wide.
@@ -307,8 +316,7 @@ class Decoder {
 
   Attention attention_;
   Pool pool_;
-  int num_tokens_ = 0;
-  const int32_t *ids_ = nullptr, *slots_ = nullptr, *positions_ = nullptr;
+  Reading reading_;
   Buffer<float> hidden_, normalized_, projected_, attended_, inner_, added_, scales_, group_sums_;
   Buffer<int32_t> words_, sums_;
 };
