@@ -72,11 +72,14 @@ int main(int, char** arguments) {
       decoder_add_rotary(decoder, frequencies, tape.number(), *scaling);
     } else if (name == 'f') {
       const int num_tokens = tape.number();
-      const auto *ids = tape.array<int32_t>(), *slots = tape.array<int32_t>(), *positions = tape.array<int32_t>();
+      const auto *ids = tape.array<int32_t>(), *sequences = tape.array<int32_t>();
+      const auto *positions = tape.array<int32_t>(), *starts = tape.array<int32_t>();
+      const auto* block_ids = tape.array<int32_t>();
       const int num_rows = tape.number();
       const auto* rows = tape.array<int32_t>();
       std::vector<float> logits(static_cast<size_t>(num_rows) * shape.vocab_size);
-      decoder_forward(decoder, num_tokens, ids, slots, positions, num_rows, rows, logits.data());
+      decoder_forward(decoder, num_tokens, ids, sequences, positions, starts, block_ids, num_rows, rows,
+                      logits.data());
       std::fwrite(logits.data(), 4, logits.size(), stdout);
     } else {
       return 2;

@@ -16,16 +16,29 @@ from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.generation.runners.native import decoder, library
-from full_stack_transformer.generation.runners.native.decoder import NativeRunner, WeightsDtype
-from full_stack_transformer.generation.runners.torch import SlotWork
+from full_stack_transformer.generation.runners.native.decoder import (
+    KvDtype,
+    NativeRunner,
+    WeightsDtype,
+)
+from full_stack_transformer.generation.runners.torch import SequenceWork
 from full_stack_transformer.machine import instruction_sets
 from tests.generation.small_models import varied_backbone
 
 ISAS = tuple(isa for isa in instruction_sets() if isa in library.targets())
-SAME_BITS: tuple[WeightsDtype, ...] = ("float32", "int8", "int4")
+# Weights, and keys and values.
+SAME_BITS: tuple[tuple[WeightsDtype, KvDtype], ...] = (
+    ("float32", "float32"),
+    ("int8", "bfloat16"),
+    ("int8", "int8"),
+    ("int4", "bfloat16"),
+)
+FORMATS = (*SAME_BITS, ("bfloat16", "bfloat16"))
 # Of 16 numbers, tiles and blocks there is always a rest.
 LENGTHS = (1, 2, 3, 5, 7, 13, 33, 50)
 CONTEXT = 70
+# Blocks of a text.
+BLOCK_SIZE, NUM_BLOCKS = 16, 5
 
 
 @pytest.fixture(autouse=True)
@@ -82,44 +95,73 @@ def _backbone(kind: str) -> Backbone:
 KINDS = ("grouped", "llama-3", "gpt2", "gemma2", "gpt_neox")
 
 
-def _logits(backbone: Backbone, isa: str, dtype: WeightsDtype) -> Tensor:
+def _runner(
+    backbone: Backbone,
+    isa: str | None,
+    dtype: WeightsDtype,
+    kv_dtype: KvDtype,
+    *,
+    num_texts: int = 1,
+    num_threads: int | None = None,
+) -> NativeRunner:
+    return NativeRunner(
+        backbone,
+        num_blocks=num_texts * NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        weights_dtype=dtype,
+        kv_dtype=kv_dtype,
+        isa=isa,
+        num_threads=num_threads,
+    )
+
+
+def _table(text: int) -> range:
+    return range(text * NUM_BLOCKS, (text + 1) * NUM_BLOCKS)
+
+
+def _logits(backbone: Backbone, isa: str, dtype: WeightsDtype, kv_dtype: KvDtype) -> Tensor:
     """Logits of texts of all lengths, read at once, and of further tokens, one by one."""
-    runner = NativeRunner(backbone, num_slots=len(LENGTHS), weights_dtype=dtype, isa=isa)
+    runner = _runner(backbone, isa, dtype, kv_dtype, num_texts=len(LENGTHS))
     assert runner.isa == isa
     return _logits_of_texts(runner)
 
 
 def _logits_of_texts(runner: NativeRunner) -> Tensor:
     texts = [[(7 * place + 3 * length) % 70 + 3 for place in range(length)] for length in LENGTHS]
-    rows = [runner.run([SlotWork(slot, 0, ids, len(ids)) for slot, ids in enumerate(texts)])]
+    work = [SequenceWork(_table(number), 0, ids, len(ids)) for number, ids in enumerate(texts)]
+    rows = [runner.run(work)]
     for step in range(3):
-        work = [SlotWork(slot, len(ids) + step, [9 + step], 1) for slot, ids in enumerate(texts)]
+        work = [
+            SequenceWork(_table(number), len(ids) + step, [9 + step])
+            for number, ids in enumerate(texts)
+        ]
         rows.append(runner.run(work))
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("dtype", SAME_BITS)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), SAME_BITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_have_the_same_bits(kind: str, dtype: WeightsDtype) -> None:
-    expected = _logits(_backbone(kind), "plain", dtype)
+def test_logits_have_the_same_bits(kind: str, dtype: WeightsDtype, kv_dtype: KvDtype) -> None:
+    expected = _logits(_backbone(kind), "plain", dtype, kv_dtype)
     assert bool(torch.isfinite(expected).all())
     for isa in ISAS:
-        assert torch.equal(_logits(_backbone(kind), isa, dtype), expected), isa
+        assert torch.equal(_logits(_backbone(kind), isa, dtype, kv_dtype), expected), isa
 
 
-@pytest.mark.parametrize("dtype", [*SAME_BITS, "bfloat16"])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_logits_are_those_of_transformers(isa: str, dtype: WeightsDtype) -> None:
-    runner = NativeRunner(_backbone("grouped"), num_slots=1, weights_dtype=dtype, isa=isa)
+def test_logits_are_those_of_transformers(isa: str, dtype: WeightsDtype, kv_dtype: KvDtype) -> None:
+    runner = _runner(_backbone("grouped"), isa, dtype, kv_dtype)
     text = [(5 * place) % 70 + 3 for place in range(45)]
     with torch.inference_mode():
         theirs = _backbone("grouped")(torch.tensor([text])).logits[0]
-    distance = (runner.run([SlotWork(0, 0, text, len(text))]) - theirs).norm() / theirs.norm()
+    ours = runner.run([SequenceWork(_table(0), 0, text, len(text))])
+    distance = (ours - theirs).norm() / theirs.norm()
     assert float(distance) < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.1, "int4": 0.6}[dtype]
 
 
-@pytest.mark.parametrize("dtype", [*SAME_BITS, "bfloat16"])
-def test_what_overflows_is_no_number_everywhere(dtype: WeightsDtype) -> None:
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
+def test_what_overflows_is_no_number_everywhere(dtype: WeightsDtype, kv_dtype: KvDtype) -> None:
     backbone = copy.deepcopy(_backbone("grouped"))
     embeddings = backbone.get_input_embeddings().weight
     with torch.no_grad():
@@ -127,11 +169,13 @@ def test_what_overflows_is_no_number_everywhere(dtype: WeightsDtype) -> None:
         embeddings[6, 3] = 1e30
     results = []
     for isa in ISAS:
-        runner = NativeRunner(backbone, num_slots=2, weights_dtype=dtype, isa=isa)
-        broken = runner.run([SlotWork(0, 0, [5, 6, 7], 3), SlotWork(1, 0, [8, 6, 9], 3)])
-        # What the slots held does not reach the next text.
-        again = runner.run([SlotWork(0, 0, [8, 9], 2)])
-        assert torch.equal(again, runner.run([SlotWork(1, 0, [8, 9], 2)]))
+        runner = _runner(backbone, isa, dtype, kv_dtype)
+        broken = runner.run(
+            [SequenceWork([0], 0, [5, 6, 7], 3), SequenceWork([1], 0, [8, 6, 9], 3)]
+        )
+        # What the blocks held does not reach the next text.
+        again = runner.run([SequenceWork([0], 0, [8, 9], 2)])
+        assert torch.equal(again, runner.run([SequenceWork([1], 0, [8, 9], 2)]))
         assert bool(torch.isfinite(again).all())
         results.append(torch.cat([broken, again]))
     for isa, result in zip(ISAS, results, strict=True):
@@ -145,7 +189,7 @@ def test_another_instruction_set_is_refused() -> None:
     with pytest.raises(
         Exception, match=f"the C\\+\\+ decoder cannot run here: it knows no {other}"
     ):
-        NativeRunner(_backbone("gpt2"), num_slots=1, weights_dtype="int8", isa=other)
+        _runner(_backbone("gpt2"), other, "int8", "int8")
 
 
 # ------------------------------------------------------------------ ARM, under an emulator
@@ -209,9 +253,11 @@ class _Tape:
         self,
         *arguments: Any,
     ) -> None:
-        _, num_tokens, ids, slots, positions, num_rows, rows, _ = arguments
-        arrays = [(array, num_tokens) for array in (ids, slots, positions)]
-        self._write("f", num_tokens, *arrays, num_rows, (rows, num_rows))
+        _, num_tokens, *by_token, starts, block_ids, num_rows, rows, _ = arguments
+        arrays = [(array, num_tokens) for array in by_token]
+        num_sequences = by_token[1][num_tokens - 1] + 1
+        self._write("f", num_tokens, *arrays, (starts, num_sequences + 1))
+        self._write("", (block_ids, starts[num_sequences]), num_rows, (rows, num_rows))
 
     def decoder_delete(self, _: int) -> None:
         self._file.close()
@@ -234,20 +280,19 @@ def arm_replay(
     return [emulator, "-cpu", "max", str(program)]
 
 
-@pytest.mark.parametrize("dtype", SAME_BITS)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), SAME_BITS)
 @pytest.mark.parametrize("kind", ["grouped", "gpt2", "gemma2", "gpt_neox"])
 def test_logits_of_an_arm_processor_have_the_same_bits(
     kind: str,
     dtype: WeightsDtype,
+    kv_dtype: KvDtype,
     arm_replay: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = _logits(_backbone(kind), "plain", dtype)
+    expected = _logits(_backbone(kind), "plain", dtype, kv_dtype)
     monkeypatch.setattr(decoder, "load_library", lambda _: _Tape(tmp_path / "tape"))
-    runner = NativeRunner(
-        _backbone(kind), num_slots=len(LENGTHS), weights_dtype=dtype, num_threads=2
-    )
+    runner = _runner(_backbone(kind), None, dtype, kv_dtype, num_texts=len(LENGTHS), num_threads=2)
     _logits_of_texts(runner)
     done = subprocess.run([*arm_replay, str(tmp_path / "tape")], capture_output=True, check=True)
     found = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)

@@ -22,11 +22,12 @@ from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.runners.native import library
 from full_stack_transformer.generation.runners.native.decoder import (
+    KvDtype,
     NativeRunner,
     WeightsDtype,
     why_not_native,
 )
-from full_stack_transformer.generation.runners.torch import Runner, SlotWork
+from full_stack_transformer.generation.runners.torch import SequenceWork
 from tests.generation.small_models import (
     CONTEXT,
     GREEDY,
@@ -47,6 +48,7 @@ TOLERANCES: dict[WeightsDtype, float] = {
     "int8": 0.06,
     "int4": 0.5,
 }
+BLOCK_SIZES = (16, 32, 64)
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +58,35 @@ def _decoder_is_here() -> None:
         pytest.skip(f"no C++ decoder here: {problem}")
 
 
-def _read(runner: Runner, slot: int, token_ids: Sequence[int]) -> Tensor:
-    """Logits (tokens, vocabulary) after each token."""
-    return runner.run([SlotWork(slot, 0, token_ids, num_logits=len(token_ids))])
+def _runner(
+    dtype: WeightsDtype,
+    shape: str = "llama",
+    *,
+    kv_dtype: KvDtype | None = None,
+    num_blocks: int = CONTEXT // 16,
+    block_size: int = 16,
+    num_threads: int | None = None,
+) -> NativeRunner:
+    """The blocks are enough for one text."""
+    return NativeRunner(
+        small_backbone(shape),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        weights_dtype=dtype,
+        kv_dtype=kv_dtype or ("float32" if dtype == "float32" else "bfloat16"),
+        num_threads=num_threads,
+    )
+
+
+def _read(
+    runner: NativeRunner,
+    token_ids: Sequence[int],
+    table: Sequence[int] | None = None,
+    start: int = 0,
+) -> Tensor:
+    """Logits (tokens, vocabulary) after each token from `start` on."""
+    ids = token_ids[start:]
+    return runner.run([SequenceWork(table or range(runner.num_blocks), start, ids, len(ids))])
 
 
 def _theirs(backbone: Backbone, token_ids: Sequence[int]) -> Tensor:
@@ -78,10 +106,10 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_those_of_transformers(shape: str, dtype: WeightsDtype) -> None:
-    runner = make_runner(dtype, shape)
+    runner = _runner(dtype, shape)
     for prompt in random_prompts(12, max_tokens=CONTEXT):
         theirs = _theirs(small_backbone(shape), prompt)
-        assert _distance(_read(runner, 1, prompt), theirs) < TOLERANCES[dtype]
+        assert _distance(_read(runner, prompt), theirs) < TOLERANCES[dtype]
 
 
 LLAMA = {
@@ -122,9 +150,9 @@ def test_variants_of_the_two_families_are_computed_right(
     config: transformers.PretrainedConfig,
 ) -> None:
     backbone = varied_backbone(config)
-    runner = NativeRunner(backbone, num_slots=2, weights_dtype="float32")
+    runner = NativeRunner(backbone, num_blocks=3, weights_dtype="float32", kv_dtype="float32")
     for prompt in random_prompts(6, vocab_size=77, max_tokens=70):
-        assert _distance(_read(runner, 0, prompt), _theirs(backbone, prompt)) < 1e-4
+        assert _distance(_read(runner, prompt), _theirs(backbone, prompt)) < 1e-4
 
 
 def _trained_backbone() -> Backbone:
@@ -167,8 +195,8 @@ def test_rounding_the_weights_of_a_trained_model_costs_less_than_one_percent() -
     samples = _successors(64, seed=1000)
     losses = {}
     for dtype in DTYPES:
-        runner = NativeRunner(backbone, num_slots=1, weights_dtype=dtype)
-        rows = [_read(runner, 0, sample[:-1].tolist()) for sample in samples]
+        runner = NativeRunner(backbone, num_blocks=1, weights_dtype=dtype, kv_dtype="float32")
+        rows = [_read(runner, sample[:-1].tolist()) for sample in samples]
         losses[dtype] = torch.nn.functional.cross_entropy(
             torch.cat(rows), samples[:, 1:].flatten()
         ).item()
@@ -181,82 +209,150 @@ def test_rounding_the_weights_of_a_trained_model_costs_less_than_one_percent() -
 # ------------------------------------------------------------------ the same bits
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# Weights, and keys and values.
+FORMATS: tuple[tuple[WeightsDtype, KvDtype], ...] = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("int8", "bfloat16"),
+    ("int8", "int8"),
+)
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_bits_depend_on_nothing_but_the_tokens(shape: str, dtype: WeightsDtype) -> None:
-    """Not on company, slot, what the slot held, nor on how the prompt was cut."""
-    numbers = random.Random(0)
+def test_the_bits_depend_on_nothing_but_the_tokens(
+    shape: str, dtype: WeightsDtype, kv_dtype: KvDtype
+) -> None:
+    """Not on company, on the blocks and what they held, nor on how the prompt was cut."""
     prompts = random_prompts(32, max_tokens=90)
-    alone_runner = make_runner(dtype, shape, num_slots=1)
-    alone = [_read(alone_runner, 0, prompt) for prompt in prompts]
-    runner = make_runner(dtype, shape, num_slots=32)
-    slots = numbers.sample(range(32), 32)
-    for prompt_length in (90, 17):  # what a slot held before is of no account
-        runner.run([SlotWork(slot, 0, [7] * prompt_length, 0) for slot in range(32)])
-    # All at once, each in pieces of random lengths.
-    done = [0] * 32
+    alone_runner = _runner(dtype, shape, kv_dtype=kv_dtype)
+    alone = [_read(alone_runner, prompt) for prompt in prompts]
+    for block_size in BLOCK_SIZES:
+        numbers = random.Random(block_size)
+        per_text = -(-90 // block_size)
+        num_blocks = 32 * per_text
+        runner = _runner(
+            dtype, shape, kv_dtype=kv_dtype, num_blocks=num_blocks, block_size=block_size
+        )
+        shuffled = numbers.sample(range(num_blocks), num_blocks)
+        tables = [shuffled[at : at + per_text] for at in range(0, num_blocks, per_text)]
+        for prompt_length in (90, 17):  # what the blocks held before is of no account
+            runner.run(
+                [SequenceWork(table, 0, [7] * prompt_length, 0) for table in reversed(tables)]
+            )
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(
+                _read_in_pieces(runner, prompts, tables, numbers), alone, strict=True
+            )
+        )
+
+
+def _read_in_pieces(
+    runner: NativeRunner,
+    prompts: Sequence[Sequence[int]],
+    tables: Sequence[Sequence[int]],
+    numbers: random.Random,
+) -> list[Tensor]:
+    """Logits of each prompt; all are read at once, each in pieces of random lengths."""
+    done = [0] * len(prompts)
     rows: list[list[Tensor]] = [[] for _ in prompts]
     while any(done[number] < len(prompt) for number, prompt in enumerate(prompts)):
         work, chosen = [], []
         for number, prompt in enumerate(prompts):
             piece = prompt[done[number] : done[number] + numbers.choice((0, 1, 1, 2, 13, 40))]
             if piece:
-                work.append(SlotWork(slots[number], done[number], piece, num_logits=len(piece)))
+                work.append(SequenceWork(tables[number], done[number], piece, len(piece)))
                 chosen.append(number)
                 done[number] += len(piece)
         if work:
             lengths = [len(one.token_ids) for one in work]
             for number, part in zip(chosen, torch.split(runner.run(work), lengths), strict=True):
                 rows[number].append(part)
-    for number in range(32):
-        assert torch.equal(torch.cat(rows[number]), alone[number])
+    return [torch.cat(one) for one in rows]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: WeightsDtype) -> None:
     prompts = random_prompts(2)
-    expected = [_read(make_runner(dtype, num_slots=1), 0, prompt) for prompt in prompts]
+    expected = [_read(_runner(dtype), prompt) for prompt in prompts]
     for num_threads in (2, 5):
-        runner = NativeRunner(
-            small_backbone("llama"), num_slots=1, weights_dtype=dtype, num_threads=num_threads
-        )
+        runner = _runner(dtype, num_threads=num_threads)
         assert f"{num_threads} threads" in runner.name
         for prompt, logits in zip(prompts, expected, strict=True):
-            assert torch.equal(_read(runner, 0, prompt), logits)
+            assert torch.equal(_read(runner, prompt), logits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_copied_slot_goes_on_as_the_first_one_would(dtype: WeightsDtype) -> None:
-    runner = make_runner(dtype, num_slots=3)
-    prompt = list(range(3, 60))
-    whole = _read(runner, 0, prompt)
-    runner.run([SlotWork(2, 0, [9] * 80, 0)])
-    for num_tokens in (1, 15, 16, 17, 50):
-        runner.copy_slot(0, 2, num_tokens)
-        rest = prompt[num_tokens:]
-        logits = runner.run([SlotWork(2, num_tokens, rest, num_logits=len(rest))])
-        assert torch.equal(logits, whole[num_tokens:])
-    assert torch.equal(_read(runner, 0, prompt), whole)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_sequences_share_full_blocks(
+    block_size: int, dtype: WeightsDtype, kv_dtype: KvDtype
+) -> None:
+    """What two texts begin with is read once; each goes on in its own blocks."""
+    runner = _runner(dtype, kv_dtype=kv_dtype, num_blocks=12, block_size=block_size)
+    first = [(7 * place) % 290 + 3 for place in range(100)]
+    second = [*first[:70], *((5 * place) % 290 + 3 for place in range(30))]
+    alone = [_read(runner, text, [0, 2, 4, 6, 8, 10, 11]) for text in (first, second)]
+    num_shared = 70 // block_size
+    tables = [[9, 3, 7, 1, 5, 8, 2], [9, 3, 7, 1, 5, 8, 2]]
+    tables[1][num_shared:] = [
+        block for block in (0, 4, 6, 10, 11, *range(12)) if block not in tables[0]
+    ]
+    start = num_shared * block_size
+    assert torch.equal(_read(runner, first, tables[0]), alone[0])
+    assert torch.equal(_read(runner, second, tables[1], start), alone[1][start:])
+    # The first one's blocks hold what they held.
+    both = [
+        SequenceWork(table, 99, text[99:], 1)
+        for table, text in zip(tables, (first, second), strict=True)
+    ]
+    assert torch.equal(runner.run(both), torch.stack([alone[0][-1], alone[1][-1]]))
+    if (dtype, kv_dtype) == ("float32", "float32"):
+        assert _distance(alone[1], _theirs(small_backbone("llama"), second)) < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_guessed_tokens_that_are_taken_back_leave_no_trace(dtype: WeightsDtype) -> None:
-    runner = make_runner(dtype, num_slots=1)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
+def test_guessed_tokens_that_are_taken_back_leave_no_trace(
+    dtype: WeightsDtype, kv_dtype: KvDtype
+) -> None:
+    runner = _runner(dtype, kv_dtype=kv_dtype)
     prompt = list(range(3, 40))
-    whole = _read(runner, 0, prompt)
-    runner.run([SlotWork(0, 20, [200, 201, 202, 203, 204, 205, 206], 1)])
-    assert torch.equal(runner.run([SlotWork(0, 20, prompt[20:], 17)]), whole[20:])
+    whole = _read(runner, prompt)
+    _read(runner, [*prompt[:20], 200, 201, 202, 203, 204, 205, 206], start=20)
+    assert torch.equal(_read(runner, prompt, start=20), whole[20:])
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        SequenceWork([0, 1], 0, [300]),
+        SequenceWork([0, 1], 0, [-1]),
+        SequenceWork([0, 1], 31, [5, 6]),
+        SequenceWork([0, 8], 15, [5, 6]),
+        SequenceWork([-1], 0, [5]),
+        SequenceWork([0], -1, [5]),
+        SequenceWork(range(8), CONTEXT, [5]),
+        SequenceWork([0], 0, [5], 2),
+    ],
+    ids=["id", "negative-id", "table", "block", "negative-block", "start", "context", "logits"],
+)
+def test_work_outside_of_its_blocks_never_reaches_the_decoder(work: SequenceWork) -> None:
+    runner = _runner("int8")
+    with pytest.raises(AssertionError):
+        runner.run([work])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_the_last_norm_gives_makes_the_logits(dtype: WeightsDtype) -> None:
-    runner = make_runner(dtype, "gpt2", num_slots=2)
+    runner = _runner(dtype, "gpt2", num_blocks=2)
     prompts = [[5, 6, 7, 8, 9], [40]]
-    states = runner.hidden_states([SlotWork(slot, 0, ids, 0) for slot, ids in enumerate(prompts)])
+    states = runner.hidden_states(
+        [SequenceWork([block], 0, ids, 0) for block, ids in enumerate(prompts)]
+    )
     assert states.shape == (6, 64)
     with torch.inference_mode():
         logits = small_backbone("gpt2").get_output_embeddings()(states)
-    expected = torch.cat([_read(runner, 0, ids) for ids in prompts])
+    expected = torch.cat([_read(runner, ids) for ids in prompts])
     assert _distance(logits, expected) < (1e-5 if dtype == "float32" else 0.03)
 
 
@@ -270,7 +366,7 @@ def test_broken_weights_are_refused() -> None:
         with torch.no_grad():
             backbone.get_parameter(name).flatten()[3] = float("nan")
         with pytest.raises(ModelError, match="NaN or infinite"):
-            NativeRunner(backbone, num_slots=1, weights_dtype="bfloat16")
+            NativeRunner(backbone, num_blocks=1, weights_dtype="bfloat16", kv_dtype="bfloat16")
 
 
 def test_another_architecture_goes_through_pytorch_aloud(

@@ -170,7 +170,7 @@ class NativeRunner:
         """The blocks up to the last token of the work."""
         end = one.start + len(one.token_ids)
         num_blocks = -(-end // self.block_size)
-        assert 0 <= one.start and end <= self.max_length, f"{end} of {self.max_length} positions"
+        assert one.start >= 0 and end <= self.max_length, f"{end} of {self.max_length} positions"
         assert 0 <= one.num_logits <= len(one.token_ids)
         assert num_blocks <= len(one.block_ids), f"{end} tokens in {len(one.block_ids)} blocks"
         return np.asarray(one.block_ids[:num_blocks], np.int32)
