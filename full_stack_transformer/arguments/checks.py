@@ -8,6 +8,7 @@ from typing import Any
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import not_utf_8
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 
 
@@ -32,6 +33,18 @@ def between(options: object, least: float, most: float, *names: str) -> None:
         value = getattr(options, name)
         if not least <= value <= most:
             raise UsageError(f"--{name} must be between {least:g} and {most:g}, found {value!r}")
+
+
+def num_bytes(text: str, name: str) -> int:
+    """Bytes that a text like 2GB, 1.5 GiB or 800000000 says, of the option with this name."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(
+            f"--{name} must be a number of bytes such as 2GB or 500MiB, found {text!r}"
+        )
+    number, prefix, is_binary = found.groups()
+    unit = (1024 if is_binary else 1000) ** " kmgt".index(prefix.lower() or " ")
+    return int(float(number) * unit)
 
 
 def check_device(options: Any) -> None:

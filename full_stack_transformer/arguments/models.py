@@ -159,6 +159,8 @@ class EvaluateArguments(
     weights_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """Also evaluate with weights of this type, as fst generate and fst serve use them, and print the change
     in perplexity."""
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """The same for the type of keys and values. auto: float32 beside float32 weights, else bfloat16."""
     harness: Path | None = None
     """Instead run this task file (YAML) of lm-evaluation-harness on the model, offline; data paths in it are
     relative to the file. Needs the extra harness."""
@@ -204,6 +206,8 @@ class GenerateArguments(
     weights_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """Type of the weights. auto: bfloat16 if the hardware supports it. int8 and int4: smaller and faster,
     with a loss of quality that fst evaluate --weights_dtype measures."""
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Type of keys and values. auto: float32 beside float32 weights, else bfloat16."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""

@@ -10,6 +10,7 @@ from full_stack_transformer.arguments.checks import (
     at_least,
     between,
     check_device,
+    num_bytes,
 )
 from full_stack_transformer.arguments.models import ModelArguments
 from full_stack_transformer.arguments.sampling import SamplingOptions
@@ -21,7 +22,8 @@ class EngineOptions:
     """Engine."""
 
     max_batch_size: int = 32
-    """Maximum texts generated together, per model."""
+    """Maximum texts generated together, per model. If their keys and values need more than --kv_memory,
+    some wait for others."""
     max_queue_size: int = 64
     """Maximum waiting texts of one client, per model; further requests are answered 429. Clients are keys, or
     addresses without keys; as many places again are shared by the others."""
@@ -30,6 +32,16 @@ class EngineOptions:
     weights_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """Type of the weights. auto: bfloat16 if the hardware supports it. int8 and int4: smaller and faster,
     with a loss of quality that fst evaluate --weights_dtype measures."""
+    kv_memory: str | None = None
+    """Memory for keys and values of all models together, such as 2GB; it is taken as texts need it. Default:
+    70 % of what is free at the start, at most what --max_batch_size texts of full length need."""
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Type of keys and values. auto: float32 beside float32 weights, else bfloat16. int8 takes half the
+    memory of bfloat16, with a small loss of quality that fst evaluate --kv_dtype int8 measures."""
+    prefix_cache: Literal["shared", "per_key", "off"] = "per_key"
+    """Who need not read again a beginning that has been read: shared: everybody; a client can then tell by
+    time what others asked. per_key: requests with the same API key; without keys everybody. off: only the n
+    texts of one request."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
     workers: int = 1
@@ -99,6 +111,8 @@ class ServeArguments(EngineOptions, AccessOptions, LimitOptions, OwnClassesOptio
         at_least(self, 0.01, "body_timeout_seconds")
         if self.max_length is not None:
             at_least(self, 2, "max_length")
+        if self.kv_memory is not None:
+            num_bytes(self.kv_memory, "kv_memory")
         for host in self.allowed_hosts:
             if re.search("[/:@ ]", host) and not host.startswith("["):
                 raise UsageError(

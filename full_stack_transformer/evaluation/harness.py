@@ -14,10 +14,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from full_stack_transformer.errors import InputError, MissingExtraError, install_command
-from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
 from full_stack_transformer.modelling.model_directory import open_model
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def run_harness(
     device: str,
     weights_dtype: WeightsDtype,
     num_slots: int,
+    kv_dtype: Literal["auto"] | KvDtype = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
     """The metrics of each task by name, with their standard errors, as lm-eval gives them.
@@ -48,6 +49,7 @@ def run_harness(
         device: where to compute.
         weights_dtype: what to compute with.
         num_slots: texts computed at once.
+        kv_dtype: of keys and values.
         seed: of few-shot examples.
 
     Raises:
@@ -64,7 +66,7 @@ def run_harness(
         tasks = importlib.import_module("lm_eval.tasks")
         model = open_model(model_path, device=device)
         adapter = harness_model.HarnessModel(
-            model, num_slots=num_slots, weights_dtype=weights_dtype
+            model, num_slots=num_slots, weights_dtype=weights_dtype, kv_dtype=kv_dtype
         )
         file = task_file.resolve()
         with contextlib.chdir(file.parent):

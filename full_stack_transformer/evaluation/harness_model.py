@@ -5,7 +5,7 @@ Imported only where lm-evaluation-harness is installed; see `harness`.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from lm_eval.api.model import LM
 
@@ -14,10 +14,11 @@ from full_stack_transformer.evaluation.continued_texts import continue_texts
 from full_stack_transformer.evaluation.log_likelihoods import (
     continuation_span,
     log_likelihoods,
+    open_scoring_runner,
     rolling_spans,
 )
-from full_stack_transformer.generation.open_engine import open_engine, open_runner
-from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
 from full_stack_transformer.generation.runners.torch import Runner
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.backbones import context_length
@@ -34,13 +35,22 @@ class HarnessModel(LM):
         model: what computes and its tokenizer.
         num_slots: texts computed at once.
         weights_dtype: what to compute with.
+        kv_dtype: of keys and values.
     """
 
-    def __init__(self, model: OpenedModel, *, num_slots: int, weights_dtype: WeightsDtype) -> None:
+    def __init__(
+        self,
+        model: OpenedModel,
+        *,
+        num_slots: int,
+        weights_dtype: WeightsDtype,
+        kv_dtype: Literal["auto"] | KvDtype = "auto",
+    ) -> None:
         super().__init__()
         self._model = model
         self._num_slots = num_slots
         self._weights_dtype = weights_dtype
+        self._kv_dtype: Literal["auto"] | KvDtype = kv_dtype
         self._max_length = context_length(model.backbone.config)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -92,16 +102,19 @@ class HarnessModel(LM):
     # Opened when they are first needed; most tasks ask one kind of question.
     @cached_property
     def _runner(self) -> Runner:
-        return open_runner(
+        return open_scoring_runner(
             self._model.backbone,
-            num_slots=self._num_slots,
             weights_dtype=self._weights_dtype,
+            kv_dtype=self._kv_dtype,
             max_length=self._max_length,
         )
 
     @cached_property
     def _generator(self) -> TextGenerator:
         engine = open_engine(
-            self._model.backbone, num_slots=self._num_slots, weights_dtype=self._weights_dtype
+            self._model.backbone,
+            num_slots=self._num_slots,
+            weights_dtype=self._weights_dtype,
+            kv_dtype=self._kv_dtype,
         )
         return TextGenerator(self._model, engine=engine)

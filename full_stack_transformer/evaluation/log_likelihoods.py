@@ -9,20 +9,25 @@ Knows nothing of benchmarks.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.generation.open_engine import open_runner
-from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
-from full_stack_transformer.generation.runners.torch import Runner, SlotWork
+from full_stack_transformer.generation.open_engine import (
+    blocks_for,
+    default_kv_dtype,
+    open_runner,
+)
+from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
+from full_stack_transformer.generation.runners.torch import Runner, SequenceWork
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 # Tokens read at once: the logits of 512 over GPT-2's vocabulary take 100 MB.
 _MAX_TOKENS_AT_ONCE = 512
-_MAX_SAMPLES_AT_ONCE = 16
+_MAX_TEXTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,10 @@ def log_likelihoods(spans: Sequence[TokenSpan], runner: Runner) -> list[LogLikel
         key=lambda index: len(spans[index].token_ids),
     )
     lengths = [len(span.token_ids) for span in spans]
-    for indices in _groups(order, lengths, runner.num_slots):
-        work = [
-            SlotWork(slot, 0, spans[index].token_ids[:-1], num_logits=spans[index].num_targets)
-            for slot, index in enumerate(indices)
-        ]
-        rows = runner.run(work).float().log_softmax(-1)
+    for indices in _groups(order, lengths, runner):
+        texts = [spans[index].token_ids[:-1] for index in indices]
+        counts = [spans[index].num_targets for index in indices]
+        rows = runner.run(_work(texts, counts, runner)).float().log_softmax(-1)
         end = 0
         for index in indices:
             span = spans[index]
@@ -99,19 +102,56 @@ def log_likelihoods(spans: Sequence[TokenSpan], runner: Runner) -> list[LogLikel
     return found
 
 
-def _groups(order: Sequence[int], lengths: Sequence[int], num_slots: int) -> Iterator[list[int]]:
-    """Indices of texts of these lengths that are computed together, a few at once."""
+def _groups(order: Sequence[int], lengths: Sequence[int], runner: Runner) -> Iterator[list[int]]:
+    """Indices of texts of these lengths that are computed together: a few that the runner's blocks hold."""
     group: list[int] = []
-    num_tokens = 0
+    num_tokens = num_blocks = 0
     for index in order:
         length = lengths[index]
-        if group and (num_tokens + length > _MAX_TOKENS_AT_ONCE or len(group) == num_slots):
+        needed = -(-length // runner.block_size)
+        is_full = len(group) == _MAX_TEXTS_AT_ONCE or num_tokens + length > _MAX_TOKENS_AT_ONCE
+        if group and (is_full or num_blocks + needed > runner.num_blocks):
             yield group
-            group, num_tokens = [], 0
+            group, num_tokens, num_blocks = [], 0, 0
         group.append(index)
         num_tokens += length
+        num_blocks += needed
     if group:
         yield group
+
+
+def _work(
+    texts: Sequence[Sequence[int]], counts: Sequence[int], runner: Runner
+) -> list[SequenceWork]:
+    """Whole texts, with the logits of so many last tokens of each."""
+    work: list[SequenceWork] = []
+    end = 0
+    for text, count in zip(texts, counts, strict=True):
+        start, end = end, end + -(-len(text) // runner.block_size)
+        work.append(SequenceWork(range(start, end), 0, text, num_logits=count))
+    return work
+
+
+def open_scoring_runner(
+    backbone: Backbone,
+    *,
+    weights_dtype: WeightsDtype,
+    kv_dtype: Literal["auto"] | KvDtype,
+    max_length: int,
+) -> Runner:
+    """A runner with memory for a few texts.
+
+    Raises:
+        ModelError: weights, or keys and values, cannot be had in that type here.
+        MachineError: memory is short.
+    """
+    return open_runner(
+        backbone,
+        num_blocks=blocks_for(max(max_length, _MAX_TOKENS_AT_ONCE)) + _MAX_TEXTS_AT_ONCE,
+        weights_dtype=weights_dtype,
+        kv_dtype=default_kv_dtype(weights_dtype) if kv_dtype == "auto" else kv_dtype,
+        max_length=max_length,
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +159,7 @@ class RoundedWeights:
     """How well a model with rounded weights predicts the same samples."""
 
     weights_dtype: WeightsDtype
+    kv_dtype: KvDtype
     loss: float
     """Mean cross entropy per token, in nats."""
     perplexity: float
@@ -127,7 +168,11 @@ class RoundedWeights:
 
 
 def measure_rounded_weights(
-    backbone: Backbone, corpus: Corpus, exact_loss: float, weights_dtype: WeightsDtype
+    backbone: Backbone,
+    corpus: Corpus,
+    exact_loss: float,
+    weights_dtype: WeightsDtype,
+    kv_dtype: Literal["auto"] | KvDtype = "auto",
 ) -> RoundedWeights:
     """Predict every token of every sample but its first from those before it, with rounded weights.
 
@@ -136,19 +181,23 @@ def measure_rounded_weights(
         corpus: samples of token ids.
         exact_loss: the mean loss with fp32 weights.
         weights_dtype: what the weights are rounded to.
+        kv_dtype: what keys and values are rounded to.
 
     Raises:
         ModelError: the weights cannot be had in that type here.
     """
-    runner = open_runner(
+    if kv_dtype == "auto":
+        kv_dtype = default_kv_dtype(weights_dtype)
+    runner = open_scoring_runner(
         backbone,
-        num_slots=_MAX_SAMPLES_AT_ONCE,
         weights_dtype=weights_dtype,
+        kv_dtype=kv_dtype,
         max_length=int(corpus.lengths().max()),
     )
     loss = _mean_loss(runner, corpus)
     return RoundedWeights(
         weights_dtype=weights_dtype,
+        kv_dtype=kv_dtype,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         relative_perplexity_change=math.expm1(min(loss - exact_loss, 700.0)),
@@ -160,13 +209,10 @@ def _mean_loss(runner: Runner, corpus: Corpus) -> float:
     loss_sum, num_targets = 0.0, 0
     lengths = corpus.lengths().tolist()
     with_target = [index for index, length in enumerate(lengths) if length > 1]
-    for indices in _groups(with_target, lengths, _MAX_SAMPLES_AT_ONCE):
+    for indices in _groups(with_target, lengths, runner):
         samples: list[list[int]] = [corpus[index].tolist() for index in indices]
-        work = [
-            SlotWork(slot, 0, sample[:-1], num_logits=len(sample) - 1)
-            for slot, sample in enumerate(samples)
-        ]
-        logits = runner.run(work).float()
+        texts = [sample[:-1] for sample in samples]
+        logits = runner.run(_work(texts, list(map(len, texts)), runner)).float()
         targets = torch.tensor(
             [token_id for sample in samples for token_id in sample[1:]], device=logits.device
         )

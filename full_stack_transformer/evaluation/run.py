@@ -59,6 +59,7 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
             device=arguments.device,
             weights_dtype=arguments.weights_dtype,
             num_slots=arguments.batch_size,
+            kv_dtype=arguments.kv_dtype,
         )
     directory = find_model_directory(arguments.model)
     own = task_class_of(directory)
@@ -87,11 +88,14 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
     _log(content, sums, time.perf_counter() - started)
     if not task.generates:
         return content
-    if arguments.weights_dtype != "float32":
-        rounded = measure_rounded_weights(backbone, dataset.valid, loss, arguments.weights_dtype)
+    if arguments.weights_dtype != "float32" or arguments.kv_dtype not in ("auto", "float32"):
+        rounded = measure_rounded_weights(
+            backbone, dataset.valid, loss, arguments.weights_dtype, arguments.kv_dtype
+        )
         logger.info(
-            "with %s weights: perplexity %.2f, %+.3f %%",
+            "with %s weights, keys and values in %s: perplexity %.2f, %+.3f %%",
             rounded.weights_dtype,
+            rounded.kv_dtype,
             rounded.perplexity,
             100 * rounded.relative_perplexity_change,
         )

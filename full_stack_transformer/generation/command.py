@@ -36,7 +36,10 @@ def main(arguments: GenerateArguments) -> None:
     """
     prompt = "" if arguments.interactive else _read_prompt(arguments)
     generator = TextGenerator.open(
-        arguments.model, device=arguments.device, weights_dtype=arguments.weights_dtype
+        arguments.model,
+        device=arguments.device,
+        weights_dtype=arguments.weights_dtype,
+        kv_dtype=arguments.kv_dtype,
     )
     given = arguments.sampling()
     if arguments.interactive:

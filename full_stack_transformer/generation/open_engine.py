@@ -1,19 +1,23 @@
-"""Opens an engine for a model, on the fastest runner of this machine."""
+"""Opens an engine for a model, on the fastest runner of this machine, with as much memory as may be used."""
 
 import logging
+from dataclasses import replace
 from typing import Literal
 
 import torch
+from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import MachineError, ModelError
+from full_stack_transformer.generation.blocks import KeyValueMemory
 from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.runners.native.decoder import (
+    KvDtype,
     NativeRunner,
     WeightsDtype,
     why_not_native,
 )
-from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
+from full_stack_transformer.generation.runners.torch import Runner, SequenceWork, TorchRunner
 from full_stack_transformer.machine import (
     free_memory_bytes,
     is_out_of_memory,
@@ -24,9 +28,11 @@ from full_stack_transformer.modelling.backbones import context_length, convert, 
 
 logger = logging.getLogger(__name__)
 
-# Fraction of the free memory that keys and values may take.
-_MAX_MEMORY_FRACTION = 0.7
-# Shorter slots are of no use.
+# Tokens of a block. Smaller ones waste less at the end of a text, larger ones need less bookkeeping.
+BLOCK_SIZE = 32
+# Fraction of the free memory that keys and values may take: by default, and at most.
+_MEMORY_FRACTION, _MAX_MEMORY_FRACTION = 0.7, 0.9
+# Shorter texts are of no use.
 _MIN_TOKENS = 256
 # Of logits read in pieces to those read at once: 1e-6 in fp32, up to 0.25 with weights that came in bfloat16;
 # what is computed wrong is about 1 off.
@@ -39,38 +45,69 @@ def open_engine(
     *,
     num_slots: int,
     weights_dtype: Literal["auto"] | WeightsDtype = "auto",
+    kv_dtype: Literal["auto"] | KvDtype = "auto",
+    kv_memory: int | None = None,
+    memory_share: float = 1.0,
     max_length: int | None = None,
 ) -> Engine:
-    """An engine for up to `num_slots` requests at once; if memory is short, fewer, with a warning.
+    """An engine for up to `num_slots` requests at once, which share memory for keys and values.
+
+    The memory is taken as texts need it. What it will be at most is logged, with a warning where it is less
+    than all texts of full length need.
 
     Args:
         backbone: in evaluation mode, where it is to compute.
         num_slots: requests under way at once.
         weights_dtype: auto is bfloat16 where the hardware multiplies it, else float32.
+        kv_dtype: of keys and values; auto is float32 beside float32 weights, else bfloat16.
+        kv_memory: bytes of keys and values at most; none for a share of what is free now.
+        memory_share: of the free memory or of `kv_memory` that this engine may have.
         max_length: tokens of a request at most; none for the model's context.
 
     Raises:
-        ModelError: the weights cannot be had in that type here.
+        ModelError: weights, or keys and values, cannot be had in that type here.
         MachineError: memory is short for a single request.
     """
     if weights_dtype == "auto":
         weights_dtype = "bfloat16" if multiplies_bfloat16(backbone.device) else "float32"
-    max_length = min(max_length or context_length(backbone.config), context_length(backbone.config))
-    num_slots, max_length = _fitting(backbone, num_slots, max_length, weights_dtype)
+    if kv_dtype == "auto":
+        kv_dtype = default_kv_dtype(weights_dtype)
+    context = context_length(backbone.config)
+    max_length = min(max_length or context, context)
+    free_bytes = free_memory_bytes(backbone.device)
+    if free_bytes is not None:
+        free_bytes = max(0, free_bytes - _converted_bytes(backbone, weights_dtype))
+    memory = _fitting(
+        KeyValueMemory(kv_dtype, kv_token_bytes(backbone.config, kv_dtype), BLOCK_SIZE),
+        num_slots * blocks_for(max_length),
+        min(max_length, _MIN_TOKENS),
+        _allowed_bytes(free_bytes, kv_memory, memory_share),
+    )
+    wanted_length, max_length = max_length, min(max_length, memory.num_tokens)
     runner = open_runner(
-        backbone, num_slots=num_slots, weights_dtype=weights_dtype, max_length=max_length
+        backbone,
+        num_blocks=memory.num_blocks,
+        weights_dtype=weights_dtype,
+        kv_dtype=kv_dtype,
+        max_length=max_length,
     )
     logger.info("generating with %s", runner.name)
-    return Engine(runner)
+    _announce(memory, num_slots, max_length, wanted_length)
+    return Engine(runner, num_slots=num_slots, memory=memory)
 
 
 def open_runner(
-    backbone: Backbone, *, num_slots: int, weights_dtype: WeightsDtype, max_length: int
+    backbone: Backbone,
+    *,
+    num_blocks: int,
+    weights_dtype: WeightsDtype,
+    kv_dtype: KvDtype,
+    max_length: int,
 ) -> Runner:
-    """The fastest runner of this machine for weights of this type.
+    """The fastest runner of this machine for weights, and keys and values, of these types.
 
     Raises:
-        ModelError: the weights cannot be had in that type here.
+        ModelError: these types cannot be had here.
         MachineError: memory is short.
     """
     problem = why_not_native(backbone)
@@ -80,12 +117,22 @@ def open_runner(
         torch.set_num_threads(1)
         with memory_for(f"the {weights_dtype} weights of the C++ decoder"):
             return NativeRunner(
-                backbone, num_slots=num_slots, weights_dtype=weights_dtype, max_length=max_length
+                backbone,
+                num_blocks=num_blocks,
+                block_size=BLOCK_SIZE,
+                weights_dtype=weights_dtype,
+                kv_dtype=kv_dtype,
+                max_length=max_length,
             )
-    if weights_dtype in ("int8", "int4"):
+    if weights_dtype not in _TORCH_TYPES:
         raise ModelError(
             f"--weights_dtype {weights_dtype} needs the C++ decoder, which cannot run this model here: "
             f"{problem}; pass bfloat16 or float32"
+        )
+    if kv_dtype != weights_dtype:
+        raise ModelError(
+            f"--kv_dtype {kv_dtype} beside {weights_dtype} weights needs the C++ decoder, which cannot run "
+            f"this model here: {problem}; omit it"
         )
     if next(backbone.parameters()).device.type == "cpu":
         logger.warning(
@@ -94,7 +141,30 @@ def open_runner(
     with memory_for(f"{weights_dtype} weights and a short text"):
         _check_cache(backbone, max_length)
         backbone = convert(backbone, _TORCH_TYPES[weights_dtype])
-    return TorchRunner(backbone, num_slots=num_slots, max_length=max_length)
+    return TorchRunner(
+        backbone, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_length=max_length
+    )
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+def default_kv_dtype(weights_dtype: WeightsDtype) -> KvDtype:
+    """What keys and values are beside such weights: no worse."""
+    return "float32" if weights_dtype == "float32" else "bfloat16"
+
+
+def kv_token_bytes(config: PretrainedConfig, kv_dtype: KvDtype) -> int:
+    """What keys and values of a token take."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    # int8 has a scale for each head of each token.
+    of_head = {"float32": 4 * head_size, "bfloat16": 2 * head_size, "int8": head_size + 4}
+    return int(2 * config.num_hidden_layers * heads * of_head[kv_dtype])
 
 
 @torch.inference_mode()
@@ -108,15 +178,15 @@ def _check_cache(backbone: Backbone, max_length: int) -> None:
         ModelError: they differ, as where a model keeps something else than keys and values.
     """
     what, length = backbone.config.model_type, min(9, max_length)
-    runner = TorchRunner(backbone, num_slots=1, max_length=length)
+    runner = TorchRunner(backbone, num_blocks=3, block_size=4, max_length=length)
     # From the middle of the vocabulary: control tokens are at its ends, and some have never been trained.
     ids = [(runner.vocab_size // 2 + 7 * number) % runner.vocab_size for number in range(length)]
     device = next(backbone.parameters()).device
     try:
         expected = backbone(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
-        runner.run([SlotWork(0, 0, ids[:-3], num_logits=0)])
-        runner.run([SlotWork(0, length - 3, ids[-3:-1], num_logits=0)])
-        found = runner.run([SlotWork(0, length - 1, ids[-1:])])[0]
+        runner.run([SequenceWork(range(3), 0, ids[:-3], num_logits=0)])
+        runner.run([SequenceWork(range(3), length - 3, ids[-3:-1], num_logits=0)])
+        found = runner.run([SequenceWork(range(3), length - 1, ids[-1:])])[0]
     except Exception as error:  # each architecture fails in its own way
         if is_out_of_memory(error):
             raise
@@ -137,45 +207,65 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
+def _allowed_bytes(
+    free_bytes: int | None, kv_memory: int | None, memory_share: float
+) -> int | None:
+    """Memory that keys and values may take; none for as much as they can need."""
+    if free_bytes is None:
+        return None if kv_memory is None else int(kv_memory * memory_share)
+    if kv_memory is None:
+        return int(free_bytes * _MEMORY_FRACTION * memory_share)
+    if kv_memory > free_bytes * _MAX_MEMORY_FRACTION:
+        logger.warning(
+            "--kv_memory is %s MB, but %s MB are free; taking %.0f %% of them",
+            *(f"{kv_memory / 1e6:,.0f}", f"{free_bytes / 1e6:,.0f}", 100 * _MAX_MEMORY_FRACTION),
+        )
+        kv_memory = int(free_bytes * _MAX_MEMORY_FRACTION)
+    return int(kv_memory * memory_share)
+
+
 def _fitting(
-    backbone: Backbone, num_slots: int, max_length: int, weights_dtype: WeightsDtype
-) -> tuple[int, int]:
-    """Slots and tokens of each, as many as are asked for, or as memory holds if all are full.
+    format_: KeyValueMemory, num_wanted: int, min_tokens: int, allowed_bytes: int | None
+) -> KeyValueMemory:
+    """Blocks, as many as are wanted, or as memory holds.
 
     Raises:
         MachineError: memory is short for a single short text.
     """
-    config = backbone.config
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_blocks = num_wanted
+    if allowed_bytes is not None:
+        num_blocks = min(num_blocks, allowed_bytes // format_.block_bytes)
+        if num_blocks * BLOCK_SIZE < min_tokens:
+            raise MachineError(
+                f"a text of {min_tokens} tokens needs "
+                f"{blocks_for(min_tokens) * format_.block_bytes / 1e6:,.0f} MB for its keys and values, "
+                f"{allowed_bytes / 1e6:,.0f} MB are left for them; free some memory, raise --kv_memory or "
+                "choose a smaller model"
+            )
+    return replace(format_, num_blocks=num_blocks)
+
+
+def _announce(memory: KeyValueMemory, num_slots: int, max_length: int, wanted_length: int) -> None:
+    """Log how much text fits, and warn where that is less than was asked for."""
+    num_whole = memory.num_blocks // blocks_for(max_length)
+    logger.info(
+        "keys and values in %s: %s blocks of %d tokens, together %s tokens, %s MB when all are used",
+        memory.dtype,
+        f"{memory.num_blocks:,}",
+        memory.block_size,
+        f"{memory.num_tokens:,}",
+        f"{memory.num_bytes / 1e6:,.0f}",
     )
-    token_bytes = 2 * config.num_hidden_layers * heads * head_size
-    token_bytes *= 4 if weights_dtype == "float32" else 2
-    free_bytes = free_memory_bytes(backbone.device)
-    if free_bytes is None:
-        return num_slots, max_length
-    free_bytes = max(0, free_bytes - _converted_bytes(backbone, weights_dtype))
-    num_tokens = int(free_bytes * _MAX_MEMORY_FRACTION) // token_bytes
-    if num_tokens < min(max_length, _MIN_TOKENS):
-        raise MachineError(
-            f"a text of {min(max_length, _MIN_TOKENS)} tokens needs "
-            f"{min(max_length, _MIN_TOKENS) * token_bytes / 1e6:,.0f} MB for its keys and values, "
-            f"{free_bytes / 1e6:,.0f} MB are free; free some memory or choose a smaller model"
-        )
-    fitting_slots, fitting_length = num_tokens // max_length, max_length
-    if not fitting_slots:
-        fitting_slots, fitting_length = 1, num_tokens
+    if max_length < wanted_length:
         logger.warning(
             "memory holds one text of %s tokens, not of the model's %s",
-            *(f"{num_tokens:,}", f"{max_length:,}"),
+            *(f"{max_length:,}", f"{wanted_length:,}"),
         )
-    elif fitting_slots < num_slots:
+    elif num_whole < num_slots:
         logger.warning(
-            "memory holds %d texts of %s tokens at once, not %d; fst serve --max_length allows shorter ones",
-            *(fitting_slots, f"{max_length:,}", num_slots),
+            "memory holds %d texts of %s tokens at once, not %d; longer ones wait for each other",
+            *(num_whole, f"{max_length:,}", num_slots),
         )
-    return min(num_slots, fitting_slots), fitting_length
 
 
 def _converted_bytes(backbone: Backbone, weights_dtype: WeightsDtype) -> int:

@@ -21,8 +21,12 @@ from full_stack_transformer.arguments.sampling import (
 )
 from full_stack_transformer.errors import ContextLengthError, FullStackTransformerError
 from full_stack_transformer.generation.chat import PLAIN_TEMPLATE, ChatTemplate
-from full_stack_transformer.generation.engine import FinishReason, TokenEvent, TokenRequest
 from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.generation.token_requests import (
+    FinishReason,
+    TokenEvent,
+    TokenRequest,
+)
 from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 

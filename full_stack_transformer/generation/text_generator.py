@@ -13,6 +13,7 @@ from typing import Literal, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from full_stack_transformer.arguments.sampling import SamplingKeywords, SamplingParameters
 from full_stack_transformer.generation.chat import (
@@ -21,12 +22,14 @@ from full_stack_transformer.generation.chat import (
     ChatTemplate,
     load_chat_template,
 )
-from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
-from full_stack_transformer.generation.open_engine import open_engine
+from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.open_engine import blocks_for, open_engine
 from full_stack_transformer.generation.requests import Continuation, Conventions, Piece
-from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
 from full_stack_transformer.generation.runners.torch import TorchRunner
 from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.generation.token_requests import TokenEvent, TokenRequest
+from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.model_directory import OpenedModel, open_model
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust
@@ -91,6 +94,12 @@ def as_text_token(scored: ScoredToken, text: str, tokenizer: DocumentTokenizer) 
     )
 
 
+def _engine_as_is(model: OpenedModel, num_slots: int) -> Engine:
+    """An engine on the model's own weights, through PyTorch."""
+    num_blocks = num_slots * blocks_for(context_length(model.backbone.config))
+    return Engine(TorchRunner(model.backbone, num_blocks=num_blocks), num_slots=num_slots)
+
+
 class TextGenerator:
     """Continues texts with a model, in the caller's thread; one thread at a time.
 
@@ -120,7 +129,7 @@ class TextGenerator:
         self.model = model
         self.template = template
         self._conventions = Conventions.of(model, template)
-        self._engine = engine or Engine(TorchRunner(model.backbone, num_slots=num_slots))
+        self._engine = engine or _engine_as_is(model, num_slots)
         # Of requests under way whose events nobody has read yet: several streams may share the engine.
         self._inboxes: dict[int, list[TokenEvent]] = {}
 
@@ -131,6 +140,7 @@ class TextGenerator:
         *,
         device: str = "auto",
         weights_dtype: Literal["auto"] | WeightsDtype = "auto",
+        kv_dtype: Literal["auto"] | KvDtype = "auto",
         num_slots: int = 8,
         allow_code_from: Sequence[str] = (),
     ) -> Self:
@@ -140,6 +150,7 @@ class TextGenerator:
             path: where the model is.
             device: where to compute.
             weights_dtype: type of the weights.
+            kv_dtype: type of keys and values.
             num_slots: texts that are generated at once.
             allow_code_from: modules whose tokenizer class the model may name; no other is imported.
 
@@ -150,7 +161,9 @@ class TextGenerator:
         """
         trust(allow_code_from)
         model = open_model(Path(path), device=device)
-        engine = open_engine(model.backbone, num_slots=num_slots, weights_dtype=weights_dtype)
+        engine = open_engine(
+            model.backbone, num_slots=num_slots, weights_dtype=weights_dtype, kv_dtype=kv_dtype
+        )
         template = load_chat_template(find_model_directory(Path(path)))
         return cls(model, engine=engine, template=template)
 
@@ -287,15 +300,7 @@ class TextGenerator:
                 num_prompt_log_probabilities=num_alternatives,
             )
         )
-        try:
-            while not (events := self._take_events(key)):
-                self._step()
-        finally:
-            self._end(key)
-        [event] = events
-        if event.finish_reason == "error":
-            assert event.problem is not None
-            raise event.problem
+        event = self._only_event(key)
         stream = TextStream(tokenizer)
         texts = [stream.push(token_id) for token_id in prompt_ids]
         texts[-1] += stream.finish()
@@ -318,9 +323,18 @@ class TextGenerator:
             RequestError: a text does not fit into the context.
         """
         sequences = [self.model.tokenizer.encode_prompt(text) for text in texts]
-        while not self._engine.num_free_slots:
-            self._step()
-        states = self._engine.hidden_states(sequences)
+        keys: list[int] = []
+        states: list[Tensor] = []
+        try:
+            for sequence in sequences:
+                keys.append(self._start_when_free(TokenRequest.for_hidden_states(sequence)))
+            for key in keys:
+                found = self._only_event(key).hidden_states
+                assert found is not None
+                states.append(found)
+        finally:
+            for key in keys:
+                self._end(key)
         num_given = len(self.model.tokenizer.prefix_ids)
         words = [state[num_given:] if len(state) > num_given else state for state in states]
         means = [state.mean(dim=0).cpu().numpy() for state in words]
@@ -328,6 +342,22 @@ class TextGenerator:
         return np.stack(means) if means else np.zeros((0, width), np.float32)
 
     # ------------------------------------------------------------------ the engine
+
+    def _only_event(self, key: int) -> TokenEvent:
+        """The end of a request that makes no tokens.
+
+        Raises:
+            FullStackTransformerError: it failed.
+        """
+        try:
+            while not (events := self._take_events(key)):
+                self._step()
+        finally:
+            self._end(key)
+        [event] = events
+        if event.problem is not None:
+            raise event.problem
+        return event
 
     def _start_when_free(self, request: TokenRequest) -> int:
         self._engine.check(request)

@@ -116,6 +116,7 @@ class AppOptions:
     request_timeout_seconds: float = 600.0
     max_body_bytes: int = 1 << 20
     strict_fields: bool = False
+    prefix_cache: Literal["shared", "per_key", "off"] = "per_key"
     watches: bool = False
 
 
@@ -153,6 +154,8 @@ def make_app(
     app.state.max_body_bytes = options.max_body_bytes
     app.state.unknown_fields = UnknownFields(refuses=options.strict_fields)
     app.state.request_timeout_seconds = options.request_timeout_seconds
+    app.state.prefix_cache = options.prefix_cache
+    metrics.watch_blocks(models)
     metrics.watch_worker(worker, [model.name for model in models.generating])
     app.add_exception_handler(FullStackTransformerError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

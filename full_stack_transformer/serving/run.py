@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from full_stack_transformer import __version__
+from full_stack_transformer.arguments.checks import num_bytes
 from full_stack_transformer.arguments.serving import ServeArguments
 from full_stack_transformer.machine import listen
 from full_stack_transformer.modelling.model_files import find_model_directory
@@ -75,6 +76,7 @@ def main(arguments: ServeArguments) -> int:
         request_timeout_seconds=arguments.request_timeout_seconds,
         max_body_bytes=arguments.max_body_bytes,
         strict_fields=arguments.strict_fields,
+        prefix_cache=arguments.prefix_cache,
         watches=arguments.watch,
     )
     app = make_app(models, worker, task_worker, grammars, metrics, registry, options)
@@ -113,11 +115,15 @@ def _sources(arguments: ServeArguments) -> list[tuple[str | None, Path]]:
 def _open_models(
     arguments: ServeArguments, sources: Sequence[tuple[str | None, Path]]
 ) -> ServedModels:
+    memory = None if arguments.kv_memory is None else num_bytes(arguments.kv_memory, "kv_memory")
     opening = OpeningOptions(
         device=arguments.device,
         num_slots=arguments.max_batch_size,
         weights_dtype=arguments.weights_dtype,
         max_length=arguments.max_length,
+        kv_dtype=arguments.kv_dtype,
+        kv_memory=memory,
+        memory_share=1 / len(sources),
     )
     return ServedModels([open_served(name, path, opening) for name, path in sources], opening)
 

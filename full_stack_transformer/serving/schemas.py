@@ -523,6 +523,10 @@ class ServedModelFacts(BaseModel):
     validation_loss: float | None
     context_tokens: int
     computed_by: str
+    key_value_memory: dict[str, int | str] | None = Field(
+        default=None,
+        description="Memory that the keys and values of texts share: type, blocks, tokens, bytes.",
+    )
     has_chat_template: bool = Field(
         default=False, description="Whether the model has a chat template."
     )

@@ -32,8 +32,11 @@ def work(subject: str, weights_dtype: str) -> None:
     import transformers
 
     from full_stack_transformer.generation.runners.native.decoder import NativeRunner
-    from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
+    from full_stack_transformer.generation.runners.torch import Runner, SequenceWork, TorchRunner
 
+    # A table of blocks for each stream.
+    num_own = MAX_LENGTH // 32
+    tables = [range(one * num_own, (one + 1) * num_own) for one in range(NUM_STREAMS)]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -48,19 +51,20 @@ def work(subject: str, weights_dtype: str) -> None:
     backbone = transformers.LlamaForCausalLM(config).eval()
     if subject == "torch":
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[weights_dtype]
-        runner: Runner = TorchRunner(backbone.to(dtype), num_slots=NUM_STREAMS)
+        runner: Runner = TorchRunner(backbone.to(dtype), num_blocks=NUM_STREAMS * num_own)
     else:
         options: dict[str, Any] = {} if Path(subject).is_dir() else {"isa": subject}
         runner = NativeRunner(
             backbone,
-            num_slots=NUM_STREAMS,
+            num_blocks=NUM_STREAMS * num_own,
             weights_dtype=weights_dtype,  # type: ignore[arg-type]
+            kv_dtype="float32" if weights_dtype == "float32" else "bfloat16",
             num_threads=1,
             **options,
         )
-    for slot in range(NUM_STREAMS):
-        past = [(7 * place + slot) % 2000 for place in range(PAST)]
-        runner.run([SlotWork(slot, 0, past, 0)])
+    for number, table in enumerate(tables):
+        past = [(7 * place + number) % 2000 for place in range(PAST)]
+        runner.run([SequenceWork(table, 0, past, 0)])
     print("ready", flush=True)
     for line in sys.stdin:
         num_streams = int(line)
@@ -68,10 +72,10 @@ def work(subject: str, weights_dtype: str) -> None:
         before = time.thread_time()
         for step in range(steps):
             if num_streams:
-                runner.run([SlotWork(slot, PAST + step, [5], 1) for slot in range(num_streams)])
+                runner.run([SequenceWork(one, PAST + step, [5], 1) for one in tables[:num_streams]])
             else:
                 prompt = [(11 * place) % 2000 for place in range(PROMPT)]
-                runner.run([SlotWork(0, 0, prompt, 1)])
+                runner.run([SequenceWork(tables[0], 0, prompt, 1)])
         print((time.thread_time() - before) / steps, flush=True)
 
 

@@ -64,21 +64,24 @@ Generate = Callable[[Prompts, int], Generated]
 def load_ours(job: Job) -> Generate:
     """The engine, on the C++ decoder where it runs."""
     from full_stack_transformer.arguments.sampling import SamplingParameters
-    from full_stack_transformer.generation.engine import Engine, TokenRequest
+    from full_stack_transformer.generation.engine import Engine
     from full_stack_transformer.generation.runners.native.decoder import (
         NativeRunner,
         why_not_native,
     )
     from full_stack_transformer.generation.runners.torch import Runner, TorchRunner
+    from full_stack_transformer.generation.token_requests import TokenRequest
 
     backbone = _load_backbone(job, dtype="float32")
     problem = why_not_native(backbone)
     runner: Runner
+    num_blocks = job.max_streams * -(-job.max_tokens // 32)
     if problem is None:
         runner = NativeRunner(
             backbone,
-            num_slots=job.max_streams,
+            num_blocks=num_blocks,
             weights_dtype=job.weights,  # type: ignore[arg-type]
+            kv_dtype="float32" if job.weights == "float32" else "bfloat16",
             max_length=job.max_tokens,
         )
     else:
@@ -86,10 +89,10 @@ def load_ours(job: Job) -> Generate:
             raise SystemExit(f"no int8 without the C++ decoder: {problem}")
         print(f"PyTorch in place of the C++ decoder: {problem}", file=sys.stderr)
         backbone = _load_backbone(job, dtype=job.weights)
-        runner = TorchRunner(backbone, num_slots=job.max_streams, max_length=job.max_tokens)
+        runner = TorchRunner(backbone, num_blocks=num_blocks, max_length=job.max_tokens)
     del backbone
     # No guessing: with random weights the text repeats itself, and every guess would come true.
-    engine = Engine(runner, guesses=False)
+    engine = Engine(runner, num_slots=job.max_streams, guesses=False)
 
     def generate(prompts: Prompts, num_new: int) -> Generated:
         greedy = SamplingParameters(max_new_tokens=num_new, temperature=0, seed=0)

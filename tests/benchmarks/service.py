@@ -173,7 +173,7 @@ def _measure_server(
 _BARE_ENGINE = """
 import json, sys, time
 from pathlib import Path
-from full_stack_transformer.generation.engine import TokenRequest
+from full_stack_transformer.generation.token_requests import TokenRequest
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.modelling.model_directory import open_model

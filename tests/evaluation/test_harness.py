@@ -91,7 +91,7 @@ def test_a_local_task_runs_without_a_network(
 def accuracy_by_hand(model_dir: Path) -> float:
     """Of the multiple choice, by the likelihoods that the runner computes."""
     model = open_model(model_dir, device="cpu")
-    runner = TorchRunner(model.backbone, num_slots=1)
+    runner = TorchRunner(model.backbone, num_blocks=4)
     num_right = 0
     for row in ROWS:
         spans = [

@@ -38,14 +38,14 @@ def _slow(model: OpenedModel, span: TokenSpan) -> tuple[float, bool]:
     return total, is_greedy
 
 
-@pytest.mark.parametrize("num_slots", [1, 3])
-def test_they_equal_one_span_at_a_time(model: OpenedModel, num_slots: int) -> None:
+@pytest.mark.parametrize("num_blocks", [4, 12])
+def test_they_equal_one_span_at_a_time(model: OpenedModel, num_blocks: int) -> None:
     spans = [continuation_span(*pair, model.tokenizer, max_length=128) for pair in PAIRS]
     with torch.inference_mode():
         first = [model.tokenizer.begin_id]
         likeliest = int(model.backbone(torch.tensor([first])).logits[0, -1].argmax())
     spans += [TokenSpan([*first, likeliest], 1), TokenSpan(first, 0)]
-    found = log_likelihoods(spans, TorchRunner(model.backbone, num_slots=num_slots))
+    found = log_likelihoods(spans, TorchRunner(model.backbone, num_blocks=num_blocks))
     for span, one in zip(spans[:-1], found, strict=False):
         value, is_greedy = _slow(model, span)
         assert one.value == pytest.approx(value, rel=1e-4)

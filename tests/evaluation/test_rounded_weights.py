@@ -42,4 +42,4 @@ def test_the_command_prints_it_beside_the_exact_figures(
     rounded = figures["rounded_weights"]
     assert rounded["weights_dtype"] == "bfloat16"
     assert rounded["perplexity"] == pytest.approx(figures["perplexity"], rel=0.02)
-    assert "with bfloat16 weights: perplexity" in done.stderr
+    assert "with bfloat16 weights, keys and values in bfloat16: perplexity" in done.stderr

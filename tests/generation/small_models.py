@@ -13,9 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
-from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
-from full_stack_transformer.generation.runners.native.decoder import NativeRunner, why_not_native
-from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
+from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.runners.native.decoder import (
+    KvDtype,
+    NativeRunner,
+    why_not_native,
+)
+from full_stack_transformer.generation.runners.torch import Runner, SequenceWork, TorchRunner
+from full_stack_transformer.generation.token_requests import TokenEvent, TokenRequest
 from full_stack_transformer.modelling.backbones import new_backbone
 
 VOCABULARY, CONTEXT = 300, 128
@@ -79,19 +84,32 @@ def varied_backbone(config: transformers.PretrainedConfig) -> Backbone:
     return backbone
 
 
-def make_runner(kind: str, shape: str = "llama", *, num_slots: int = 4) -> Runner:
+def make_runner(
+    kind: str,
+    shape: str = "llama",
+    *,
+    num_blocks: int = 40,
+    block_size: int = 16,
+    kv_dtype: KvDtype | None = None,
+) -> Runner:
     """A runner of this kind; skips the test where the machine cannot have it."""
     backbone = small_backbone(shape)
     if kind == "torch":
-        return TorchRunner(backbone, num_slots=num_slots)
+        return TorchRunner(backbone, num_blocks=num_blocks, block_size=block_size)
     problem = why_not_native(backbone)
     if problem is not None:
         pytest.skip(f"no C++ decoder here: {problem}")
-    return NativeRunner(backbone, num_slots=num_slots, weights_dtype=kind)  # type: ignore[arg-type]
+    return NativeRunner(
+        backbone,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        weights_dtype=kind,  # type: ignore[arg-type]
+        kv_dtype=kv_dtype or ("float32" if kind == "float32" else "bfloat16"),
+    )
 
 
 class RememberingRunner:
-    """Its next token is a function of all tokens before it, which it remembers for each slot.
+    """Its next token is a function of all tokens before it, which it remembers in its blocks.
 
     Whatever an engine mixes up, forgets or takes from another request changes what comes out.
     """
@@ -100,34 +118,41 @@ class RememberingRunner:
     vocab_size = 40
     max_length = 64
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_blocks: int = 16, block_size: int = 16) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
         self.num_read_tokens = 0
-        self.held: list[list[int]] = [[] for _ in range(num_slots)]
+        self.tokens: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
 
-    def run(self, work: Sequence[SlotWork]) -> Tensor:
+    def run(self, work: Sequence[SequenceWork]) -> Tensor:
         """Scores that follow from the tokens."""
-        slots = [one.slot for one in work]
-        assert len(set(slots)) == len(slots)
+        writable = [
+            block for one in work for block in one.block_ids[one.start // self.block_size :]
+        ]
+        assert len(set(writable)) == len(writable), "two sequences may write one block"
         rows = []
         for one in work:
-            held = self.held[one.slot]
-            assert one.start <= len(held), "tokens before those of the work are missing"
-            del held[one.start :]
-            held += one.token_ids
+            self._write(one)
+            known = [token for block in one.block_ids for token in self.tokens[block]]
+            end = one.start + len(one.token_ids)
+            assert None not in known[:end], "tokens before those of the work are missing"
             self.num_read_tokens += len(one.token_ids)
-            for end in range(len(held) - one.num_logits + 1, len(held) + 1):
-                rows.append(self._scores(held[:end]))
+            for length in range(end - one.num_logits + 1, end + 1):
+                rows.append(self._scores([token for token in known[:length] if token is not None]))
         return torch.stack(rows) if rows else torch.zeros(0, self.vocab_size)
 
-    def hidden_states(self, work: Sequence[SlotWork]) -> Tensor:
-        """Not asked for."""
-        raise NotImplementedError
+    def _write(self, one: SequenceWork) -> None:
+        for position, token in enumerate(one.token_ids, one.start):
+            block = one.block_ids[position // self.block_size]
+            self.tokens[block][position % self.block_size] = token
 
-    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        """Remember another slot's tokens."""
-        assert source != target and num_tokens <= len(self.held[source])
-        self.held[target] = self.held[source][:num_tokens]
+    def hidden_states(self, work: Sequence[SequenceWork]) -> Tensor:
+        """Each token and its position."""
+        self.run([replace(one, num_logits=0) for one in work])
+        return torch.tensor(
+            [pair for one in work for pair in enumerate(one.token_ids, one.start)],
+            dtype=torch.float32,
+        )
 
     def _scores(self, token_ids: Sequence[int]) -> Tensor:
         # Tokens come back after a while, so that guesses from the text are right now and then.
@@ -175,7 +200,15 @@ def run_events(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[To
         for event in engine.step():
             results[numbers[event.request_id]].append(event)
     assert engine.num_free_slots == engine.num_slots
+    assert engine.block_use.num_used == 0
     return results
+
+
+def hidden_states(engine: Engine, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What the model makes of each token of some sequences."""
+    requests = [TokenRequest.for_hidden_states(sequence) for sequence in sequences]
+    states = [events[-1].hidden_states for events in run_events(engine, requests)]
+    return [one for one in states if one is not None]
 
 
 def random_prompts(

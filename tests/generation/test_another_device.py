@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
-from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
+from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.runners.torch import TorchRunner
+from full_stack_transformer.generation.token_requests import TokenEvent, TokenRequest
 from tests.another_device import DEVICE, another_device
-from tests.generation.small_models import SHAPES, small_backbone
+from tests.generation.small_models import SHAPES, hidden_states, small_backbone
 
 _PROMPT = tuple(range(3, 25))
 
@@ -45,7 +46,7 @@ def _answers(
     backbone: Backbone, requests: Sequence[TokenRequest]
 ) -> tuple[dict[int, list[TokenEvent]], list[Tensor]]:
     """What an engine of three slots makes of the requests, and hidden states of two sequences."""
-    engine = Engine(TorchRunner(backbone, num_slots=3, max_length=64))
+    engine = Engine(TorchRunner(backbone, num_blocks=9), num_slots=3)
     waiting, events = list(requests), dict[int, list[TokenEvent]]()
     while waiting or engine.num_running:
         while waiting and engine.num_free_slots:
@@ -53,7 +54,7 @@ def _answers(
         for event in engine.step():
             assert event.problem is None, event.problem
             events[event.request_id].append(event)
-    return events, engine.hidden_states([[4, 5, 6], [7] * 20])
+    return events, hidden_states(engine, [[4, 5, 6], [7] * 20])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,11 +73,11 @@ def test_another_device_gives_the_same_tokens(shape: str) -> None:
 def test_a_token_waits_for_the_device_a_few_times_whatever_the_layers() -> None:
     with another_device() as device:
         backbone = copy.deepcopy(small_backbone("llama")).to(DEVICE)
-        engine = Engine(TorchRunner(backbone, num_slots=2, max_length=64), guesses=False)
+        engine = Engine(TorchRunner(backbone, num_blocks=9), num_slots=2, guesses=False)
         for _ in range(2):
             engine.add(TokenRequest(_PROMPT, SamplingParameters(max_new_tokens=20, temperature=0)))
-        while any(one.is_reading for one in engine._running.values()):
-            engine.step()
+        while len(engine.step()) < 2:
+            pass
         before = device.num_readings
         for _ in range(5):
             assert len(engine.step()) == 2

@@ -3,9 +3,8 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.errors import RequestError
-from full_stack_transformer.generation import engine as engine_module
-from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
-from full_stack_transformer.generation.runners.torch import Runner, SlotWork, TorchRunner
+from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.runners.torch import Runner, SequenceWork, TorchRunner
+from full_stack_transformer.generation.token_requests import TokenEvent, TokenRequest
 from tests.generation.small_models import (
     CONTEXT,
     GREEDY,
@@ -26,6 +25,7 @@ from tests.generation.small_models import (
     SHAPES,
     VOCABULARY,
     RememberingRunner,
+    hidden_states,
     make_runner,
     random_prompts,
     run_events,
@@ -35,16 +35,16 @@ from tests.generation.small_models import (
     tokens_of,
 )
 
-MakeRunner = Callable[[int], Runner]
+MakeRunner = Callable[[], Runner]
 LONG = pytest.mark.slow
 
 
 @pytest.fixture(params=[(kind, shape) for shape in SHAPES for kind in RUNNERS], ids="-".join)
 def new_runner(request: pytest.FixtureRequest) -> MakeRunner:
-    """Makes a runner with so many slots: every kind, of every shape."""
+    """Makes runners: every kind, of every shape."""
     kind, shape = request.param
-    make_runner(kind, shape, num_slots=1)  # skips here
-    return lambda num_slots: make_runner(kind, shape, num_slots=num_slots)
+    make_runner(kind, shape)  # skips here
+    return lambda: make_runner(kind, shape, num_blocks=32 * CONTEXT // 16)
 
 
 def _generated(backbone: Backbone, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -108,20 +108,18 @@ def test_greedy_equals_transformers_whatever_joins_and_leaves(
         token_request(prompt, max_new_tokens, GREEDY, seed=0)
         for prompt in random_prompts(num_prompts)
     ]
-    ours = _run_in_company(Engine(make_runner(kind, shape, num_slots=5)), requests)
+    ours = _run_in_company(Engine(make_runner(kind, shape), num_slots=5), requests)
     backbone = small_backbone(shape)
     for request, tokens in zip(requests, ours, strict=True):
         assert tokens == _generated(backbone, request.prompt_ids, max_new_tokens)
 
 
-def test_a_prompt_read_in_chunks_gives_the_same(
-    new_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_read_in_chunks_gives_the_same(new_runner: MakeRunner) -> None:
     prompt = (random_prompts(40)[-1] * 9)[:100]
     request = token_request(prompt, max_new_tokens=8, sampling=GREEDY, seed=0)
-    whole = run_requests(Engine(new_runner(1)), [request])
-    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 7)
-    assert run_requests(Engine(new_runner(1)), [request]) == whole
+    whole = run_requests(Engine(new_runner(), num_slots=1), [request])
+    in_chunks = Engine(new_runner(), num_slots=1, max_chunk_tokens=7)
+    assert run_requests(in_chunks, [request]) == whole
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_company(new_runner: MakeRunner) -> None:
@@ -129,12 +127,12 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_company(new_runner: MakeRunne
         token_request(prompt, max_new_tokens=10, sampling=SAMPLED, seed=number)
         for number, prompt in enumerate(random_prompts(32))
     ]
-    together = run_requests(Engine(new_runner(32)), requests)
+    together = run_requests(Engine(new_runner(), num_slots=32), requests)
     assert len({tuple(tokens) for tokens in together}) > 20
-    alone = Engine(new_runner(1))
+    alone = Engine(new_runner(), num_slots=1)
     for request, tokens in list(zip(requests, together, strict=True))[::5]:
         assert run_requests(alone, [request]) == [tokens]
-    assert _run_in_company(Engine(new_runner(4)), requests[::4]) == together[::4]
+    assert _run_in_company(Engine(new_runner(), num_slots=4), requests[::4]) == together[::4]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -153,8 +151,8 @@ def test_guessing_changes_no_token(new_runner: MakeRunner, sampling: SamplingPar
         )
         for number, prompt in enumerate(random_prompts(4))
     ]
-    with_guesses = run_events(Engine(new_runner(2)), requests)
-    without = run_events(Engine(new_runner(2), guesses=False), requests)
+    with_guesses = run_events(Engine(new_runner(), num_slots=2), requests)
+    without = run_events(Engine(new_runner(), num_slots=2, guesses=False), requests)
     for events, expected in zip(with_guesses, without, strict=True):
         assert tokens_of(events) == tokens_of(expected)
         assert [one.finish_reason for one in events] == [one.finish_reason for one in expected]
@@ -168,7 +166,7 @@ def test_right_guesses_save_steps() -> None:
     request = token_request([5, 6, 7, 8] * 5, 40, GREEDY, seed=0)
     counts = []
     for guesses in (True, False):
-        engine = Engine(_RepeatingRunner(period=4), guesses=guesses)
+        engine = Engine(_RepeatingRunner(period=4), num_slots=1, guesses=guesses)
         engine.add(request)
         num_steps, tokens = 0, []
         while engine.num_running:
@@ -183,45 +181,90 @@ class _RepeatingRunner(RememberingRunner):
     """Says again what stood `period` tokens before."""
 
     def __init__(self, period: int) -> None:
-        super().__init__(num_slots=1)
+        super().__init__()
         self._period = period
 
     def _scores(self, token_ids: Sequence[int]) -> Tensor:
         return torch.eye(self.vocab_size)[token_ids[-self._period]]
 
 
-# ------------------------------------------------------------------ what slots hold
+# ------------------------------------------------------------------ what blocks hold
 
 
 def test_a_chat_that_goes_on_is_not_read_again(new_runner: MakeRunner) -> None:
-    first = token_request(random_prompts(3)[2], 10, GREEDY, seed=0)
-    engine = Engine(new_runner(3))
+    first = token_request(random_prompts(3)[2], 20, GREEDY, seed=0)
+    engine = Engine(new_runner(), num_slots=3)
     [answer] = run_requests(engine, [first])
     longer = replace(first, prompt_ids=[*first.prompt_ids, *answer, 9, 8, 7])
-    assert engine.num_reused_tokens == 0
+    assert engine.block_use.num_reused_tokens == 0
     again = run_requests(engine, [longer])
-    # The last token of the answer has never been read.
-    assert engine.num_reused_tokens == len(first.prompt_ids) + len(answer) - 1
-    assert again == run_requests(Engine(new_runner(1)), [longer])
+    # The last token of the answer has never been read, and only full blocks are found.
+    num_read = len(first.prompt_ids) + len(answer) - 1
+    assert engine.block_use.num_reused_tokens == num_read // 16 * 16 > len(first.prompt_ids)
+    assert again == run_requests(Engine(new_runner(), num_slots=1), [longer])
 
 
 def test_samples_of_one_prompt_read_it_once(new_runner: MakeRunner) -> None:
     prompt = (random_prompts(3)[1] * 9)[:80]
     requests = [token_request(prompt, 8, SAMPLED, seed=seed) for seed in range(5)]
-    engine = Engine(new_runner(5))
+    engine = Engine(new_runner(), num_slots=5)
     together = run_requests(engine, requests)
-    assert engine.num_reused_tokens == 4 * 79
-    assert together == [run_requests(Engine(new_runner(1)), [one])[0] for one in requests]
+    # The last token is always read, and with it the block that it ends.
+    assert engine.block_use.num_reused_tokens == 4 * 64
+    alone = Engine(new_runner(), num_slots=1)
+    assert together == [run_requests(alone, [one])[0] for one in requests]
     assert len({tuple(tokens) for tokens in together}) > 1
+
+
+def test_who_shares_nothing_finds_nothing() -> None:
+    prompt = list(range(40))
+    requests = [
+        replace(token_request(prompt, 5, GREEDY, seed=0), shares_with=one)
+        for one in ("a", "b", None, None, "a")
+    ]
+    engine = Engine(RememberingRunner(), num_slots=1)
+    reused = []
+    for request in requests:
+        before = engine.block_use.num_reused_tokens
+        run_requests(engine, [request])
+        reused.append(engine.block_use.num_reused_tokens - before)
+    assert reused == [0, 0, 0, 0, 32]
+
+
+def test_a_request_that_was_put_back_goes_on_as_if_undisturbed(new_runner: MakeRunner) -> None:
+    """Two long texts where there are blocks for one and a half."""
+    requests = [
+        token_request(
+            prompt[:20],
+            100,
+            SAMPLED,
+            seed=number,
+            num_log_probabilities=1,
+            num_prompt_log_probabilities=0,
+        )
+        for number, prompt in enumerate(random_prompts(40, max_tokens=40)[-2:])
+    ]
+    runner = new_runner()
+    with_room = run_events(Engine(runner, num_slots=2), requests)
+    runner.num_blocks = 12
+    engine = Engine(runner, num_slots=2)
+    found = run_events(engine, requests)
+    assert engine.block_use.num_put_back > 0
+    for events, expected in zip(found, with_room, strict=True):
+        if "C++" in runner.name:
+            assert events == [replace(one, request_id=events[0].request_id) for one in expected]
+        else:
+            assert len(events) == len(expected)
+            assert len(events[0].scored_prompt) == len(expected[0].scored_prompt)
 
 
 def test_a_step_that_fails_leaves_nothing_wrong_behind() -> None:
     prompt = list(range(30))
-    runner = _FailingRunner(num_slots=1)
-    engine = Engine(runner)
+    runner = _FailingRunner()
+    engine = Engine(runner, num_slots=1)
     run_requests(engine, [token_request(prompt, 5, GREEDY, seed=0)])
     other = token_request([*prompt[:20], *prompt[25:], 1, 2, 3], 5, GREEDY, seed=0)
-    expected = run_requests(Engine(RememberingRunner(1)), [other])
+    expected = run_requests(Engine(RememberingRunner(), num_slots=1), [other])
     runner.is_failing = True
     engine.add(other)
     [event] = engine.step()
@@ -236,80 +279,11 @@ def test_a_step_that_fails_leaves_nothing_wrong_behind() -> None:
 class _FailingRunner(RememberingRunner):
     is_failing = False
 
-    def run(self, work: Sequence[SlotWork]) -> Tensor:
+    def run(self, work: Sequence[SequenceWork]) -> Tensor:
         logits = super().run(work)
         if self.is_failing:
             raise MemoryError
         return logits
-
-
-# ------------------------------------------------------------------ joining and leaving
-
-
-def _ends_with(token_id: int, new_ids: Sequence[int]) -> bool:
-    return new_ids[-1] == token_id
-
-
-def _any_requests(numbers: random.Random, count: int) -> Iterator[TokenRequest]:
-    """Requests of all kinds; many share their beginning."""
-    vocabulary = range(RememberingRunner.vocab_size)
-    shared = [numbers.choice(vocabulary) for _ in range(40)]
-    for number in range(count):
-        own = [numbers.choice(vocabulary) for _ in range(numbers.randint(1, 12))]
-        forbidden = numbers.choice(vocabulary)
-        yield token_request(
-            prompt_ids=[*shared[: numbers.choice((0, 0, 18, 30, 40))], *own],
-            max_new_tokens=numbers.randint(1, 10),
-            sampling=SamplingParameters(temperature=numbers.choice((0.0, 0.3, 1.0))),
-            seed=number,
-            stop_ids=frozenset(numbers.sample(vocabulary, numbers.choice((0, 0, 4)))),
-            min_new_tokens=numbers.choice((0, 0, 3)),
-            forbids=partial(_ends_with, forbidden) if number % 3 == 0 else None,
-            num_prompt_log_probabilities=1 if number % 5 == 0 else None,
-        )
-
-
-@pytest.mark.parametrize(
-    "num_schedules", [60, pytest.param(10_000, marks=LONG)], ids=["short", "long"]
-)
-def test_schedules_of_adding_and_cancelling_mix_nothing_up(
-    num_schedules: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No slot is lost, and every request gets the tokens that it would get alone, as far as it came."""
-    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 9)
-    numbers = random.Random(11)
-    pool = list(_any_requests(numbers, 60))
-    alone = [
-        run_requests(Engine(RememberingRunner(1), guesses=False), [request])[0] for request in pool
-    ]
-    num_finished = 0
-    for _ in range(num_schedules):
-        runner = RememberingRunner(numbers.randint(1, 5))
-        engine = Engine(runner)
-        waiting = [numbers.randrange(len(pool)) for _ in range(numbers.randint(2, 9))]
-        running: dict[int, int] = {}
-        tokens: dict[int, list[int]] = {}
-        while waiting or running:
-            if waiting and engine.num_free_slots and numbers.random() < 0.7:
-                number = waiting.pop()
-                key = engine.add(pool[number])
-                running[key], tokens[key] = number, []
-            if running and numbers.random() < 0.05:
-                key = numbers.choice(sorted(running))
-                engine.cancel(key)
-                number, so_far = running.pop(key), tokens.pop(key)
-                assert so_far == alone[number][: len(so_far)]
-            for event in engine.step():
-                tokens[event.request_id] += tokens_of([event])
-                if event.finish_reason is not None:
-                    number = running.pop(event.request_id)
-                    assert tokens[event.request_id] == alone[number]
-                    num_finished += 1
-            assert engine.num_running == len(running)
-            assert engine.num_free_slots + engine.num_running == engine.num_slots
-            for said, held in zip(engine._held, runner.held, strict=True):
-                assert said == held[: len(said)]
-    assert num_finished > 2 * num_schedules
 
 
 # ------------------------------------------------------------------ how requests end
@@ -317,39 +291,39 @@ def test_schedules_of_adding_and_cancelling_mix_nothing_up(
 
 def test_a_stop_token_ends_and_is_left_out(new_runner: MakeRunner) -> None:
     request = token_request(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
-    [tokens] = run_requests(Engine(new_runner(1)), [request])
+    [tokens] = run_requests(Engine(new_runner(), num_slots=1), [request])
     stopping = replace(request, stop_ids=frozenset({tokens[4]}))
     first = tokens.index(tokens[4])
-    assert run_requests(Engine(new_runner(1)), [stopping]) == [tokens[:first]]
+    assert run_requests(Engine(new_runner(), num_slots=1), [stopping]) == [tokens[:first]]
 
 
 def test_nothing_ends_a_request_before_its_minimum(new_runner: MakeRunner) -> None:
     everything = frozenset(range(VOCABULARY)) - {7, 8}
     request = token_request([5, 6], 10, SAMPLED, seed=0, stop_ids=everything, min_new_tokens=6)
-    [events] = run_events(Engine(new_runner(1)), [request])
+    [events] = run_events(Engine(new_runner(), num_slots=1), [request])
     assert len(tokens_of(events)) >= 6
     assert set(tokens_of(events)) <= {7, 8}
 
 
 def test_forbidden_tokens_are_drawn_again(new_runner: MakeRunner) -> None:
     request = token_request(random_prompts(1)[0], max_new_tokens=10, sampling=GREEDY, seed=0)
-    [tokens] = run_requests(Engine(new_runner(1)), [request])
+    [tokens] = run_requests(Engine(new_runner(), num_slots=1), [request])
     forbidding = replace(request, forbids=lambda new_ids: new_ids[-1] in set(tokens))
-    [others] = run_requests(Engine(new_runner(1)), [forbidding])
+    [others] = run_requests(Engine(new_runner(), num_slots=1), [forbidding])
     assert len(others) == 10
     assert not set(others) & set(tokens)
     nothing = replace(request, forbids=lambda new_ids: True)
-    assert run_requests(Engine(new_runner(1)), [nothing]) == [[]]
+    assert run_requests(Engine(new_runner(), num_slots=1), [nothing]) == [[]]
 
 
 def test_what_is_allowed_is_drawn_as_if_the_rest_did_not_exist() -> None:
     """Of 40 tokens all but the unlikely odd ones are forbidden."""
-    runner = RememberingRunner(1)
+    runner = RememberingRunner()
     scores = runner._scores([3])
     odd = torch.full_like(scores, -torch.inf)
     odd[1::2] = scores[1::2]
     counts = torch.zeros(40)
-    engine = Engine(runner)
+    engine = Engine(runner, num_slots=1)
     for seed in range(400):
         request = token_request(
             [3], 1, SamplingParameters(), seed, forbids=lambda new_ids: new_ids[-1] % 2 == 0
@@ -364,7 +338,7 @@ def test_what_is_allowed_is_drawn_as_if_the_rest_did_not_exist() -> None:
 def test_scores_that_are_no_numbers_end_a_request_with_an_error_and_no_token(
     value: float, sampling: SamplingParameters
 ) -> None:
-    engine = Engine(_BreakingRunner(value))
+    engine = Engine(_BreakingRunner(value), num_slots=2)
     broken = engine.add(token_request([5, 6], 5, sampling, seed=0))
     sound = engine.add(token_request([5, 7], 5, sampling, seed=0))
     events = [*engine.step(), *engine.step()]
@@ -373,9 +347,8 @@ def test_scores_that_are_no_numbers_end_a_request_with_an_error_and_no_token(
     assert "weights are broken" in str(ends[0].problem)
     assert all(event.token_id is None for event in events if event.request_id == broken)
     assert tokens_of([event for event in events if event.request_id == sound])
-    assert [] in engine._held  # nobody goes on from what was broken
     scored = token_request([5, 6, 7], 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
-    engine = Engine(_BreakingRunner(value))
+    engine = Engine(_BreakingRunner(value), num_slots=2)
     [[event]] = run_events(engine, [scored])
     assert (event.token_id, event.finish_reason) == (None, "error")
 
@@ -384,7 +357,7 @@ class _BreakingRunner(RememberingRunner):
     """One of the scores after token 6 is none."""
 
     def __init__(self, value: float) -> None:
-        super().__init__(num_slots=2)
+        super().__init__()
         self._value = value
 
     def _scores(self, token_ids: Sequence[int]) -> Tensor:
@@ -397,7 +370,7 @@ def test_weights_that_are_no_numbers_are_noticed() -> None:
     backbone = copy.deepcopy(small_backbone("llama"))
     with torch.no_grad():
         backbone.get_input_embeddings().weight[6] = float("nan")
-    engine = Engine(TorchRunner(backbone, num_slots=1))
+    engine = Engine(TorchRunner(backbone, num_blocks=4), num_slots=1)
     request = token_request([5, 6], 5, GREEDY, seed=0)
     assert run_events(engine, [request]) == [[TokenEvent(0, None, "error")]]
 
@@ -415,7 +388,7 @@ def test_weights_that_are_no_numbers_are_noticed() -> None:
 def test_what_can_never_be_generated_is_refused(
     prompt: list[int], max_new_tokens: int, message: str
 ) -> None:
-    engine = Engine(make_runner("torch", num_slots=1))
+    engine = Engine(make_runner("torch"), num_slots=1)
     with pytest.raises(RequestError, match=message):
         engine.add(token_request(prompt, max_new_tokens, GREEDY, seed=0))
     assert engine.num_free_slots == 1
@@ -430,10 +403,10 @@ def test_log_probabilities_are_those_of_the_model(new_runner: MakeRunner) -> Non
     request = token_request(
         prompt, 6, SAMPLED, seed=1, num_log_probabilities=3, num_prompt_log_probabilities=2
     )
-    runner = new_runner(1)
-    [events] = run_events(Engine(runner), [request])
+    runner = new_runner()
+    [events] = run_events(Engine(runner, num_slots=1), [request])
     whole = [*prompt, *tokens_of(events)]
-    logits = runner.run([SlotWork(0, 0, whole, num_logits=len(whole))])
+    logits = runner.run([SequenceWork(range(8), 0, whole, num_logits=len(whole))])
     expected = logits.log_softmax(dim=-1)
     scored = [*events[0].scored_prompt, *(event.scored for event in events)]
     assert len(scored) == len(whole) - 1
@@ -446,7 +419,7 @@ def test_log_probabilities_are_those_of_the_model(new_runner: MakeRunner) -> Non
 
 
 def test_a_prompt_is_scored_without_a_new_token(new_runner: MakeRunner) -> None:
-    engine = Engine(new_runner(1))
+    engine = Engine(new_runner(), num_slots=1)
     for prompt in ([5], list(range(3, 3 + CONTEXT))):
         request = token_request(prompt, 0, GREEDY, seed=0, num_prompt_log_probabilities=0)
         [[event]] = run_events(engine, [request])
@@ -456,19 +429,16 @@ def test_a_prompt_is_scored_without_a_new_token(new_runner: MakeRunner) -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES, "cohere"])
 @pytest.mark.parametrize("kind", ["torch", "float32"])
-def test_hidden_states_are_those_after_the_last_norm(
-    kind: str, shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hidden_states_are_those_after_the_last_norm(kind: str, shape: str) -> None:
     if (kind, shape) == ("float32", "cohere"):
         pytest.skip("the C++ decoder does not know cohere")
-    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK_TOKENS", 20)
-    engine = Engine(make_runner(kind, shape, num_slots=3))
+    engine = Engine(make_runner(kind, shape), num_slots=3, max_chunk_tokens=20)
     prompts = random_prompts(7)
-    for prompt, states in zip(prompts, engine.hidden_states(prompts), strict=True):
+    for prompt, states in zip(prompts, hidden_states(engine, prompts), strict=True):
         with torch.inference_mode():
             output = small_backbone(shape)(torch.tensor([prompt]), output_hidden_states=True)
         torch.testing.assert_close(states, output.hidden_states[-1][0], atol=1e-4, rtol=1e-4)
-    # What the slots hold now serves those who come after.
+    # What the blocks hold now serves those who come after.
     request = token_request([*prompts[-1], 5], 5, GREEDY, seed=0)
     assert run_requests(engine, [request])[0] == _generated(
         small_backbone(shape), request.prompt_ids, 5
@@ -477,15 +447,13 @@ def test_hidden_states_are_those_after_the_last_norm(
 
 def test_hidden_states_leave_requests_under_way_alone(new_runner: MakeRunner) -> None:
     requests = [token_request(prompt, 9, GREEDY, seed=0) for prompt in random_prompts(2)]
-    expected = run_requests(Engine(new_runner(3)), requests)
-    engine = Engine(new_runner(3))
-    keys = [engine.add(request) for request in requests]
-    results: dict[int, list[int]] = {key: [] for key in keys}
-    while engine.num_running:
-        engine.hidden_states(random_prompts(4))
-        for event in engine.step():
-            results[event.request_id] += tokens_of([event])
-    assert list(results.values()) == expected
+    readings = [TokenRequest.for_hidden_states(prompt) for prompt in random_prompts(4)]
+    expected = run_requests(Engine(new_runner(), num_slots=3), requests)
+    found = run_events(Engine(new_runner(), num_slots=3), [*readings, *requests])
+    assert [tokens_of(events) for events in found[4:]] == expected
+    for reading, events in zip(readings, found, strict=False):
+        assert events[-1].hidden_states is not None
+        assert len(events[-1].hidden_states) == len(reading.prompt_ids)
 
 
 # ------------------------------------------------------------------ a request that fails, among others
@@ -496,11 +464,11 @@ class _PoisonedRunner:
 
     def __init__(self, runner: Runner, poison: int, spoil: float | None = None) -> None:
         self._runner, self._poison, self._spoil = runner, poison, spoil
-        self.num_slots, self.max_length = runner.num_slots, runner.max_length
-        self.vocab_size, self.name = runner.vocab_size, runner.name
-        self.copy_slot, self.hidden_states = runner.copy_slot, runner.hidden_states
+        self.num_blocks, self.block_size = runner.num_blocks, runner.block_size
+        self.max_length, self.vocab_size = runner.max_length, runner.vocab_size
+        self.name, self.hidden_states = runner.name, runner.hidden_states
 
-    def run(self, work: Sequence[SlotWork]) -> Tensor:
+    def run(self, work: Sequence[SequenceWork]) -> Tensor:
         poisoned = [self._poison in one.token_ids for one in work]
         if any(poisoned) and self._spoil is None:
             raise RuntimeError("the device is on fire")
@@ -543,10 +511,10 @@ def test_a_request_that_fails_ends_alone(kind: str, spoil: Any, given: dict[str,
         forbids=_explode if spoil == "forbids" else None,
     )
     runner = make_runner(kind)
-    expected = [tokens for tokens, _ in _results(Engine(runner), others)]
+    expected = [tokens for tokens, _ in _results(Engine(runner, num_slots=4), others)]
     if not isinstance(spoil, str):
         runner = _PoisonedRunner(make_runner(kind), POISON, spoil)
-    engine = Engine(runner)
+    engine = Engine(runner, num_slots=4)
     for requests in ([others[0], poisoned, *others[1:]], others):
         found = _results(engine, requests)
         if len(requests) > len(others):

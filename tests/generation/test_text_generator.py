@@ -17,7 +17,6 @@ from full_stack_transformer.arguments.sampling import (
 )
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.generation.chat import ChatMessage
-from full_stack_transformer.generation.engine import TokenEvent
 from full_stack_transformer.generation.requests import (
     Continuation,
     Conventions,
@@ -25,6 +24,7 @@ from full_stack_transformer.generation.requests import (
     Piece,
 )
 from full_stack_transformer.generation.text_generator import TextGenerator
+from full_stack_transformer.generation.token_requests import TokenEvent
 
 NEUTRAL = as_keywords(SamplingParameters(max_new_tokens=30, seed=7))
 GREEDY: SamplingKeywords = {**NEUTRAL, "temperature": 0}

@@ -1,14 +1,12 @@
-"""What computes logits for the engine: any backbone of transformers through PyTorch, with a cache of slots.
+"""What computes logits for the engine: any backbone of transformers through PyTorch, with paged memory.
 
-A runner knows tokens, slots and positions, and nothing of requests. `native/` holds another one.
+A runner knows tokens, blocks and positions, and nothing of requests. `native/` holds another one.
 
-    SlotWork --TorchRunner--> ids, positions, AttentionMasks, SlotCache --backbone--> logits
+    SequenceWork --TorchRunner--> ids, positions, AttentionMasks, PagedCache --backbone--> logits
 
-In shapes: Q queries, K keys of a slot. The index of a key in its slot is its position in the text.
+In shapes: Q queries, K keys of a sequence. The index of a key is its position in the text.
 """
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,9 +20,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.backbones import context_length
 
-# Tokens of a slot that are allocated at least.
-_MIN_SLOT_TOKENS = 256
-_OWN_PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -40,9 +35,6 @@ class SequenceWork:
     token_ids: Sequence[int]
     num_logits: int = 1
     """Number of last tokens whose logits are wanted."""
-
-
-SlotWork: Any = SequenceWork  # until the engine goes over
 
 
 class Runner(Protocol):
@@ -81,24 +73,31 @@ class TorchRunner:
 
     Args:
         backbone: in evaluation mode.
-        num_slots: sequences held at once.
-        max_length: tokens of each; none for the model's context.
+        num_blocks: of keys and values, of all sequences together.
+        block_size: tokens of a block.
+        max_length: tokens of a sequence; none for the model's context.
     """
 
     def __init__(
-        self, backbone: Backbone, *, num_slots: int, max_length: int | None = None
+        self,
+        backbone: Backbone,
+        *,
+        num_blocks: int,
+        block_size: int = 32,
+        max_length: int | None = None,
     ) -> None:
-        self.num_slots = num_slots
+        self.num_blocks = num_blocks
+        self.block_size = block_size
         self.max_length = max_length or context_length(backbone.config)
         self.vocab_size = backbone.get_input_embeddings().num_embeddings
         self._backbone = backbone
         self._device = next(backbone.parameters()).device
         self.name = f"PyTorch, {str(backbone.dtype).removeprefix('torch.')} on {self._device}"
         self._masks = AttentionMasks(backbone.config, backbone.dtype)
-        self._cache = SlotCache(backbone.config.num_hidden_layers, num_slots, self.max_length)
+        self._cache = PagedCache(backbone.config.num_hidden_layers, num_blocks, block_size)
 
     @torch.inference_mode()
-    def run(self, work: Sequence[SlotWork]) -> Tensor:
+    def run(self, work: Sequence[SequenceWork]) -> Tensor:
         """Logits (sum of num_logits, vocabulary), in the order of the work."""
         logits: dict[int, Tensor] = {}
         single = [number for number, one in enumerate(work) if len(one.token_ids) == 1]
@@ -114,7 +113,7 @@ class TorchRunner:
         return torch.cat(wanted) if wanted else torch.zeros(0, self.vocab_size)
 
     @torch.inference_mode()
-    def hidden_states(self, work: Sequence[SlotWork]) -> Tensor:
+    def hidden_states(self, work: Sequence[SequenceWork]) -> Tensor:
         """What the last norm gives (sum of tokens, hidden) for each token, in the order of the work."""
         decoder = self._backbone.base_model
         states = [
@@ -122,26 +121,19 @@ class TorchRunner:
         ]
         return torch.cat(states).float()
 
-    @torch.inference_mode()
-    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        """Let `target` hold the first tokens of `source`."""
-        self._cache.copy(source, target, num_tokens)
-
-    def _forward(self, work: Sequence[SlotWork]) -> Tensor:
+    def _forward(self, work: Sequence[SequenceWork]) -> Tensor:
         """Logits (items, wanted, vocabulary) of items of equal length."""
         num_wanted = max(1, max(one.num_logits for one in work))
         output = self._backbone(**self._inputs(work), use_cache=True, logits_to_keep=num_wanted)
         logits: Tensor = output.logits
         return logits
 
-    def _inputs(self, work: Sequence[SlotWork]) -> dict[str, Any]:
+    def _inputs(self, work: Sequence[SequenceWork]) -> dict[str, Any]:
         """What a forward pass takes for items of equal length; the cache is told of it."""
         num_tokens = len(work[0].token_ids)
         starts = torch.tensor([[one.start] for one in work])
         positions = (starts + torch.arange(num_tokens)).to(self._device)
-        # Lists: what is asked of a device waits for it.
-        ends = [one.start + num_tokens for one in work]
-        num_keys = self._cache.select([one.slot for one in work], positions, ends)
+        num_keys = self._cache.select(work, positions)
         return {
             "input_ids": torch.tensor([list(one.token_ids) for one in work], device=self._device),
             "position_ids": positions,
@@ -199,53 +191,61 @@ class AttentionMasks:
         return mask.masked_fill(~allowed, -torch.inf)
 
 
-class SlotCache(Cache):
-    """Keys and values of the requests under way (slots, heads, length, head size), for the longest so far.
+class PagedCache(Cache):
+    """Keys and values of all sequences, in blocks that take memory when the first one so far is written.
 
     Fits any transformers model through its cache interface: before a forward pass the runner says which
-    slots the rows of the batch belong to and which positions they write.
+    blocks the rows of the batch have and which positions they write.
     """
 
-    def __init__(self, num_layers: int, num_slots: int, max_length: int) -> None:
-        self.num_slots = num_slots
-        self.max_length = max_length
-        self.slots = torch.zeros(0, dtype=torch.long)
-        self.only_slot: int | None = None
-        """Where there is one row."""
-        self.positions = torch.zeros(0, 0, dtype=torch.long)
-        self.length = 0
-        self.held = [0] * num_slots
-        """Tokens that each slot may hold."""
-        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_written = 0
+        """Blocks up to the last one that is written."""
+        self.places = torch.zeros(0, 0, dtype=torch.long)
+        """(rows, keys) where the keys of each row lie, in the order of their positions."""
+        self.targets = torch.zeros(0, 0, dtype=torch.long)
+        """(rows, queries) where the new keys go."""
+        self.fresh = torch.zeros(0, dtype=torch.long)
+        """Blocks whose first token is written now."""
+        super().__init__(layers=[_PagedLayer(self) for _ in range(num_layers)])
 
-    def select(self, slots: Sequence[int], positions: Tensor, ends: Sequence[int]) -> int:
+    def select(self, work: Sequence[SequenceWork], positions: Tensor) -> int:
         """Say what the next forward pass computes; returns the number of keys that it will see.
 
         Args:
-            slots: the slot of each row.
-            positions: (rows, queries) the position of each new token in its slot.
-            ends: after the last position of each row.
+            work: one item a row.
+            positions: (rows, queries) the position of each new token in its sequence.
         """
-        self.slots = torch.tensor(slots, device=positions.device)
-        self.only_slot = slots[0] if len(slots) == 1 else None
-        self.positions = positions
-        self.length = max(ends)
-        for slot, end in zip(slots, ends, strict=True):
-            self.held[slot] = end
-        return self.length
+        # Lists: what is asked of a device waits for it.
+        ends = [one.start + len(one.token_ids) for one in work]
+        num_keys, size = max(ends), self.block_size
+        num_columns = -(-num_keys // size)
+        # Beyond the end of a row the mask hides what is there; its own block holds numbers at least.
+        table = [
+            [*one.block_ids[:num_columns], *[one.block_ids[0]] * (num_columns - len(one.block_ids))]
+            for one in work
+        ]
+        fresh = [
+            block
+            for one, end in zip(work, ends, strict=True)
+            for block in one.block_ids[-(-one.start // size) : -(-end // size)]
+        ]
+        self.num_written = max(self.num_written, *(1 + max(row) for row in table))
+        device = positions.device
+        blocks = torch.tensor(table, device=device)
+        self.fresh = torch.tensor(fresh, dtype=torch.long, device=device)
+        places = blocks[:, :, None] * size + torch.arange(size, device=device)
+        self.places = places.flatten(1)[:, :num_keys]
+        self.targets = self.places.gather(1, positions)
+        return num_keys
 
-    def copy(self, source: int, target: int, num_tokens: int) -> None:
-        """Let slot `target` hold the first tokens of `source`."""
-        self.held[target] = num_tokens
-        for layer in self.layers:
-            for stored in (layer.keys, layer.values):
-                stored[target, :, :num_tokens] = stored[source, :, :num_tokens]
 
-
-class _SlotLayer(CacheLayerMixin):
+class _PagedLayer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, cache: PagedCache) -> None:
         super().__init__()
         self._cache = cache
 
@@ -254,29 +254,20 @@ class _SlotLayer(CacheLayerMixin):
         self.keys, self.values = self._empty(key_states, 0), self._empty(value_states, 0)
         self.is_initialized = True
 
-    def _empty(self, states: Tensor, length: int) -> Tensor:
-        """Zeros (slots, heads, length, size) like the states (rows, heads, queries, size)."""
-        shape = (self._cache.num_slots, states.shape[1], length, states.shape[-1])
-        if states.device.type != "cpu" or not length:
-            return states.new_zeros(shape)
-        # Pages of the system take memory when they are first written, so a slot takes what it holds.
-        pages = mmap.mmap(-1, math.prod(shape) * states.element_size(), flags=_OWN_PAGES)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
-        return torch.frombuffer(pages, dtype=states.dtype).view(shape)
+    def _empty(self, states: Tensor, num_blocks: int) -> Tensor:
+        """Zeros (blocks, block size, heads, size) like the states (rows, heads, queries, size)."""
+        shape = (num_blocks, self._cache.block_size, states.shape[1], states.shape[-1])
+        return states.new_zeros(shape)
 
-    def _make_room(self, length: int) -> None:
-        """Let the slots be long enough, and twice as long as before."""
-        before = self.keys.shape[2]
-        if length <= before:
+    def _make_room(self, num_blocks: int, like: Sequence[Tensor]) -> None:
+        """Let there be so many blocks at least, and twice as many as before."""
+        before = len(self.keys)
+        if num_blocks <= before:
             return
-        after = min(self._cache.max_length, max(length, 2 * before, _MIN_SLOT_TOKENS))
+        after = min(self._cache.num_blocks, max(num_blocks, 2 * before))
         # Both or none: where memory ends between the two, they still fit each other.
-        keys, values = self._empty(self.keys, after), self._empty(self.values, after)
-        for old, new in ((self.keys, keys), (self.values, values)):
-            for slot, num_held in enumerate(self._cache.held):
-                if kept := min(num_held, before):
-                    new[slot, :, :kept] = old[slot, :, :kept]
+        keys, values = (self._empty(states, after) for states in like)
+        keys[:before], values[:before] = self.keys, self.values
         self.keys, self.values = keys, values
 
     def update(
@@ -285,23 +276,30 @@ class _SlotLayer(CacheLayerMixin):
         """Store the new keys and values (rows, heads, queries, size); return all up to the longest row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots, positions, length = self._cache.slots, self._cache.positions, self._cache.length
-        self._make_room(length)
-        # Indices around a slice put the indexed dimensions first: (rows, queries, heads, size).
-        self.keys[slots[:, None], :, positions] = key_states.transpose(1, 2)
-        self.values[slots[:, None], :, positions] = value_states.transpose(1, 2)
-        if (slot := self._cache.only_slot) is not None:
-            return self.keys[slot : slot + 1, :, :length], self.values[slot : slot + 1, :, :length]
-        return self.keys[slots, :, :length], self.values[slots, :, :length]
+        cache = self._cache
+        self._make_room(cache.num_written, (key_states, value_states))
+        return (
+            _write_and_read(self.keys, key_states, cache),
+            _write_and_read(self.values, value_states, cache),
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the mask covers, and the first of them."""
-        return self._cache.length, 0
+        return self._cache.places.shape[1], 0
 
     def get_seq_length(self) -> int:
         """Tokens stored; positions are always given, so nothing may depend on it."""
         return 0
 
     def get_max_length(self) -> int:
-        """Tokens that fit into a slot."""
-        return self._cache.max_length
+        """Tokens that fit into all blocks."""
+        return self._cache.num_blocks * self._cache.block_size
+
+
+def _write_and_read(stored: Tensor, states: Tensor, cache: PagedCache) -> Tensor:
+    """Put states (rows, heads, queries, size) into blocks; what these hold (rows, heads, keys, size)."""
+    # NaN that another sequence left would pass through the mask.
+    stored[cache.fresh] = 0
+    tokens = stored.flatten(0, 1)
+    tokens[cache.targets] = states.transpose(1, 2)
+    return tokens[cache.places].transpose(1, 2)

@@ -27,8 +27,8 @@ from full_stack_transformer.errors import (
     FullStackTransformerError,
     RequestError,
 )
-from full_stack_transformer.generation.engine import TokenRequest
 from full_stack_transformer.generation.requests import Continuation, Piece, joined
+from full_stack_transformer.generation.token_requests import TokenRequest
 from full_stack_transformer.serving.http.bodies import InvalidBodyError
 from full_stack_transformer.serving.routes.log_probabilities import ShownTokens
 from full_stack_transformer.serving.schemas import (
@@ -153,6 +153,17 @@ class Exchange:
         self.held.close()
 
 
+def sharing(request: Request) -> str | None:
+    """With whom a request shares what has been read, as in `TokenRequest.shares_with`."""
+    match request.app.state.prefix_cache:
+        case "shared":
+            return ""
+        case "per_key":
+            return request.state.facts.key or ""
+        case _:
+            return uuid.uuid4().hex
+
+
 def submit(request: Request, model: ServedModel, wanted: Sequence[TokenRequest]) -> Exchange:
     """Queue continuations; the caller closes the exchange.
 
@@ -163,13 +174,13 @@ def submit(request: Request, model: ServedModel, wanted: Sequence[TokenRequest])
     state = request.app.state
     for one in wanted:
         model.engine.check(one)
-    mailbox = Mailbox()
+    mailbox, shares_with = Mailbox(), sharing(request)
     deadline = time.monotonic() + state.request_timeout_seconds
     tickets = [
         Ticket(
             model_name=model.name,
             engine=model.engine,
-            request=one,
+            request=dataclasses.replace(one, shares_with=shares_with),
             continuation=Continuation(model.tokenizer, one.sampling.stop),
             mailbox=mailbox,
             number=number,

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from full_stack_transformer.generation.engine import TokenRequest
 from full_stack_transformer.generation.requests import Piece
 from full_stack_transformer.generation.sampling import ScoredToken
+from full_stack_transformer.generation.token_requests import TokenRequest
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
 from full_stack_transformer.serving.routes.answering import (
     OpenAIAnswer,

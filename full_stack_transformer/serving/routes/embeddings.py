@@ -18,7 +18,7 @@ from torch import Tensor
 
 from full_stack_transformer.errors import ContextLengthError, RequestError
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
-from full_stack_transformer.serving.routes.answering import encode, naming, unless_gone
+from full_stack_transformer.serving.routes.answering import encode, naming, sharing, unless_gone
 from full_stack_transformer.serving.schemas import EmbeddingRequest
 from full_stack_transformer.serving.workers.models import AnyServed, ServedModels, ServedTask
 from full_stack_transformer.tasks.catalogue import EMBEDDING_TASK
@@ -142,7 +142,10 @@ async def embed(
         return states[len(prefix) if is_framed else 0 :].float().mean(dim=0).cpu()
 
     work = worker.hidden_states(
-        *(model.name, model.engine, token_ids, deadline), client=client, summarize=mean
+        *(model.name, model.engine, token_ids, deadline),
+        client=client,
+        summarize=mean,
+        shares_with=sharing(request),
     )
     means = await unless_gone(request.receive, work)
     return torch.stack(means), sum(map(len, token_ids))

@@ -21,8 +21,9 @@ from full_stack_transformer.errors import (
     ServiceError,
     ServiceUnavailableError,
 )
-from full_stack_transformer.generation.engine import Engine, TokenEvent, TokenRequest
+from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.requests import Continuation, Piece
+from full_stack_transformer.generation.token_requests import TokenEvent, TokenRequest
 from full_stack_transformer.serving.workers.thread import WorkerThread, call_on, check_share, settle
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Ticket:
 
 @dataclass(eq=False)
 class _Reading:
-    """Sequences whose hidden states are wanted; one is read between two steps."""
+    """Sequences whose hidden states are wanted, one after the other."""
 
     model_name: str
     engine: Engine
@@ -92,6 +93,7 @@ class _Reading:
     deadline: float
     client: str
     summarize: Callable[[Sequence[int], Tensor], Tensor]
+    shares_with: str | None
     states: list[Tensor] = field(default_factory=list)
 
 
@@ -114,6 +116,8 @@ class EngineWorker(WorkerThread):
         self._on_piece = on_piece
         self._waiting: deque[Ticket] = deque()
         self._readings: deque[_Reading] = deque()
+        # The sequence that an engine reads now, by its id there.
+        self._read_now: dict[Engine, tuple[int, _Reading]] = {}
         self._running: dict[tuple[Engine, int], Ticket] = {}
         self._seconds_per_ticket = 1.0
         # Clients that wait and have had something started, the latest at the end.
@@ -185,6 +189,7 @@ class EngineWorker(WorkerThread):
         *,
         client: str = "",
         summarize: Callable[[Sequence[int], Tensor], Tensor] = lambda ids, states: states,
+        shares_with: str | None = None,
     ) -> list[Tensor]:
         """What the model makes of each token of each sequence, (tokens, hidden).
 
@@ -195,12 +200,15 @@ class EngineWorker(WorkerThread):
             deadline: by time.monotonic().
             client: who asks.
             summarize: what to keep of a sequence, out of its ids and states: all states of many are large.
+            shares_with: as in `TokenRequest`.
 
         Raises:
             ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`, or the model failed.
         """
         answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
-        reading = _Reading(model_name, engine, sequences, answer, deadline, client, summarize)
+        reading = _Reading(
+            *(model_name, engine, sequences, answer, deadline, client, summarize, shares_with)
+        )
         with self._wake:
             self.check_room(engine, 1, client)
             self._readings.append(reading)
@@ -222,12 +230,15 @@ class EngineWorker(WorkerThread):
     def _run(self) -> None:
         while self._take_in():
             try:
-                self._read_one()
+                self._end_readings()
+                self._start_readings()
                 self._step()
             except Exception:
                 # What is broken here must not leave every later client waiting forever.
                 logger.exception("a generation step failed; all requests are ended")
                 self._end_all(ServiceUnavailableError(_MODEL_FAILED))
+                for reading in tuple(self._readings):
+                    self._finish_reading(reading, ServiceUnavailableError(_MODEL_FAILED))
 
     def _take_in(self) -> bool:
         """Wait for work, end what is cancelled or late, fill free slots; false when it is time to leave."""
@@ -259,8 +270,9 @@ class EngineWorker(WorkerThread):
         self._starts = [one for one in self._starts if one in waiting]
         while True:
             running = Counter((key[0], one.client) for key, one in self._running.items())
-            # Hidden states are read in a free slot: one is left for them.
+            # One slot is left for hidden states.
             kept = {one.engine for one in self._readings if one.engine.num_slots > 1}
+            kept -= self._read_now.keys()
             turns = {client: turn for turn, client in enumerate(self._starts)}
             ticket = min(
                 (one for one in self._waiting if one.engine.num_free_slots > (one.engine in kept)),
@@ -285,56 +297,89 @@ class EngineWorker(WorkerThread):
             problem = ServiceUnavailableError("the request took longer than the service allows")
             self._deliver([(ticket, Piece("", "error", problem=problem)) for ticket in late])
 
-    def _read_one(self) -> None:
-        """Read one sequence for hidden states, where a slot is free."""
+    def _end_readings(self) -> None:
+        """Let go of what nobody waits for any more, or waits too long."""
+        now = time.monotonic()
         for reading in tuple(self._readings):
-            if reading.answer.cancelled():
-                self._readings.remove(reading)
-            elif time.monotonic() >= min(reading.deadline, self._stop_at):
+            if reading.answer.cancelled() or now >= min(reading.deadline, self._stop_at):
                 problem = ServiceUnavailableError(
                     "the service is stopping or the request took too long"
                 )
                 self._finish_reading(reading, problem)
-            elif reading.engine.num_free_slots:
-                try:
-                    sequence = reading.sequences[len(reading.states)]
-                    [states] = reading.engine.hidden_states([sequence])
-                    reading.states.append(reading.summarize(sequence, states))
-                except FullStackTransformerError as error:
-                    self._finish_reading(reading, error)
-                    return
-                except Exception:
-                    # Left where it is, it would be tried again forever.
-                    logger.exception("reading for hidden states failed; its request is ended")
-                    self._finish_reading(reading, ServiceUnavailableError(_MODEL_FAILED))
-                    return
-                if len(reading.states) == len(reading.sequences):
-                    self._finish_reading(reading, None)
-                else:
-                    self._readings.rotate(-1)
-                return
+
+    def _start_readings(self) -> None:
+        """Let each engine with a free slot read a sequence for hidden states; requests take turns."""
+        for reading in tuple(self._readings):
+            engine = reading.engine
+            if engine in self._read_now or not engine.num_free_slots:
+                continue
+            sequence = reading.sequences[len(reading.states)]
+            try:
+                request = TokenRequest.for_hidden_states(sequence, reading.shares_with)
+                self._read_now[engine] = (engine.add(request), reading)
+            except Exception as error:
+                self._fail_reading(reading, error)
+
+    def _note_states(self, reading: _Reading, event: TokenEvent) -> None:
+        """What the end of a sequence means for its request."""
+        del self._read_now[reading.engine]
+        if event.problem is not None:
+            self._fail_reading(reading, event.problem)
+            return
+        sequence, states = reading.sequences[len(reading.states)], event.hidden_states
+        assert states is not None
+        try:
+            reading.states.append(reading.summarize(sequence, states))
+        except Exception as error:
+            self._fail_reading(reading, error)
+            return
+        if len(reading.states) == len(reading.sequences):
+            self._finish_reading(reading, None)
+        else:
+            self._readings.remove(reading)
+            self._readings.append(reading)
+
+    def _fail_reading(self, reading: _Reading, error: Exception) -> None:
+        # Left where it is, it would be tried again forever.
+        if not isinstance(error, FullStackTransformerError):
+            logger.error("reading for hidden states failed; its request is ended", exc_info=error)
+        self._finish_reading(reading, _problem_of(error))
 
     def _finish_reading(self, reading: _Reading, problem: Exception | None) -> None:
+        under_way = self._read_now.get(reading.engine)
+        if under_way is not None and under_way[1] is reading:
+            reading.engine.cancel(under_way[0])
+            del self._read_now[reading.engine]
         self._readings.remove(reading)
         settle(reading.answer, reading.states if problem is None else problem)
 
     def _step(self) -> None:
         deliveries: list[tuple[Ticket, Piece]] = []
-        for engine in dict.fromkeys(engine for engine, _ in self._running):
+        for engine in dict.fromkeys([*(engine for engine, _ in self._running), *self._read_now]):
             try:
                 events = engine.step()
             except Exception as error:  # the engines of other models go on
-                those = {key: one for key, one in self._running.items() if key[0] is engine}
-                deliveries += [(one, _ended_by(error)) for one in those.values()]
-                for key in those:
-                    self._release(key)
+                deliveries += self._end_broken(engine, error)
                 continue
             by_request: dict[int, list[TokenEvent]] = {}
             for event in events:
                 by_request.setdefault(event.request_id, []).append(event)
+            if engine in self._read_now:
+                key, reading = self._read_now[engine]
+                for event in by_request.pop(key, ()):
+                    self._note_states(reading, event)
             deliveries += [self._piece((engine, key), some) for key, some in by_request.items()]
         if deliveries:
             self._deliver(deliveries)
+
+    def _end_broken(self, engine: Engine, error: Exception) -> list[tuple[Ticket, Piece]]:
+        """The end of all that an engine does, whose step has failed."""
+        those = {key: one for key, one in self._running.items() if key[0] is engine}
+        for key in those:
+            self._release(key)
+        if engine in self._read_now:
+            self._fail_reading(self._read_now[engine][1], error)
+        return [(one, _ended_by(error)) for one in those.values()]
 
     def _piece(self, key: tuple[Engine, int], events: Sequence[TokenEvent]) -> tuple[Ticket, Piece]:
         """What the events of one request add to its text."""
@@ -345,7 +390,7 @@ class EngineWorker(WorkerThread):
             piece = _ended_by(error)
         problem = events[-1].problem
         if problem is not None:
-            piece = replace(piece, problem=_ended_by(problem).problem)
+            piece = replace(piece, problem=_problem_of(problem))
         if piece.finish_reason is not None:
             self._release(key)
             self._note_end(ticket)
@@ -382,13 +427,19 @@ class EngineWorker(WorkerThread):
 
 
 def _ended_by(error: Exception) -> Piece:
-    """The end of a continuation that failed; what the client did wrong he is told."""
+    """The end of a continuation that failed."""
+    if not isinstance(error, FullStackTransformerError):
+        logger.error("a generation step failed; its requests are ended", exc_info=error)
+    return Piece("", "error", problem=_problem_of(error))
+
+
+def _problem_of(error: Exception) -> FullStackTransformerError:
+    """What a client is told of an error: what he did wrong, or that the model failed."""
     if isinstance(error, RequestError | ServiceError):
-        return Piece("", "error", problem=error)
+        return error
     if isinstance(error, FullStackTransformerError):
-        return Piece("", "error", problem=ServiceUnavailableError(str(error)))
-    logger.error("a generation step failed; its requests are ended", exc_info=error)
-    return Piece("", "error", problem=ServiceUnavailableError(_MODEL_FAILED))
+        return ServiceUnavailableError(str(error))
+    return ServiceUnavailableError(_MODEL_FAILED)
 
 
 def describe(tickets: Sequence[Ticket]) -> dict[str, Any]:

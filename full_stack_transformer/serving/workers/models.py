@@ -22,10 +22,11 @@ from full_stack_transformer.errors import (
     UnknownModelError,
 )
 from full_stack_transformer.generation.chat import load_chat_template
-from full_stack_transformer.generation.engine import Engine, TokenRequest
+from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.requests import Conventions
-from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
+from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
+from full_stack_transformer.generation.token_requests import TokenRequest
 from full_stack_transformer.modelling.model_directory import OpenedModel, name_of_model, open_model
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.serving.schemas import ServedModelFacts
@@ -51,6 +52,11 @@ class OpeningOptions:
     num_slots: int
     weights_dtype: Literal["auto"] | WeightsDtype
     max_length: int | None
+    kv_dtype: Literal["auto"] | KvDtype = "auto"
+    kv_memory: int | None = None
+    """Bytes for keys and values of all models; none for a share of what is free."""
+    memory_share: float = 1.0
+    """Of that, for each model."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,6 +88,21 @@ class _Served:
         )
 
 
+def _shown_memory(engine: Engine) -> dict[str, int | str] | None:
+    """What the keys and values of an engine's texts take."""
+    memory = engine.memory
+    if memory is None:
+        return None
+    return {
+        "dtype": memory.dtype,
+        "num_blocks": memory.num_blocks,
+        "block_size": memory.block_size,
+        "num_tokens": memory.num_tokens,
+        "num_bytes": memory.num_bytes,
+        "num_texts_of_full_length": memory.num_tokens // engine.max_length,
+    }
+
+
 def _number(value: object, kind: type) -> Any:
     return value if isinstance(value, (int, kind)) and not isinstance(value, bool) else None
 
@@ -104,6 +125,7 @@ class ServedModel(_Served):
         return self._facts(
             context_tokens=self.engine.max_length,
             computed_by=self.engine.computed_by,
+            key_value_memory=_shown_memory(self.engine),
             has_chat_template=not self.conventions.template.is_plain,
             control_tokens=self.tokenizer.control_tokens,
             sampling={name: getattr(self.conventions.defaults, name) for name in _SHOWN},
@@ -316,6 +338,9 @@ def _open_once(
         num_slots=options.num_slots,
         weights_dtype=options.weights_dtype,
         max_length=options.max_length,
+        kv_dtype=options.kv_dtype,
+        kv_memory=options.kv_memory,
+        memory_share=options.memory_share,
     )
     template = load_chat_template(find_model_directory(path))
     _check_end_ids(opened, path)

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from full_stack_transformer.generation.requests import Piece
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, Ticket
+from full_stack_transformer.serving.workers.models import ServedModels
 
 _FIRST_TOKEN_SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -104,6 +105,10 @@ class WorkerMetrics:
         """Report its queues whenever the metrics are read."""
         self._registry.register(_WorkerGauges(worker, model_names))
 
+    def watch_blocks(self, models: ServedModels) -> None:
+        """Report the memory of keys and values of each model whenever the metrics are read."""
+        self._registry.register(_BlockGauges(models))
+
     def on_piece(self, ticket: Ticket, piece: Piece) -> None:
         """Count what a step did for one continuation."""
         now = time.monotonic()
@@ -168,3 +173,46 @@ class _WorkerGauges(Collector):
             "tgi_batch_current_size", "Texts in slots.", self._worker.num_running
         )
         yield GaugeMetricFamily("tgi_queue_size", "Texts in the queue.", self._worker.num_waiting)
+
+
+class _BlockGauges(Collector):
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        """Read at the moment of asking."""
+        labels = ["model_name"]
+        usage = GaugeMetricFamily(
+            "vllm:kv_cache_usage_perc", "Fraction of the blocks that texts use.", labels=labels
+        )
+        blocks = GaugeMetricFamily(
+            "fst_kv_blocks",
+            "Blocks of keys and values: used by texts, cached for beginnings that come again, or free.",
+            labels=[*labels, "state"],
+        )
+        waiting = GaugeMetricFamily(
+            "fst_texts_waiting_for_blocks", "Texts in slots that wait for blocks.", labels=labels
+        )
+        put_back = CounterMetricFamily(
+            "vllm:num_preemptions",
+            "Texts that gave their blocks to an older one and were read again later.",
+            labels=labels,
+        )
+        queried = CounterMetricFamily(
+            "vllm:prefix_cache_queries", "Tokens of prompts that were looked for.", labels=labels
+        )
+        reused = CounterMetricFamily(
+            "vllm:prefix_cache_hits", "Tokens of prompts not read again.", labels=labels
+        )
+        for model in self._models.generating:
+            use, label = model.engine.block_use, [model.name]
+            usage.add_metric(label, use.num_used / use.num_blocks)
+            num_free = use.num_blocks - use.num_used - use.num_kept
+            states = {"used": use.num_used, "cached": use.num_kept, "free": num_free}
+            for state, number in states.items():
+                blocks.add_metric([*label, state], number)
+            waiting.add_metric(label, use.num_waiting)
+            put_back.add_metric(label, use.num_put_back)
+            queried.add_metric(label, use.num_prompt_tokens)
+            reused.add_metric(label, use.num_reused_tokens)
+        yield from (usage, blocks, waiting, put_back, queried, reused)

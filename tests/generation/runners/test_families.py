@@ -21,12 +21,13 @@ from full_stack_transformer.generation.runners.native.decoder import (
     WeightsDtype,
     why_not_native,
 )
-from full_stack_transformer.generation.runners.torch import SlotWork
+from full_stack_transformer.generation.runners.torch import SequenceWork
 from full_stack_transformer.machine import instruction_sets
 from tests.generation.small_models import varied_backbone
 
 CONTEXT, VOCABULARY = 70, 77
 # Of 16 numbers, heads and windows there is always a rest.
+NUM_BLOCKS = -(-CONTEXT // 16)
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 96,
@@ -114,8 +115,18 @@ def _theirs(backbone: Backbone, token_ids: Sequence[int]) -> Tensor:
     return logits
 
 
+def _runner(backbone: Backbone, dtype: WeightsDtype) -> NativeRunner:
+    return NativeRunner(
+        backbone,
+        num_blocks=NUM_BLOCKS,
+        block_size=16,
+        weights_dtype=dtype,
+        kv_dtype="float32" if dtype == "float32" else "bfloat16",
+    )
+
+
 def _ours(runner: NativeRunner, token_ids: Sequence[int], start: int = 0) -> Tensor:
-    return runner.run([SlotWork(0, start, token_ids, len(token_ids))])
+    return runner.run([SequenceWork(range(NUM_BLOCKS), start, token_ids, len(token_ids))])
 
 
 # ------------------------------------------------------------------ the numbers
@@ -128,7 +139,7 @@ def test_logits_are_those_of_transformers(name: str) -> None:
     text = _text(CONTEXT, seed=1)
     expected = _theirs(backbone, text)
     for dtype, tolerance in tolerances.items():
-        runner = NativeRunner(backbone, num_slots=1, weights_dtype=dtype)
+        runner = _runner(backbone, dtype)
         whole = _ours(runner, text)
         assert float((whole - expected).norm() / expected.norm()) < tolerance, dtype
         # In pieces that begin and end within blocks and windows.
@@ -139,7 +150,7 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_twenty_likeliest_tokens_are_those_of_transformers(name: str) -> None:
     backbone = _backbone(name)
-    runner = NativeRunner(backbone, num_slots=1, weights_dtype="float32")
+    runner = _runner(backbone, "float32")
     ours, theirs = _text(30, seed=2), _text(30, seed=2)
     logits = _ours(runner, ours)
     for _ in range(20):
@@ -290,7 +301,7 @@ def test_what_it_does_not_know_it_says(name: str) -> None:
     problem = why_not_native(backbone)
     assert problem is not None and reason in problem
     with pytest.raises(ModelError, match="cannot run this model here"):
-        NativeRunner(backbone, num_slots=1, weights_dtype="float32")
+        _runner(backbone, "float32")
 
 
 # Fields that change nothing of what is computed, or that the sizes of the weights show.

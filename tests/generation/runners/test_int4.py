@@ -10,7 +10,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.generation.runners.native import library
 from full_stack_transformer.generation.runners.native.decoder import NativeRunner
-from full_stack_transformer.generation.runners.torch import SlotWork
+from full_stack_transformer.generation.runners.torch import SequenceWork
 from full_stack_transformer.machine import instruction_sets
 from full_stack_transformer.quantization.codes import nearest
 from tests.generation.small_models import varied_backbone
@@ -83,10 +83,14 @@ def _states(backbone: Any, ids: list[int]) -> Array:
 @pytest.mark.parametrize("isa", [isa for isa in instruction_sets() if isa in library.targets()])
 def test_states_are_what_numpy_computes_from_the_integers(isa: str) -> None:
     backbone = _backbone()
-    runner = NativeRunner(backbone, num_slots=33, weights_dtype="int4", isa=isa)
+    runner = NativeRunner(
+        backbone, num_blocks=33, block_size=16, weights_dtype="int4", kv_dtype="bfloat16", isa=isa
+    )
     for num_tokens in (1, 2, 5, 33):
         ids = [(7 * number) % 70 + 3 for number in range(num_tokens)]
-        found = runner.hidden_states([SlotWork(slot, 0, [one], 0) for slot, one in enumerate(ids)])
+        found = runner.hidden_states(
+            [SequenceWork([number], 0, [one], 0) for number, one in enumerate(ids)]
+        )
         expected = _states(backbone, ids)
         distances = np.abs(found.numpy() - expected).max(-1) / np.abs(expected).max(-1)
         # An input between two integers, or a value between two of bf16, may be rounded to the other one.

@@ -480,7 +480,7 @@ def test_where_it_cannot_be_compiled_pytorch_generates_aloud(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     request = token_request([5, 6, 7], 9, GREEDY, seed=0)
-    expected = run_requests(Engine(make_runner("torch")), [request])
+    expected = run_requests(Engine(make_runner("torch"), num_slots=1), [request])
     with caplog.at_level(logging.INFO):
         engine = open_engine(small_backbone("llama"), num_slots=1, weights_dtype="float32")
     assert "generating through PyTorch, which is slower" in caplog.text

@@ -1,5 +1,6 @@
-"""Any architecture of transformers is computed right through the cache of slots, or refused."""
+"""Any architecture of transformers is computed right through the paged cache, or refused."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import transformers
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import MachineError, ModelError
-from full_stack_transformer.generation.open_engine import open_runner
+from full_stack_transformer.generation.open_engine import default_kv_dtype, open_runner
 from full_stack_transformer.generation.runners.native.decoder import WeightsDtype
-from full_stack_transformer.generation.runners.torch import SlotWork, TorchRunner
+from full_stack_transformer.generation.runners.torch import (
+    Runner,
+    SequenceWork,
+    TorchRunner,
+)
 from full_stack_transformer.modelling.backbones import convert
 
 SIZES = {
@@ -48,22 +53,50 @@ def _backbone(model_type: str, fields: dict[str, Any]) -> Backbone:
     return backbone
 
 
+def _open(
+    backbone: Backbone, weights_dtype: WeightsDtype = "float32", max_length: int = 64
+) -> Runner:
+    return open_runner(
+        backbone,
+        num_blocks=4,
+        weights_dtype=weights_dtype,
+        kv_dtype=default_kv_dtype(weights_dtype),
+        max_length=max_length,
+    )
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_pieces_in_slots_give_what_the_whole_gives(model_type: str) -> None:
+def test_pieces_in_blocks_give_what_the_whole_gives(model_type: str) -> None:
     """Also beyond the window of layers that look only at the last tokens."""
     backbone = _backbone(model_type, {**SIZES, **ARCHITECTURES[model_type]})
-    runner = TorchRunner(backbone, num_slots=3, max_length=64)
+    runner = TorchRunner(backbone, num_blocks=30, block_size=4)
     ids = torch.randint(3, 120, (30,)).tolist()
     with torch.inference_mode():
         expected = backbone(torch.tensor([ids]), use_cache=False).logits[0]
+    blocks = [9, 4, 29, 2, 7, 0, 12, 3]
     found = [
-        runner.run([SlotWork(1, 0, ids[:17], 17)]),
-        runner.run([SlotWork(1, 17, ids[17:28], 11), SlotWork(0, 0, [5])])[:11],
-        runner.run([SlotWork(0, 1, [6]), SlotWork(1, 28, [ids[28]])])[1:],
+        runner.run([SequenceWork(blocks, 0, ids[:17], 17)]),
+        runner.run([SequenceWork(blocks, 17, ids[17:28], 11), SequenceWork([1], 0, [5])])[:11],
+        runner.run([SequenceWork([1], 1, [6]), SequenceWork(blocks, 28, [ids[28]])])[1:],
+        # Another sequence goes on from the full blocks.
+        runner.run([SequenceWork([*blocks[:7], 27], 28, ids[28:30])]),
     ]
-    runner.copy_slot(1, 2, 29)
-    found.append(runner.run([SlotWork(2, 29, [ids[29]])]))
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_block_held_before_harms_nobody() -> None:
+    """NaN of a broken text would pass through the mask."""
+    backbone = _backbone("qwen2", SIZES)
+    expected = TorchRunner(backbone, num_blocks=1).run([SequenceWork([0], 0, [5])])
+    runner = TorchRunner(backbone, num_blocks=8, block_size=4)
+    runner.run([SequenceWork(range(8), 0, list(range(3, 33)))])
+    with torch.inference_mode():
+        for layer in runner._cache.layers:
+            assert layer.keys is not None and layer.values is not None
+            layer.keys[7] = layer.values[7] = math.nan
+    longer = SequenceWork(range(7), 20, [7])
+    found = runner.run([SequenceWork([7], 0, [5]), longer])
+    torch.testing.assert_close(found[:1], expected)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +113,7 @@ def test_a_model_that_keeps_something_else_is_refused(
 ) -> None:
     backbone = _backbone(model_type, {**fields, "num_hidden_layers": 2})
     with pytest.raises(ModelError, match="cannot be generated with here") as raised:
-        open_runner(backbone, num_slots=1, weights_dtype="float32", max_length=32)
+        _open(backbone, max_length=32)
     assert model_type in str(raised.value)
     assert reason in str(raised.value)
 
@@ -116,23 +149,25 @@ def named_tensors(backbone: Backbone) -> list[tuple[str, torch.Tensor]]:
     return [*backbone.named_parameters(), *backbone.named_buffers()]
 
 
-def test_slots_grow_with_the_longest_text_and_keep_what_they_hold() -> None:
+def test_blocks_take_memory_as_they_are_written_and_keep_what_they_hold() -> None:
     backbone = _backbone("qwen2", {**SIZES, "max_position_embeddings": 2048})
-    runner = TorchRunner(backbone, num_slots=3)
+    runner = TorchRunner(backbone, num_blocks=70)
     ids = torch.randint(3, 120, (1500,)).tolist()
     with torch.inference_mode():
         expected = backbone(torch.tensor([ids]), use_cache=False).logits[0]
-    lengths = []
+    sizes = []
     for start, end in [(0, 40), (40, 250), (250, 300), (300, 1400), (1400, 1500)]:
-        found = runner.run(
-            [SlotWork(2, start, ids[start:end], end - start), SlotWork(0, 0, ids[:20], 20)]
-        )
+        work = [
+            SequenceWork(range(1, 1 + -(-end // 32)), start, ids[start:end], end - start),
+            SequenceWork([0], 0, ids[:20], 20),
+        ]
+        found = runner.run(work)
         assert torch.allclose(found[: end - start], expected[start:end], atol=1e-3)
-        lengths.append(runner._cache.layers[0].keys.shape[2])
-    assert lengths == [256, 256, 512, 1400, 2048]
-    runner.copy_slot(2, 1, 1000)
-    found = runner.run([SlotWork(1, 1000, ids[1000:1001]), SlotWork(0, 20, ids[20:21])])
-    assert torch.allclose(found, expected[[1000, 20]], atol=1e-3)
+        sizes.append(len(runner._cache.layers[0].keys))
+    assert sizes == [3, 9, 18, 45, 70]
+    # Another sequence goes on from the first 31 blocks.
+    work = [SequenceWork([*range(1, 32), 60], 992, ids[992:1001]), SequenceWork([0], 20, [ids[20]])]
+    assert torch.allclose(runner.run(work), expected[[1000, 20]], atol=1e-3)
 
 
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
@@ -145,7 +180,7 @@ def test_control_tokens_that_were_never_trained_do_not_make_a_model_suspicious(
         backbone.get_input_embeddings().weight[:17] *= 1e4
         for layer in backbone.model.layers:
             layer.mlp.down_proj.weight *= 100
-    assert open_runner(backbone, num_slots=1, weights_dtype=weights_dtype, max_length=32)
+    assert _open(backbone, weights_dtype, max_length=32)
 
 
 def test_a_lack_of_memory_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,4 +191,4 @@ def test_a_lack_of_memory_is_called_that(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(type(backbone), "forward", fail)
     with pytest.raises(MachineError, match="memory is short"):
-        open_runner(backbone, num_slots=1, weights_dtype="float32", max_length=32)
+        _open(backbone, max_length=32)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.errors import RequestError, ServiceBusyError, ServiceUnavailableError
-from full_stack_transformer.generation.engine import TokenRequest
 from full_stack_transformer.generation.requests import Continuation, Piece
+from full_stack_transformer.generation.token_requests import TokenRequest
 from full_stack_transformer.serving.workers.engine_worker import (
     EngineWorker,
     Mailbox,

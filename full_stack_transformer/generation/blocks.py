@@ -1,0 +1,155 @@
+"""The pool of blocks that keep keys and values: who uses which, and which hold a beginning that comes again.
+
+    take ──> used by one sequence ──keep──> findable by its key ──find──> shared by several
+                    │                            │
+                    └────────give_back───────────┴──> unused; findable until somebody needs the block
+
+A block has room for `block_size` tokens. A full one can be kept under a key that follows from its tokens and
+from all before them, so sequences that begin alike share their full blocks. Knows tokens and numbers of
+blocks, not what is in them.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+def first_key(salt: str) -> bytes:
+    """What the key of a sequence's first block follows from: sequences of other salts share nothing."""
+    return hashlib.sha256(salt.encode("utf-8", errors="surrogatepass")).digest()
+
+
+def next_key(key: bytes, token_ids: npt.NDArray[np.int64]) -> bytes:
+    """The key of a block with these tokens, which comes after the block with this key."""
+    return hashlib.sha256(key + token_ids.tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class KeyValueMemory:
+    """What the keys and values in the blocks take."""
+
+    dtype: str
+    token_bytes: int
+    block_size: int
+    """Tokens of a block."""
+    num_blocks: int = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block."""
+        return self.token_bytes * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all blocks, once all have been written."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """That all blocks hold."""
+        return self.num_blocks * self.block_size
+
+
+class BlockPool:
+    """Numbers of blocks from 0, given out lowest first, so that memory is written when it is needed.
+
+    Blocks that hold nothing of use are given out first, then those that were never used, then findable ones,
+    the least recently used first.
+
+    Args:
+        num_blocks: of all.
+        block_size: tokens of a block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._users = [0] * num_blocks
+        self._num_touched = 0
+        """Blocks that somebody has used; the others have never been written."""
+        self._blank: list[int] = []
+        self._findable: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self._kept: dict[int, None] = {}
+        """Findable blocks without a user, the least recently used first."""
+
+    @property
+    def num_unused(self) -> int:
+        """Blocks that can be taken."""
+        return len(self._blank) + self.num_blocks - self._num_touched + len(self._kept)
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks without a user that can be found."""
+        return len(self._kept)
+
+    def num_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """Blocks with the first of these keys, as many as there are without a gap; nobody's yet."""
+        found: list[int] = []
+        for key in keys:
+            block = self._findable.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_unused_among(self, block_ids: Sequence[int]) -> int:
+        """How many of these blocks count as unused now."""
+        return sum(1 for block in block_ids if not self._users[block])
+
+    def share(self, block_ids: Sequence[int]) -> None:
+        """One more user of blocks that were found."""
+        for block in block_ids:
+            self._kept.pop(block, None)
+            self._users[block] += 1
+
+    def take(self, num_blocks: int) -> list[int]:
+        """Blocks for one user, of whose tokens none are held; the caller has looked at `num_unused`."""
+        return [self._take_one() for _ in range(num_blocks)]
+
+    def _take_one(self) -> int:
+        if self._blank:
+            block = self._blank.pop()
+        elif self._num_touched < self.num_blocks:
+            block = self._num_touched
+            self._num_touched += 1
+        else:
+            block = next(iter(self._kept))
+            del self._kept[block]
+            del self._findable[self._keys.pop(block)]
+        self._users[block] = 1
+        return block
+
+    def keep(self, block: int, key: bytes) -> None:
+        """Let a full block be found; where another one holds the same already, that one is."""
+        if key not in self._findable:
+            self._findable[key] = block
+            self._keys[block] = key
+
+    def forget(self, block_ids: Sequence[int]) -> None:
+        """Let nobody find these blocks any more."""
+        for block in block_ids:
+            key = self._keys.pop(block, None)
+            if key is not None:
+                del self._findable[key]
+                if block in self._kept:
+                    del self._kept[block]
+                    self._blank.append(block)
+
+    def give_back(self, block_ids: Sequence[int]) -> None:
+        """One user less of the blocks of a sequence; its last ones are needed again first."""
+        for block in reversed(block_ids):
+            self._users[block] -= 1
+            if self._users[block]:
+                continue
+            if block in self._keys:
+                self._kept[block] = None
+            else:
+                self._blank.append(block)
