@@ -184,9 +184,26 @@ class EvaluateArguments(
             raise UsageError("--generation continues texts of DATASET_DIR; omit --harness")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """Draft model."""
+
+    draft_model: Path | None = None
+    """Model directory, experiment directory or .ckpt file of a model with the same tokenizer that guesses the
+    next tokens of MODEL, where that makes it faster; the texts are the same. May be MODEL itself, with
+    smaller weights."""
+    draft_weights_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    """Type of the weights of --draft_model. auto: int8 if the C++ decoder runs it."""
+
+    def check_draft(self) -> None:
+        """Raise UsageError for a type of weights without a model."""
+        if self.draft_weights_dtype != "auto" and self.draft_model is None:
+            raise UsageError("--draft_weights_dtype is for --draft_model, which is missing")
+
+
 @dataclass(frozen=True)
 class GenerateArguments(
-    SamplingOptions, MoreSamplingOptions, OwnClassesOptions, ModelAndPromptArguments
+    DraftOptions, SamplingOptions, MoreSamplingOptions, OwnClassesOptions, ModelAndPromptArguments
 ):
     """Continue a prompt and print the text as it is generated."""
 
@@ -212,6 +229,7 @@ class GenerateArguments(
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         self.sampling()
+        self.check_draft()
         check_device(self)
         at_least(self, 1, "num_return_sequences")
         if self.log_probabilities is not None:

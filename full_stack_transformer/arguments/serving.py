@@ -12,7 +12,7 @@ from full_stack_transformer.arguments.checks import (
     check_device,
     num_bytes,
 )
-from full_stack_transformer.arguments.models import ModelArguments
+from full_stack_transformer.arguments.models import DraftOptions, ModelArguments
 from full_stack_transformer.arguments.sampling import SamplingOptions
 from full_stack_transformer.errors import UsageError
 
@@ -84,7 +84,9 @@ class LimitOptions:
 
 
 @dataclass(frozen=True)
-class ServeArguments(EngineOptions, AccessOptions, LimitOptions, OwnClassesOptions, ModelArguments):
+class ServeArguments(
+    EngineOptions, DraftOptions, AccessOptions, LimitOptions, OwnClassesOptions, ModelArguments
+):
     """Serve a model over HTTP with an OpenAI-compatible API."""
 
     _: KW_ONLY
@@ -104,6 +106,7 @@ class ServeArguments(EngineOptions, AccessOptions, LimitOptions, OwnClassesOptio
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         check_device(self)
+        self.check_draft()
         between(self, 0, 65535, "port")
         at_least(self, 1, "max_batch_size", "max_body_bytes")
         at_least(self, 0, "max_queue_size", "shutdown_seconds")

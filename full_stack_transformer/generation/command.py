@@ -15,6 +15,7 @@ from full_stack_transformer.arguments.models import GenerateArguments
 from full_stack_transformer.arguments.sampling import SamplingKeywords
 from full_stack_transformer.errors import InputError, RequestError, UsageError
 from full_stack_transformer.generation.chat import ChatMessage
+from full_stack_transformer.generation.open_draft import DraftSource
 from full_stack_transformer.generation.requests import MAX_RANDOM_SEED, Piece
 from full_stack_transformer.generation.text_generator import TextGenerator, as_text_token
 from full_stack_transformer.storage import not_utf_8
@@ -40,6 +41,7 @@ def main(arguments: GenerateArguments) -> None:
         device=arguments.device,
         weights_dtype=arguments.weights_dtype,
         kv_dtype=arguments.kv_dtype,
+        draft=_draft_of(arguments),
     )
     given = arguments.sampling()
     if arguments.interactive:
@@ -58,6 +60,12 @@ def main(arguments: GenerateArguments) -> None:
     else:
         _print_tokens(pieces, generator.model.tokenizer)
     logger.info("model %s, seed %d", generator.model.name, seed)
+
+
+def _draft_of(arguments: GenerateArguments) -> DraftSource | None:
+    if arguments.draft_model is None:
+        return None
+    return DraftSource(arguments.draft_model, arguments.draft_weights_dtype)
 
 
 def _seed_of(given: SamplingKeywords) -> int:

@@ -30,6 +30,8 @@ from full_stack_transformer.errors import (
 )
 from full_stack_transformer.generation.blocks import BlockPool, KeyValueMemory
 from full_stack_transformer.generation.choosing import Choice, choose, problem_of, score_prompt
+from full_stack_transformer.generation.draft import Draft
+from full_stack_transformer.generation.guesses import Guesses
 from full_stack_transformer.generation.runners.torch import Runner, SequenceWork
 from full_stack_transformer.generation.sampling import score_tokens
 from full_stack_transformer.generation.scheduling import Planned, Schedule
@@ -42,12 +44,6 @@ from full_stack_transformer.generation.token_requests import (
 
 # Tokens of prompts that are read between two decoding steps.
 _MAX_CHUNK_TOKENS = 256
-# Tokens that are guessed at once, and requests at most while guessing pays: with many requests the
-# processor has no spare time for guesses that fail.
-_MAX_GUESSED_TOKENS, _MAX_REQUESTS_WITH_GUESSES = 6, 2
-
-# Tokens that must have occurred together before, for what followed them there to be a guess.
-_GUESSED_FROM_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,9 @@ class Engine:
     Args:
         runner: what computes; its blocks must have room for one text of its context, or texts are shorter.
         num_slots: requests under way at once.
-        guesses: look for the newest tokens earlier in the text and check what followed them there in one
-            step; the tokens that come out are the same.
+        guesses: check guesses of the next tokens in one step where that saves time; the tokens that come out
+            are the same.
+        draft: guesses beside what is looked up in the text.
         max_chunk_tokens: of prompts that are read in a step.
         memory: what the runner's blocks take, for people.
     """
@@ -88,6 +85,7 @@ class Engine:
         *,
         num_slots: int,
         guesses: bool = True,
+        draft: Draft | None = None,
         max_chunk_tokens: int = _MAX_CHUNK_TOKENS,
         memory: KeyValueMemory | None = None,
     ) -> None:
@@ -96,8 +94,8 @@ class Engine:
         self.computed_by = runner.name
         """What computes, for people."""
         self.memory = memory
+        self.guesses = Guesses(draft) if guesses else None
         self._runner = runner
-        self._guesses = guesses
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._schedule = Schedule(self._pool, max_chunk_tokens=max_chunk_tokens)
         self._next_id = 0
@@ -174,16 +172,20 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """End a request and free its slot; an unknown id is one that ended already."""
         self._schedule.remove(request_id)
+        if self.guesses is not None:
+            self.guesses.forget(request_id)
 
     def step(self) -> list[TokenEvent]:
         """Read a chunk of prompts, if there are any to read, and make tokens for each other request."""
         plan = self._schedule.plan(self._guess)
         of_states = [item for item in plan if item[0].request.wants_hidden_states]
         others = [item for item in plan if not item[0].request.wants_hidden_states]
-        return [
+        events = [
             *self._compute(others, self._runner.run, self._use_logits),
             *self._compute(of_states, self._runner.hidden_states, self._use_hidden_states),
         ]
+        self._learn(plan, events)
+        return events
 
     def _compute(
         self,
@@ -306,32 +308,18 @@ class Engine:
 
     # ------------------------------------------------------------------ guesses
 
-    def _guess(self, decoding: Sequence[Running]) -> list[list[int]]:
+    def _guess(self, decoding: Sequence[Running]) -> Sequence[list[int]]:
         """What may follow the newest token of each request; nothing where guessing does not pay."""
-        if not self._guesses or len(decoding) > _MAX_REQUESTS_WITH_GUESSES:
+        if self.guesses is None:
             return [[] for _ in decoding]
-        return [
-            _guess_from_text(
-                one.token_ids[: one.num_tokens],
-                min(len(one.token_ids) - one.num_tokens - 1, _MAX_GUESSED_TOKENS),
-            )
-            for one in decoding
-        ]
+        return self.guesses.propose(decoding)
 
-
-def _guess_from_text(token_ids: Tensor, max_guesses: int) -> list[int]:
-    """What followed the newest tokens (tokens,) where they last occurred together before.
-
-    Prompt lookup: Saxena 2023; Leviathan et al. 2023 for why checking guesses changes nothing.
-    """
-    num_tokens = len(token_ids)
-    if max_guesses < 1 or num_tokens <= _GUESSED_FROM_TOKENS:
-        return []
-    newest = token_ids[-_GUESSED_FROM_TOKENS:]
-    windows = token_ids[:-1].unfold(0, _GUESSED_FROM_TOKENS, 1)
-    positions = (windows == newest).all(dim=1).nonzero()
-    if not len(positions):
-        return []
-    after = int(positions[-1]) + _GUESSED_FROM_TOKENS
-    guesses: list[int] = token_ids[after : after + max_guesses].tolist()
-    return guesses
+    def _learn(self, plan: Sequence[Planned], events: Sequence[TokenEvent]) -> None:
+        """Let guesses be compared with what came out of a step."""
+        if self.guesses is None:
+            return
+        new_ids: dict[int, list[int]] = {}
+        for event in events:
+            if event.token_id is not None:
+                new_ids.setdefault(event.request_id, []).append(event.token_id)
+        self.guesses.settle(new_ids, num_computed=len(plan))

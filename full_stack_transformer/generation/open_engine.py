@@ -10,7 +10,9 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import MachineError, ModelError
 from full_stack_transformer.generation.blocks import KeyValueMemory
+from full_stack_transformer.generation.draft import Draft
 from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.open_draft import OpenedDraft
 from full_stack_transformer.generation.runners.native.decoder import (
     KvDtype,
     NativeRunner,
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 BLOCK_SIZE = 32
 # Fraction of the free memory that keys and values may take: by default, and at most.
 _MEMORY_FRACTION, _MAX_MEMORY_FRACTION = 0.7, 0.9
+# What of that a draft model may take, and the texts of full length that it has room for at most.
+_DRAFT_FRACTION, _MAX_DRAFTED_TEXTS = 0.25, 4
 # Shorter texts are of no use.
 _MIN_TOKENS = 256
 # Of logits read in pieces to those read at once: 1e-6 in fp32, up to 0.25 with weights that came in bfloat16;
@@ -49,6 +53,7 @@ def open_engine(
     kv_memory: int | None = None,
     memory_share: float = 1.0,
     max_length: int | None = None,
+    draft: OpenedDraft | None = None,
 ) -> Engine:
     """An engine for up to `num_slots` requests at once, which share memory for keys and values.
 
@@ -63,6 +68,7 @@ def open_engine(
         kv_memory: bytes of keys and values at most; none for a share of what is free now.
         memory_share: of the free memory or of `kv_memory` that this engine may have.
         max_length: tokens of a request at most; none for the model's context.
+        draft: guesses what comes next.
 
     Raises:
         ModelError: weights, or keys and values, cannot be had in that type here.
@@ -74,14 +80,20 @@ def open_engine(
         kv_dtype = default_kv_dtype(weights_dtype)
     context = context_length(backbone.config)
     max_length = min(max_length or context, context)
-    free_bytes = free_memory_bytes(backbone.device)
-    if free_bytes is not None:
-        free_bytes = max(0, free_bytes - _converted_bytes(backbone, weights_dtype))
+    guesser = None
+    if draft is not None:
+        allowed_bytes = _allowed_bytes(
+            _free_bytes(backbone, weights_dtype), kv_memory, memory_share
+        )
+        guesser = _start_draft(draft, backbone, weights_dtype, allowed_bytes, num_slots, max_length)
+    allowed_bytes = _allowed_bytes(_free_bytes(backbone, weights_dtype), kv_memory, memory_share)
+    if allowed_bytes is not None and guesser is not None:
+        allowed_bytes -= guesser.memory.num_bytes
     memory = _fitting(
         KeyValueMemory(kv_dtype, kv_token_bytes(backbone.config, kv_dtype), BLOCK_SIZE),
         num_slots * blocks_for(max_length),
         min(max_length, _MIN_TOKENS),
-        _allowed_bytes(free_bytes, kv_memory, memory_share),
+        allowed_bytes,
     )
     wanted_length, max_length = max_length, min(max_length, memory.num_tokens)
     runner = open_runner(
@@ -93,7 +105,9 @@ def open_engine(
     )
     logger.info("generating with %s", runner.name)
     _announce(memory, num_slots, max_length, wanted_length)
-    return Engine(runner, num_slots=num_slots, memory=memory)
+    # Through PyTorch a row among others has other last bits: there only who asks for guesses has some.
+    guesses = isinstance(runner, NativeRunner) or guesser is not None
+    return Engine(runner, num_slots=num_slots, guesses=guesses, draft=guesser, memory=memory)
 
 
 def open_runner(
@@ -207,6 +221,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
+def _free_bytes(backbone: Backbone, weights_dtype: WeightsDtype) -> int | None:
+    """Memory that is free once the runner has its weights; none if that cannot be known."""
+    free_bytes = free_memory_bytes(backbone.device)
+    if free_bytes is None:
+        return None
+    return max(0, free_bytes - _converted_bytes(backbone, weights_dtype))
+
+
 def _allowed_bytes(
     free_bytes: int | None, kv_memory: int | None, memory_share: float
 ) -> int | None:
@@ -243,6 +265,52 @@ def _fitting(
                 "choose a smaller model"
             )
     return replace(format_, num_blocks=num_blocks)
+
+
+def _start_draft(
+    draft: OpenedDraft,
+    checker: Backbone,
+    checker_dtype: WeightsDtype,
+    allowed_bytes: int | None,
+    num_slots: int,
+    max_length: int,
+) -> Draft:
+    """What guesses for a model, with blocks for some of the texts under way: with many, guesses hardly pay.
+
+    Raises:
+        ModelError: its weights cannot be had in that type here.
+        MachineError: memory is short for it.
+    """
+    backbone, weights_dtype = draft.model.backbone, draft.weights_dtype
+    is_native = why_not_native(backbone) is None
+    if weights_dtype == "auto":
+        weights_dtype = "int8" if is_native else checker_dtype
+    kv_dtype = default_kv_dtype(weights_dtype)
+    length = min(max_length, context_length(backbone.config))
+    try:
+        memory = _fitting(
+            KeyValueMemory(kv_dtype, kv_token_bytes(backbone.config, kv_dtype), BLOCK_SIZE),
+            min(num_slots, _MAX_DRAFTED_TEXTS) * blocks_for(length),
+            min(length, _MIN_TOKENS),
+            None if allowed_bytes is None else int(_DRAFT_FRACTION * allowed_bytes),
+        )
+        runner = open_runner(
+            backbone,
+            num_blocks=memory.num_blocks,
+            weights_dtype=weights_dtype,
+            kv_dtype=kv_dtype,
+            max_length=min(length, memory.num_tokens),
+        )
+    except (ModelError, MachineError) as error:
+        raise type(error)(f"the draft model {draft.model.name} cannot be used: {error}") from error
+    logger.info("guessing with %s, %s", draft.model.name, runner.name)
+    if why_not_native(checker) is not None:
+        logger.warning(
+            "with a draft model a text may differ where two tokens are almost equally likely: through "
+            "PyTorch guesses change the last bits of scores"
+        )
+    vocab_size = checker.get_input_embeddings().num_embeddings
+    return Draft(runner, name=draft.model.name, vocab_size=vocab_size, memory=memory)
 
 
 def _announce(memory: KeyValueMemory, num_slots: int, max_length: int, wanted_length: int) -> None:

@@ -23,6 +23,7 @@ from full_stack_transformer.generation.chat import (
     load_chat_template,
 )
 from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.open_draft import DraftSource, open_draft
 from full_stack_transformer.generation.open_engine import blocks_for, open_engine
 from full_stack_transformer.generation.requests import Continuation, Conventions, Piece
 from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
@@ -97,7 +98,9 @@ def as_text_token(scored: ScoredToken, text: str, tokenizer: DocumentTokenizer) 
 def _engine_as_is(model: OpenedModel, num_slots: int) -> Engine:
     """An engine on the model's own weights, through PyTorch."""
     num_blocks = num_slots * blocks_for(context_length(model.backbone.config))
-    return Engine(TorchRunner(model.backbone, num_blocks=num_blocks), num_slots=num_slots)
+    runner = TorchRunner(model.backbone, num_blocks=num_blocks)
+    # Guesses would change the last bits of scores there.
+    return Engine(runner, num_slots=num_slots, guesses=False)
 
 
 class TextGenerator:
@@ -142,6 +145,7 @@ class TextGenerator:
         weights_dtype: Literal["auto"] | WeightsDtype = "auto",
         kv_dtype: Literal["auto"] | KvDtype = "auto",
         num_slots: int = 8,
+        draft: DraftSource | None = None,
         allow_code_from: Sequence[str] = (),
     ) -> Self:
         """Open a model directory, an experiment directory or a .ckpt file.
@@ -152,6 +156,7 @@ class TextGenerator:
             weights_dtype: type of the weights.
             kv_dtype: type of keys and values.
             num_slots: texts that are generated at once.
+            draft: a model that guesses what comes next; the texts are the same.
             allow_code_from: modules whose tokenizer class the model may name; no other is imported.
 
         Raises:
@@ -162,7 +167,11 @@ class TextGenerator:
         trust(allow_code_from)
         model = open_model(Path(path), device=device)
         engine = open_engine(
-            model.backbone, num_slots=num_slots, weights_dtype=weights_dtype, kv_dtype=kv_dtype
+            model.backbone,
+            num_slots=num_slots,
+            weights_dtype=weights_dtype,
+            kv_dtype=kv_dtype,
+            draft=None if draft is None else open_draft(draft, model, Path(path), device=device),
         )
         template = load_chat_template(find_model_directory(Path(path)))
         return cls(model, engine=engine, template=template)

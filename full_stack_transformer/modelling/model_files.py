@@ -130,13 +130,15 @@ def check_models(options: object) -> None:
         ModelError: one cannot be opened.
     """
     paths = [getattr(options, "model", None), *getattr(options, "models", ())]
+    draft = getattr(options, "draft_model", None)
+    paths.append(draft)
     paths += [Path(word.partition("=")[2]) for word in getattr(options, "more_models", ())]
     for path in paths:
         if isinstance(path, Path):
             directory = find_model_directory(path)
             check_model_files(directory)
             check_tokenizer_files(directory)
-            if isinstance(options, GenerateArguments):
+            if isinstance(options, GenerateArguments) or path is draft:
                 check_generates(read_config(directory), directory)
     start = getattr(options, "model_path", None)
     if isinstance(start, str):

@@ -156,6 +156,7 @@ def make_app(
     app.state.request_timeout_seconds = options.request_timeout_seconds
     app.state.prefix_cache = options.prefix_cache
     metrics.watch_blocks(models)
+    metrics.watch_guesses(models)
     metrics.watch_worker(worker, [model.name for model in models.generating])
     app.add_exception_handler(FullStackTransformerError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

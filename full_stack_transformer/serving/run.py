@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments.checks import num_bytes
 from full_stack_transformer.arguments.serving import ServeArguments
+from full_stack_transformer.generation.open_draft import DraftSource
 from full_stack_transformer.machine import listen
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.serving.app import AppOptions, make_app
@@ -116,6 +117,9 @@ def _open_models(
     arguments: ServeArguments, sources: Sequence[tuple[str | None, Path]]
 ) -> ServedModels:
     memory = None if arguments.kv_memory is None else num_bytes(arguments.kv_memory, "kv_memory")
+    drafts = {}
+    if arguments.draft_model is not None:
+        drafts[arguments.model] = DraftSource(arguments.draft_model, arguments.draft_weights_dtype)
     opening = OpeningOptions(
         device=arguments.device,
         num_slots=arguments.max_batch_size,
@@ -124,6 +128,7 @@ def _open_models(
         kv_dtype=arguments.kv_dtype,
         kv_memory=memory,
         memory_share=1 / len(sources),
+        drafts=drafts,
     )
     return ServedModels([open_served(name, path, opening) for name, path in sources], opening)
 

@@ -527,6 +527,10 @@ class ServedModelFacts(BaseModel):
         default=None,
         description="Memory that the keys and values of texts share: type, blocks, tokens, bytes.",
     )
+    draft_model: dict[str, str | bool] | None = Field(
+        default=None,
+        description="What guesses the next tokens: model, what computes it, whether it has failed.",
+    )
     has_chat_template: bool = Field(
         default=False, description="Whether the model has a chat template."
     )

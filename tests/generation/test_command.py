@@ -151,6 +151,7 @@ def test_log_probabilities_are_lines_of_json(
         ({"typical_p": 0.0}, "--typical_p"),
         ({"presence_penalty": 200.0}, "--presence_penalty"),
         ({"min_new_tokens": 13}, "--min_new_tokens 13 is above --max_new_tokens 12"),
+        ({"draft_weights_dtype": "int8"}, "--draft_weights_dtype is for --draft_model"),
         ({"log_probabilities": -1}, "--log_probabilities must be at least 0"),
         ({"prompt": "a", "prompt_file": Path("b")}, "--prompt or --prompt_file"),
         ({"interactive": True, "prompt": "a"}, "omit --prompt"),

@@ -174,7 +174,8 @@ def test_right_guesses_save_steps() -> None:
             num_steps += 1
         assert tokens == [5, 6, 7, 8] * 10
         counts.append(num_steps)
-    assert counts[0] < counts[1] / 3
+    # Each second step is one without guesses, as long as it is not known whether they pay.
+    assert counts[0] < counts[1] / 2
 
 
 class _RepeatingRunner(RememberingRunner):

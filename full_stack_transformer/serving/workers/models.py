@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from full_stack_transformer.errors import (
 )
 from full_stack_transformer.generation.chat import load_chat_template
 from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.open_draft import DraftSource, open_draft
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.requests import Conventions
 from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
@@ -57,6 +58,8 @@ class OpeningOptions:
     """Bytes for keys and values of all models; none for a share of what is free."""
     memory_share: float = 1.0
     """Of that, for each model."""
+    drafts: Mapping[Path, DraftSource] = field(default_factory=dict)
+    """Draft models, by the paths of the models that they guess for."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,6 +106,14 @@ def _shown_memory(engine: Engine) -> dict[str, int | str] | None:
     }
 
 
+def _shown_draft(engine: Engine) -> dict[str, str | bool] | None:
+    """What guesses for an engine."""
+    draft = None if engine.guesses is None else engine.guesses.draft
+    if draft is None:
+        return None
+    return {"model": draft.name, "computed_by": draft.computed_by, "is_broken": draft.is_broken}
+
+
 def _number(value: object, kind: type) -> Any:
     return value if isinstance(value, (int, kind)) and not isinstance(value, bool) else None
 
@@ -126,6 +137,7 @@ class ServedModel(_Served):
             context_tokens=self.engine.max_length,
             computed_by=self.engine.computed_by,
             key_value_memory=_shown_memory(self.engine),
+            draft_model=_shown_draft(self.engine),
             has_chat_template=not self.conventions.template.is_plain,
             control_tokens=self.tokenizer.control_tokens,
             sampling={name: getattr(self.conventions.defaults, name) for name in _SHOWN},
@@ -313,6 +325,8 @@ def _open_task(
     Raises:
         ModelError: it cannot be opened, or not with weights of this type.
     """
+    if path in options.drafts:
+        raise ModelError(f"{path}: --draft_model is for models that generate; omit it")
     if options.weights_dtype in ("int8", "int4"):
         raise ModelError(
             f"{path}: {options.weights_dtype} is for models that generate; pass --weights_dtype auto"
@@ -333,6 +347,7 @@ def _open_once(
     name: str | None, path: Path, options: OpeningOptions, signature: object
 ) -> ServedModel:
     opened = open_model(path, device=options.device)
+    source = options.drafts.get(path)
     engine = open_engine(
         opened.backbone,
         num_slots=options.num_slots,
@@ -341,6 +356,7 @@ def _open_once(
         kv_dtype=options.kv_dtype,
         kv_memory=options.kv_memory,
         memory_share=options.memory_share,
+        draft=None if source is None else open_draft(source, opened, path, device=options.device),
     )
     template = load_chat_template(find_model_directory(path))
     _check_end_ids(opened, path)

@@ -109,6 +109,10 @@ class WorkerMetrics:
         """Report the memory of keys and values of each model whenever the metrics are read."""
         self._registry.register(_BlockGauges(models))
 
+    def watch_guesses(self, models: ServedModels) -> None:
+        """Report what comes of each model's guesses whenever the metrics are read."""
+        self._registry.register(_GuessCounters(models))
+
     def on_piece(self, ticket: Ticket, piece: Piece) -> None:
         """Count what a step did for one continuation."""
         now = time.monotonic()
@@ -216,3 +220,39 @@ class _BlockGauges(Collector):
             queried.add_metric(label, use.num_prompt_tokens)
             reused.add_metric(label, use.num_reused_tokens)
         yield from (usage, blocks, waiting, put_back, queried, reused)
+
+
+class _GuessCounters(Collector):
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        """Read at the moment of asking."""
+        labels = ["model_name", "kind"]
+        num_drafts = CounterMetricFamily(
+            "vllm:spec_decode_num_drafts",
+            "How often next tokens of a text were guessed, by prompt lookup or a draft model.",
+            labels=labels,
+        )
+        num_proposed = CounterMetricFamily(
+            "vllm:spec_decode_num_draft_tokens", "Guessed tokens.", labels=labels
+        )
+        num_accepted = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", labels=labels
+        )
+        are_off = GaugeMetricFamily(
+            "fst_guesses_are_off",
+            "1 where guesses cost more time than they save, with up to so many texts at once.",
+            labels=[*labels, "num_texts"],
+        )
+        for model in self._models.generating:
+            guesses = model.engine.guesses
+            if guesses is None:
+                continue
+            for kind, counts in guesses.counts.items():
+                num_drafts.add_metric([model.name, kind], counts.num_drafts)
+                num_proposed.add_metric([model.name, kind], counts.num_proposed)
+                num_accepted.add_metric([model.name, kind], counts.num_accepted)
+            for (kind, num_texts), is_off in guesses.are_off.items():
+                are_off.add_metric([model.name, kind, str(num_texts)], is_off)
+        yield from (num_drafts, num_proposed, num_accepted, are_off)

@@ -25,7 +25,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(model_dir: Path, watched: Path) -> Iterator[Service]:
-    options = ("--watch", "--served_model_name", "good", "--more_models", f"other={model_dir}")
+    options = (
+        *("--watch", "--served_model_name", "good", "--more_models", f"other={model_dir}"),
+        *("--draft_model", str(watched)),
+    )
     with running_service(watched, *options) as (url, process):
         yield Service(url, process)
         assert process.stop() == 0
@@ -61,6 +64,32 @@ def test_models_are_asked_by_name(service: Service) -> None:
         for named in ({}, {"model": "good"}, {"model": "other"})
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_draft_model_guesses_for_the_first_model_and_is_counted(service: Service) -> None:
+    def asked(model: str) -> str:
+        body = {"model": model, "prompt": "The", "max_tokens": 60, "temperature": 0}
+        answer = httpx.post(f"{service.url}/v1/completions", json=body, timeout=60)
+        text: str = answer.json()["choices"][0]["text"]
+        return text
+
+    good, other = httpx.get(f"{service.url}/version", timeout=60).json()["models"]
+    if not good["computed_by"].startswith("C++"):
+        pytest.skip("through PyTorch only who asks for a draft has guesses")
+    assert good["draft_model"]["model"] == "watched" and not good["draft_model"]["is_broken"]
+    assert "int8" in good["draft_model"]["computed_by"]
+    assert other["draft_model"] is None
+    assert asked("good") and asked("other")
+    lines = httpx.get(f"{service.url}/metrics", timeout=60).text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    labels = 'kind="draft",model_name="good"'
+    proposed, accepted, drafts = (
+        float(values[f"vllm:spec_decode_num_{name}_total{{{labels}}}"])
+        for name in ("draft_tokens", "accepted_tokens", "drafts")
+    )
+    assert proposed >= accepted > 0 < drafts
+    assert f'fst_guesses_are_off{{{labels},num_texts="1"}}' in values
+    assert not [one for one in values if 'kind="draft",model_name="other"' in one]
 
 
 def test_a_better_model_is_served_without_dropping_a_request(
