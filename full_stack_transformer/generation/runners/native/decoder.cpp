@@ -14,7 +14,9 @@
 //   lanes.h                arithmetic of 16 numbers, the same bits everywhere
 //   kernels.h              linear layers
 //   int4.h                 weights of 4 bits
-//   attention.h            keys and values in blocks, and who looks at them
+//   key_values.h           keys and values in blocks
+//   attention_products.h   queries, keys and values, multiplied in tiles
+//   attention.h            who sees what
 //   model.h                layers
 //   this file              what Python calls
 

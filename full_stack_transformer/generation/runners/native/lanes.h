@@ -102,19 +102,13 @@ inline Floats magnitudes(Floats values) {
       [&](int part) { return (Vector)((IntVector)values.parts[part] & broadcast(int32_t{0x7fffffff})); });
 }
 
-// Lanes 0 … count - 1 of the values, and `rest` behind them.
-inline Floats first_lanes(Floats values, int count, float rest) {
+// Lanes `begin` … `end` - 1 of the values, and `rest` elsewhere.
+inline Floats lanes_between(Floats values, int begin, int end, float rest) {
   alignas(64) float lanes[kLanes];
   store(lanes, values);
-  for (int lane = count; lane < kLanes; ++lane) lanes[lane] = rest;
-  return load(lanes);
-}
-
-// Lanes `first` … of the values, and `rest` before them.
-inline Floats last_lanes(Floats values, int first, float rest) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, values);
-  for (int lane = 0; lane < first; ++lane) lanes[lane] = rest;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lane < begin || lane >= end) lanes[lane] = rest;
+  }
   return load(lanes);
 }
 

@@ -39,15 +39,6 @@ enum NormName : int32_t {
   kAttentionNorm = 0, kMlpNorm, kAttentionOutNorm, kMlpOutNorm, kQueryNorm, kKeyNorm, kNumNorms
 };
 
-// Tokens to read, and the sequences that they belong to.
-struct Reading {
-  int num_tokens = 0;
-  const int32_t *ids = nullptr, *sequences = nullptr, *positions = nullptr;  // (tokens)
-  const int32_t *table_starts = nullptr, *block_ids = nullptr;  // the tables of the sequences, one after another
-
-  const int32_t* table(int token) const { return block_ids + table_starts[sequences[token]]; }
-};
-
 struct Norm {
   int size = 0;  // numbers that are normalized together; 0 where there is no norm
   Buffer<float> weight, bias;
@@ -101,6 +92,7 @@ class Decoder {
   void forward(const Reading& reading, int num_rows, const int32_t* rows, float* logits) {
     const int hidden = shape_.hidden_size, num_tokens = reading.num_tokens;
     reading_ = reading;
+    attention_.begin(reading);
     hidden_.reserve(static_cast<size_t>(num_tokens) * hidden);
     each_token(num_tokens, [&](int token) { embed(token); });
     for (int layer = 0; layer < shape_.num_layers; ++layer) {
@@ -269,13 +261,7 @@ class Decoder {
     apply(linear, normalized(linear, layers_[layer].norms[kAttentionNorm], reading_.num_tokens),
           reading_.num_tokens, projected, num_all * size, Ending::kStore);
     each_token(reading_.num_tokens, [&](int token) { remember(layer, token); });
-    // By heads first: neighbouring tokens of a prompt read the same keys.
-    pool_.run(num_heads * reading_.num_tokens, [&](int item) {
-      const int head = item / reading_.num_tokens, token = item % reading_.num_tokens;
-      attention_.look(layer, reading_.table(token), reading_.positions[token], head,
-                      projected + (static_cast<size_t>(token) * num_all + head) * size,
-                      attended_.get() + static_cast<size_t>(token) * attention_size() + head * size);
-    });
+    attention_.attend(pool_, layer, projected, num_all * size, attended_.get());
   }
 
   // Normalizes queries and keys, turns them by their position, and stores keys and values.
@@ -291,7 +277,7 @@ class Decoder {
       const Rotary& rotary = rotaries_[weights.rotary];
       for (int head = 0; head < num_heads + num_kv; ++head) rotate(rotary, all + head * size, position);
     }
-    attention_.remember(layer, reading_.table(token), position, key, key + num_kv * size);
+    attention_.remember(layer, token, key, key + num_kv * size);
   }
 
   // In place: each head by itself or all of them together, as the norm is wide.
