@@ -37,8 +37,9 @@ _LEAST_CHANCE: dict[GuessKind, float] = {"prompt_lookup": 0.25, "draft": 0.5}
 _FIRST_CHANCE, _FIRST_WEIGHT = 0.7, 2.0
 _WEIGHT_KEPT = 0.8
 
-# Steps of a trial with guesses, and as many without; fewer are enough where guesses lose much of a step.
-_STEPS_OF_A_TRIAL, _STEPS_OF_A_CLEAR_TRIAL, _CLEAR_LOSS = 12, 4, 0.4
+# Steps of a trial with guesses, and as many without. Fewer are enough where each saves or loses this part of
+# a plain step.
+_STEPS_OF_A_TRIAL, _STEPS_OF_A_CLEAR_TRIAL, _CLEAR_PART = 12, 4, 0.4
 # Steps with guesses between two trials where they pay, and steps whose losing brings the next one at once.
 _STEPS_BETWEEN_TRIALS, _STEPS_THAT_LOSE = 400, 32
 # Of all time, what trials of guesses that do not pay may lose.
@@ -109,10 +110,15 @@ class Guesses:
         if self.draft is not None and not self.draft.is_broken:
             possible.append("draft")
         kinds = _kinds_of_step({kind: trials[kind] for kind in possible}, self._started)
+        looked_up: dict[int, tuple[GuessKind, list[int]]] = {
+            request_id: ("prompt_lookup", ids) for request_id, ids in found.items()
+        }
         if "prompt_lookup" in kinds:
-            self._proposed |= {key: ("prompt_lookup", ids) for key, ids in found.items()}
+            self._proposed |= looked_up
         if "draft" in kinds:
             self._ask_draft(requests)
+            if not self._proposed and trials["prompt_lookup"].is_on:  # the draft has no guesses
+                self._proposed = looked_up
         return [self._proposed.get(one.request_id, (None, []))[1] for one in requests]
 
     def _look_up(self, requests: Sequence[Running]) -> dict[int, list[int]]:
@@ -258,7 +264,7 @@ class Trial:
     def _look(self, now: float) -> None:
         """End the trial if it is clear, or long enough."""
         lost = _lost(self._with, self._without)
-        is_clear = lost > _CLEAR_LOSS * _median_seconds(self._without)
+        is_clear = abs(lost) > _CLEAR_PART * _median_seconds(self._without)
         if is_clear or len(self._with) == _STEPS_OF_A_TRIAL:
             self._end(now, len(self._with) * lost)
 

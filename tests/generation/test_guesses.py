@@ -186,6 +186,15 @@ def test_ids_that_only_one_of_the_two_models_has_are_never_guessed(vocab_size: i
     assert run_requests(engine, _requests()) == expected
 
 
+def test_texts_that_are_too_long_for_the_draft_are_guessed_without_it() -> None:
+    draft_runner = _Counted(make_runner("float32"), _Clock(), seconds=1)
+    draft_runner.max_length = 20
+    engine = _engine(make_runner("float32"), _draft(draft_runner), _always())
+    run_requests(engine, [token_request([5, 6, 7, 8] * 6, 90, GREEDY, seed=0)])
+    assert engine.guesses is not None and draft_runner.num_runs == 0
+    assert engine.guesses.counts["prompt_lookup"].num_proposed > 0
+
+
 # ------------------------------------------------------------------ a draft that fails
 
 
