@@ -1,12 +1,13 @@
 """Each command for a few seconds. Bounds of time are the commands' own business, on a quiet machine."""
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hardening import disconnects, hostile, overload, schema_fuzz, sigterm, soak
+from tests.hardening import disconnects, hostile, memory, overload, schema_fuzz, sigterm, soak
 from tests.hardening.corpus import corpus
 from tests.hardening.service import Service, hardening_service
 from tests.logged_process import running_service
@@ -41,6 +42,17 @@ def test_bodies_that_nearly_fit_get_short_answers(service: Service) -> None:
 def test_clients_that_go_away_leave_nothing_behind(service: Service) -> None:
     report = asyncio.run(disconnects.many(service, 60))
     assert disconnects.holds(report), report
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
+def test_little_memory_loses_nobody(model_dir: Path) -> None:
+    """32 streams in an address space of 2 GB, with blocks for two texts."""
+    limits = memory.Limits(address_bytes=2_000_000_000)
+    with memory.limited_service(model_dir, limits, "--kv_memory", "300kB") as service:
+        report = memory.measure(service, num_chats=32, num_tokens=90, num_new=25)
+        assert service.process.stop() == 0
+    assert report.num_wrong == 0
+    assert any("memory holds" in line for line in report.warnings)
 
 
 def test_overload_is_refused_and_slow_sockets_hurt_nobody(service: Service) -> None:
