@@ -303,6 +303,12 @@ def free_memory_bytes(device: "torch.device") -> int | None:
     return min((one for one in bounds if one is not None), default=None)
 
 
+def free_page_bytes() -> int | None:
+    """Memory that this process can still write to where it has reserved addresses; None if unknown."""
+    bounds = (_available_bytes(), _bytes_under_group_limit())
+    return min((one for one in bounds if one is not None), default=None)
+
+
 def check_free_memory(num_bytes: int, what: str, device: "torch.device") -> None:
     """Refuse what cannot fit: where memory is lent freely, the system would kill the process in the middle.
 

@@ -10,7 +10,7 @@ blocks, not what is in them.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,14 +62,21 @@ class BlockPool:
     Args:
         num_blocks: of all.
         block_size: tokens of a block.
+        find_room: number of blocks that memory has room for now, of those that were never written; without
+            it all of them.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, find_room: Callable[[], int] | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._find_room = find_room
         self._users = [0] * num_blocks
         self._num_touched = 0
         """Blocks that somebody has used; the others have never been written."""
+        self._num_allowed = 0 if find_room else num_blocks
+        """Blocks that may be used before somebody looks at the memory again."""
         self._blank: list[int] = []
         self._findable: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
@@ -79,12 +86,27 @@ class BlockPool:
     @property
     def num_unused(self) -> int:
         """Blocks that can be taken."""
-        return len(self._blank) + self.num_blocks - self._num_touched + len(self._kept)
+        return len(self._blank) + self._num_allowed - self._num_touched + len(self._kept)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that have a user."""
+        return self._num_touched - len(self._blank) - len(self._kept)
 
     @property
     def num_kept(self) -> int:
         """Blocks without a user that can be found."""
         return len(self._kept)
+
+    def look_at_memory(self, num_blocks: int) -> None:
+        """Let so many more blocks be used that were never used before, if memory has room for them."""
+        num_left = self._num_allowed - self._num_touched
+        if self._find_room is not None and num_left < min(
+            num_blocks, self.num_blocks - self._num_touched
+        ):
+            # Twice as many, so that it is looked at less often.
+            num_more = max(0, min(2 * num_blocks, self._find_room()))
+            self._num_allowed = min(self.num_blocks, self._num_touched + num_more)
 
     def num_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -117,7 +139,7 @@ class BlockPool:
     def _take_one(self) -> int:
         if self._blank:
             block = self._blank.pop()
-        elif self._num_touched < self.num_blocks:
+        elif self._num_touched < self._num_allowed:
             block = self._num_touched
             self._num_touched += 1
         else:

@@ -77,6 +77,7 @@ class Engine:
         draft: guesses beside what is looked up in the text.
         max_chunk_tokens: of prompts that are read in a step.
         memory: what the runner's blocks take, for people.
+        find_room: as for `BlockPool`.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Engine:
         draft: Draft | None = None,
         max_chunk_tokens: int = _MAX_CHUNK_TOKENS,
         memory: KeyValueMemory | None = None,
+        find_room: Callable[[], int] | None = None,
     ) -> None:
         self.max_length = min(runner.max_length, runner.num_blocks * runner.block_size)
         self.num_slots = num_slots
@@ -96,7 +98,7 @@ class Engine:
         self.memory = memory
         self.guesses = Guesses(draft) if guesses else None
         self._runner = runner
-        self._pool = BlockPool(runner.num_blocks, runner.block_size)
+        self._pool = BlockPool(runner.num_blocks, runner.block_size, find_room=find_room)
         self._schedule = Schedule(self._pool, max_chunk_tokens=max_chunk_tokens)
         self._next_id = 0
 
@@ -117,7 +119,7 @@ class Engine:
         return BlockUse(
             num_blocks=pool.num_blocks,
             block_size=pool.block_size,
-            num_used=pool.num_blocks - pool.num_unused,
+            num_used=pool.num_used,
             num_kept=pool.num_kept,
             num_waiting=schedule.num_waiting,
             num_put_back=schedule.num_put_back,
@@ -178,6 +180,7 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Read a chunk of prompts, if there are any to read, and make tokens for each other request."""
         plan = self._schedule.plan(self._guess)
+        starved = self._schedule.starved
         of_states = [item for item in plan if item[0].request.wants_hidden_states]
         others = [item for item in plan if not item[0].request.wants_hidden_states]
         events = [
@@ -185,6 +188,8 @@ class Engine:
             *self._compute(of_states, self._runner.hidden_states, self._use_hidden_states),
         ]
         self._learn(plan, events)
+        if starved is not None:
+            events.append(self._end_with(starved, problem_of(MemoryError())))
         return events
 
     def _compute(

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from full_stack_transformer.generation.runners.native.decoder import (
 from full_stack_transformer.generation.runners.torch import Runner, SequenceWork, TorchRunner
 from full_stack_transformer.machine import (
     free_memory_bytes,
+    free_page_bytes,
     is_out_of_memory,
     memory_for,
     multiplies_bfloat16,
@@ -36,6 +38,8 @@ BLOCK_SIZE = 32
 _MEMORY_FRACTION, _MAX_MEMORY_FRACTION = 0.7, 0.9
 # What of that a draft model may take, and the texts of full length that it has room for at most.
 _DRAFT_FRACTION, _MAX_DRAFTED_TEXTS = 0.25, 4
+# Memory that is left to others before a block is used that has never been written.
+_LEFT_BYTES = 1 << 26
 # Shorter texts are of no use.
 _MIN_TOKENS = 256
 # Of logits read in pieces to those read at once: 1e-6 in fp32, up to 0.25 with weights that came in bfloat16;
@@ -107,7 +111,24 @@ def open_engine(
     _announce(memory, num_slots, max_length, wanted_length)
     # Through PyTorch a row among others has other last bits: there only who asks for guesses has some.
     guesses = isinstance(runner, NativeRunner) or guesser is not None
-    return Engine(runner, num_slots=num_slots, guesses=guesses, draft=guesser, memory=memory)
+    return Engine(
+        runner,
+        num_slots=num_slots,
+        guesses=guesses,
+        draft=guesser,
+        memory=memory,
+        find_room=partial(_find_room, memory) if backbone.device.type == "cpu" else None,
+    )
+
+
+def _find_room(memory: KeyValueMemory) -> int:
+    """Blocks that the machine has memory for now: others may have taken what was free at the start."""
+    free_bytes = free_page_bytes()
+    return (
+        memory.num_blocks
+        if free_bytes is None
+        else (free_bytes - _LEFT_BYTES) // memory.block_bytes
+    )
 
 
 def open_runner(

@@ -6,7 +6,8 @@
 
 The requests with blocks are always the oldest ones. One that needs another block and finds none takes those
 of the youngest, which waits again and is read again later. So the oldest request always goes on, and each
-request is the oldest one day. The pool must have room for the longest one alone.
+request is the oldest one day. The pool must have room for the longest one alone; where the machine's memory
+has not, the oldest request starves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,12 +63,19 @@ class Schedule:
         """Let nobody go on from what the blocks of a request hold."""
         self._pool.forget(running.block_ids)
 
+    @property
+    def starved(self) -> Running | None:
+        """The oldest request, if `plan` had no memory for it though nobody else has blocks."""
+        oldest = next(iter(self._requests.values()), None)
+        return None if oldest is None or oldest.block_ids else oldest
+
     def plan(self, guess: Guess) -> list[Planned]:
         """What to compute in this step: the newest token of each request, and a chunk of new prompts.
 
         Args:
             guess: what may follow the newest tokens of requests.
         """
+        self._pool.look_at_memory(self._num_wanted())
         for running in self._with_blocks():
             self._grow(running)
         self._admit()
@@ -91,6 +99,12 @@ class Schedule:
         return [one for one in self._requests.values() if one.block_ids]
 
     # ------------------------------------------------------------------ blocks
+
+    def _num_wanted(self) -> int:
+        """Blocks that all requests may want in a step."""
+        size, requests = self._pool.block_size, self._requests.values()
+        num_more = sum(one.num_tokens // size + 1 - len(one.block_ids) for one in requests)
+        return num_more + len(self._requests)
 
     def _grow(self, running: Running) -> None:
         """A block for the newest token, if need be from the youngest request, which may be this one."""
@@ -124,7 +138,7 @@ class Schedule:
         # What is found and unused is used then. One block is left for each request to grow: otherwise it
         # would soon be put back.
         taken = needed + self._pool.num_unused_among(found)
-        if num_admitted and taken + num_admitted > self._pool.num_unused:
+        if taken + num_admitted > self._pool.num_unused:
             return False
         self._pool.share(found)
         running.block_ids = [*found, *self._pool.take(needed)]

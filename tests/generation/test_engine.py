@@ -287,6 +287,29 @@ class _FailingRunner(RememberingRunner):
         return logits
 
 
+@pytest.mark.parametrize("room", [[100], [3, 0], [0, 5, 5], [4, 4, 0]], ids=str)
+def test_where_the_machine_has_no_memory_left_requests_wait_or_end_alone(room: list[int]) -> None:
+    """Another process may have taken what was free; the last number stays."""
+    prompts = [[number] * 30 for number in range(1, 4)]
+    requests = [token_request(prompt, 20, GREEDY, seed=0) for prompt in prompts]
+    expected = run_requests(Engine(RememberingRunner(), num_slots=3), requests)
+    looks = iter(room)
+    left = [0]
+
+    def find_room() -> int:
+        left[0] = next(looks, left[0])
+        return left[0]
+
+    engine = Engine(RememberingRunner(), num_slots=3, find_room=find_room)
+    for events, tokens in zip(run_events(engine, requests), expected, strict=True):
+        if events[-1].finish_reason == "error":
+            assert "memory is short for this request" in str(events[-1].problem)
+            assert tokens_of(events) == tokens[: len(tokens_of(events))]
+            assert sum(room) < 100
+        else:
+            assert tokens_of(events) == tokens
+
+
 # ------------------------------------------------------------------ how requests end
 
 

@@ -6,6 +6,7 @@
     disconnects  clients that go away at random moments
     sigterm      the end in the middle of work, again and again
     soak         half an hour of mixed load, with an eye on the memory
+    memory       many and long texts under a limit of memory
 
 Each starts a service of its own on a tiny model with random weights, or on `--model`. test_hardening.py runs
 each for a few seconds.
