@@ -160,7 +160,7 @@ inline Floats silu_of(Floats x) { return x * sigmoid_of(x); }
 
 // Hendrycks and Gimpel 2016: x times the share of a normal distribution below x. With erf by Abramowitz and
 // Stegun 1964, 7.1.26, for what is left above |x|: 1.5e-7 off, with rounding 4e-7.
-inline Floats gelu_of(Floats x) {
+__attribute__((noinline)) Floats gelu_of(Floats x) {
   const Floats size = magnitudes(x), one = all(1.0f);
   const Floats t = one / multiply_add(size, all(0.3275911f * 0.70710678f), one);
   Floats sum = all(1.061405429f);
@@ -192,7 +192,7 @@ inline Floats tanh_of(Floats x) {
 }
 
 // Between -cap and cap.
-inline Floats capped(Floats values, float cap) { return tanh_of(values * all(1 / cap)) * all(cap); }
+__attribute__((noinline)) Floats capped(Floats values, float cap) { return tanh_of(values * all(1 / cap)) * all(cap); }
 
 // cos(angle + quarters * pi / 2) of 0 <= angle < 2^20, in doubles: libraries round in their own ways.
 inline float cosine(double angle, int quarters) {
