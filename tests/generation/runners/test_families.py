@@ -1,5 +1,6 @@
 """Every family of the C++ decoder: transformers' numbers, and PyTorch where a configuration asks for more."""
 
+import random
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -88,6 +89,18 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         **GROUPED, no_rope_layers=[0, 1, 1], attention_bias=True, mlp_bias=True
     ),
     "olmo2": lambda: transformers.Olmo2Config(**GROUPED, attention_bias=True),
+    "granite": lambda: transformers.GraniteConfig(
+        **GROUPED,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.3,
+        logits_scaling=0.7,
+        mlp_bias=True,
+    ),
+    "olmo": lambda: transformers.OlmoConfig(**GROUPED),
+    "phi": lambda: transformers.PhiConfig(**GROUPED),
+    "stablelm": lambda: transformers.StableLmConfig(**GROUPED, use_qkv_bias=True),
+    "starcoder2": lambda: transformers.Starcoder2Config(**GROUPED, sliding_window=19),
 }
 
 
@@ -206,6 +219,39 @@ def test_activations_are_exact_to_a_millionth(
     assert float(difference.max()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox"])
+def test_company_and_cuts_change_no_bit(name: str, dtype: WeightsDtype) -> None:
+    """Of neighbouring tokens that are computed together each has its own window."""
+    numbers = random.Random(3)
+    texts = [_text(length, seed=length) for length in (70, 61, 33, 18, 5)]
+    runner = NativeRunner(
+        _backbone(name),
+        num_blocks=len(texts) * NUM_BLOCKS,
+        block_size=16,
+        weights_dtype=dtype,
+        kv_dtype="float32" if dtype == "float32" else "bfloat16",
+    )
+    alone = [_ours(_runner(_backbone(name), dtype), text) for text in texts]
+    blocks = numbers.sample(range(len(texts) * NUM_BLOCKS), len(texts) * NUM_BLOCKS)
+    tables = [blocks[number::5] for number in range(5)]
+    done, rows = [0] * 5, [[torch.zeros(0, VOCABULARY)] for _ in texts]
+    while any(done[number] < len(text) for number, text in enumerate(texts)):
+        work = {}
+        for number, text in enumerate(texts):
+            piece = text[done[number] : done[number] + numbers.choice((0, 1, 2, 7, 13, 30))]
+            if piece:
+                work[number] = SequenceWork(tables[number], done[number], piece, len(piece))
+                done[number] += len(piece)
+        lengths = [len(one.token_ids) for one in work.values()]
+        if work:
+            logits = torch.split(runner.run(list(work.values())), lengths)
+            for number, part in zip(work, logits, strict=True):
+                rows[number].append(part)
+    for number, expected in enumerate(alone):
+        assert torch.equal(torch.cat(rows[number]), expected), number
+
+
 # ------------------------------------------------------------------ what goes through PyTorch
 
 
@@ -289,6 +335,9 @@ REFUSED: dict[str, tuple[Callable[[], Backbone], str]] = {
         _of("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
         "rotary positions depend on the length",
     ),
+    "clip": (_of("olmo", clip_qkv=1.0), "clip_qkv is 1.0"),
+    "norms of queries": (_of("phi", qk_layernorm=True), "qk_layernorm is True"),
+    "parallel": (_of("stablelm", use_parallel_residual=True), "use_parallel_residual is True"),
     "sizes": (_of("llama", intermediate_size=100), "no multiples of 16"),
     "heads": (_of("llama", num_key_value_heads=2), "3 heads of queries do not share 2 of keys"),
 }
@@ -313,6 +362,7 @@ OF_NO_ACCOUNT = {
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "pretraining_tp"),
     # Dropout, which is off.
     *("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"),
+    *("residual_dropout", "embedding_dropout", "use_bias", "use_qkv_bias"),
     *("classifier_dropout", "dtype", "id2label", "label2id", "problem_type", "architectures"),
     *("transformers_version", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
     # What layer_types and no_rope_layers follow from.

@@ -59,12 +59,17 @@ class Family:
     """Of `NORMS`."""
 
     activation: str = "hidden_act"
-    epsilon: str = "rms_norm_eps"
+    epsilon: str | float = "rms_norm_eps"
     scale_of: str | None = None
     """Scores are divided by the root of this field; none for the size of a head."""
+    attention_scale: str | None = None
+    """Scores are multiplied by this field instead."""
+    embedding_scale: str | None = None
+    residual_scale: str | None = None
+    logit_divisor: str | None = None
     attention_cap: str | None = None
     logit_cap: str | None = None
-    is_parallel: str | None = None
+    is_parallel: str | bool = False
     """Whether MLPs read what attention reads."""
     has_rotary: str | None = None
     """For each layer; none if all have."""
@@ -165,6 +170,43 @@ _FAMILIES = {
         turns_a_part=True,
         by_head=True,
     ),
+    "granite": replace(
+        _LLAMA,
+        attention_scale="attention_multiplier",
+        embedding_scale="embedding_multiplier",
+        residual_scale="residual_multiplier",
+        logit_divisor="logits_scaling",
+    ),
+    "olmo": replace(_LLAMA, epsilon=1e-5, centers_in_norm=True, plain={"clip_qkv": None}),
+    "phi": Family(
+        last_norm="model.final_layernorm",
+        attention_out="self_attn.dense",
+        mlp_in=("mlp.fc1",),
+        mlp_out="mlp.fc2",
+        norms=dict.fromkeys(("attention_norm", "mlp_norm"), "input_layernorm"),
+        epsilon="layer_norm_eps",
+        is_parallel=True,
+        is_gated=False,
+        centers_in_norm=True,
+        turns_a_part=True,
+        plain={"qk_layernorm": False},
+    ),
+    "stablelm": replace(
+        _LLAMA,
+        epsilon="layer_norm_eps",
+        centers_in_norm=True,
+        turns_a_part=True,
+        plain={"qk_layernorm": False, "use_parallel_residual": False},
+    ),
+    "starcoder2": replace(
+        _LLAMA,
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+        epsilon="norm_epsilon",
+        windows="all",
+        is_gated=False,
+        centers_in_norm=True,
+    ),
 }
 # Of any family: what transformers lets every configuration say.
 _PLAIN = {
@@ -233,8 +275,10 @@ class Norm:
 
     def weight(self) -> Tensor:
         """In fp32."""
-        weight: Tensor = self.module.weight.float() + self.added
-        return weight.contiguous()
+        weight: Tensor | None = getattr(self.module, "weight", None)
+        if weight is None:
+            return torch.ones(self.module.normalized_shape)
+        return (weight.float() + self.added).contiguous()
 
     def bias(self) -> Tensor | None:
         """In fp32; none where there is none."""
@@ -373,9 +417,14 @@ def shape_of(backbone: Backbone) -> dict[str, float]:
     family = _FAMILIES[config.model_type]
     head_size = _head_size(config)
 
-    def value(name: str | None) -> float:
-        return (getattr(config, name) if name else None) or 0
+    def value(name: str | float | None, default: float = 0.0) -> float:
+        """What the field of this name says, or the number itself."""
+        if isinstance(name, str):
+            name = getattr(config, name)
+        return default if name is None else float(name)
 
+    own_scale = value(family.scale_of, head_size) ** -0.5
+    root = config.hidden_size**0.5 if family.scales_embeddings else 1.0
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -387,9 +436,11 @@ def shape_of(backbone: Backbone) -> dict[str, float]:
         "is_gated": family.is_gated,
         "is_parallel": int(value(family.is_parallel)),
         "centers_in_norm": family.centers_in_norm,
-        "norm_epsilon": getattr(config, family.epsilon),
-        "attention_scale": (value(family.scale_of) or head_size) ** -0.5,
-        "embedding_scale": config.hidden_size**0.5 if family.scales_embeddings else 1.0,
+        "norm_epsilon": value(family.epsilon),
+        "attention_scale": value(family.attention_scale, own_scale),
+        "embedding_scale": value(family.embedding_scale, root),
+        "residual_scale": value(family.residual_scale, 1.0),
+        "logit_scale": 1 / value(family.logit_divisor, 1.0),
         "attention_cap": value(family.attention_cap),
         "logit_cap": value(family.logit_cap),
     }

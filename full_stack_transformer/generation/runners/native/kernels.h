@@ -204,7 +204,7 @@ inline int32_t quantize(const float* in, int num_values, Integer* out, float& sc
 
 // What happens to the 16 sums of a panel; a pair of panels is handed over together. kGated: the first one,
 // activated, times the second one.
-enum class Ending { kStore, kAdd, kActivated, kGated, kCapped };
+enum class Ending { kStore, kAdd, kActivated, kGated, kScores };
 enum class Activation : int32_t { kSilu = 0, kGelu, kGeluByTanh };
 
 // Inline: calls of a function took 5 % of a prompt's time.
@@ -223,7 +223,7 @@ struct Tile {
   int stride;
   Ending ending;
   Activation activation;
-  float cap;
+  float scale, cap;  // of what is added and of scores; of scores, 0 for none
 };
 
 template <WeightsType Type>
@@ -250,7 +250,8 @@ inline void put(const Tile& tile, Floats values, int token, int panel) {
   if (left <= 0) return;
   float* place = tile.outputs + static_cast<size_t>(token) * tile.stride + panel * kLanes;
   if (tile.ending == Ending::kActivated) values = activated(tile.activation, values);
-  if (tile.ending == Ending::kCapped) values = capped(values, tile.cap);
+  if (tile.ending == Ending::kAdd || tile.ending == Ending::kScores) values = values * all(tile.scale);
+  if (tile.ending == Ending::kScores && tile.cap > 0) values = capped(values, tile.cap);
   if (left >= kLanes) {
     if (tile.ending == Ending::kAdd) values = load(place) + values;
     store(place, values);

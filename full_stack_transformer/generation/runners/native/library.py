@@ -67,8 +67,8 @@ class DecoderShape(ctypes.Structure):
         *(
             (name, c_float)
             for name in (
-                *("norm_epsilon", "attention_scale", "embedding_scale", "attention_cap"),
-                "logit_cap",
+                *("norm_epsilon", "attention_scale", "embedding_scale", "residual_scale"),
+                *("logit_scale", "attention_cap", "logit_cap"),
             )
         ),
     ]

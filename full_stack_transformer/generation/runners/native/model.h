@@ -29,7 +29,7 @@ struct DecoderShape {
   int32_t is_gated;         // activation(gate) * up, else activation(inner)
   int32_t is_parallel;      // an MLP reads what its layer's attention has read, not what that has written
   int32_t centers_in_norm;  // LayerNorm, else RMSNorm
-  float norm_epsilon, attention_scale, embedding_scale;
+  float norm_epsilon, attention_scale, embedding_scale, residual_scale, logit_scale;
   float attention_cap, logit_cap;  // 0 for none
 };
 
@@ -109,7 +109,7 @@ class Decoder {
                    hidden_.get() + static_cast<size_t>(rows[row]) * hidden, hidden * sizeof(float));
     }
     apply(head_, normalized(head_, last_norm_, num_rows), num_rows, logits, shape_.vocab_size,
-          shape_.logit_cap > 0 ? Ending::kCapped : Ending::kStore);
+          Ending::kScores);
   }
 
   // Hidden states (tokens, hidden) of the last forward pass, after the last norm.
@@ -210,7 +210,9 @@ class Decoder {
 
   void apply(const Linear& linear, Inputs inputs, int num_tokens, float* outputs, int stride,
              Ending ending) {
-    const Tile tile{&linear, inputs, outputs, stride, ending, static_cast<Activation>(shape_.activation), shape_.logit_cap};
+    const float scale = ending == Ending::kScores ? shape_.logit_scale : shape_.residual_scale;
+    const auto activation = static_cast<Activation>(shape_.activation);
+    const Tile tile{&linear, inputs, outputs, stride, ending, activation, scale, shape_.logit_cap};
     // Pieces small enough to share evenly, large enough for the widest tile.
     const int num_pairs = linear.num_panels / 2;
     const int pairs_of_piece = std::max(1, std::min(kPairsOfPiece, num_pairs / (2 * shape_.num_threads)));
@@ -238,7 +240,8 @@ class Decoder {
       const size_t place = static_cast<size_t>(token) * hidden;
       normalize(norm, added + place, added + place);
       for (int k = 0; k < hidden; k += kLanes) {
-        store(hidden_.get() + place + k, load(hidden_.get() + place + k) + load(added + place + k));
+        const Floats values = load(added + place + k) * all(shape_.residual_scale);
+        store(hidden_.get() + place + k, load(hidden_.get() + place + k) + values);
       }
     });
   }
