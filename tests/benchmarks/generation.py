@@ -369,9 +369,6 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.repetitions is None:
         options.repetitions = 1 if options.short else 3
-    if options.classes is None and not options.short:
-        print("int4: skipped, ours has no such weights yet", file=sys.stderr)
-        classes.remove("int4")
     options.shapes = options.shapes or (["gpt2"] if options.short else shapes)
     options.classes = options.classes or (["int8"] if options.short else classes)
     return options

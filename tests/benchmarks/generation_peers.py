@@ -85,8 +85,8 @@ def load_ours(job: Job) -> Generate:
             max_length=job.max_tokens,
         )
     else:
-        if job.weights == "int8":
-            raise SystemExit(f"no int8 without the C++ decoder: {problem}")
+        if job.weights.startswith("int"):
+            raise SystemExit(f"no {job.weights} without the C++ decoder: {problem}")
         print(f"PyTorch in place of the C++ decoder: {problem}", file=sys.stderr)
         backbone = _load_backbone(job, dtype=job.weights)
         runner = TorchRunner(backbone, num_blocks=num_blocks, max_length=job.max_tokens)
