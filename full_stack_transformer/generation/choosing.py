@@ -14,6 +14,7 @@ from full_stack_transformer.generation.sampling import (
     adjusted_scores,
     draw,
     draw_allowed,
+    most_likely,
     score_tokens,
 )
 from full_stack_transformer.generation.token_requests import Running
@@ -40,12 +41,15 @@ def _choose(batch: Sequence[Running], logits: Tensor, uniforms: Tensor) -> list[
     parameters = [one.request.sampling for one in batch]
     try:
         scores = adjusted_scores(logits, parameters, list(map(_history, batch)))
-        # NaN spreads to the largest score; -inf is a token out of the question.
-        tops = scores.amax(dim=-1)
-        are_numbers = torch.isfinite(logits.amax(dim=-1)).tolist()
-        if not bool(torch.isfinite(tops).all()):
-            scores = torch.where(torch.isfinite(tops)[:, None], scores, 0.0)
-        drawn = draw(scores, parameters, uniforms).tolist()
+        # NaN counts as the largest score; -inf is a token out of the question.
+        likeliest, tops = _largest(scores)
+        # Going through a large vocabulary once more takes its time.
+        is_unchanged = scores.data_ptr() == logits.data_ptr()
+        logit_tops = tops if is_unchanged else _largest(logits)[1]
+        if not all(map(math.isfinite, tops)):
+            are_finite = torch.tensor([math.isfinite(top) for top in tops], device=scores.device)
+            scores = torch.where(are_finite[:, None], scores, 0.0)
+        drawn = draw(scores, parameters, uniforms, likeliest).tolist()
     except Exception as error:
         if len(batch) == 1:
             return [Choice(None, problem_of(error))]
@@ -53,8 +57,8 @@ def _choose(batch: Sequence[Running], logits: Tensor, uniforms: Tensor) -> list[
         alone = [_choose(batch[row], logits[row], uniforms[row]) for row in rows]
         return [choice for some in alone for choice in some]
     choices = []
-    for row, (one, top) in enumerate(zip(batch, tops.tolist(), strict=True)):
-        if not are_numbers[row]:
+    for row, (one, top) in enumerate(zip(batch, tops, strict=True)):
+        if not math.isfinite(logit_tops[row]):
             choices.append(Choice(None, _broken_model()))
         elif not top < math.inf:
             choices.append(Choice(None, _broken_parameters()))
@@ -63,6 +67,12 @@ def _choose(batch: Sequence[Running], logits: Tensor, uniforms: Tensor) -> list[
         else:
             choices.append(_choose_allowed(one, drawn[row], scores[row]))
     return choices
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, list[float]]:
+    """Ids (requests,) of the largest scores (requests, vocabulary), and those scores."""
+    ids = most_likely(scores)
+    return ids, scores.gather(-1, ids.to(scores.device)[:, None])[:, 0].tolist()
 
 
 def _choose_allowed(one: Running, token_id: int, scores: Tensor) -> Choice:

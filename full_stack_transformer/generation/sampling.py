@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
+from full_stack_transformer.generation.runners.native import sampler
 
-# Most likely tokens that are examined before the whole vocabulary is: sorting 50,257 scores takes 20 times as
-# long as finding 256 of them.
+# Most likely tokens that are examined at first, and how many times as many whenever those do not decide:
+# sorting 50,257 scores takes 20 times as long as finding 256 of them.
 _NUM_CANDIDATES = 256
+_TIMES_AS_MANY = 8
 # Ids whose weights are added up together, before the one is looked for among them.
 _BLOCK_SIZE = 256
 # Most likely ids that a request is asked about at once, whether it forbids them.
@@ -95,20 +97,28 @@ def _penalize_repetition(scores: Tensor, token_ids: Tensor, penalty: float) -> N
     scores[token_ids] = torch.where(occurred > 0, occurred / penalty, occurred * penalty)
 
 
-def draw(scores: Tensor, parameters: Sequence[SamplingParameters], uniforms: Tensor) -> Tensor:
+def most_likely(scores: Tensor) -> Tensor:
+    """The id (requests,) of the largest score (requests, vocabulary), or of a NaN, on the processor."""
+    if scores.is_cpu:  # NumPy's is ten times as fast as PyTorch's
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.argmax(-1).cpu()
+
+
+def draw(
+    scores: Tensor,
+    parameters: Sequence[SamplingParameters],
+    uniforms: Tensor,
+    likeliest: Tensor | None = None,
+) -> Tensor:
     """One token id per request (requests,), on the processor.
 
     Args:
         scores: (requests, vocabulary) in fp32.
         parameters: of each request.
         uniforms: (requests,) float64 in [0, 1), one random number for each.
+        likeliest: `most_likely` of the scores, if known.
     """
-    # NumPy's is ten times as fast as PyTorch's.
-    drawn = (
-        torch.from_numpy(scores.numpy().argmax(axis=-1))
-        if scores.is_cpu
-        else scores.argmax(-1).cpu()
-    )
+    drawn = most_likely(scores) if likeliest is None else likeliest.clone()
     free = [
         row for row, one in enumerate(parameters) if one.temperature > 0 and _is_unrestricted(one)
     ]
@@ -118,23 +128,30 @@ def draw(scores: Tensor, parameters: Sequence[SamplingParameters], uniforms: Ten
         if one.temperature > 0 and not _is_unrestricted(one)
     ]
     for row in free:  # one by one: a row of a large vocabulary stays in the processor's cache
-        drawn[row] = _draw_among_all(_tempered(scores[row], parameters[row]), float(uniforms[row]))
+        drawn[row] = _draw_among_all(scores[row], parameters[row], float(uniforms[row]))
     if bound:
         chosen = [parameters[row] for row in bound]
-        tempered = torch.stack([_tempered(scores[row], parameters[row]) for row in bound])
-        drawn[bound] = _draw_among_most_likely(tempered, chosen, uniforms[bound])
+        drawn[bound] = _draw_among_most_likely(
+            [scores[row] for row in bound], chosen, uniforms[bound]
+        )
     return drawn
+
+
+def _temperature(parameters: SamplingParameters) -> float:
+    return max(parameters.temperature, 1e-30)
 
 
 def _tempered(scores: Tensor, parameters: SamplingParameters) -> Tensor:
     """Scores (vocabulary,) divided by the temperature; the largest is 0."""
     # From the largest down: nothing overflows, however small the temperature.
-    return (scores - scores.amax()).div_(max(parameters.temperature, 1e-30))
+    return (scores - scores.amax()).div_(_temperature(parameters))
 
 
-def _draw_among_all(tempered: Tensor, uniform: float) -> int:
+def _draw_among_all(scores: Tensor, parameters: SamplingParameters, uniform: float) -> int:
     """One id, each as probable as its score (vocabulary,) says."""
-    weights = tempered.cpu().double().exp_()
+    if sampler.is_here(scores):
+        return sampler.draw_among_all(scores, _temperature(parameters), uniform)
+    weights = _tempered(scores, parameters).cpu().double().exp_()
     num_whole = len(weights) // _BLOCK_SIZE * _BLOCK_SIZE
     sums = weights[:num_whole].view(-1, _BLOCK_SIZE).sum(dim=-1)
     rest = weights[num_whole:].sum()[None]
@@ -154,18 +171,53 @@ def _find(weights: Tensor, target: float) -> tuple[int, float]:
 
 
 def _draw_among_most_likely(
-    tempered: Tensor, parameters: Sequence[SamplingParameters], uniforms: Tensor
+    scores: Sequence[Tensor], parameters: Sequence[SamplingParameters], uniforms: Tensor
 ) -> Tensor:
     """One id per request (requests,) among its most likely ones; the parameters say how many those are."""
-    totals = torch.tensor([_total_weight(row) for row in tempered], dtype=torch.float64)
-    num_candidates = min(_NUM_CANDIDATES, tempered.shape[-1])
-    values, ids = _sorted(*tempered.topk(num_candidates, dim=-1))
-    found = _Candidates(values, ids, totals, tempered.shape[-1]).draw(parameters, uniforms)
-    for place in (found < 0).nonzero().flatten().tolist():
-        values, ids = _sorted(tempered[place : place + 1], None)
-        everything = _Candidates(values, ids, totals[place : place + 1], tempered.shape[-1])
-        found[place] = everything.draw(parameters[place : place + 1], uniforms[place : place + 1])
-    return found
+    found = torch.full((len(scores),), -1)
+    vocab_size = len(scores[0])
+    num_candidates = min(_NUM_CANDIDATES, vocab_size)
+    while True:
+        places = (found < 0).nonzero().flatten().tolist()
+        if not places:
+            return found
+        chosen = [parameters[place] for place in places]
+        ranked = [_rank(scores[place], parameters[place], num_candidates) for place in places]
+        candidates = _Candidates(
+            torch.stack([values for values, _, _ in ranked]),
+            torch.stack([ids for _, ids, _ in ranked]),
+            torch.tensor([total for _, _, total in ranked], dtype=torch.float64),
+            vocab_size,
+        )
+        found[places] = candidates.draw(chosen, uniforms[places])
+        if num_candidates == vocab_size:
+            return found
+        num_candidates = min(vocab_size, num_candidates * _TIMES_AS_MANY)
+
+
+def _rank(
+    scores: Tensor, parameters: SamplingParameters, num_candidates: int
+) -> tuple[Tensor, Tensor, float]:
+    """The most likely tokens by falling score, equal ones by their ids, and the weight of all.
+
+    Args:
+        scores: (vocabulary,).
+        parameters: of the request.
+        num_candidates: how many.
+
+    Returns:
+        Scores (candidates,) divided by the temperature, of which the largest is 0; ids (candidates,); sum of
+        the exponentials of all scores.
+    """
+    if sampler.is_here(scores):
+        return sampler.rank(scores, _temperature(parameters), num_candidates)
+    tempered = _tempered(scores, parameters).cpu()  # Apple's GPU has no fp64
+    # Of equals at the border those with the smallest ids: all that are as large are sorted.
+    border = tempered.topk(num_candidates).values[-1]
+    ids = (tempered >= border).nonzero().flatten()
+    values, order = tempered[ids].sort(descending=True, stable=True)
+    total = float(tempered.double().exp_().sum())
+    return values[:num_candidates], ids[order][:num_candidates], total
 
 
 def draw_allowed(
@@ -199,23 +251,6 @@ def draw_allowed(
         uniform = torch.rand(1, generator=generator, dtype=torch.float64)
         drawn = int(draw(scores[None], [parameters], uniform))
     return drawn
-
-
-def _total_weight(scores: Tensor) -> float:
-    """Sum of the exponentials of scores (vocabulary,) of which the largest is 0."""
-    # Row by row: the sum must not depend on other rows, nor on how threads share it. On the processor,
-    # as Apple's GPU has no fp64.
-    return float(scores.cpu().double().exp_().sum())
-
-
-def _sorted(values: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores and ids (requests, tokens) by falling score, equal ones by their ids, on the processor."""
-    values = values.cpu()
-    if ids is not None:
-        ids, by_id = ids.cpu().sort(dim=-1)
-        values = values.gather(-1, by_id)
-    values, by_value = values.sort(dim=-1, descending=True, stable=True)
-    return values, by_value if ids is None else ids.gather(-1, by_value)
 
 
 class _Candidates:

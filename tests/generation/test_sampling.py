@@ -31,12 +31,15 @@ from transformers import (
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
 from full_stack_transformer.generation import sampling
+from full_stack_transformer.generation.runners.native import sampler
+from full_stack_transformer.generation.runners.native.library import load_library
 from full_stack_transformer.generation.sampling import (
     History,
     adjusted_scores,
     draw,
     score_tokens,
 )
+from full_stack_transformer.machine import instruction_sets
 
 VOCABULARY = 60
 # Our scores are heated in fp32: borders between two tokens lie so near to those of transformers.
@@ -187,6 +190,32 @@ def test_the_likeliest_tokens_give_what_the_whole_vocabulary_gives(
         few = draw(scores, parameters, uniforms)
         monkeypatch.setattr(sampling, "_NUM_CANDIDATES", 3000)
         assert torch.equal(few, draw(scores, parameters, uniforms))
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("vocabulary", [1, 15, 256, 257, 50_257])
+def test_cpp_ranks_and_draws_as_pytorch_does(
+    isa: str, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also equal scores and impossible ones."""
+    library = load_library(isa)
+    monkeypatch.setattr(sampler, "load_library", lambda: library)
+    scores = _logits(1, vocabulary, vocabulary=vocabulary)[0]
+    scores[::3] = scores[::3].round()
+    scores[1::40] = -torch.inf
+    parameters = SamplingParameters(temperature=0.7)
+    for wanted in {1, min(300, vocabulary), vocabulary}:
+        monkeypatch.setattr(sampler, "is_here", lambda _: True)
+        values, ids, total = sampling._rank(scores, parameters, wanted)
+        drawn = [sampling._draw_among_all(scores, parameters, part / 50) for part in range(50)]
+        monkeypatch.setattr(sampler, "is_here", lambda _: False)
+        expected_values, expected_ids, expected_total = sampling._rank(scores, parameters, wanted)
+        assert torch.equal(values, expected_values)
+        assert torch.equal(ids, expected_ids)
+        assert total == pytest.approx(expected_total, rel=1e-14)
+        assert drawn == [
+            sampling._draw_among_all(scores, parameters, part / 50) for part in range(50)
+        ]
 
 
 def test_equal_scores_are_drawn_in_the_order_of_their_ids() -> None:

@@ -18,6 +18,7 @@
 //   attention_products.h   queries, keys and values, multiplied in tiles
 //   attention.h            who sees what
 //   model.h                layers
+//   sampler.h              what a draw needs of the scores that come out
 //   this file              what Python calls
 
 #include <algorithm>
@@ -26,6 +27,7 @@
 #include <new>
 
 #include "model.h"
+#include "sampler.h"
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -114,6 +116,20 @@ void decoder_forward(Decoder* decoder, int num_tokens, const int32_t* ids, const
 }
 
 void decoder_hidden_states(Decoder* decoder, float* out) { decoder->hidden_states(out); }
+
+// The `wanted` likeliest of the scores, divided by the temperature and less the largest, and the sum of all
+// weights.
+void sampler_rank(const float* scores, int count, float temperature, int wanted, float* values, int32_t* ids,
+                  double* total) {
+  Scores one(scores, count, temperature);
+  *total = one.weigh();
+  one.rank(wanted, values, ids);
+}
+
+// An id, each as probable as its weight.
+int sampler_draw(const float* scores, int count, float temperature, double uniform) {
+  return Scores(scores, count, temperature).draw(uniform);
+}
 
 }  // extern "C"
 #pragma GCC visibility pop
