@@ -40,6 +40,8 @@ _WEIGHT_KEPT = 0.8
 # Steps of a trial with guesses, and as many without. Fewer are enough where each saves or loses this part of
 # a plain step.
 _STEPS_OF_A_TRIAL, _STEPS_OF_A_CLEAR_TRIAL, _CLEAR_PART = 12, 4, 0.4
+# What guesses must save of a plain step: they take the processor's time from others.
+_LEAST_PART = 0.05
 # Steps with guesses between two trials where they pay, and steps whose losing brings the next one at once.
 _STEPS_BETWEEN_TRIALS, _STEPS_THAT_LOSE = 400, 32
 # Of all time, what trials of guesses that do not pay may lose.
@@ -263,10 +265,10 @@ class Trial:
 
     def _look(self, now: float) -> None:
         """End the trial if it is clear, or long enough."""
+        plain_seconds = _median_seconds(self._without)
         lost = _lost(self._with, self._without)
-        is_clear = abs(lost) > _CLEAR_PART * _median_seconds(self._without)
-        if is_clear or len(self._with) == _STEPS_OF_A_TRIAL:
-            self._end(now, len(self._with) * lost)
+        if abs(lost) > _CLEAR_PART * plain_seconds or len(self._with) == _STEPS_OF_A_TRIAL:
+            self._end(now, len(self._with) * (lost + _LEAST_PART * plain_seconds))
 
     def _end(self, now: float, lost: float) -> None:
         """End the trial; without guesses if it lost seconds."""
