@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint docker-test clean
+.PHONY: demo test test-gpu test-sanitizers lint docker-test clean
 
 demo: $(VENV)/installed-all
 	$(BIN)/fst demo $(ARGS)
@@ -15,6 +15,16 @@ test: lint
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu -s tests/test_gpu.py $(ARGS)
+
+# The tests of the C++ decoder, and ten minutes of its fuzz, with a decoder that stops at a wrong address or at
+# undefined arithmetic; optimized, it takes minutes to compile. Integers may wrap, as library.py says. Python
+# itself leaks on purpose.
+SANITIZED = FST_CXXFLAGS="-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+test-sanitizers: $(VENV)/installed-dev
+	$(SANITIZED) $(BIN)/python -m pytest -q tests/generation/runners $(ARGS)
+	$(SANITIZED) $(BIN)/python -m tests.generation.runners.fuzz --minutes 10
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

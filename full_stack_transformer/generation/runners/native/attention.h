@@ -262,11 +262,13 @@ class Attention {
         const int to = std::min(end_of(rows, row) / kPositions * kPositions, chunk_end);
         const int shared = std::max(from, chunk), shared_end = std::max(shared, to);
         for (int one = row; one < row + kRows; ++one) {
-          mix_few<Type>(rows, one, std::max(chunk, begin_of(rows, one)), std::min(shared, chunk_end));
+          mix_few<Type>(rows, one, std::max(chunk, begin_of(rows, one)),
+                        std::min({shared, chunk_end, end_of(rows, one)}));
         }
         if (shared < to) mix_rows<Type, kRows>(rows, row, shared, to);
         for (int one = row; one < row + kRows; ++one) {
-          mix_few<Type>(rows, one, std::max(shared_end, begin_of(rows, one)), std::min(chunk_end, end_of(rows, one)));
+          mix_few<Type>(rows, one, std::max(shared_end, begin_of(rows, one)),
+                        std::min(chunk_end, end_of(rows, one)));
         }
       });
     }

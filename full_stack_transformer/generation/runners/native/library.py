@@ -214,7 +214,9 @@ def file_name(isa: str) -> str:
 def _flags(isa: str) -> Iterable[str]:
     # Runs also where the system's own libraries of the compiler are older.
     linked = ("-static-libstdc++", "-static-libgcc") if platform.system() == "Linux" else ()
-    return (*_FLAGS, *linked, *targets()[isa])
+    # `make test-sanitizers` adds its own.
+    added = os.environ.get("FST_CXXFLAGS", "").split()
+    return (*_FLAGS, *linked, *targets()[isa], *added)
 
 
 def _compile(compiler: str, isa: str, path: Path) -> None:

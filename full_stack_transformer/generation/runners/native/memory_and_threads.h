@@ -54,6 +54,13 @@ class ZeroPages {  // zeros, which take memory page by page when they are first 
   ZeroPages() = default;
   ZeroPages(const ZeroPages&) = delete;
   ZeroPages& operator=(const ZeroPages&) = delete;
+#ifdef __SANITIZE_ADDRESS__  // which watches the ends of what the allocator gives
+  ~ZeroPages() { std::free(data_); }
+  void reserve(size_t size) {  // once
+    data_ = static_cast<uint8_t*>(std::calloc(size, 1));
+    if (!data_) throw std::bad_alloc();
+  }
+#else
   ~ZeroPages() {
     if (data_) munmap(data_, size_);
   }
@@ -61,11 +68,12 @@ class ZeroPages {  // zeros, which take memory page by page when they are first 
     void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_NOHUGEPAGE
-    madvise(data, size, MADV_NOHUGEPAGE);  // a token of a slot would take 2 MB in each layer
+    madvise(data, size, MADV_NOHUGEPAGE);  // what is little used would take 2 MB at once
 #endif
     data_ = static_cast<uint8_t*>(data);
     size_ = size;
   }
+#endif
   uint8_t* get() const { return data_; }
 
  private:
