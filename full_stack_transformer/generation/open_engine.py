@@ -352,8 +352,9 @@ def _announce(memory: KeyValueMemory, num_slots: int, max_length: int, wanted_le
         )
     elif num_whole < num_slots:
         logger.warning(
-            "memory holds %d texts of %s tokens at once, not %d; longer ones wait for each other",
-            *(num_whole, f"{max_length:,}", num_slots),
+            "memory holds %s of %s tokens at once, not %d; texts that do not fit wait for others",
+            "one text" if num_whole == 1 else f"{num_whole} texts",
+            *(f"{max_length:,}", num_slots),
         )
 
 

@@ -66,7 +66,8 @@ def test_memory_decides_how_many_texts_there_are(
     assert (engine.num_slots, engine.max_length) == (8, 128)
     assert engine.block_use.num_blocks == min(num_blocks, 8 * 4)
     assert "keys and values in float32: " in caplog.text
-    warning = f"memory holds {num_texts} texts of 128 tokens at once, not 8"
+    counted = "one text" if num_texts == 1 else f"{num_texts} texts"
+    warning = f"memory holds {counted} of 128 tokens at once, not 8"
     assert (warning in caplog.text) == (num_texts < 8)
 
 

@@ -195,7 +195,7 @@ class _BlockGauges(Collector):
             labels=[*labels, "state"],
         )
         waiting = GaugeMetricFamily(
-            "fst_texts_waiting_for_blocks", "Texts in slots that wait for blocks.", labels=labels
+            "fst_texts_waiting_for_blocks", "Running texts that wait for blocks.", labels=labels
         )
         put_back = CounterMetricFamily(
             "vllm:num_preemptions",

@@ -252,12 +252,13 @@ class _Tape:
     def decoder_forward(
         self,
         *arguments: Any,
-    ) -> None:
+    ) -> bool:
         _, num_tokens, *by_token, starts, block_ids, num_rows, rows, _ = arguments
         arrays = [(array, num_tokens) for array in by_token]
         num_sequences = by_token[1][num_tokens - 1] + 1
         self._write("f", num_tokens, *arrays, (starts, num_sequences + 1))
         self._write("", (block_ids, starts[num_sequences]), num_rows, (rows, num_rows))
+        return True
 
     def decoder_delete(self, _: int) -> None:
         self._file.close()

@@ -475,6 +475,42 @@ def _failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
         function.cache_clear()
 
 
+_WITHOUT_MEMORY = """
+import resource, torch
+from full_stack_transformer.generation.engine import Engine
+from full_stack_transformer.generation.runners.native.decoder import NativeRunner
+from full_stack_transformer.generation.runners.torch import SequenceWork
+from full_stack_transformer.modelling.backbones import new_backbone
+
+ids = {"begin": 0, "end": 1, "pad": 2}
+backbone = new_backbone("tiny", vocab_size=300, max_length=4000, special_token_ids=ids).eval()
+runner = NativeRunner(
+    backbone, num_blocks=120, weights_dtype="int8", kv_dtype="float32", num_threads=1
+)
+short, long = ([number % 290 + 3 for number in range(length)] for length in (9, 3000))
+before = runner.run([SequenceWork(range(119, 120), 0, short)])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 18), hard))
+try:
+    runner.run([SequenceWork(range(100), 0, long)])
+except MemoryError:
+    print("short of memory")
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+assert torch.equal(runner.run([SequenceWork(range(119, 120), 0, short)]), before)
+assert runner.run([SequenceWork(range(100), 0, long)]).isfinite().all()
+print("goes on")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
+def test_a_lack_of_memory_is_an_error_and_not_the_end() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_MEMORY], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split("\n")[:2] == ["short of memory", "goes on"], done.stderr
+
+
 @pytest.mark.usefixtures("_failing_compiler")
 def test_where_it_cannot_be_compiled_pytorch_generates_aloud(
     caplog: pytest.LogCaptureFixture,

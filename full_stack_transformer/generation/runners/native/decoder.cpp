@@ -24,10 +24,25 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <new>
 
 #include "model.h"
 #include "sampler.h"
+
+namespace {
+
+// False where memory is short.
+bool succeeds(const std::function<void()>& work) {
+  try {
+    work();
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
+
+}  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -109,13 +124,16 @@ void decoder_add_rotary(Decoder* decoder, const float* frequencies, int half, fl
   }
 }
 
-void decoder_forward(Decoder* decoder, int num_tokens, const int32_t* ids, const int32_t* sequences,
+bool decoder_forward(Decoder* decoder, int num_tokens, const int32_t* ids, const int32_t* sequences,
                      const int32_t* positions, const int32_t* table_starts, const int32_t* block_ids,
                      int num_rows, const int32_t* rows, float* logits) {
-  decoder->forward({num_tokens, ids, sequences, positions, table_starts, block_ids}, num_rows, rows, logits);
+  const Reading reading{num_tokens, ids, sequences, positions, table_starts, block_ids};
+  return succeeds([&] { decoder->forward(reading, num_rows, rows, logits); });
 }
 
-void decoder_hidden_states(Decoder* decoder, float* out) { decoder->hidden_states(out); }
+bool decoder_hidden_states(Decoder* decoder, float* out) {
+  return succeeds([&] { decoder->hidden_states(out); });
+}
 
 // The `wanted` likeliest of the scores, divided by the temperature and less the largest, and the sum of all
 // weights.

@@ -140,7 +140,8 @@ class NativeRunner:
         no_rows = np.zeros(0, np.int32)
         num_tokens = self._forward(work, no_rows, torch.empty(0, self.vocab_size))
         states = torch.empty(num_tokens, self._hidden_size)
-        self._library.decoder_hidden_states(self._decoder, _values(states))
+        if not self._library.decoder_hidden_states(self._decoder, _values(states)):
+            raise MemoryError
         return states
 
     def _forward(self, work: Sequence[SequenceWork], rows: _Ids, logits: Tensor) -> int:
@@ -160,10 +161,12 @@ class NativeRunner:
         # The decoder reads and writes wherever it is told to.
         assert ids.min(initial=0) >= 0 and ids.max(initial=0) < self.vocab_size
         assert block_ids.min(initial=0) >= 0 and block_ids.max(initial=0) < self.num_blocks
-        self._library.decoder_forward(
+        has_memory = self._library.decoder_forward(
             *(self._decoder, len(ids), _ids(ids), _ids(sequences), _ids(positions)),
             *(_ids(starts), _ids(block_ids), len(rows), _ids(rows), _values(logits)),
         )
+        if not has_memory:
+            raise MemoryError
         return len(ids)
 
     def _table(self, one: SequenceWork) -> _Ids:

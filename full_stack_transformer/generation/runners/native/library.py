@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_uint8, c_void_p
+from ctypes import POINTER, c_bool, c_double, c_float, c_int, c_int32, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -160,8 +160,8 @@ def _open(path: Path, isa: str) -> Library:
         "decoder_set_layer": ([c_void_p, c_int, c_int, c_int], None),
         "decoder_set_embeddings": ([c_void_p, values, values], None),
         "decoder_add_rotary": ([c_void_p, values, c_int, c_float], None),
-        "decoder_forward": ([c_void_p, c_int, *[ids] * 5, c_int, ids, values], None),
-        "decoder_hidden_states": ([c_void_p, values], None),
+        "decoder_forward": ([c_void_p, c_int, *[ids] * 5, c_int, ids, values], c_bool),
+        "decoder_hidden_states": ([c_void_p, values], c_bool),
         "sampler_rank": ([values, c_int, c_float, c_int, values, ids, POINTER(c_double)], None),
         "sampler_draw": ([values, c_int, c_float, c_double], c_int),
     }

@@ -31,10 +31,11 @@ class Buffer {  // 64-byte aligned, not initialized, grows on demand
   explicit Buffer(size_t size = 0) { reserve(size); }
   Value* reserve(size_t size) {
     if (size > size_) {
-      size_ = size;
+      size_ = 0;  // should it fail, the next one tries again
       const size_t bytes = (size * sizeof(Value) + 63) / 64 * 64;
       data_.reset(static_cast<Value*>(std::aligned_alloc(64, bytes)));
       if (!data_) throw std::bad_alloc();
+      size_ = size;
     }
     return data_.get();
   }
