@@ -50,6 +50,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("run_experiment", training.RunExperimentArguments, "training.run"),
     ("average_checkpoints", models.AverageCheckpointsArguments, "modelling.averaging"),
     ("whiten", models.WhitenArguments, "modelling.embedding.whitening"),
+    ("quantize", models.QuantizeArguments, "quantization.command"),
     ("evaluate", models.EvaluateArguments, "evaluation.run"),
     ("generate", models.GenerateArguments, "generation.command"),
     ("serve", serving.ServeArguments, "serving.run"),

@@ -15,12 +15,20 @@ from full_stack_transformer.errors import (
     DatasetError,
     InputError,
     MachineError,
+    ModelError,
     RowError,
     TokenizerError,
     UsageError,
 )
 from full_stack_transformer.machine import listen
-from full_stack_transformer.modelling.model_files import check_models, find_model_directory
+from full_stack_transformer.modelling.model_files import (
+    check_generates,
+    check_models,
+    find_model_directory,
+    read_config,
+    rounded_files,
+    weight_files,
+)
 from full_stack_transformer.tasks.catalogue import CORPUS_TASKS, TASKS
 
 _STANDARD_INPUT = "-"
@@ -113,6 +121,26 @@ def _check_whitening(options: models.WhitenArguments) -> None:
     for path in options.texts:
         if str(path) != _STANDARD_INPUT and not path.exists():
             raise InputError(f"TEXTS {path} does not exist; expected a file or directory of texts")
+
+
+def _check_quantizing(options: models.QuantizeArguments) -> None:
+    directory = find_model_directory(options.model)
+    check_generates(read_config(directory), directory)
+    if not weight_files(directory):
+        raise ModelError(
+            f"{directory} holds rounded weights already ({rounded_files(directory)[0].name}); name the model "
+            "that they were made from"
+        )
+    if options.calibration is not None and not options.calibration.exists():
+        raise UsageError(
+            f"--calibration {options.calibration} does not exist; expected a text file or a dataset directory"
+        )
+    if options.output is not None:
+        if options.output.exists():
+            raise UsageError(f"--output {options.output} exists; name a directory that does not")
+        _check_writable(options.output, "--output")
+    else:
+        _check_writable(directory, "MODEL")
 
 
 def _check_serving(options: serving.ServeArguments) -> None:
@@ -208,6 +236,7 @@ _CHECKS: dict[type, Callable[[Any], None]] = {
     training.TrainArguments: _check_training,
     models.AverageCheckpointsArguments: _check_averaging,
     models.WhitenArguments: _check_whitening,
+    models.QuantizeArguments: _check_quantizing,
     models.EvaluateArguments: _check_evaluation,
     models.GenerateArguments: _check_generation,
     serving.ServeArguments: _check_serving,

@@ -68,6 +68,34 @@ class AverageCheckpointsArguments(OwnClassesOptions, ModelsArguments):
 
 
 @dataclass(frozen=True)
+class QuantizeArguments(OwnClassesOptions, ModelArguments):
+    """Round the weights of a causal language model once, so that fst serve and fst generate start from a
+    small file; print its path."""
+
+    _: KW_ONLY
+    dtype: Literal["int8", "int4"] = "int4"
+    """Type of the weights."""
+    calibration: Path | None = None
+    """UTF-8 text file, or dataset directory: 4 bits are chosen so that the outputs for it change least, and
+    the perplexity is measured on a part that is not used for that. Default: the dataset of an experiment."""
+    method: Literal["gptq", "nearest"] = "gptq"
+    """How 4 bits are chosen. gptq: Frantar et al. 2022. nearest: each weight by itself, without a text."""
+    num_calibration_tokens: int = 16384
+    """Maximum tokens to calibrate on."""
+    output: Path | None = None
+    """Model directory to write, without the full weights; must not exist. Default: a file beside them."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for values that can never work."""
+        at_least(self, 2048, "num_calibration_tokens")
+        if self.model.suffix == ".ckpt":
+            raise UsageError(
+                f"{self.model} is a checkpoint; name its experiment, whose model directory can hold the "
+                "rounded weights"
+            )
+
+
+@dataclass(frozen=True)
 class WhitenArguments:
     """Fit BERT-whitening (Su et al. 2021) on texts and write an embedding model that applies it, in the
     format of sentence-transformers."""

@@ -64,7 +64,7 @@ def run_harness(
         harness_model = importlib.import_module("full_stack_transformer.evaluation.harness_model")
         evaluator = importlib.import_module("lm_eval.evaluator")
         tasks = importlib.import_module("lm_eval.tasks")
-        model = open_model(model_path, device=device)
+        model = open_model(model_path, device=device, weights_dtype=weights_dtype)
         adapter = harness_model.HarnessModel(
             model, num_slots=num_slots, weights_dtype=weights_dtype, kv_dtype=kv_dtype
         )

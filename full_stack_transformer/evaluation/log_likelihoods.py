@@ -154,6 +154,24 @@ def open_scoring_runner(
     )
 
 
+def perplexity(
+    backbone: Backbone, samples: Sequence[Sequence[int]], weights_dtype: WeightsDtype
+) -> float:
+    """exp of the mean surprise of every token of the samples but the first of each.
+
+    Raises:
+        ModelError: the weights cannot be had in that type here.
+        MachineError: memory is short.
+    """
+    spans = [TokenSpan(sample, len(sample) - 1) for sample in samples]
+    longest = max(map(len, samples))
+    runner = open_scoring_runner(
+        backbone, weights_dtype=weights_dtype, kv_dtype="auto", max_length=longest
+    )
+    total = sum(found.value for found in log_likelihoods(spans, runner))
+    return math.exp(-total / max(1, sum(span.num_targets for span in spans)))
+
+
 @dataclass(frozen=True)
 class RoundedWeights:
     """How well a model with rounded weights predicts the same samples."""

@@ -27,6 +27,7 @@ from full_stack_transformer.evaluation.log_likelihoods import measure_rounded_we
 from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust_options
+from full_stack_transformer.quantization.files import open_rounded
 from full_stack_transformer.tasks.opening import (
     open_task,
     row_task_class,
@@ -90,7 +91,11 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
         return content
     if arguments.weights_dtype != "float32" or arguments.kv_dtype not in ("auto", "float32"):
         rounded = measure_rounded_weights(
-            backbone, dataset.valid, loss, arguments.weights_dtype, arguments.kv_dtype
+            _rounded_before(arguments) or backbone,
+            dataset.valid,
+            loss,
+            arguments.weights_dtype,
+            arguments.kv_dtype,
         )
         logger.info(
             "with %s weights, keys and values in %s: perplexity %.2f, %+.3f %%",
@@ -109,6 +114,13 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
             temperature=arguments.temperature,
         ).as_json()
     return content
+
+
+def _rounded_before(arguments: EvaluateArguments) -> Backbone | None:
+    """The model with the weights that `fst quantize` wrote, where there are such."""
+    if arguments.model.suffix == ".ckpt":
+        return None
+    return open_rounded(find_model_directory(arguments.model), arguments.weights_dtype)
 
 
 def _as_asked(dataset: DatasetDirectory, task: CorpusTask) -> DatasetDirectory:

@@ -29,6 +29,7 @@ from full_stack_transformer.machine import (
     multiplies_bfloat16,
 )
 from full_stack_transformer.modelling.backbones import context_length, convert, num_parameters
+from full_stack_transformer.quantization.files import codes_dtype_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,14 @@ def open_engine(
         ModelError: weights, or keys and values, cannot be had in that type here.
         MachineError: memory is short for a single request.
     """
+    rounded = codes_dtype_of(backbone)
     if weights_dtype == "auto":
-        weights_dtype = "bfloat16" if multiplies_bfloat16(backbone.device) else "float32"
+        usual: WeightsDtype = "bfloat16" if multiplies_bfloat16(backbone.device) else "float32"
+        weights_dtype = rounded or usual
+    if weights_dtype == "int4" and rounded is None:
+        logger.info(
+            "rounding to the nearest of 4 bits; fst quantize finds better ones, once, to start from"
+        )
     if kv_dtype == "auto":
         kv_dtype = default_kv_dtype(weights_dtype)
     context = context_length(backbone.config)

@@ -165,7 +165,7 @@ class TextGenerator:
             MachineError: memory is short.
         """
         trust(allow_code_from)
-        model = open_model(Path(path), device=device)
+        model = open_model(Path(path), device=device, weights_dtype=weights_dtype)
         engine = open_engine(
             model.backbone,
             num_slots=num_slots,

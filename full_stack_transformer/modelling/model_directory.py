@@ -26,6 +26,7 @@ from full_stack_transformer.modelling.backbones import backbone_of_config, conve
 from full_stack_transformer.modelling.model_files import check_tokenizer_files, find_model_directory
 from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
 from full_stack_transformer.modelling.pretrained import load_backbone, open_config, reason_of
+from full_stack_transformer.quantization.files import open_rounded
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     read_json,
@@ -103,9 +104,20 @@ def save_model_directory(
 
 
 def open_model(
-    path: Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: str = "float32",
 ) -> OpenedModel:
     """Open a model; see `find_model_directory` for what `path` may be.
+
+    Args:
+        path: where the model is.
+        device: where to compute.
+        dtype: of full weights.
+        weights_dtype: what it will compute with: weights that `fst quantize` has rounded to that are opened
+            in place of the full ones.
 
     Raises:
         ModelError: there is no model, it is damaged, or tokenizer and weights do not match.
@@ -116,7 +128,10 @@ def open_model(
     if path.suffix == ".ckpt":
         backbone = backbone_of_checkpoint(path, directory, dtype)
     else:
-        backbone = load_backbone(str(directory), dtype=dtype)
+        rounded = None
+        if resolve_device(device).type == "cpu":
+            rounded = open_rounded(directory, weights_dtype)
+        backbone = rounded or load_backbone(str(directory), dtype=dtype)
     num_embeddings = backbone.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > num_embeddings:
         raise ModelError(

@@ -17,6 +17,7 @@ from full_stack_transformer.arguments.models import GenerateArguments
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_FILE_NAME,
+    CODES_FILE_NAMES,
     CONFIG_FILE_NAME,
     HUB_NAME,
     MODEL_DIRECTORY_NAME,
@@ -318,9 +319,29 @@ def _check_weights(directory: Path) -> None:
         for one in files:
             _check_file(one)
         return
+    rounded = rounded_files(directory)
+    if rounded:
+        for one in rounded:
+            check_pointer(one, ModelError)
+        return
     raise ModelError(
         f"{directory} has config.json, but no weights that are read here: found {other_weights(directory)}"
     )
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of the full weights that transformers would read; none where there are none."""
+    for name in _READ_WEIGHTS:
+        file = directory / name
+        if file.is_file():
+            return _shards(file) if name.endswith(".index.json") else [file]
+    return []
+
+
+def rounded_files(directory: Path) -> list[Path]:
+    """The files of `fst quantize`."""
+    files = [directory / name for name in CODES_FILE_NAMES.values()]
+    return [file for file in files if file.is_file()]
 
 
 def num_weights(directory: Path) -> int:

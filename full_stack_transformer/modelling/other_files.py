@@ -17,6 +17,11 @@ ADAPTER_FILE_NAME = "adapter_config.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLES = (".bin", ".pt", ".pth")
 # ending -> what such a file is
+CODES_FILE_NAMES = {
+    "int8": "quantized_int8.safetensors",
+    "int4": "quantized_int4.safetensors",
+}
+"""What `fst quantize` writes, by the type of the weights."""
 _FOREIGN_WEIGHTS = {
     ".h5": "weights of TensorFlow",
     ".msgpack": "weights of Flax",

@@ -28,6 +28,8 @@ from full_stack_transformer.modelling.model_files import (
     check_start,
     num_weights,
     read_config,
+    rounded_files,
+    weight_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,11 @@ def load_backbone(
         )
     if is_causal(model_class):
         check_generates(config.to_dict(), place)
+    if rounded_files(place) and not weight_files(place):
+        raise ModelError(
+            f"{place} holds rounded weights only ({rounded_files(place)[0].name}), which fst generate and "
+            "fst serve run on a processor; for anything else take the model that they were made from"
+        )
     what = f"the weights at {model_path}"
     check_free_memory(num_weights(place) * dtype.itemsize, what, torch.device("cpu"))
     try:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 CodesDtype = Literal["int8", "int4"]
 GROUP_SIZE = 32
+CODES_NAME = "quantized_weights"
+"""The attribute of a linear layer that holds its `Codes`, where they have been made before."""
 _MAX_CODE, _MAX_SCALE, _MAX_ZERO, _ZERO_STEPS = 15, 255, 255, 16
 # As the C++ decoder: what is smaller counts as 0.
 _SMALLEST = 1e-30

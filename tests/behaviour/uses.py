@@ -19,7 +19,15 @@ from tests.behaviour.trainings import LANGUAGE_MODEL
 _MODEL = f"experiments/{LANGUAGE_MODEL}/0"
 _COMMANDS = (
     *("collect_documents", "prepare_dataset", "verify_dataset", "check_tokenizer", "train"),
-    *("run_experiment", "average_checkpoints", "whiten", "evaluate", "generate", "serve"),
+    *(
+        "run_experiment",
+        "average_checkpoints",
+        "whiten",
+        "quantize",
+        "evaluate",
+        "generate",
+        "serve",
+    ),
     *("telegram_bot", "tensorboard", "demo"),
 )
 _GREEDY: dict[str, float] = {

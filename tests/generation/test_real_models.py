@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import httpx
 import numpy as np
@@ -16,9 +17,11 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from full_stack_transformer.evaluation.log_likelihoods import perplexity
 from full_stack_transformer.generation.runners.native.decoder import why_not_native
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.embedding.encoder import open_sentence_encoder
+from full_stack_transformer.modelling.model_directory import open_model
 from tests import real_models
 from tests.conftest import RunFst
 from tests.logged_process import running_service
@@ -49,7 +52,7 @@ PAIRS = (
 )
 # Resident memory of `fst serve` as soon as it is ready, with a fifth to spare: 1,167, 825 and 668 MB. Of them
 # Python, torch and transformers take 500. Keys and values are taken later, as texts need them.
-MAX_STARTED_BYTES = {"float32": 1_400e6, "bfloat16": 1_000e6, "int8": 800e6}
+MAX_STARTED_BYTES = {"float32": 1_400e6, "bfloat16": 1_000e6, "int8": 800e6, "int4": 800e6}
 
 
 def mean_of_tokens(directory: Path, texts: list[str]) -> torch.Tensor:
@@ -187,12 +190,25 @@ def test_a_text_is_scored_without_a_begin_token(smollm2: Path) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("weights_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights_dtype", ["bfloat16", "int8", "int4"])
 def test_rounded_weights_serve_it(smollm2: Path, weights_dtype: str) -> None:
     backbone = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    if weights_dtype == "int8" and why_not_native(backbone) is not None:
-        pytest.skip("int8 needs the C++ decoder")
+    if weights_dtype in ("int8", "int4") and why_not_native(backbone) is not None:
+        pytest.skip(f"{weights_dtype} needs the C++ decoder")
     del backbone
     with served(smollm2, weights_dtype) as (client, pid):
         assert psutil.Process(pid).memory_info().rss < MAX_STARTED_BYTES[weights_dtype]
         assert "Paris" in answer_to(client, QUESTION).json()["choices"][0]["message"]["content"]
+
+
+@pytest.mark.real
+def test_rounded_weights_predict_a_text_nearly_as_well(smollm2: Path) -> None:
+    """Its weights came from 4 bits with a scale and a minimum, which int4 represents."""
+    model = open_model(smollm2, device="cpu")
+    if why_not_native(model.backbone) is not None:
+        pytest.skip("rounded weights need the C++ decoder")
+    ids = model.tokenizer.encode_text("\n\n".join(topics.values()))
+    samples = [ids[start : start + 512] for start in range(0, 20_480, 512)]
+    exact = perplexity(model.backbone, samples, "float32")
+    assert perplexity(model.backbone, samples, "int8") == pytest.approx(exact, rel=0.003)
+    assert perplexity(model.backbone, samples, "int4") == pytest.approx(exact, rel=0.01)

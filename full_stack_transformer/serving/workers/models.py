@@ -346,7 +346,7 @@ def _open_task(
 def _open_once(
     name: str | None, path: Path, options: OpeningOptions, signature: object
 ) -> ServedModel:
-    opened = open_model(path, device=options.device)
+    opened = open_model(path, device=options.device, weights_dtype=options.weights_dtype)
     source = options.drafts.get(path)
     engine = open_engine(
         opened.backbone,

@@ -40,7 +40,7 @@ def _backbone() -> Backbone:
 
 
 def _rounded(inputs: Array) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Array]:
-    """Inputs (tokens, inputs) as int8, and their scales."""
+    """Inputs (…, inputs) as int8, and their scales."""
     scales = np.abs(inputs).max(-1, keepdims=True) / np.float32(127)
     return np.rint(inputs * (1 / scales)).astype(np.int64), scales
 
@@ -51,12 +51,12 @@ def _int4(inputs: Array, weights: torch.Tensor) -> Array:
     assert made.group_scales is not None and made.zeros is not None
     pairs = made.codes.numpy().astype(np.int64)
     codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(len(pairs), -1, 32)
-    rounded, scales = _rounded(inputs)
-    groups = rounded.reshape(len(inputs), -1, 32)
+    groups, scales = _rounded(inputs.reshape(len(inputs), -1, 32))
     sums = np.einsum("tgk,ngk->tng", groups, 16 * codes)
     sums -= made.zeros.numpy().astype(np.int64) * groups.sum(-1)[:, None]
-    total = (sums * made.group_scales.numpy().astype(np.int64)).sum(-1) / 16
-    result: Array = (total * made.scales.numpy().astype(np.float64) * scales).astype(np.float32)
+    sums *= made.group_scales.numpy().astype(np.int64)
+    total = (sums * scales[:, None, :, 0].astype(np.float64)).sum(-1) / 16
+    result: Array = (total * made.scales.numpy().astype(np.float64)).astype(np.float32)
     return result
 
 

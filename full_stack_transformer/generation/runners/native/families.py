@@ -19,11 +19,15 @@ from transformers import PreTrainedModel as Backbone
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from full_stack_transformer.quantization.codes import Codes, CodesDtype, joined, nearest
+from full_stack_transformer.quantization.codes import (
+    CODES_NAME,
+    Codes,
+    CodesDtype,
+    joined,
+    nearest,
+)
 
 _LANES = 16
-CODES_NAME = "quantized_weights"
-"""The attribute of a linear layer that holds its `Codes`, where they have been made before."""
 # As model.h numbers them.
 _ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish"), 0),

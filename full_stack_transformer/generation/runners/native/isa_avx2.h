@@ -17,6 +17,10 @@ constexpr int panels_of_tile(int num_tokens, int words_of_group) {
   return num_tokens * words_of_group <= 2 ? 2 : 1;
 }
 
+// Of weights of 4 bits.
+constexpr int kMaxCodeTokens = 4;
+constexpr int code_panels_of_tile(int num_tokens) { return panels_of_tile(num_tokens, 1); }
+
 inline Vector broadcast(float value) { return (Vector)_mm256_set1_ps(value); }
 inline IntVector broadcast(int32_t value) { return (IntVector)_mm256_set1_epi32(value); }
 
@@ -66,7 +70,10 @@ inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const in
 using CodeSums = IntVector;
 inline CodeSums add_code_products(CodeSums sums, IntVector codes, const int32_t* word) {
   const auto products = _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(word[0]));
-  return (IntVector)_mm256_add_epi16((__m256i)sums, products);
+  auto added = (IntVector)_mm256_add_epi16((__m256i)sums, products);
+  // Else the compiler adds in another order, which takes more registers than there are.
+  asm("" : "+x"(added));
+  return added;
 }
 inline IntVector total_of(CodeSums sums) {
   return (IntVector)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));

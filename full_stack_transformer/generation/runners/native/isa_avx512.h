@@ -15,6 +15,10 @@ typedef int32_t IntVector __attribute__((vector_size(64)));
 constexpr int max_tokens_of_tile(int) { return 12; }
 constexpr int panels_of_tile(int num_tokens, int) { return num_tokens == 1 ? 4 : 2; }
 
+// Of weights of 4 bits.
+constexpr int kMaxCodeTokens = 8;
+constexpr int code_panels_of_tile(int num_tokens) { return panels_of_tile(num_tokens, 1); }
+
 inline Vector broadcast(float value) { return (Vector)_mm512_set1_ps(value); }
 inline IntVector broadcast(int32_t value) { return (IntVector)_mm512_set1_epi32(value); }
 
@@ -64,7 +68,10 @@ inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const in
 using CodeSums = IntVector;
 inline CodeSums add_code_products(CodeSums sums, IntVector codes, const int32_t* word) {
   const auto products = _mm512_maddubs_epi16((__m512i)codes, _mm512_set1_epi32(word[0]));
-  return (IntVector)_mm512_add_epi16((__m512i)sums, products);
+  auto added = (IntVector)_mm512_add_epi16((__m512i)sums, products);
+  // Else the compiler adds in another order, which takes more registers than there are.
+  asm("" : "+v"(added));
+  return added;
 }
 inline IntVector total_of(CodeSums sums) {
   return (IntVector)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1));

@@ -17,6 +17,9 @@ constexpr int panels_of_tile(int num_tokens, int words_of_group) {
   return num_tokens * words_of_group == 1 ? 4 : num_tokens * words_of_group <= 3 ? 2 : 1;
 }
 
+constexpr int kMaxCodeTokens = max_tokens_of_tile(1);
+constexpr int code_panels_of_tile(int num_tokens) { return panels_of_tile(num_tokens, 1); }
+
 inline Vector broadcast(float value) { return (Vector)vdupq_n_f32(value); }
 inline IntVector broadcast(int32_t value) { return (IntVector)vdupq_n_s32(value); }
 

@@ -13,6 +13,9 @@ typedef int32_t IntVector __attribute__((vector_size(16)));
 constexpr int max_tokens_of_tile(int) { return 2; }
 constexpr int panels_of_tile(int, int) { return 1; }
 
+constexpr int kMaxCodeTokens = max_tokens_of_tile(1);
+constexpr int code_panels_of_tile(int num_tokens) { return panels_of_tile(num_tokens, 1); }
+
 inline Vector broadcast(float value) { return Vector{value, value, value, value}; }
 inline IntVector broadcast(int32_t value) { return IntVector{value, value, value, value}; }
 

@@ -171,7 +171,7 @@ void pack_int8(Linear& linear, HugePages& pages, const int8_t* codes, const floa
 // Inputs (T, K) of a linear layer as it takes them.
 struct Inputs {
   const int32_t* words = nullptr;  // (T, K / group * words of a group)
-  const float* scales = nullptr;   // (T), int8 and int4 only
+  const float* scales = nullptr;   // (T) for int8, (T, K / 32) for int4
   const int32_t* sums = nullptr;   // (T) of the quantized values, int8 only
   const float* group_sums = nullptr;  // (T, K / 32), int4 only
 };
@@ -229,17 +229,15 @@ struct Tile {
 template <WeightsType Type>
 inline Floats finish(const Tile& tile, const Sums<Type>* sums, int token, int panel) {
   const Floats bias = load(tile.linear->bias.get() + panel * kLanes);
-  const auto scales = [&]() __attribute__((always_inline)) {
-    return load(tile.linear->scales.get() + panel * kLanes) * all(tile.inputs.scales[token]);
-  };
+  const Floats output_scales = load(tile.linear->scales.get() + panel * kLanes);
   if constexpr (Type == kInt8) {
     // Takes back what was added to every weight.
     const IntVector added = broadcast(kInt8Offset * tile.inputs.sums[token]);
     const Floats plain = each_part(
         [&](int part) { return __builtin_convertvector(sums[part] - added, Vector); });
-    return multiply_add(plain, scales(), bias);
+    return multiply_add(plain, output_scales * all(tile.inputs.scales[token]), bias);
   } else if constexpr (Type == kInt4) {
-    return multiply_add(each_part([&](int part) { return sums[part]; }), scales(), bias);
+    return multiply_add(each_part([&](int part) { return sums[part]; }), output_scales, bias);
   } else {
     return each_part([&](int part) { return sums[part]; }) + bias;
   }
@@ -326,10 +324,19 @@ template <int Tokens, int Panels>
 inline void accumulate_codes(const Tile& tile, int first_token, int first_panel, Vector* results,
                              int results_stride);
 
+template <WeightsType Type>
+constexpr int most_tokens() {
+  return Type == kInt4 ? kMaxCodeTokens : max_tokens_of_tile(words_of_group(Type));
+}
+template <WeightsType Type>
+constexpr int panels_together(int num_tokens) {
+  return Type == kInt4 ? code_panels_of_tile(num_tokens) : panels_of_tile(num_tokens, words_of_group(Type));
+}
+
 // `Panels` panels, at least one pair.
 template <WeightsType Type, int Tokens, int Panels>
 inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
-  constexpr int kTogether = std::min(Panels, panels_of_tile(Tokens, words_of_group(Type)));
+  constexpr int kTogether = std::min(Panels, panels_together<Type>(Tokens));
   Sums<Type> results[Tokens][Panels][kParts];
   for (int panel = 0; panel < Panels; panel += kTogether) {
     if constexpr (Type == kInt4) {
@@ -358,7 +365,7 @@ inline void compute_tile(const Tile& tile, int first_token, int first_panel) {
 
 template <WeightsType Type, int Tokens>
 void compute_tokens(const Tile& tile, int first_token, int first_panel, int end_panel) {
-  constexpr int kPanels = std::max(2, panels_of_tile(Tokens, words_of_group(Type)));
+  constexpr int kPanels = std::max(2, panels_together<Type>(Tokens));
   int panel = first_panel;
   for (; panel + kPanels <= end_panel; panel += kPanels) {
     compute_tile<Type, Tokens, kPanels>(tile, first_token, panel);
@@ -366,7 +373,7 @@ void compute_tokens(const Tile& tile, int first_token, int first_panel, int end_
   for (; panel < end_panel; panel += 2) compute_tile<Type, Tokens, 2>(tile, first_token, panel);
 }
 
-template <WeightsType Type, int Tokens = max_tokens_of_tile(words_of_group(Type))>
+template <WeightsType Type, int Tokens = most_tokens<Type>()>
 void compute_rest(const Tile& tile, int num_tokens, int first_token, int first_panel, int end_panel) {
   if constexpr (Tokens > 0) {
     if (num_tokens == Tokens) {
@@ -380,7 +387,7 @@ void compute_rest(const Tile& tile, int num_tokens, int first_token, int first_p
 template <WeightsType Type>
 void compute_panels(const Tile& tile, int num_tokens, int first_panel, int end_panel) {
   // Even shares: 13 tokens as 7 and 6, not as 12 and 1.
-  constexpr int kMaxTokens = max_tokens_of_tile(words_of_group(Type));
+  constexpr int kMaxTokens = most_tokens<Type>();
   const int num_tiles = (num_tokens + kMaxTokens - 1) / kMaxTokens;
   for (int number = 0; number < num_tiles; ++number) {
     const int first = num_tokens * number / num_tiles, end = num_tokens * (number + 1) / num_tiles;

@@ -190,7 +190,7 @@ class Decoder {
     const int num_words = type == kInt4 ? num_values / 4 : num_values / values_of_group(type) * words_of_group(type);
     const int num_groups = num_values / kGroupInputs;
     int32_t* words = words_.reserve(static_cast<size_t>(num_tokens) * num_words);
-    float* scales = scales_.reserve(num_tokens);
+    float* scales = scales_.reserve(static_cast<size_t>(num_tokens) * std::max(1, num_groups));
     int32_t* sums = sums_.reserve(num_tokens);
     float* group_sums = group_sums_.reserve(static_cast<size_t>(num_tokens) * num_groups);
     each_token(num_tokens, [&](int token) {
@@ -200,7 +200,8 @@ class Decoder {
       if (type == kInt8) {
         sums[token] = quantize(in, num_values, reinterpret_cast<Int8Input*>(out), scales[token]);
       } else if (type == kInt4) {
-        quantize_groups(in, num_values, out, scales[token], group_sums + static_cast<size_t>(token) * num_groups);
+        const size_t first = static_cast<size_t>(token) * num_groups;
+        quantize_groups(in, num_values, out, scales + first, group_sums + first);
       } else if constexpr (kHasBFloat16Products) {
         round_to_bfloat16_pairs(in, num_values, out);
       }
