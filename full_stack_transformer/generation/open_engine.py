@@ -39,8 +39,9 @@ BLOCK_SIZE = 32
 _MEMORY_FRACTION, _MAX_MEMORY_FRACTION = 0.7, 0.9
 # What of that a draft model may take, and the texts of full length that it has room for at most.
 _DRAFT_FRACTION, _MAX_DRAFTED_TEXTS = 0.25, 4
-# Memory that is left to others before a block is used that has never been written.
-_LEFT_BYTES = 1 << 26
+# Memory that is left for the rest before a block is used that has never been written: the logits of 256
+# tokens over a vocabulary of 50,000, for log-probabilities, take 50 MB, twice.
+_LEFT_BYTES = 100_000_000
 # Shorter texts are of no use.
 _MIN_TOKENS = 256
 # Of logits read in pieces to those read at once: 1e-6 in fp32, up to 0.25 with weights that came in bfloat16;
