@@ -129,7 +129,7 @@ class Pool {
     for (auto& thread : threads_) thread.join();
   }
 
-  // Calls work(0) … work(count - 1), each once, on all threads.
+  // Calls work(0) … work(count - 1), each once, on all threads; throws std::bad_alloc where one of them has.
   void run(int count, const std::function<void(int)>& work) {
     if (count == 1 || threads_.empty()) {
       for (int item = 0; item < count; ++item) work(item);
@@ -151,11 +151,16 @@ class Pool {
         std::this_thread::yield();
       }
     }
+    if (has_failed_.exchange(false)) throw std::bad_alloc();
   }
 
  private:
   void take() {
-    for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*work_)(item);
+    try {
+      for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*work_)(item);
+    } catch (const std::bad_alloc&) {
+      has_failed_ = true;
+    }
   }
 
   void serve() {
@@ -178,7 +183,7 @@ class Pool {
   const std::function<void(int)>* work_ = nullptr;
   int count_ = 0;
   std::atomic<int> next_{0}, num_inside_{0};
-  std::atomic<bool> is_open_{false};
+  std::atomic<bool> is_open_{false}, has_failed_{false};
   std::atomic<uint32_t> round_{0};
   std::atomic<bool> is_over_{false};
 };
