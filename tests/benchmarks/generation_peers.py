@@ -223,7 +223,7 @@ def load_openvino(job: Job) -> Generate:
     if job.weights == "float32":
         properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     if job.weights == "bfloat16":
-        # Held back from AVX-512 it would not compute at all; on a processor without it, it takes fp32.
+        # A processor without AVX-512 takes fp32.
         hint = "bf16" if job.isa.startswith("avx512") else "f32"
         properties |= {"INFERENCE_PRECISION_HINT": hint, "KV_CACHE_PRECISION": "bf16"}
     pipeline = genai.ContinuousBatchingPipeline(job.files, scheduler, "CPU", properties)
