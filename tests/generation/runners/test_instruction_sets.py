@@ -222,15 +222,17 @@ class _Tape:
 
     def decoder_set_linear(
         self, _: int, layer: int, name: int, weights: Any, bias: Any, rows: int, columns: int
-    ) -> None:
+    ) -> bool:
         self._write("l", layer, name, (weights, rows * columns), (bias, rows), rows, columns)
+        return True
 
-    def decoder_set_codes(self, _: int, layer: int, name: int, *arrays: Any) -> None:
+    def decoder_set_codes(self, _: int, layer: int, name: int, *arrays: Any) -> bool:
         codes, group_scales, zeros, scales, bias, rows, columns = arrays
         num_bytes = rows * columns // (2 if group_scales else 1)
         num_groups = rows * columns // 32
         self._write("c", layer, name, (codes, num_bytes // 4), (group_scales, num_groups // 4))
         self._write("", (zeros, num_groups // 4), (scales, rows), (bias, rows), rows, columns)
+        return True
 
     def decoder_set_norm(
         self, _: int, layer: int, name: int, weight: Any, bias: Any, size: int
@@ -240,10 +242,11 @@ class _Tape:
     def decoder_set_layer(self, _: int, layer: int, window: int, rotary: int) -> None:
         self._write("y", layer, window, rotary)
 
-    def decoder_set_embeddings(self, _: int, tokens: Any, positions: Any) -> None:
+    def decoder_set_embeddings(self, _: int, tokens: Any, positions: Any) -> bool:
         size = self._shape.hidden_size
         lengths = self._shape.vocab_size * size, self._shape.max_length * size
         self._write("e", (tokens, lengths[0]), (positions, lengths[1]))
+        return True
 
     def decoder_add_rotary(self, _: int, frequencies: Any, half: int, scaling: float) -> None:
         scaling_pointer = ctypes.pointer(ctypes.c_float(scaling))

@@ -58,26 +58,30 @@ Decoder* decoder_new(const DecoderShape* shape) {
 void decoder_delete(Decoder* decoder) { delete decoder; }
 
 // layer -1 is the head.
-void decoder_set_linear(Decoder* decoder, int layer, int name, const float* weights, const float* bias,
+bool decoder_set_linear(Decoder* decoder, int layer, int name, const float* weights, const float* bias,
                         int num_outputs, int num_inputs) {
   Linear& linear = layer < 0 ? decoder->head_ : decoder->layers_[layer].linears[name];
   const bool is_pair = layer >= 0 && name == kMlpIn && decoder->shape_.is_gated;
-  pack(linear, decoder->pages_, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair);
+  return succeeds([&] {
+    pack(linear, decoder->pages_, decoder->type_, weights, bias, num_outputs, num_inputs, is_pair);
+  });
 }
 
 // Weights that have been rounded before: int8 (N, K), or with scales of groups int4 as int4.h says. Layer -1 is
 // the head.
-void decoder_set_codes(Decoder* decoder, int layer, int name, const uint8_t* codes, const uint8_t* group_scales,
+bool decoder_set_codes(Decoder* decoder, int layer, int name, const uint8_t* codes, const uint8_t* group_scales,
                        const uint8_t* zeros, const float* scales, const float* bias, int num_outputs,
                        int num_inputs) {
   Linear& linear = layer < 0 ? decoder->head_ : decoder->layers_[layer].linears[name];
   const bool is_pair = layer >= 0 && name == kMlpIn && decoder->shape_.is_gated;
-  if (group_scales) {
-    pack_int4(linear, decoder->pages_, codes, group_scales, zeros, scales, bias, num_outputs, num_inputs, is_pair);
-  } else {
-    pack_int8(linear, decoder->pages_, reinterpret_cast<const int8_t*>(codes), scales, bias, num_outputs,
-              num_inputs, is_pair);
-  }
+  return succeeds([&] {
+    if (group_scales) {
+      pack_int4(linear, decoder->pages_, codes, group_scales, zeros, scales, bias, num_outputs, num_inputs, is_pair);
+    } else {
+      pack_int8(linear, decoder->pages_, reinterpret_cast<const int8_t*>(codes), scales, bias, num_outputs,
+                num_inputs, is_pair);
+    }
+  });
 }
 
 // layer -1 is the last norm. `size`: how many numbers are normalized together.
@@ -93,21 +97,23 @@ void decoder_set_layer(Decoder* decoder, int layer, int window, int rotary) {
   decoder->layers_[layer].rotary = rotary;
 }
 
-void decoder_set_embeddings(Decoder* decoder, const float* tokens, const float* positions) {
-  const DecoderShape& shape = decoder->shape_;
-  const size_t num_values = static_cast<size_t>(shape.vocab_size) * shape.hidden_size;
-  if (decoder->type_ == kFloat32) {
-    std::memcpy(decoder->token_embeddings_.reserve(num_values * 4), tokens, num_values * 4);
-  } else {
-    auto* halves = reinterpret_cast<uint16_t*>(decoder->token_embeddings_.reserve(num_values * 2));
-    for (size_t number = 0; number < num_values; ++number) halves[number] = to_bfloat16(tokens[number]);
-  }
-  decoder->has_positions_ = positions != nullptr;
-  if (positions) {
-    const size_t num_position_values = static_cast<size_t>(shape.max_length) * shape.hidden_size;
-    std::copy(positions, positions + num_position_values,
-              decoder->position_embeddings_.reserve(num_position_values));
-  }
+bool decoder_set_embeddings(Decoder* decoder, const float* tokens, const float* positions) {
+  return succeeds([&] {
+    const DecoderShape& shape = decoder->shape_;
+    const size_t num_values = static_cast<size_t>(shape.vocab_size) * shape.hidden_size;
+    if (decoder->type_ == kFloat32) {
+      std::memcpy(decoder->token_embeddings_.reserve(num_values * 4), tokens, num_values * 4);
+    } else {
+      auto* halves = reinterpret_cast<uint16_t*>(decoder->token_embeddings_.reserve(num_values * 2));
+      for (size_t number = 0; number < num_values; ++number) halves[number] = to_bfloat16(tokens[number]);
+    }
+    decoder->has_positions_ = positions != nullptr;
+    if (positions) {
+      const size_t num_position_values = static_cast<size_t>(shape.max_length) * shape.hidden_size;
+      std::copy(positions, positions + num_position_values,
+                decoder->position_embeddings_.reserve(num_position_values));
+    }
+  });
 }
 
 // Frequencies (half) in radians per position; cosines and sines are multiplied by `scaling`.

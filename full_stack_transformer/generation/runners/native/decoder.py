@@ -140,8 +140,7 @@ class NativeRunner:
         no_rows = np.zeros(0, np.int32)
         num_tokens = self._forward(work, no_rows, torch.empty(0, self.vocab_size))
         states = torch.empty(num_tokens, self._hidden_size)
-        if not self._library.decoder_hidden_states(self._decoder, _values(states)):
-            raise MemoryError
+        _need_memory(self._library.decoder_hidden_states(self._decoder, _values(states)))
         return states
 
     def _forward(self, work: Sequence[SequenceWork], rows: _Ids, logits: Tensor) -> int:
@@ -161,12 +160,12 @@ class NativeRunner:
         # The decoder reads and writes wherever it is told to.
         assert ids.min(initial=0) >= 0 and ids.max(initial=0) < self.vocab_size
         assert block_ids.min(initial=0) >= 0 and block_ids.max(initial=0) < self.num_blocks
-        has_memory = self._library.decoder_forward(
-            *(self._decoder, len(ids), _ids(ids), _ids(sequences), _ids(positions)),
-            *(_ids(starts), _ids(block_ids), len(rows), _ids(rows), _values(logits)),
+        _need_memory(
+            self._library.decoder_forward(
+                *(self._decoder, len(ids), _ids(ids), _ids(sequences), _ids(positions)),
+                *(_ids(starts), _ids(block_ids), len(rows), _ids(rows), _values(logits)),
+            )
         )
-        if not has_memory:
-            raise MemoryError
         return len(ids)
 
     def _table(self, one: SequenceWork) -> _Ids:
@@ -212,15 +211,19 @@ class NativeRunner:
             self._set_codes(layer, name, linear.codes(codes_dtype), bias)
             return
         weights = linear.weights()
-        self._library.decoder_set_linear(
-            self._decoder, layer, name, _values(weights), _values(bias), *weights.shape
+        _need_memory(
+            self._library.decoder_set_linear(
+                self._decoder, layer, name, _values(weights), _values(bias), *weights.shape
+            )
         )
 
     def _set_codes(self, layer: int, name: int, codes: Codes, bias: Tensor | None) -> None:
-        self._library.decoder_set_codes(
-            *(self._decoder, layer, name),
-            *map(_bytes, (codes.codes, codes.group_scales, codes.zeros)),
-            *(_values(codes.scales), _values(bias), *codes.shape),
+        _need_memory(
+            self._library.decoder_set_codes(
+                *(self._decoder, layer, name),
+                *map(_bytes, (codes.codes, codes.group_scales, codes.zeros)),
+                *(_values(codes.scales), _values(bias), *codes.shape),
+            )
         )
 
     def _set_norm(self, layer: int, name: int, norm: Norm) -> None:
@@ -232,7 +235,14 @@ class NativeRunner:
     def _set_embeddings(self, tokens: Tensor, positions: Tensor | None) -> None:
         tokens = tokens.float().contiguous()
         positions = positions.float().contiguous() if positions is not None else None
-        self._library.decoder_set_embeddings(self._decoder, _values(tokens), _values(positions))
+        _need_memory(
+            self._library.decoder_set_embeddings(self._decoder, _values(tokens), _values(positions))
+        )
+
+
+def _need_memory(has_memory: bool) -> None:
+    if not has_memory:
+        raise MemoryError
 
 
 def _values(tensor: Tensor | None) -> Any:

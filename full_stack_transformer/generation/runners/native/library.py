@@ -151,14 +151,14 @@ def _open(path: Path, isa: str) -> Library:
     declarations: dict[str, tuple[list[type], type | None]] = {
         "decoder_new": ([POINTER(DecoderShape)], c_void_p),
         "decoder_delete": ([c_void_p], None),
-        "decoder_set_linear": ([c_void_p, c_int, c_int, values, values, c_int, c_int], None),
+        "decoder_set_linear": ([c_void_p, c_int, c_int, values, values, c_int, c_int], c_bool),
         "decoder_set_codes": (
             [c_void_p, c_int, c_int, *(codes,) * 3, values, values, c_int, c_int],
-            None,
+            c_bool,
         ),
         "decoder_set_norm": ([c_void_p, c_int, c_int, values, values, c_int], None),
         "decoder_set_layer": ([c_void_p, c_int, c_int, c_int], None),
-        "decoder_set_embeddings": ([c_void_p, values, values], None),
+        "decoder_set_embeddings": ([c_void_p, values, values], c_bool),
         "decoder_add_rotary": ([c_void_p, values, c_int, c_float], None),
         "decoder_forward": ([c_void_p, c_int, *[ids] * 5, c_int, ids, values], c_bool),
         "decoder_hidden_states": ([c_void_p, values], c_bool),
