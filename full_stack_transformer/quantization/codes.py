@@ -1,16 +1,20 @@
 """Weights of linear layers as small integers: their format, and rounding to the nearest.
 
-    int8   weight = scale of the output * code                                             codes -127 … 127
+    int8   rotated weight = scale of the output * code                                     codes -127 … 127
     int4   weight = scale of the output * scale of the group * (code - zero / 16)          codes 0 … 15
 
 A group is 32 inputs of an output; its scale is 1 … 255 and its zero 0 … 255. With the codes that makes 4.5
 bits a weight, as with a scale alone in fp16. Yet it represents what has a scale and a minimum (GGUF's Q4_1,
 in which many models are published) almost exactly: perplexity of SmolLM2 +0.1 %, with a scale alone +24 %.
 
+The weights of int8 are rotated before they are rounded, and so are the inputs that they are multiplied with:
+see `rotated`. Without it SmolLM2's few large inputs cost 3 to 5 % of perplexity, with it 0.3 %.
+
 Every operation is on single numbers, so the codes have the same bits on every processor. Knows nothing of
 models.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,7 +68,7 @@ class Codes:
     def weights(self) -> Tensor:
         """The weights (outputs, inputs) that they stand for, in fp32."""
         if self.group_scales is None or self.zeros is None:
-            return self.codes.float() * self.scales[:, None]
+            return rotated(self.codes.float() * self.scales[:, None])
         values = torch.stack([self.codes & 15, self.codes >> 4], -1).view(
             len(self.codes), -1, GROUP_SIZE
         )
@@ -89,14 +93,31 @@ def joined(parts: Sequence[Codes]) -> Codes:
 def nearest(weights: Tensor, dtype: CodesDtype) -> Codes:
     """Each weight (outputs, inputs) rounded by itself; int8 where the inputs make no groups of 32."""
     weights = weights.detach().float()
-    if dtype == "int8" or not fits_groups(weights.shape[1]):
-        return _nearest_int8(weights)
+    is_int8 = dtype == "int8" or not fits_groups(weights.shape[1])
+    rounded = _nearest_int8 if is_int8 else _nearest_int4
     rows = max(1, _VALUES_AT_ONCE // weights.shape[1])
-    return joined([_nearest_int4(piece) for piece in torch.split(weights, rows)])
+    return joined([rounded(piece) for piece in torch.split(weights, rows)])
+
+
+def rotated(weights: Tensor) -> Tensor:
+    """Each block of weights (outputs, inputs) times a Hadamard matrix / sqrt(block), which undoes itself.
+
+    A block is the largest power of 2 that divides the inputs. It spreads what few inputs hold over all of
+    them, so that one scale serves all: Ashkboos et al. 2024 (QuaRot, arXiv 2404.00456).
+    """
+    num_inputs = weights.shape[1]
+    block = num_inputs & -num_inputs
+    half = 1
+    while half < block:
+        pairs = weights.reshape(len(weights), -1, 2, half)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        weights = torch.stack([first + second, first - second], 2)
+        half *= 2
+    return weights.reshape(-1, num_inputs) / math.sqrt(block)
 
 
 def _nearest_int8(weights: Tensor) -> Codes:
-    """The same codes as kernels.h makes of weights in fp32."""
+    weights = rotated(weights)
     largest = weights.abs().amax(1)
     scales = torch.where(largest > _SMALLEST, largest / 127, torch.ones_like(largest))
     return Codes((weights / scales[:, None]).round().to(torch.int8), scales)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from full_stack_transformer.quantization.codes import GROUP_SIZE, joined, nearest
+from full_stack_transformer.quantization.codes import GROUP_SIZE, joined, nearest, rotated
 from full_stack_transformer.quantization.gptq import rounded_with_errors_passed_on
 
 
@@ -40,6 +40,16 @@ def test_weights_that_are_all_alike_are_kept(value: float) -> None:
     weights = torch.full((3, 64), value)
     for dtype in ("int8", "int4"):
         assert nearest(weights, dtype).weights() == pytest.approx(weights.numpy(), abs=1e-2)
+
+
+@pytest.mark.parametrize("num_inputs", [16, 48, 64, 576])
+def test_a_rotation_changes_no_product_and_spreads_what_is_large(num_inputs: int) -> None:
+    weights, inputs = _weights(5, num_inputs), _weights(3, num_inputs)
+    inputs[:, 7] = 100
+    exact = inputs @ weights.T
+    assert rotated(inputs) @ rotated(weights).T == pytest.approx(exact.numpy(), rel=1e-3, abs=1e-2)
+    assert rotated(rotated(weights)) == pytest.approx(weights.numpy(), abs=1e-5)
+    assert bool((rotated(inputs).abs().amax(1) < 40).all())
 
 
 def test_what_makes_no_groups_stays_int8() -> None:

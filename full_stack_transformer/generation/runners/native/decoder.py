@@ -60,9 +60,9 @@ class NativeRunner:
         backbone: in evaluation mode; its weights are copied and packed.
         num_blocks: of keys and values, which take memory when they are first written.
         block_size: tokens of a block: 16, 32 or 64.
-        weights_dtype: int8 has one scale for each output of a linear layer and for each token's inputs. int4
-            has one for each 32 inputs of an output, too; the head, and what has no multiple of 32 inputs,
-            stays int8.
+        weights_dtype: int8 has one scale for each output of a linear layer and for each token's inputs, both
+            rotated. int4 has one for each 32 inputs of an output, too; the head, and what has no multiple of
+            32 inputs, stays int8.
         kv_dtype: of keys and values; int8 has one scale for each token and head.
         max_length: positions of a sequence; none for the model's context.
         num_threads: none for as many as PyTorch uses.
@@ -119,6 +119,7 @@ class NativeRunner:
                 "or shorter texts at once"
             )
         self._is_int4 = weights_dtype == "int4"
+        self._has_codes = weights_dtype in ("int8", "int4")
         with torch.no_grad():
             self._pack(parts_of(backbone))
 
@@ -207,7 +208,7 @@ class NativeRunner:
         bias = linear.bias()
         # The head stays int8: it is where rounding costs most.
         codes_dtype: CodesDtype = "int4" if self._is_int4 and layer != _LAST else "int8"
-        if linear.has_codes or codes_dtype == "int4":
+        if linear.has_codes or self._has_codes:
             self._set_codes(layer, name, linear.codes(codes_dtype), bias)
             return
         weights = linear.weights()

@@ -88,12 +88,8 @@ inline float scale_of(float largest) { return largest > 1e-30f ? largest / 127 :
 // Two words hold numbers 0 and 1, and 2 and 3: those of the even and of the odd bytes.
 constexpr int kInt8Places[4] = {0, kInt8Words == 2 ? 2 : 1, kInt8Words == 2 ? 1 : 2, 3};
 
-inline void pack_group(WeightsType type, const float* values, float scale, uint8_t* place) {
-  if (type == kInt8) {
-    for (int number = 0; number < 4; ++number) {
-      place[kInt8Places[number]] = static_cast<uint8_t>(kInt8Offset + nearest_integer(values[number] / scale));
-    }
-  } else if (type == kFloat32) {
+inline void pack_group(WeightsType type, const float* values, uint8_t* place) {
+  if (type == kFloat32) {
     std::memcpy(place, values, 4);
   } else {
     const uint16_t pair[2] = {to_bfloat16(values[0]), to_bfloat16(values[1])};
@@ -127,6 +123,7 @@ inline int prepare_linear(Linear& linear, WeightsType type, const float* bias, i
   return num_all;
 }
 
+// Weights (N, K) of fp32 or bf16.
 void pack(Linear& linear, HugePages& pages, WeightsType type, const float* weights, const float* bias,
           int num_outputs, int num_inputs, bool is_pair) {
   const int num_all = prepare_linear(linear, type, bias, num_outputs, num_inputs, is_pair);
@@ -138,17 +135,14 @@ void pack(Linear& linear, HugePages& pages, WeightsType type, const float* weigh
   for (int number = 0; number < num_all; ++number) {
     const int row = row_of(number, num_outputs, is_pair), panel = number / kLanes, lane = number % kLanes;
     const float* source = row >= 0 ? weights + static_cast<size_t>(row) * num_inputs : zeros.get();
-    float largest = 0;
-    for (int k = 0; k < num_inputs; ++k) largest = std::max(largest, std::fabs(source[k]));
-    if (type == kInt8) linear.scales.get()[number] = scale_of(largest);
     for (int group = 0; group < num_groups; ++group) {
-      pack_group(type, source + group * per_group, linear.scales.get()[number],
+      pack_group(type, source + group * per_group,
                  out + (static_cast<size_t>(panel) * num_groups + group) * 64 + lane * 4);
     }
   }
 }
 
-// int8 weights (N, K) that have been rounded before, with one scale an output.
+// int8 weights (N, K), rotated and rounded, with one scale an output.
 void pack_int8(Linear& linear, HugePages& pages, const int8_t* codes, const float* scales, const float* bias,
                int num_outputs, int num_inputs, bool is_pair) {
   const int num_all = prepare_linear(linear, kInt8, bias, num_outputs, num_inputs, is_pair);
@@ -175,6 +169,48 @@ struct Inputs {
   const int32_t* sums = nullptr;   // (T) of the quantized values, int8 only
   const float* group_sums = nullptr;  // (T, K / 32), int4 only
 };
+
+// In each pair of lanes `Half` apart the sum and the difference.
+template <int Half>
+inline Vector sums_and_differences(Vector values) {
+  Vector other{}, sign{};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kWidth; ++lane) sign[lane] = lane & Half ? -1.0f : 1.0f;
+#if defined(__clang__)
+  for (int lane = 0; lane < kWidth; ++lane) other[lane] = values[lane ^ Half];
+#else
+  IntVector places{};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kWidth; ++lane) places[lane] = lane ^ Half;
+  other = __builtin_shuffle(values, places);
+#endif
+  return values * sign + other;
+}
+
+// Numbers (K) of each block times a Hadamard matrix, and what makes it a rotation. A few numbers that are much
+// larger than the others, which many models have, are spread over their block, so that one scale serves all;
+// weights are rotated likewise (codes.py), and products stay what they were. Ashkboos et al. 2024 (QuaRot).
+inline float rotate_blocks(const float* in, int num_values, float* out) {
+  const int block = num_values & -num_values;  // the largest power of 2 that divides
+  for (int k = 0; k < num_values; k += kWidth) {
+    Vector values = load_vector(in + k);
+    values = sums_and_differences<1>(values);
+    values = sums_and_differences<2>(values);
+    if constexpr (kWidth > 4) values = sums_and_differences<4>(values);
+    if constexpr (kWidth > 8) values = sums_and_differences<8>(values);
+    store_vector(out + k, values);
+  }
+  for (int half = kWidth; half < block; half *= 2) {
+    for (int first = 0; first < num_values; first += 2 * half) {
+      for (int k = first; k < first + half; k += kWidth) {
+        const Vector a = load_vector(out + k), b = load_vector(out + k + half);
+        store_vector(out + k, a + b);
+        store_vector(out + k + half, a - b);
+      }
+    }
+  }
+  return 1 / std::sqrt(static_cast<float>(block));
+}
 
 using Int8Input = std::conditional_t<kInt8Words == 1, int8_t, int16_t>;
 

@@ -198,7 +198,11 @@ class Decoder {
       const float* in = values + static_cast<size_t>(token) * num_values;
       int32_t* out = words + static_cast<size_t>(token) * num_words;
       if (type == kInt8) {
-        sums[token] = quantize(in, num_values, reinterpret_cast<Int8Input*>(out), scales[token]);
+        thread_local Buffer<float> buffer;
+        float* rotated = buffer.reserve(num_values);
+        const float factor = rotate_blocks(in, num_values, rotated);
+        sums[token] = quantize(rotated, num_values, reinterpret_cast<Int8Input*>(out), scales[token]);
+        scales[token] *= factor;
       } else if (type == kInt4) {
         const size_t first = static_cast<size_t>(token) * num_groups;
         quantize_groups(in, num_values, out, scales + first, group_sums + first);
