@@ -129,7 +129,7 @@ def test_a_draft_changes_no_bit(kind: str, sampling: Any, monkeypatch: pytest.Mo
     expected = run_events(
         Engine(make_runner(kind), num_slots=1, guesses=False), _requests(sampling)
     )
-    engine = _engine(make_runner(kind), _draft(make_runner("int8", num_blocks=12)), _always())
+    engine = _engine(make_runner(kind), _draft(make_runner("int4", num_blocks=12)), _always())
     found = _run_among_others(engine, _requests(sampling))
     assert found == [[replace(event, request_id=0) for event in some] for some in expected]
     assert engine.guesses is not None
