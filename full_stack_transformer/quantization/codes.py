@@ -29,8 +29,8 @@ CODES_NAME = "quantized_weights"
 _MAX_CODE, _MAX_SCALE, _MAX_ZERO, _ZERO_STEPS = 15, 255, 255, 16
 # As the C++ decoder: what is smaller counts as 0.
 _SMALLEST = 1e-30
-# Weights rounded at once: some temporary tensors of 16 MB.
-_VALUES_AT_ONCE = 1 << 22
+# Weights rounded at once: some temporary tensors of 4 MB.
+_VALUES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
