@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def replace_directory(partial: Path, target: Path) -> None:
     Its files can be read by whom the umask allows. Linux exchanges the two names in one call (renameat2(2),
     RENAME_EXCHANGE). On other systems `target` is missing for an instant.
     """
-    _share(partial)
+    share(path for path in files_below(partial) if not path.is_symlink())
     sync_tree(partial)
     if not target.exists():
         partial.rename(target)
@@ -221,13 +221,12 @@ def replace_directory(partial: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def _share(directory: Path) -> None:
-    """Give the files the mode of new files; safetensors makes them readable for their owner alone."""
+def share(paths: Iterable[Path]) -> None:
+    """Give files the mode of new files; safetensors makes them readable for their owner alone."""
     umask = os.umask(0o077)  # the only way to read it; strict for files of other threads meanwhile
     os.umask(umask)
-    for path in files_below(directory):
-        if not path.is_symlink():
-            path.chmod(0o666 & ~umask)
+    for path in paths:
+        path.chmod(0o666 & ~umask)
 
 
 def _exchange(first: Path, second: Path) -> bool:

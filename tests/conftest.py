@@ -15,6 +15,7 @@ import torch
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.corpus import DatasetDirectory, open_dataset
+from full_stack_transformer.generation.runners.native import library
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.preparation.prepare import main as prepare_dataset
@@ -54,6 +55,14 @@ def write_documents(path: Path, *, num_documents: int, first: int = 0) -> Path:
         lines.append("[END_OF_DOCUMENT]")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def decoder() -> None:
+    """The C++ decoder; skips the test where the machine cannot have it."""
+    problem = library.why_not()
+    if problem is not None:
+        pytest.skip(f"no C++ decoder here: {problem}")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from full_stack_transformer.errors import (
     UsageError,
 )
 from full_stack_transformer.evaluation.log_likelihoods import perplexity
-from full_stack_transformer.generation.runners.native.decoder import WeightsDtype, why_not_native
+from full_stack_transformer.generation.runners.native.decoder import why_not_native
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.model_directory import OpenedModel, open_model
 from full_stack_transformer.modelling.model_files import find_model_directory, weight_files
@@ -215,7 +215,7 @@ def _rounded(
     measured: list[list[int]] = []
     if texts is not None and len(texts.measured) > 1:
         measured = _samples(texts.measured, length, _MAX_MEASURED_TOKENS)
-        description["perplexity_before"] = _perplexity(backbone, measured, "float32")
+        description["perplexity_before"] = perplexity(backbone, measured, "float32")
     torch.set_num_threads(num_threads)  # the decoder wants PyTorch to have one
     if method == "gptq":
         assert texts is not None
@@ -236,13 +236,9 @@ def _rounded(
     else:
         round_nearest(backbone, dtype)
     if measured:
-        description["perplexity_after"] = _perplexity(backbone, measured, dtype)
+        description["perplexity_after"] = perplexity(backbone, measured, dtype)
         _log_perplexity(description, sum(map(len, measured)), dtype)
     return description
-
-
-def _perplexity(backbone: Backbone, samples: list[list[int]], dtype: WeightsDtype) -> float:
-    return perplexity(backbone, samples, dtype)
 
 
 def _log_perplexity(description: dict[str, Any], num_tokens: int, dtype: str) -> None:

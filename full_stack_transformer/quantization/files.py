@@ -29,7 +29,7 @@ from full_stack_transformer.modelling.model_files import weight_files
 from full_stack_transformer.modelling.other_files import CODES_FILE_NAMES
 from full_stack_transformer.modelling.pretrained import open_config
 from full_stack_transformer.quantization.codes import CODES_NAME, Codes, CodesDtype
-from full_stack_transformer.storage import file_facts, sync_directory, why_not_written
+from full_stack_transformer.storage import file_facts, share, sync_directory, why_not_written
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,7 @@ def write_codes(
     content = {"format_version": _FORMAT_VERSION, "dtype": dtype, **description}
     try:
         save_file(_tensors(backbone), partial, {_DESCRIPTION: json.dumps(content)})
-        umask = os.umask(0o077)  # the only way to read it
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
+        share([partial])
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(target)

@@ -15,7 +15,6 @@ import transformers
 from full_stack_transformer.arguments.models import EvaluateArguments, QuantizeArguments
 from full_stack_transformer.errors import FullStackTransformerError, ModelError
 from full_stack_transformer.evaluation.run import measured
-from full_stack_transformer.generation.runners.native import library
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.modelling.model_directory import open_model
 from full_stack_transformer.modelling.pretrained import load_backbone
@@ -27,11 +26,7 @@ PROMPT, GREEDY = "the man", {"temperature": 0.0, "max_new_tokens": 20}
 NAME = "quantized_int4.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _decoder_is_here() -> None:
-    problem = library.why_not()
-    if problem is not None:
-        pytest.skip(f"no C++ decoder here: {problem}")
+pytestmark = pytest.mark.usefixtures("decoder")
 
 
 @pytest.fixture

@@ -104,11 +104,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _decoder_is_here() -> None:
-    problem = library.why_not()
-    if problem is not None:
-        pytest.skip(f"no C++ decoder here: {problem}")
+pytestmark = pytest.mark.usefixtures("decoder")
 
 
 @cache

@@ -2,14 +2,11 @@
 
 import pytest
 
-from full_stack_transformer.generation.runners.native import library
 from tests.generation.runners.fuzz import check_case
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_texts_that_are_read_together_have_the_bits_of_each_alone(first: int) -> None:
-    problem = library.why_not()
-    if problem is not None:
-        pytest.skip(f"no C++ decoder here: {problem}")
     for seed in range(first, first + 10):
         check_case(seed)

@@ -41,11 +41,7 @@ CONTEXT = 70
 BLOCK_SIZE, NUM_BLOCKS = 16, 5
 
 
-@pytest.fixture(autouse=True)
-def _decoder_is_here() -> None:
-    problem = library.why_not()
-    if problem is not None:
-        pytest.skip(f"no C++ decoder here: {problem}")
+pytestmark = pytest.mark.usefixtures("decoder")
 
 
 @cache

@@ -19,11 +19,7 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 HIDDEN, INNER, HEADS, VOCABULARY = 96, 160, 3, 77
 
 
-@pytest.fixture(autouse=True)
-def _decoder_is_here() -> None:
-    problem = library.why_not()
-    if problem is not None:
-        pytest.skip(f"no C++ decoder here: {problem}")
+pytestmark = pytest.mark.usefixtures("decoder")
 
 
 def _backbone() -> Backbone:
