@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel as Backbone
 from transformers.pytorch_utils import Conv1D
 
-from full_stack_transformer.generation.runners.native.families import (
+from full_stack_transformer.generation.runners.native.parts import (
     Layer,
     Linear,
     parts_of,

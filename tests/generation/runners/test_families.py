@@ -369,13 +369,13 @@ OF_NO_ACCOUNT = {
 }
 
 
-@pytest.mark.parametrize("kind", families._FAMILIES)
+@pytest.mark.parametrize("kind", families.FAMILIES)
 def test_every_field_of_a_configuration_is_read_or_of_no_account(kind: str) -> None:
     """A field that a new version of transformers adds must be looked at."""
-    family = families._FAMILIES[kind]
+    family = families.FAMILIES[kind]
     config = transformers.AutoConfig.for_model(kind)
     read = {value for value in vars(family).values() if isinstance(value, str)}
-    read |= {*family.plain, *families._PLAIN, "rope_parameters"}
+    read |= {*family.plain, *families.PLAIN, "rope_parameters"}
     if family.windows != "none":
         read |= {"sliding_window", "layer_types"}
     names = {field.name for field in fields(config)}

@@ -1,6 +1,6 @@
 """A backbone of transformers, packed for the C++ decoder: the fast runner on processors.
 
-Which models: families.py. The numbers of a token do not depend on what is computed beside
+Which models: families.py and shape.py. The numbers of a token do not depend on what is computed beside
 it, on how its prompt was cut, on its blocks or on the number of threads, bit for bit, and with fp32, int8
 and int4 weights nor on the processor; see decoder.cpp.
 """
@@ -16,20 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import MachineError, ModelError
-from full_stack_transformer.generation.runners.native.families import (
-    NORMS,
-    Linear,
-    Norm,
-    Parts,
-    parts_of,
-    shape_of,
-    why_not_family,
-)
+from full_stack_transformer.generation.runners.native.families import NORMS
 from full_stack_transformer.generation.runners.native.library import (
     DecoderShape,
     load_library,
     why_not,
 )
+from full_stack_transformer.generation.runners.native.parts import Linear, Norm, Parts, parts_of
+from full_stack_transformer.generation.runners.native.shape import shape_of, why_not_family
 from full_stack_transformer.generation.runners.torch import SequenceWork
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.quantization.codes import Codes, CodesDtype
