@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int kPairsOfPiece = 4;
+constexpr int kManyTokens = 64;
 
 struct DecoderShape {
   int32_t num_layers, hidden_size, num_heads, num_key_value_heads, head_size, intermediate_size;
@@ -218,13 +219,17 @@ class Decoder {
     const float scale = ending == Ending::kScores ? shape_.logit_scale : shape_.residual_scale;
     const auto activation = static_cast<Activation>(shape_.activation);
     const Tile tile{&linear, inputs, outputs, stride, ending, activation, scale, shape_.logit_cap};
-    // Pieces small enough to share evenly, large enough for the widest tile.
-    const int num_pairs = linear.num_panels / 2;
-    const int pairs_of_piece = std::max(1, std::min(kPairsOfPiece, num_pairs / (2 * shape_.num_threads)));
-    const int num_pieces = (num_pairs + pairs_of_piece - 1) / pairs_of_piece;
+    // Pieces large enough for the widest tile. With many tokens, which take long, all threads get the same.
+    const int num_pairs = linear.num_panels / 2, num_threads = shape_.num_threads;
+    const int size = std::max(1, std::min(kPairsOfPiece, num_pairs / (2 * num_threads)));
+    const bool is_shared = num_tokens >= kManyTokens;
+    int num_pieces = (num_pairs + size - 1) / size;
+    if (is_shared) num_pieces = std::min(num_pairs, (num_pieces + num_threads - 1) / num_threads * num_threads);
+    const auto begin = [&](int piece) {
+      return 2 * (is_shared ? num_pairs * piece / num_pieces : std::min(num_pairs, size * piece));
+    };
     pool_.run(num_pieces, [&](int piece) {
-      const int first = 2 * piece * pairs_of_piece;
-      const int end = std::min(linear.num_panels, first + 2 * pairs_of_piece);
+      const int first = begin(piece), end = begin(piece + 1);
       switch (linear.type) {
         case kFloat32: return compute_panels<kFloat32>(tile, num_tokens, first, end);
         case kInt4: return compute_panels<kInt4>(tile, num_tokens, first, end);
