@@ -97,7 +97,7 @@ def load_ours(job: Job) -> Generate:
     def generate(prompts: Prompts, num_new: int) -> Generated:
         greedy = SamplingParameters(max_new_tokens=num_new, temperature=0, seed=0)
         streams = {
-            engine.add(TokenRequest(prompt, greedy)): number
+            engine.add(TokenRequest(prompt, greedy, shares_with=None)): number
             for number, prompt in enumerate(prompts)
         }
         result = Generated([[] for _ in prompts], [[] for _ in prompts])
