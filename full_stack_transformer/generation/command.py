@@ -14,11 +14,11 @@ from pathlib import Path
 from full_stack_transformer.arguments.models import GenerateArguments
 from full_stack_transformer.arguments.sampling import SamplingKeywords
 from full_stack_transformer.errors import InputError, RequestError, UsageError
-from full_stack_transformer.generation.chat import ChatMessage
 from full_stack_transformer.generation.open_draft import DraftSource
 from full_stack_transformer.generation.requests import MAX_RANDOM_SEED, Piece
 from full_stack_transformer.generation.text_generator import TextGenerator, as_text_token
 from full_stack_transformer.storage import not_utf_8
+from full_stack_transformer.tokenization.chat import ChatMessage
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 logger = logging.getLogger(__name__)

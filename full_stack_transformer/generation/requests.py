@@ -20,7 +20,6 @@ from full_stack_transformer.arguments.sampling import (
     named_by_model,
 )
 from full_stack_transformer.errors import ContextLengthError, FullStackTransformerError
-from full_stack_transformer.generation.chat import PLAIN_TEMPLATE, ChatTemplate
 from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.generation.token_requests import (
     FinishReason,
@@ -28,6 +27,7 @@ from full_stack_transformer.generation.token_requests import (
     TokenRequest,
 )
 from full_stack_transformer.modelling.model_directory import OpenedModel
+from full_stack_transformer.tokenization.chat import PLAIN_TEMPLATE, ChatTemplate
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 MAX_RANDOM_SEED = 2**32

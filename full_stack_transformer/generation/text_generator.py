@@ -16,12 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from full_stack_transformer.arguments.sampling import SamplingKeywords, SamplingParameters
-from full_stack_transformer.generation.chat import (
-    PLAIN_TEMPLATE,
-    ChatMessage,
-    ChatTemplate,
-    load_chat_template,
-)
 from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.open_draft import DraftSource, open_draft
 from full_stack_transformer.generation.open_engine import blocks_for, open_engine
@@ -34,6 +28,12 @@ from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.model_directory import OpenedModel, open_model
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust
+from full_stack_transformer.tokenization.chat import (
+    PLAIN_TEMPLATE,
+    ChatMessage,
+    ChatTemplate,
+    load_chat_template,
+)
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, TextStream
 
 

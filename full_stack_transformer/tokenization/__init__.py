@@ -1,1 +1,1 @@
-"""Text <-> token ids: tokenizers, encoders, checks of a tokenizer. Knows nothing of documents."""
+"""Text <-> token ids: tokenizers, encoders, checks of a tokenizer, chats. Knows nothing of documents."""

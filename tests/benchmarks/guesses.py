@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from full_stack_transformer.arguments.sampling import SamplingParameters
-from full_stack_transformer.generation.chat import ChatMessage, load_chat_template
 from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.open_draft import DraftSource, open_draft
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.token_requests import TokenRequest
 from full_stack_transformer.modelling.model_directory import open_model
 from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.tokenization.chat import ChatMessage, load_chat_template
 from tests.benchmarks.machine import commit
 
 QUESTIONS = (

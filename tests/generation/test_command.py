@@ -16,9 +16,9 @@ from full_stack_transformer.arguments.models import GenerateArguments
 from full_stack_transformer.arguments.sampling import SamplingKeywords
 from full_stack_transformer.errors import InputError, MachineError, UsageError
 from full_stack_transformer.generation import command
-from full_stack_transformer.generation.chat import ChatMessage
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.generation.token_requests import TokenRequest
+from full_stack_transformer.tokenization.chat import ChatMessage
 from tests.conftest import RunFst
 
 PROMPT = "The reader"

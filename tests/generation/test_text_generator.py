@@ -16,7 +16,6 @@ from full_stack_transformer.arguments.sampling import (
     as_keywords,
 )
 from full_stack_transformer.errors import RequestError
-from full_stack_transformer.generation.chat import ChatMessage
 from full_stack_transformer.generation.requests import (
     Continuation,
     Conventions,
@@ -25,6 +24,7 @@ from full_stack_transformer.generation.requests import (
 )
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.generation.token_requests import TokenEvent
+from full_stack_transformer.tokenization.chat import ChatMessage
 
 NEUTRAL = as_keywords(SamplingParameters(max_new_tokens=30, seed=7))
 GREEDY: SamplingKeywords = {**NEUTRAL, "temperature": 0}

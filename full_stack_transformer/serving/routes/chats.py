@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from full_stack_transformer.generation import chat as templates
 from full_stack_transformer.generation.requests import Piece
 from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
@@ -16,6 +15,7 @@ from full_stack_transformer.serving.routes.answering import OpenAIAnswer, Usage,
 from full_stack_transformer.serving.routes.log_probabilities import chat_logprobs
 from full_stack_transformer.serving.schemas import ChatCompletionRequest
 from full_stack_transformer.serving.workers.models import ServedModel, ServedModels
+from full_stack_transformer.tokenization import chat as templates
 
 
 class TokenLogprob(BaseModel):

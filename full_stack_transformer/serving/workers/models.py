@@ -21,7 +21,6 @@ from full_stack_transformer.errors import (
     RequestError,
     UnknownModelError,
 )
-from full_stack_transformer.generation.chat import load_chat_template
 from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.open_draft import DraftSource, open_draft
 from full_stack_transformer.generation.open_engine import open_engine
@@ -35,6 +34,7 @@ from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
 from full_stack_transformer.tasks.opening import OpenedTask, open_task, task_class_of
 from full_stack_transformer.tasks.routes import Route
 from full_stack_transformer.tasks.task import RowTask
+from full_stack_transformer.tokenization.chat import load_chat_template
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from full_stack_transformer.errors import ModelError, RequestError
-from full_stack_transformer.generation.chat import (
+from full_stack_transformer.tokenization.chat import (
     PLAIN_TEMPLATE,
     ChatMessage,
     ChatTemplate,

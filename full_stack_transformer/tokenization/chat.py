@@ -27,7 +27,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from full_stack_transformer.errors import ModelError, RequestError
-from full_stack_transformer.generation.control_tokens import (
+from full_stack_transformer.tokenization.control_tokens import (
     Markup,
     broken_template,
     mapped,
