@@ -116,6 +116,15 @@ def _check_averaging(options: models.AverageCheckpointsArguments) -> None:
     _check_new_directory(options.output_dir)
 
 
+def _check_merging(options: models.MergeArguments) -> None:
+    if not options.adapter.is_dir():
+        raise ModelError(
+            f"{options.adapter} does not exist; expected an adapter directory, or an experiment that trained "
+            "one"
+        )
+    _check_writable(options.output_dir, "--output_dir")
+
+
 def _check_whitening(options: models.WhitenArguments) -> None:
     _check_new_directory(options.output_dir)
     for path in options.texts:
@@ -235,6 +244,7 @@ _CHECKS: dict[type, Callable[[Any], None]] = {
     ),
     training.TrainArguments: _check_training,
     models.AverageCheckpointsArguments: _check_averaging,
+    models.MergeArguments: _check_merging,
     models.WhitenArguments: _check_whitening,
     models.QuantizeArguments: _check_quantizing,
     models.EvaluateArguments: _check_evaluation,

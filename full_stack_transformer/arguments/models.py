@@ -68,6 +68,20 @@ class AverageCheckpointsArguments(OwnClassesOptions, ModelsArguments):
 
 
 @dataclass(frozen=True)
+class MergeArguments:
+    """Add an adapter (LoRA) to the weights of the model that it was trained on, and write a plain model
+    directory; print its path."""
+
+    adapter: Path
+    """Adapter directory, or experiment directory that trained one."""
+    _: KW_ONLY
+    base: str | None = None
+    """Model directory or hub name that the adapter was trained on. Default: the one that it names."""
+    output_dir: Path | None = None
+    """Model directory to write. Default: EXPERIMENT/model of an experiment, else ADAPTER-merged."""
+
+
+@dataclass(frozen=True)
 class QuantizeArguments(OwnClassesOptions, ModelArguments):
     """Round the weights of a causal language model once, so that fst serve and fst generate start from a
     small file; print its path."""

@@ -425,8 +425,8 @@ def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
             )
         if ".lora_A." in name:
             raise ModelError(
-                f"{path} holds an adapter ({name}) in place of a whole model; merge it with its base by "
-                "PEFT's merge_and_unload, and save that"
+                f"{path} holds an adapter ({name}) in place of a whole model; copy its {ADAPTER_FILE_NAME} "
+                f"beside it, and merge it with its base: fst merge {path.parent}"
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from full_stack_transformer.storage import versions
 
 MODEL_DIRECTORY_NAME = "model"
+ADAPTER_DIRECTORY_NAME = "adapter"
 CONFIG_FILE_NAME = "config.json"
 WEIGHTS_FILE_NAME, PICKLED_FILE_NAME = "model.safetensors", "pytorch_model.bin"
 ADAPTER_FILE_NAME = "adapter_config.json"
@@ -109,6 +110,11 @@ def _found_of_ours(path: Path) -> str | None:
         numbers = ", ".join(one.name for one in versions(path.parent, path.name))
         return f"the experiments {numbers}; name one, such as {newest[0]}"
     for directory in (path, *newest):
+        if (directory / ADAPTER_DIRECTORY_NAME / ADAPTER_FILE_NAME).is_file():
+            return (
+                "an experiment that trained an adapter; merge it with its base: fst merge "
+                f"{directory}, then name {directory} again"
+            )
         if (directory / "arguments.json").is_file() or any(directory.glob("checkpoints/*.ckpt")):
             return (
                 "an experiment whose training has written no model yet; it does so at its first "
@@ -173,12 +179,9 @@ def adapter_advice(directory: Path) -> str:
         json_of(directory / ADAPTER_FILE_NAME).get("base_model_name_or_path") or "an unnamed model"
     )
     kind = json_of(directory / ADAPTER_FILE_NAME).get("peft_type") or "PEFT"
-    target = _beside(directory, "merged")
     return (
-        f"a PEFT adapter ({kind}) of {base}, which is no whole model; merge them (pip install peft): "
-        'python -c "from peft import AutoPeftModelForCausalLM as P; from transformers import AutoTokenizer '
-        f"as T; P.from_pretrained('{directory}').merge_and_unload().save_pretrained('{target}'); "
-        f"T.from_pretrained('{base}').save_pretrained('{target}')\", then name {target}"
+        f"a PEFT adapter ({kind}) of {base}, which is no whole model; merge them: fst merge {directory}, "
+        f"then name {_beside(directory, 'merged')}"
     )
 
 

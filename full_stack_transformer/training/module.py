@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,16 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import TrainingError, UsageError
+from full_stack_transformer.modelling.adapters import fingerprint_of_base, has_adapter
 from full_stack_transformer.tasks.task import CorpusTask, RowTask, Task
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.profiling import FORWARD, LOSS
 from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.optimization import Plan, make_optimizer, make_schedule
+
+# Key in a checkpoint of an adapter: what tells the weights of its base.
+BASE_KEY = "base_sha256"
 
 
 class TrainingModule(pl.LightningModule):
@@ -52,6 +57,8 @@ class TrainingModule(pl.LightningModule):
     def __init__(self, backbone: Backbone, arguments: TrainArguments, task: Task) -> None:
         super().__init__()
         self.backbone = backbone
+        # A checkpoint of an adapter holds nothing else: its base does not change.
+        self.strict_loading = not has_adapter(backbone)
         # from_pretrained hands out evaluation mode, and Lightning keeps it.
         self.backbone.train()
         if arguments.activation_checkpointing:
@@ -252,12 +259,38 @@ class TrainingModule(pl.LightningModule):
         return self.plan.progress(step, seconds, reserved_seconds=self.reserved_seconds) >= 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the clock."""
+        """Keep the clock; of a model with an adapter the adapter alone, and what tells its base."""
         checkpoint["seconds"] = self._seconds
+        if has_adapter(self.backbone):
+            trained = self._names_of_trained()
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in trained}
+            checkpoint[BASE_KEY] = self._base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the clock."""
+        """Go on with the clock.
+
+        Raises:
+            TrainingError: the base is not the one that the adapter was trained on up to now.
+        """
         self._seconds = checkpoint["seconds"]
+        if not has_adapter(self.backbone):
+            return
+        if (
+            checkpoint.get(BASE_KEY) != self._base_fingerprint
+            or checkpoint["state_dict"].keys() != self._names_of_trained()
+        ):
+            raise TrainingError(
+                f"the model at --model_path {self._arguments.model_path} has other weights than when this "
+                "training started; put them back, or start a new training without --resume"
+            )
+
+    def _names_of_trained(self) -> set[str]:
+        return {name for name, one in self.named_parameters() if one.requires_grad}
+
+    @cached_property
+    def _base_fingerprint(self) -> str:
+        return fingerprint_of_base(self.backbone)
 
     def profiled(self, name: str) -> contextlib.AbstractContextManager[Any]:
         """Tells the profiler, where there is one, into what the time goes."""

@@ -87,7 +87,9 @@ def _split_parameters(module: nn.Module) -> _Parameters:
     embeddings: set[int] = set()
     heads: set[int] = set()
     for part in module.modules():
-        if isinstance(part, nn.Embedding):
+        if isinstance(
+            getattr(part, "base_layer", part), nn.Embedding
+        ):  # adapters wrap their layers
             embeddings |= {id(parameter) for parameter in part.parameters()}
         elif isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
             heads |= {id(parameter) for parameter in part.get_output_embeddings().parameters()}

@@ -30,8 +30,12 @@ from full_stack_transformer.modelling.acceleration import (
     flops_per_token,
     pays_to_compile,
 )
+from full_stack_transformer.modelling.adapters import has_adapter
 from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
-from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
+from full_stack_transformer.modelling.other_files import (
+    ADAPTER_DIRECTORY_NAME,
+    MODEL_DIRECTORY_NAME,
+)
 from full_stack_transformer.storage import read_json, readable, write_json
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.control import (
@@ -191,7 +195,7 @@ class _Training:
         if is_main_process():
             logger.info(
                 "training %s parameters on %s in %s, %s precision, into %s%s",
-                f"{num_parameters(self._backbone):,}",
+                _described_size(self._backbone),
                 self._data.amount,
                 self._trainer.strategy.root_device,
                 self._trainer.precision,
@@ -287,7 +291,7 @@ class _Training:
         )
         directory = self._experiment.directory
         write_json(directory / SUMMARY_FILE_NAME, summary.as_json())
-        for line in summary.lines(directory):
+        for line in summary.lines(directory, has_adapter=has_adapter(self._backbone)):
             logger.info("%s", line)
         return directory
 
@@ -317,9 +321,17 @@ class _Training:
         ]
 
 
+def _described_size(backbone: Backbone) -> str:
+    """Parameters, or with an adapter its own and all."""
+    num_trained = sum(one.numel() for one in backbone.parameters() if one.requires_grad)
+    num_all = num_parameters(backbone)
+    return f"{num_trained:,}" + (f" of {num_all:,}" if num_trained < num_all else "")
+
+
 def _make_export(experiment: Experiment, setup: TrainingSetup) -> ExportModel:
     return ExportModel(
-        experiment.directory / MODEL_DIRECTORY_NAME,
+        experiment.directory
+        / (ADAPTER_DIRECTORY_NAME if experiment.arguments.lora_rank else MODEL_DIRECTORY_NAME),
         task=setup.task,
         tokenizer_directory=setup.data.tokenizer_directory,
         experiment=experiment.name,

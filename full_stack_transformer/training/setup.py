@@ -14,6 +14,7 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.modelling.adapters import add_adapter
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.pretrained import pretrained_backbone
 from full_stack_transformer.own_classes import class_of_option, trust_options
@@ -61,13 +62,16 @@ class TrainingSetup:
         """The model at the start: from scratch, or pretrained."""
         arguments, task = self.arguments, self.task
         if arguments.model_path is not None:
-            return pretrained_backbone(
+            backbone = pretrained_backbone(
                 arguments.model_path,
                 vocab_size=task.vocab_size,
                 model_class=self.model_class or task.pretrained_class(arguments.model_path),
                 new_head=task.new_head,
                 **task.pretrained_fields(),
             )
+            if arguments.lora_rank:
+                add_adapter(backbone, arguments, base=arguments.model_path)
+            return backbone
         return new_backbone(
             arguments.model_config,
             vocab_size=task.vocab_size,
@@ -130,6 +134,11 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
     if isinstance(arguments, RunExperimentArguments):
         return _open_own(arguments)
     cls = task_class(arguments.task)
+    if arguments.lora_rank and not cls.generates:
+        raise UsageError(
+            f"--lora_rank is for models that continue texts, which --task {arguments.task} does not make; "
+            "leave it out"
+        )
     arguments.check_data(reads_datasets=issubclass(cls, CorpusTask))
     if issubclass(cls, CorpusTask):
         assert arguments.dataset_dir is not None

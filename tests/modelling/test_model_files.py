@@ -193,7 +193,7 @@ SPOILT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "an adapter": (
         only("adapter_config.json", ADAPTER),
-        ("a PEFT adapter (LORA) of makers/base", "merge_and_unload", "model-a-merged"),
+        ("a PEFT adapter (LORA) of makers/base", "fst merge", "model-a-merged"),
     ),
     "an adapter beside a model": (
         write("adapter_config.json", ADAPTER),

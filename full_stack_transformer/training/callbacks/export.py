@@ -1,4 +1,4 @@
-"""The model directory: always the complete best model so far."""
+"""The model or adapter directory: always the complete best one so far."""
 
 import contextlib
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from full_stack_transformer.errors import ModelError
+from full_stack_transformer.modelling.adapters import has_adapter, save_adapter
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
 from full_stack_transformer.modelling.model_card import model_card
 from full_stack_transformer.modelling.model_directory import (
@@ -127,17 +128,29 @@ class ExportModel(pl.Callback):
             **self._fields,
             "dataset": dict(self._dataset_description),
         }
-        task, config = self._task, pl_module.backbone.config
+        task, backbone = self._task, pl_module.backbone
+        weights = {
+            name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): weight
+            for name, weight in weights.items()
+            if name.startswith(CHECKPOINT_BACKBONE_PREFIX)
+        }
+        card = model_card(description, self._arguments, self.curve, task.card)
+        if has_adapter(backbone):
+            save_adapter(
+                self._target,
+                backbone,
+                tokenizer_directory=self._tokenizer_directory,
+                description=description,
+                card=card,
+                weights=weights,
+            )
+            return
         save_model_directory(
             self._target,
-            pl_module.backbone,
+            backbone,
             tokenizer_directory=self._tokenizer_directory,
             description=description,
-            card=model_card(description, self._arguments, self.curve, task.card),
-            weights={
-                name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): weight
-                for name, weight in weights.items()
-                if name.startswith(CHECKPOINT_BACKBONE_PREFIX)
-            },
-            finish=lambda directory: task.finish_directory(directory, config),
+            card=card,
+            weights=weights,
+            finish=lambda directory: task.finish_directory(directory, backbone.config),
         )

@@ -314,8 +314,8 @@ class TrainingSummary:
         metrics = content.pop("best_metrics")
         return content | {f"best_validation_{name}": value for name, value in metrics.items()}
 
-    def lines(self, directory: Path) -> list[str]:
-        """For a person: the result, and how to serve the model."""
+    def lines(self, directory: Path, *, has_adapter: bool = False) -> list[str]:
+        """For a person: the result, and how to go on."""
         lines = [
             f"trained {self.num_steps:,} steps on {self.num_tokens:,} tokens in "
             f"{duration(self.seconds_taken)}, {self.tokens_per_second:,.0f} tokens/s, "
@@ -326,7 +326,10 @@ class TrainingSummary:
                 f"best validation loss {self.best_validation_loss:.4f} at step {self.best_step:,}"
                 + (f": {self.best_words}" if self.best_words else "")
             )
-            lines.append(f"serve it: fst serve {shlex.quote(str(directory))}")
+            place = shlex.quote(str(directory))
+            if has_adapter:
+                lines.append(f"merge the adapter with its base: fst merge {place}")
+            lines.append(f"{'then ' if has_adapter else ''}serve it: fst serve {place}")
         return lines
 
 

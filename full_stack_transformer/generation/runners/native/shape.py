@@ -23,6 +23,7 @@ from full_stack_transformer.generation.runners.native.families import (
     Family,
 )
 from full_stack_transformer.generation.runners.native.parts import linear_of, ropes_of, size_of
+from full_stack_transformer.modelling.adapters import has_adapter
 
 _LANES = 16
 
@@ -30,6 +31,8 @@ _LANES = 16
 def why_not_family(backbone: Backbone) -> str | None:
     """Why the decoder cannot compute such a backbone; none if it can."""
     config = backbone.config
+    if has_adapter(backbone):  # the weights that it would read are those of the base
+        return "it has an adapter that is not merged into its weights"
     family = FAMILIES.get(config.model_type)
     if family is None:
         return f"it knows {', '.join(FAMILIES)}, not {config.model_type}"

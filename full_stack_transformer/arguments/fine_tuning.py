@@ -1,0 +1,47 @@
+"""Options of `fst train` that only matter where it starts from a pretrained model."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from full_stack_transformer.arguments.checks import at_least, between
+from full_stack_transformer.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """Adapters (LoRA)."""
+
+    lora_rank: int = 0
+    """Rank of low-rank matrices that are added to those of --model_path and trained in their place. The
+    model itself stays as it is; a small adapter directory is written. 0 trains all weights."""
+    lora_alpha: float | None = None
+    """Scale of the addition: lora_alpha / lora_rank with lora and dora, lora_alpha / sqrt(lora_rank) with
+    rslora. Default: twice the rank, with rslora twice its root."""
+    lora_dropout: float = 0.0
+    """Dropout probability of the inputs of the low-rank matrices."""
+    lora_kind: Literal["lora", "dora", "rslora"] = "lora"
+    """dora: also trains the length of each row of a matrix; slower. rslora: scaled for high ranks."""
+    lora_targets: str = "all"
+    """Layers that get an adapter: all for every linear layer but the output, or names with commas, such as
+    q_proj,v_proj."""
+    lora_embeddings: bool = False
+    """Adapters for the embeddings and the output layer too."""
+
+
+def check_adapter(options: Any) -> None:
+    """Refuse options that can never work.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    at_least(options, 0, "lora_rank")
+    between(options, 0, 0.95, "lora_dropout")
+    if options.lora_alpha is not None and not options.lora_alpha > 0:
+        raise UsageError(f"--lora_alpha must be above 0, found {options.lora_alpha!r}")
+    if not all(name.strip() for name in options.lora_targets.split(",")):
+        raise UsageError(
+            f"--lora_targets must be all, or names of layers with commas such as q_proj,v_proj; found "
+            f"{options.lora_targets!r}"
+        )
+    if options.lora_rank and options.model_path is None and options.resume is None:
+        raise UsageError("--lora_rank adapts a pretrained model: name it with --model_path")

@@ -1,0 +1,117 @@
+"""`fst merge`: an adapter and the model that it was trained on -> a plain model directory.
+
+ADAPTER DIRECTORY + base ──> MODEL DIRECTORY      EXPERIMENT/adapter + base ──> EXPERIMENT/model
+"""
+
+import logging
+import shlex
+import shutil
+from pathlib import Path
+
+from full_stack_transformer.arguments.models import MergeArguments
+from full_stack_transformer.errors import MachineError, ModelError, UsageError
+from full_stack_transformer.modelling.adapters import base_of, merge_adapter
+from full_stack_transformer.modelling.backbones import convert, num_parameters
+from full_stack_transformer.modelling.other_files import (
+    ADAPTER_DIRECTORY_NAME,
+    ADAPTER_FILE_NAME,
+    MODEL_DIRECTORY_NAME,
+    found_at,
+    json_of,
+)
+from full_stack_transformer.modelling.pretrained import open_config
+from full_stack_transformer.storage import (
+    DESCRIPTION_FILE_NAME,
+    make_directories,
+    replace_directory,
+    why_not_written,
+    write_json,
+)
+from full_stack_transformer.tokenization.transformers_tokenizer import open_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# In description.json of a merged model: what it was made of.
+_MERGED_KEY = "merged_from"
+# Files of a tokenizer directory that are copied as they are.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt", "added_tokens.json"),
+)
+
+
+def main(arguments: MergeArguments) -> Path:
+    """Write the merged model, and return its directory.
+
+    Raises:
+        UsageError: the output exists.
+        ModelError: there is no adapter, or it does not fit its base.
+        MachineError: the disk is full or cannot be written.
+        MissingExtraError: peft is not installed.
+    """
+    directory = adapter_directory(arguments.adapter)
+    target = arguments.output_dir or _default_target(directory)
+    if target.exists() and not _was_merged(target):
+        raise UsageError(f"{target} exists; remove it, or name another directory with --output_dir")
+    base = arguments.base or base_of(directory)
+    backbone = merge_adapter(directory, base=base)
+    dtype = open_config(base).dtype
+    if dtype is not None:
+        backbone = convert(backbone, dtype)
+    description = {
+        **json_of(directory / DESCRIPTION_FILE_NAME),
+        "num_parameters": num_parameters(backbone),
+        _MERGED_KEY: {"adapter": str(directory.resolve()), "base": base},
+    }
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        make_directories(target.absolute().parent)
+        backbone.save_pretrained(partial)
+        _copy_tokenizer(directory, base, partial)
+        write_json(partial / DESCRIPTION_FILE_NAME, description)
+        replace_directory(partial, target)
+    except (OSError, MachineError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise MachineError(f"writing {target} failed: {why_not_written(error)}") from error
+    name = directory.parent if target == directory.parent / MODEL_DIRECTORY_NAME else target
+    logger.info(
+        "merged %s into %s; serve it: fst serve %s", directory, base, shlex.quote(str(name))
+    )
+    return target
+
+
+def adapter_directory(path: Path) -> Path:
+    """The adapter directory for a path: itself, or `adapter` of an experiment.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for directory in (path, path / ADAPTER_DIRECTORY_NAME):
+        if (directory / ADAPTER_FILE_NAME).is_file():
+            return directory
+    raise ModelError(
+        f"{path} should be an adapter directory (with {ADAPTER_FILE_NAME}) or an experiment that trained "
+        f"one; found {found_at(path)}"
+    )
+
+
+def _default_target(directory: Path) -> Path:
+    if directory.name == ADAPTER_DIRECTORY_NAME and (directory.parent / "arguments.json").is_file():
+        return directory.parent / MODEL_DIRECTORY_NAME
+    return directory.with_name(f"{directory.resolve().name}-merged")
+
+
+def _was_merged(target: Path) -> bool:
+    return _MERGED_KEY in json_of(target / DESCRIPTION_FILE_NAME)
+
+
+def _copy_tokenizer(directory: Path, base: str, target: Path) -> None:
+    """The adapter's own tokenizer where it has one, else that of the base."""
+    for source in (directory, Path(base)):
+        if (source / "tokenizer_config.json").is_file():
+            for name in _TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, target / name)
+            return
+    open_tokenizer(base).save_pretrained(target)
