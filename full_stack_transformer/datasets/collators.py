@@ -2,7 +2,8 @@
 
 input_ids     (batch, tokens)  padded on the right
 labels        (batch, tokens)  the same, not shifted yet; -100 where nothing is to be predicted: padding,
-                               and the first token of a sample, which no token of its own comes before
+                               the first token of a sample, which no token of its own comes before, and in
+                               conversations what is no answer
 position_ids  (batch, tokens)  packed only: from 0 in each sample
 document_ids  (batch, tokens)  packed only: number of the sample in its row; padding counts as one more
 """
@@ -41,6 +42,8 @@ class PaddedCollator:
             is_padding = np.arange(width) >= spans.lengths[:, None]
             np.copyto(input_ids, self._pad_id, where=is_padding)
             np.copyto(labels, IGNORED_LABEL, where=is_padding)
+        if (ignored := self._corpus.ignored(spans.starts[:, None] + np.arange(width))) is not None:
+            np.copyto(labels, IGNORED_LABEL, where=ignored)
         labels[:, 0] = IGNORED_LABEL
         return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
@@ -62,11 +65,14 @@ class PackedCollator:
         begins = np.cumsum(lengths) - lengths
         slots = np.arange(spans.num_rows * self._row_length)
         position_ids = slots - np.repeat(begins, lengths)
-        input_ids = self._corpus.take(position_ids + np.repeat(starts, lengths))
+        positions = position_ids + np.repeat(starts, lengths)
+        input_ids = self._corpus.take(positions)
         padding = np.repeat(is_padding, lengths)
         np.copyto(input_ids, self._pad_id, where=padding)
         labels = input_ids.copy()
         np.copyto(labels, IGNORED_LABEL, where=padding | (position_ids == 0))
+        if (ignored := self._corpus.ignored(positions)) is not None:
+            np.copyto(labels, IGNORED_LABEL, where=ignored)
         return {
             "input_ids": self._in_rows(input_ids),
             "labels": self._in_rows(labels),

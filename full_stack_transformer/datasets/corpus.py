@@ -2,6 +2,7 @@
 
     train/corpus.npy                  (tokens,)   uint16 where the vocabulary fits, else uint32
     train/sample_start_positions.npy  (samples,)  int64; sample i ends where sample i + 1 starts
+    train/learned.npy                 (tokens,)   uint8, of conversations: 1 where the token is an answer's
 
 Little-endian, in NumPy's own file format. Reading is memory-mapped: a corpus may be larger than memory.
 Knows nothing of text.
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -25,7 +26,12 @@ from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, ver
 FORMAT_VERSION = 1
 CORPUS_FILE_NAME = "corpus.npy"
 POSITIONS_FILE_NAME = "sample_start_positions.npy"
+LEARNED_FILE_NAME = "learned.npy"
 POSITION_DTYPE = np.dtype("<i8")
+LEARNED_DTYPE = np.dtype("|u1")
+
+Kind = Literal["documents", "conversations", "preferences"]
+KINDS: tuple[Kind, ...] = ("documents", "conversations", "preferences")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
@@ -105,17 +111,33 @@ class ArrayFile:
 
 
 class CorpusWriter:
-    """Appends samples to the two files of a corpus; complete after the `with`.
+    """Appends samples to the files of a corpus; complete after the `with`.
 
     Existing files are continued after the given lengths.
+
+    Args:
+        directory: of the split.
+        vocab_size: decides the type of the ids.
+        num_tokens: that are there already.
+        num_samples: that are there already.
+        has_answers: whether it is said of each token if it is learned.
     """
 
     def __init__(
-        self, directory: Path, vocab_size: int, *, num_tokens: int = 0, num_samples: int = 0
+        self,
+        directory: Path,
+        vocab_size: int,
+        *,
+        num_tokens: int = 0,
+        num_samples: int = 0,
+        has_answers: bool = False,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._corpus = ArrayFile(directory / CORPUS_FILE_NAME, token_dtype(vocab_size))
         self._positions = ArrayFile(directory / POSITIONS_FILE_NAME, POSITION_DTYPE)
+        self._learned = (
+            ArrayFile(directory / LEARNED_FILE_NAME, LEARNED_DTYPE) if has_answers else None
+        )
         self.cut(num_tokens=num_tokens, num_samples=num_samples)
 
     @property
@@ -128,14 +150,24 @@ class CorpusWriter:
         """Tokens so far."""
         return self._corpus.length
 
-    def append(self, token_ids: NDArray[np.generic], lengths: NDArray[np.int64]) -> None:
+    def append(
+        self,
+        token_ids: NDArray[np.generic],
+        lengths: NDArray[np.int64],
+        learned: NDArray[np.generic] | None = None,
+    ) -> None:
         """Append samples.
 
         Args:
             token_ids: (tokens,) of all samples, concatenated.
             lengths: (samples,) tokens of each.
+            learned: (tokens,) whether each is an answer's, in a corpus that has answers.
         """
         assert len(token_ids) == lengths.sum(), "the lengths must add up to the tokens"
+        assert (learned is None) == (self._learned is None), "all tokens are marked, or none"
+        if self._learned is not None and learned is not None:
+            assert len(learned) == len(token_ids), "each token is marked"
+            self._learned.append(learned)
         self._positions.append(self._corpus.length + np.cumsum(lengths) - lengths)
         self._corpus.append(token_ids)
 
@@ -143,11 +175,18 @@ class CorpusWriter:
         """Remove everything after the first samples."""
         self._corpus.cut(num_tokens)
         self._positions.cut(num_samples)
+        if self._learned is not None:
+            self._learned.cut(num_tokens)
 
     def flush(self) -> None:
         """Make what was appended durable."""
-        self._corpus.flush()
-        self._positions.flush()
+        for file in self._files:
+            file.flush()
+
+    @property
+    def _files(self) -> list[ArrayFile]:
+        files = (self._corpus, self._positions, self._learned)
+        return [file for file in files if file is not None]
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +197,7 @@ class CorpusWriter:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for file in (self._corpus, self._positions):
+        for file in self._files:
             file.close() if exception_type is None else file.abandon()
 
 
@@ -169,7 +208,9 @@ class Corpus:
         DatasetError: a file is missing or damaged, or its size differs from the description.
     """
 
-    def __init__(self, directory: Path, *, num_samples: int, num_tokens: int) -> None:
+    def __init__(
+        self, directory: Path, *, num_samples: int, num_tokens: int, has_answers: bool = False
+    ) -> None:
         self.directory = directory
         self._num_ids = 1 << 32
         # Plain arrays over the maps: np.memmap adds a microsecond to each indexing.
@@ -179,6 +220,10 @@ class Corpus:
         self.start_positions: NDArray[np.int64] = np.asarray(
             _open_array(directory / POSITIONS_FILE_NAME, num_samples, ("<i8",))
         )
+        self.learned: NDArray[np.integer] | None = None
+        if has_answers:
+            learned = _open_array(directory / LEARNED_FILE_NAME, num_tokens, (LEARNED_DTYPE.str,))
+            self.learned = np.asarray(learned)
 
     @property
     def num_tokens(self) -> int:
@@ -206,6 +251,16 @@ class Corpus:
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens (n,) at positions of the corpus, copied; positions after its end give the last token."""
         return self._checked(self.tokens.take(positions, mode="clip"))
+
+    def ignored(self, positions: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Where nothing is to be predicted, at positions of the corpus; None if each token is predicted."""
+        return None if self.learned is None else self.learned.take(positions, mode="clip") == 0
+
+    def learning_all(self) -> Self:
+        """The same corpus, of which every token is learned."""
+        changed = copy.copy(self)
+        changed.learned = None
+        return changed
 
     def windows(self, starts: NDArray[np.int64], width: int) -> NDArray[np.int64]:
         """The tokens (n, width) from each start on, copied, across the borders of samples.
@@ -305,6 +360,12 @@ class DatasetDirectory:
     valid: Corpus
 
     @property
+    def kind(self) -> Kind:
+        """What its samples are."""
+        kind: Kind = self.description.get("kind", "documents")
+        return kind
+
+    @property
     def data_place(self) -> str:
         """Where it is, for messages."""
         return str(self.directory)
@@ -352,11 +413,18 @@ def open_dataset(path: Path) -> DatasetDirectory:
             f"{directory} has format version {description.get('format_version')!r}, expected "
             f"{FORMAT_VERSION}; prepare the dataset again"
         )
+    kind = description.get("kind", "documents")
+    if kind not in KINDS:
+        raise DatasetError(
+            f"{directory} holds {kind!r}, which this release does not know ({', '.join(KINDS)}); prepare "
+            "the dataset again"
+        )
     train, valid = (
         Corpus(
             directory / split,
             num_samples=description[f"number_of_{split}_samples"],
             num_tokens=description[f"number_of_{split}_tokens"],
+            has_answers=kind != "documents",
         )
         for split in ("train", "valid")
     )
