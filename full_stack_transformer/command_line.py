@@ -54,6 +54,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("quantize", models.QuantizeArguments, "quantization.command"),
     ("evaluate", models.EvaluateArguments, "evaluation.run"),
     ("generate", models.GenerateArguments, "generation.command"),
+    ("chat", models.ChatArguments, "generation.chatting"),
     ("serve", serving.ServeArguments, "serving.run"),
     ("telegram_bot", serving.TelegramBotArguments, "telegram.run"),
     ("tensorboard", training.TensorboardArguments, "training.tensorboard"),

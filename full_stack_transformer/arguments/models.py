@@ -31,7 +31,8 @@ class ModelAndPromptArguments(ModelArguments):
     """A model and a text that it continues."""
 
     prompt: str | None = None
-    """Text to continue, also as -p. Without --prompt and --prompt_file it is read from standard input."""
+    """Text to answer or continue, also as -p. Without --prompt and --prompt_file it is read from standard
+    input."""
 
 
 @dataclass(frozen=True)
@@ -243,23 +244,14 @@ class DraftOptions:
             raise UsageError("--draft_weights_dtype is for --draft_model, which is missing")
 
 
-@dataclass(frozen=True)
-class GenerateArguments(
-    DraftOptions, SamplingOptions, MoreSamplingOptions, OwnClassesOptions, ModelAndPromptArguments
-):
-    """Continue a prompt and print the text as it is generated."""
+@dataclass(frozen=True, kw_only=True)
+class AnsweringArguments:
+    """How a model that continues or answers is asked and computed."""
 
-    _: KW_ONLY
-    prompt_file: Path | None = None
-    """UTF-8 file with the text to continue."""
-    interactive: bool = False
-    """Read and answer line by line: a chat if the model has a chat template, else one growing text. /reset
-    starts over, /seed N seeds the next answer, Ctrl-C stops an answer, /quit or Ctrl-D exits."""
-    num_return_sequences: int = 1
-    """Number of independent continuations."""
-    log_probabilities: int | None = None
-    """Instead of the text, print each token as a line of JSON with its log-probability and those of the N
-    most likely tokens."""
+    system: str | None = None
+    """System prompt of a model with a chat template."""
+    raw: bool = False
+    """Continue the text as it is, also with a model that has a chat template."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
     weights_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
@@ -268,11 +260,41 @@ class GenerateArguments(
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Type of keys and values. auto: float32 beside float32 weights, else bfloat16."""
 
+    def check_answering(self) -> None:
+        """Raise UsageError for values that can never work."""
+        check_device(self)
+        if self.raw and self.system is not None:
+            raise UsageError("--system is for a chat; omit --raw")
+
+
+@dataclass(frozen=True)
+class GenerateArguments(
+    DraftOptions,
+    SamplingOptions,
+    MoreSamplingOptions,
+    OwnClassesOptions,
+    AnsweringArguments,
+    ModelAndPromptArguments,
+):
+    """Answer a prompt, if the model has a chat template, else continue it; print the text as it is
+    generated."""
+
+    _: KW_ONLY
+    prompt_file: Path | None = None
+    """UTF-8 file with the prompt."""
+    interactive: bool = False
+    """As fst chat: read and answer line by line."""
+    num_return_sequences: int = 1
+    """Number of independent texts."""
+    log_probabilities: int | None = None
+    """Instead of the text, print each token as a line of JSON with its log-probability and those of the N
+    most likely tokens."""
+
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         self.sampling()
         self.check_draft()
-        check_device(self)
+        self.check_answering()
         at_least(self, 1, "num_return_sequences")
         if self.log_probabilities is not None:
             at_least(self, 0, "log_probabilities")
@@ -286,3 +308,26 @@ class GenerateArguments(
             raise UsageError("--interactive prints texts; omit --log_probabilities")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise UsageError("--interactive reads lines; omit --prompt and --prompt_file")
+
+
+@dataclass(frozen=True)
+class ChatArguments(
+    DraftOptions,
+    SamplingOptions,
+    MoreSamplingOptions,
+    OwnClassesOptions,
+    AnsweringArguments,
+    ModelArguments,
+):
+    """Talk to a model: a chat if it has a chat template, else one text that you and the model continue in
+    turn. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends."""
+
+    _: KW_ONLY
+    markdown: bool = True
+    """Show answers as Markdown where they go to a terminal."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for values that can never work."""
+        self.sampling()
+        self.check_draft()
+        self.check_answering()

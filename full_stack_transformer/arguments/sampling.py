@@ -18,10 +18,8 @@ from full_stack_transformer.errors import RequestError, UsageError
 MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIAS = 100.0
 # What of its parameters a model's generation_config.json may name; vLLM takes the same from there.
-_NAMED_BY_MODELS = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"),
-    "repetition_penalty",
-)
+_SAMPLING_BY_MODELS = frozenset(("temperature", "top_k", "top_p", "min_p", "typical_p"))
+_NAMED_BY_MODELS = ("max_new_tokens", *sorted(_SAMPLING_BY_MODELS), "repetition_penalty")
 
 
 def _number(neutral: Any, meaning: str, *, least: float, most: float, above: bool = False) -> Any:
@@ -126,6 +124,10 @@ FOR_SMALL_MODELS: SamplingKeywords = {
     "top_p": 0.95,
     "repetition_penalty": 1.1,
 }
+# An answer in a chat, where the model names nothing of the kind: it runs to its end, and says what is likely.
+# Of 36 answers to three simple questions 17 of SmolLM2-135M-Instruct were right at temperature 1, 33 with
+# these.
+FOR_CHATS: SamplingKeywords = {"max_new_tokens": 2048, "temperature": 0.2, "top_p": 0.9}
 DECLARED: Mapping[str, Field[Any]] = {one.name: one for one in fields(SamplingParameters)}
 NUMERIC = tuple(name for name, one in DECLARED.items() if "least" in one.metadata)
 
@@ -241,18 +243,23 @@ def as_keywords(parameters: SamplingParameters) -> SamplingKeywords:
     return cast(SamplingKeywords, {name: getattr(parameters, name) for name in DECLARED})
 
 
-def named_by_model(settings: object) -> SamplingParameters:
+def named_by_model(settings: object, *, is_chat: bool = False) -> SamplingParameters:
     """A model's defaults: what its generation_config.json names, else the neutral values.
 
     Args:
         settings: a `GenerationConfig` of transformers, or none.
+        is_chat: for answers of a model that is made to chat: else the values of `FOR_CHATS`, those of the
+            sampling only where the model names none of its own.
     """
     named: dict[str, Any] = {name: getattr(settings, name, None) for name in _NAMED_BY_MODELS}
     if getattr(settings, "do_sample", None) is False:
         named["temperature"] = 0.0
     # A foreign file may hold anything.
     usable = {name: value for name, value in named.items() if problem_with(name, value) is None}
-    return replace(SamplingParameters(), **usable)
+    others: dict[str, Any] = dict(FOR_CHATS) if is_chat else {}
+    if usable.keys() & _SAMPLING_BY_MODELS:
+        others = {name: value for name, value in others.items() if name not in _SAMPLING_BY_MODELS}
+    return replace(SamplingParameters(), **(others | usable))
 
 
 def _parsed_logit_bias(words: tuple[str, ...]) -> dict[int, float]:

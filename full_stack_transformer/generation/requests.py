@@ -41,6 +41,8 @@ class Conventions:
     template: ChatTemplate
     defaults: SamplingParameters
     """For parameters that a request leaves out."""
+    chat_defaults: SamplingParameters
+    """The same for an answer in a chat."""
     end_ids: frozenset[int]
     """Tokens that end a text."""
     answer_end_ids: frozenset[int]
@@ -49,10 +51,12 @@ class Conventions:
     @classmethod
     def of(cls, model: OpenedModel, template: ChatTemplate = PLAIN_TEMPLATE) -> Self:
         """Those of an opened model."""
+        settings = model.backbone.generation_config
         return cls(
             tokenizer=model.tokenizer,
             template=template,
-            defaults=named_by_model(model.backbone.generation_config),
+            defaults=named_by_model(settings),
+            chat_defaults=named_by_model(settings, is_chat=not template.is_plain),
             end_ids=find_end_ids(model),
             answer_end_ids=template.stop_ids(model.tokenizer),
         )
@@ -95,7 +99,7 @@ class Conventions:
                 f"the model's context is {max_length} tokens, but the {whose} {len(prompt_ids)}; "
                 f"shorten {them}"
             )
-        sampling = complete(given, self.defaults)
+        sampling = complete(given, self.chat_defaults if is_chat else self.defaults)
         if clips or given.get("max_new_tokens") is None:
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         stop_ids = self.end_ids

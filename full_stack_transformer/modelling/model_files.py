@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.arguments.models import GenerateArguments
+from full_stack_transformer.arguments.models import AnsweringArguments
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_FILE_NAME,
@@ -139,7 +139,7 @@ def check_models(options: object) -> None:
             directory = find_model_directory(path)
             check_model_files(directory)
             check_tokenizer_files(directory)
-            if isinstance(options, GenerateArguments) or path is draft:
+            if isinstance(options, AnsweringArguments) or path is draft:
                 check_generates(read_config(directory), directory)
     start = getattr(options, "model_path", None)
     if isinstance(start, str):

@@ -546,6 +546,9 @@ class ServedModelFacts(BaseModel):
         default_factory=dict,
         description="Sampling parameters of a request that leaves them out.",
     )
+    chat_sampling: dict[str, float] = Field(
+        default_factory=dict, description="The same for an answer in a chat."
+    )
     num_swaps: int = Field(description="How often --watch has replaced it.")
     loaded_at: int = Field(description="Seconds since 1970.")
     description: dict[str, Any] = Field(

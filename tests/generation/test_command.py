@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,16 +26,6 @@ PROMPT = "The reader"
 @pytest.fixture(scope="module")
 def exact(model_dir: Path) -> TextGenerator:
     return TextGenerator.open(model_dir, device="cpu", weights_dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def chatting_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model with a chat template."""
-    directory = tmp_path_factory.mktemp("models") / "chatting"
-    shutil.copytree(model_dir, directory)
-    template = "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}"
-    (directory / "chat_template.jinja").write_text(template + "{{ bos_token }}")
-    return directory
 
 
 def _arguments(model_dir: Path, **options: Any) -> GenerateArguments:
@@ -141,6 +130,30 @@ def test_log_probabilities_are_lines_of_json(
     assert texts == exact.generate(PROMPT, num_return_sequences=2, **given)
 
 
+def test_a_prompt_is_a_question_where_the_model_has_a_template(
+    chatting_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = TextGenerator.open(chatting_dir, device="cpu", weights_dtype="float32")
+    asked = _arguments(chatting_dir, prompt=PROMPT, system="Be brief.", num_return_sequences=2)
+    messages: list[ChatMessage] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": PROMPT},
+    ]
+    answers = []
+    for seed in (5, 6):
+        given: SamplingKeywords = {**asked.sampling(), "seed": seed}
+        answers.append(generator.chat(messages, clips=True, **given))
+    assert _printed(capsys, asked) == f"{answers[0]}\n---\n{answers[1]}\n"
+    raw = _printed(capsys, _arguments(chatting_dir, prompt=PROMPT, raw=True))
+    [continued] = generator.generate(PROMPT, clips=True, **asked.sampling())
+    assert raw == f"{PROMPT}{continued}\n"
+
+
+def test_a_system_prompt_needs_a_template(model_dir: Path) -> None:
+    with pytest.raises(UsageError, match=r"--system: .* has no chat template"):
+        command.main(_arguments(model_dir, prompt=PROMPT, system="Be brief."))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -154,6 +167,7 @@ def test_log_probabilities_are_lines_of_json(
         ({"draft_weights_dtype": "int8"}, "--draft_weights_dtype is for --draft_model"),
         ({"log_probabilities": -1}, "--log_probabilities must be at least 0"),
         ({"prompt": "a", "prompt_file": Path("b")}, "--prompt or --prompt_file"),
+        ({"system": "a", "raw": True}, "--system is for a chat; omit --raw"),
         ({"interactive": True, "prompt": "a"}, "omit --prompt"),
         ({"interactive": True, "num_return_sequences": 2}, "omit --num_return_sequences"),
         ({"interactive": True, "log_probabilities": 1}, "omit --log_probabilities"),
@@ -285,7 +299,7 @@ def test_a_text_that_has_become_too_long_is_said(
     with caplog.at_level(logging.INFO):
         _session(monkeypatch, capsys, _arguments(model_dir, interactive=True), ["word " * 200])
     assert "context is 128 tokens" in caplog.text
-    assert "/reset starts over" in caplog.text
+    assert "/clear starts over" in caplog.text
 
 
 def test_a_session_of_piped_lines_ends_with_them(run_fst: RunFst, model_dir: Path) -> None:

@@ -140,7 +140,8 @@ class ServedModel(_Served):
             draft_model=_shown_draft(self.engine),
             has_chat_template=not self.conventions.template.is_plain,
             control_tokens=self.tokenizer.control_tokens,
-            sampling={name: getattr(self.conventions.defaults, name) for name in _SHOWN},
+            sampling=_shown_sampling(self.conventions.defaults),
+            chat_sampling=_shown_sampling(self.conventions.chat_defaults),
         )
 
 
@@ -172,6 +173,10 @@ class ServedTask(_Served):
             control_tokens=task.control_tokens,
             form=_shown(task),
         )
+
+
+def _shown_sampling(parameters: SamplingParameters) -> dict[str, float]:
+    return {name: getattr(parameters, name) for name in _SHOWN}
 
 
 def _shown(task: RowTask) -> dict[str, Any]:
