@@ -49,13 +49,9 @@ def test_the_help_of_train_has_groups_and_the_common_options_first(run_fst: RunF
     titles = {line.split("─ ")[1].split(" ─")[0]: i for i, line in enumerate(lines) if "╭" in line}
     assert [*titles] == [
         *("Common options", "Data", "Files of labelled rows", "Model", "Optimization", "Schedule"),
-        *("Validation", "Hardware", "Output", "Adapters (LoRA)", "Masked language model"),
-        *(
-            "Sequence classification",
-            "Span selection and token labelling",
-            "Sentence embedding",
-            "Own classes",
-        ),
+        *("Validation", "Hardware", "Output", "Fine-tuning", "Adapters (LoRA)"),
+        *("Masked language model", "Sequence classification"),
+        *("Span selection and token labelling", "Sentence embedding", "Own classes"),
     ]
     assert titles["Data"] <= 40, "the common options fit on one screen"
 

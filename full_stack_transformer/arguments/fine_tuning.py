@@ -28,14 +28,32 @@ class AdapterOptions:
     """Adapters for the embeddings and the output layer too."""
 
 
-def check_adapter(options: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FineTuningOptions:
+    """Fine-tuning."""
+
+    train_on: Literal["answers", "all"] = "answers"
+    """Conversations: which tokens are learned. all: also those of the system, the user and the template."""
+    preference_beta: float = 0.1
+    """Preferences: how much they count. High values keep close to the start in direct preference
+    optimization; with odds ratios it is their weight beside the likelihood of the chosen answer."""
+    reference: Literal["start", "none"] = "start"
+    """Direct preference optimization: what answers are compared with. start: the model at the start, which
+    takes its memory and its forward pass too; with --lora_rank only the pass."""
+    neftune_alpha: float = 0.0
+    """Uniform noise on the embeddings in training, times neftune_alpha / sqrt(tokens * width); 5 is usual
+    for conversations, 0 turns it off (Jain et al. 2023, NEFTune)."""
+
+
+def check_fine_tuning(options: Any) -> None:
     """Refuse options that can never work.
 
     Raises:
         UsageError: they cannot.
     """
-    at_least(options, 0, "lora_rank")
+    at_least(options, 0, "lora_rank", "neftune_alpha")
     between(options, 0, 0.95, "lora_dropout")
+    between(options, 1e-6, 1e3, "preference_beta")
     if options.lora_alpha is not None and not options.lora_alpha > 0:
         raise UsageError(f"--lora_alpha must be above 0, found {options.lora_alpha!r}")
     if not all(name.strip() for name in options.lora_targets.split(",")):

@@ -8,7 +8,11 @@ from typing import Literal
 
 from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
 from full_stack_transformer.arguments.data import RowFileOptions
-from full_stack_transformer.arguments.fine_tuning import AdapterOptions, check_adapter
+from full_stack_transformer.arguments.fine_tuning import (
+    AdapterOptions,
+    FineTuningOptions,
+    check_fine_tuning,
+)
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name, versions
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK, TaskName, check_task_name
@@ -223,6 +227,7 @@ class TrainArguments(
     ValidationOptions,
     HardwareOptions,
     OutputOptions,
+    FineTuningOptions,
     AdapterOptions,
     MaskedLMOptions,
     SequenceClassificationOptions,
@@ -327,7 +332,7 @@ class TrainArguments(
         super().__post_init__()
         check_name(self.experiment_name, "--experiment_name")
         check_task_name(self.task)
-        check_adapter(self)
+        check_fine_tuning(self)
         at_least(self, 4, "max_length")
         at_least(self, 0, "doc_stride")
         between(self, 1e-6, 100, "simcse_temperature")

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel as Backbone
@@ -28,10 +28,12 @@ from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.quantization.files import open_rounded
+from full_stack_transformer.tasks.catalogue import TASK_OF_KIND
 from full_stack_transformer.tasks.opening import (
     open_task,
     row_task_class,
     row_task_class_of,
+    task_class,
     task_class_of,
 )
 from full_stack_transformer.tasks.task import CorpusTask
@@ -78,16 +80,19 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
 
 def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dict[str, Any]:
     """The metrics of a model on the validation samples of a dataset directory."""
+    dataset = open_dataset(arguments.data)
+    if cls.generates and dataset.kind not in cls.kinds:
+        cls = cast(type[CorpusTask], task_class(TASK_OF_KIND[dataset.kind]))
     opened = open_task(arguments.model, cls=cls, device=arguments.device)
     task, backbone = opened.task, opened.backbone
     assert isinstance(task, CorpusTask)
-    dataset = _as_asked(open_dataset(arguments.data), task)
+    dataset = _as_asked(dataset, task)
     task.read_dataset(dataset)
     started = time.perf_counter()
     loss, sums = measure_corpus(task, backbone, dataset.valid, batch_size=arguments.batch_size)
     content = task.evaluation(loss, sums)
     _log(content, sums, time.perf_counter() - started)
-    if not task.generates:
+    if not task.generates or dataset.kind != "documents":
         return content
     if arguments.weights_dtype != "float32" or arguments.kv_dtype not in ("auto", "float32"):
         rounded = measure_rounded_weights(
@@ -126,7 +131,7 @@ def _rounded_before(arguments: EvaluateArguments) -> Backbone | None:
 def _as_asked(dataset: DatasetDirectory, task: CorpusTask) -> DatasetDirectory:
     """The dataset without begin tokens, where the model has never seen one before a text."""
     tokenizer = task.tokenizer
-    if not task.generates or tokenizer.prefix_ids:
+    if not task.generates or tokenizer.prefix_ids or dataset.kind != "documents":
         return dataset
     return replace(dataset, valid=dataset.valid.without_first(tokenizer.begin_id))
 

@@ -148,6 +148,21 @@ def has_adapter(backbone: nn.Module) -> bool:
     return hasattr(backbone, "peft_config")
 
 
+@contextmanager
+def without_adapter(backbone: Backbone) -> Iterator[None]:
+    """The base alone, inside the `with`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in backbone.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def fingerprint_of_base(backbone: Backbone) -> str:
     """SHA-256 of all weights that are not trained: 1.5 GB/s."""
     digest = hashlib.sha256()

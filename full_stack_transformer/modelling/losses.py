@@ -64,6 +64,27 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss_sum, num_targets
 
 
+def target_loss(
+    logits: Tensor, targets: Tensor, options: LossOptions | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of targets that stand at the position that predicts them.
+
+    Args:
+        logits: (batch, tokens, vocabulary).
+        targets: (batch, tokens), -100 where there is nothing to predict.
+        options: without unlikelihood, which needs the context.
+
+    Returns:
+        Two scalars: the loss, and its cross entropy alone without a gradient.
+    """
+    options = options or LossOptions()
+    assert not options.unlikelihood_alpha, "needs the context"
+    loss_sum, cross_entropy_sum, _ = _VocabularyLoss.apply(  # type: ignore[no-untyped-call]
+        logits, targets, options, targets, None
+    )
+    return loss_sum, cross_entropy_sum
+
+
 def language_model_loss(
     logits: Tensor,
     labels: Tensor,
@@ -94,7 +115,7 @@ def language_model_loss(
         Three scalars: the loss, its cross entropy alone without a gradient (both nats, in at least fp32),
         number of targets.
     """
-    targets = _next_tokens(labels)
+    targets = next_tokens(labels)
     candidates = None
     if options.unlikelihood_alpha:
         candidates = _candidates(input_ids, targets, document_ids)
@@ -104,7 +125,7 @@ def language_model_loss(
     return loss_sum, cross_entropy_sum, num_targets
 
 
-def _next_tokens(labels: Tensor) -> Tensor:
+def next_tokens(labels: Tensor) -> Tensor:
     """Labels at the position that predicts them; shifting the logits instead would copy them."""
     return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED_LABEL)], dim=1)
 

@@ -11,6 +11,9 @@ from full_stack_transformer.errors import UsageError
 # name -> module of this folder : class. Where several tasks can open a model, the first one does.
 TASKS = {
     "causal_lm": "causal_lm:CausalLm",
+    "supervised_fine_tuning": "supervised_fine_tuning:SupervisedFineTuning",
+    "dpo": "dpo:Dpo",
+    "orpo": "orpo:Orpo",
     "masked_lm": "masked_lm:MaskedLm",
     "sequence_classification": "sequence_classification:SequenceClassification",
     "multiple_choice": "multiple_choice:MultipleChoice",
@@ -20,7 +23,13 @@ TASKS = {
 }
 DEFAULT_TASK = "causal_lm"
 # They learn from a dataset directory, the others from labelled rows.
-CORPUS_TASKS = ("causal_lm", "masked_lm")
+CORPUS_TASKS = ("causal_lm", "supervised_fine_tuning", "dpo", "orpo", "masked_lm")
+# What a dataset directory is for, by the kind of its samples.
+TASK_OF_KIND = {
+    "documents": "causal_lm",
+    "conversations": "supervised_fine_tuning",
+    "preferences": "dpo",
+}
 # What rows are for where their class does not say.
 DEFAULT_ROW_TASK = "sequence_classification"
 # What `--mlm` of other trainers means, and what a whitened model does.

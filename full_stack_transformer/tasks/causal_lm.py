@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,7 +25,7 @@ from full_stack_transformer.modelling.losses import (
 )
 from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.modelling.model_files import CAUSAL_HEADS
-from full_stack_transformer.tasks.task import CorpusTask, TaskOptions
+from full_stack_transformer.tasks.task import CorpusTask, TaskOptions, TrainingDefaults
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
     open_saved_tokenizer,
@@ -51,10 +51,11 @@ class CausalLm(CorpusTask):
     name = "causal_lm"
     model_class = AutoModelForCausalLM
     heads = CAUSAL_HEADS
-    options_class = CausalLmOptions
+    options_class: ClassVar[type[TaskOptions]] = CausalLmOptions
     generates = True
-    batchings = ("length", "packed", "concatenated")
+    batchings: ClassVar[tuple[str, ...]] = ("length", "packed", "concatenated")
     card = TaskWords()
+    defaults = TrainingDefaults(adapter_learning_rate=2e-4)
     tokenizer: DocumentTokenizer
 
     @classmethod

@@ -15,7 +15,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.training import WindowOptions
 from full_stack_transformer.datasets.batches import Samples
 from full_stack_transformer.datasets.collators import Batch, Collator, PaddedCollator
-from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
+from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory, Kind
 from full_stack_transformer.errors import DatasetError, RowError
 from full_stack_transformer.metrics.classification import ClassificationMetrics, ClassRow
 from full_stack_transformer.modelling.losses import perplexity
@@ -42,6 +42,7 @@ from full_stack_transformer.rows.fields import (
     names_of,
     place,
 )
+from full_stack_transformer.tasks.catalogue import TASK_OF_KIND
 from full_stack_transformer.tasks.routes import Form, Route
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from full_stack_transformer.tokenization.transformers_tokenizer import (
@@ -106,6 +107,26 @@ class Metrics:
         return cls(scalars, found.per_class, tuple(labels), found.confusion)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingDefaults:
+    """Options of a training where nobody chose them; None leaves that of all tasks."""
+
+    learning_rate: float | None = None
+    adapter_learning_rate: float | None = None
+    """The same of an adapter, which needs higher ones."""
+    num_warmup_steps: int | None = None
+    max_epochs: int | None = None
+    max_length: int | None = None
+
+    def options(self, *, has_adapter: bool) -> dict[str, Any]:
+        """Those that are not None, by name."""
+        found = asdict(self)
+        rate = found.pop("adapter_learning_rate")
+        if has_adapter:
+            found["learning_rate"] = rate
+        return {name: value for name, value in found.items() if value is not None}
+
+
 class Task(ABC):
     """An objective, with the tokenizer and the options of one model.
 
@@ -130,6 +151,9 @@ class Task(ABC):
     """HTTP routes beside those of all models."""
     form: ClassVar[Form | None] = None
     """What the playground shows."""
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults()
+    saved_as: ClassVar[str] = ""
+    """The task of a saved model, where it is another: a tuned model goes on as what it was."""
     new_head: ClassVar[bool] = False
     """Whether a model to start from may lack the head, which then gets random weights."""
 
@@ -232,6 +256,8 @@ class CorpusTask(Task):
     new_head = False
     batchings: ClassVar[tuple[str, ...]] = ("length",)
     """Values of --batching that it knows."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("documents",)
+    """Datasets that it learns from."""
     dataset: DatasetDirectory
 
     @classmethod
@@ -243,9 +269,14 @@ class CorpusTask(Task):
         """Take the dataset to learn from, or to be measured on.
 
         Raises:
-            DatasetError: it was prepared with another tokenizer.
+            DatasetError: it was prepared with another tokenizer, or for other tasks.
         """
         self.dataset = dataset
+        if dataset.kind not in self.kinds:
+            raise DatasetError(
+                f"{dataset.directory} holds {dataset.kind}, and --task {self.name} learns from "
+                f"{' or '.join(self.kinds)}; pass --task {TASK_OF_KIND[dataset.kind]}"
+            )
         for name, token_id in dataset.description.get("special_token_ids", {}).items():
             if not 0 <= token_id < self.vocab_size:
                 raise DatasetError(
@@ -255,8 +286,18 @@ class CorpusTask(Task):
         for corpus in (dataset.train, dataset.valid):
             corpus.limit_ids(self.vocab_size)
 
+    @classmethod
+    def row_length(cls, dataset: DatasetDirectory, options: Any) -> int:
+        """Tokens of a packed row, and of the longest sample."""
+        length: int = dataset.description["max_sample_length"]
+        return length
+
     def samples(self, corpus: Corpus) -> Samples:
         """What batches are made of."""
+        return corpus
+
+    def learned(self, corpus: Corpus) -> Corpus:
+        """A corpus whose marks say which tokens this task learns."""
         return corpus
 
     def collator(self, corpus: Corpus, *, seed: int) -> Collator:

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel as Backbone
 
@@ -63,6 +63,8 @@ class TrainingModule(pl.LightningModule):
         self.backbone.train()
         if arguments.activation_checkpointing:
             _checkpoint_activations(backbone)
+        if arguments.neftune_alpha:
+            _add_noise(backbone, arguments.neftune_alpha)
         task.prepare_backbone(backbone)
         self.task = task
         self.learning_rate = 0.0
@@ -369,6 +371,18 @@ def _gathered(scores: dict[int, Tensor], world_size: int) -> dict[int, Tensor]:
     parts: list[dict[int, Tensor] | None] = [None] * world_size
     torch.distributed.all_gather_object(parts, scores)
     return {number: score for part in parts if part for number, score in part.items()}
+
+
+def _add_noise(backbone: Backbone, alpha: float) -> None:
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914), with the padded length as transformers has it."""
+
+    def noisy(module: nn.Module, _: Any, embeddings: Tensor) -> Tensor:
+        if not module.training:
+            return embeddings
+        limit = alpha / math.sqrt(embeddings.shape[1] * embeddings.shape[2])
+        return embeddings + torch.empty_like(embeddings).uniform_(-limit, limit)
+
+    backbone.get_input_embeddings().register_forward_hook(noisy)
 
 
 def _checkpoint_activations(backbone: Backbone) -> None:

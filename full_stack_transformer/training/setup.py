@@ -1,6 +1,7 @@
 """What one training learns from what: the data, the task and the model that the options name."""
 
 import dataclasses
+import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
+from full_stack_transformer.arguments.typed import given_options
 from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.adapters import add_adapter
@@ -33,9 +35,12 @@ from full_stack_transformer.training.data.corpus import CorpusDataModule
 from full_stack_transformer.training.data.rows import BaseDataModule, FileRows
 from full_stack_transformer.training.experiments import (
     TOKENIZER_DIRECTORY_NAME,
+    is_main_process,
     with_saved_options,
 )
 from full_stack_transformer.training.module import TrainingModule
+
+logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 32
 
@@ -130,7 +135,7 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         RowError: there are no rows to learn from, or to validate on.
     """
     trust_options(arguments)
-    arguments = with_saved_options(arguments)
+    given, arguments = arguments, with_saved_options(arguments)
     if isinstance(arguments, RunExperimentArguments):
         return _open_own(arguments)
     cls = task_class(arguments.task)
@@ -139,6 +144,8 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
             f"--lora_rank is for models that continue texts, which --task {arguments.task} does not make; "
             "leave it out"
         )
+    if arguments is given:  # not resumed
+        arguments = with_defaults(arguments, cls)
     arguments.check_data(reads_datasets=issubclass(cls, CorpusTask))
     if issubclass(cls, CorpusTask):
         assert arguments.dataset_dir is not None
@@ -146,6 +153,22 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory)
         return TrainingSetup(arguments, CorpusDataModule(arguments, dataset, cls))
     return rows_setup(arguments, FileRows(arguments), row_task_class(arguments.task))
+
+
+def with_defaults(arguments: TrainArguments, cls: type[Task]) -> TrainArguments:
+    """The options with those of the task where nobody chose one; says which."""
+    found = cls.defaults.options(has_adapter=bool(arguments.lora_rank))
+    chosen = given_options(arguments)
+    found = {name: value for name, value in found.items() if name not in chosen}
+    if "max_epochs" in found and {"max_steps", "max_minutes"} & chosen:
+        del found["max_epochs"]
+    if found and is_main_process():
+        words = " ".join(f"--{name} {value}" for name, value in found.items())
+        logger.info(
+            "defaults of --task %s%s: %s",
+            *(arguments.task, " with an adapter" if arguments.lora_rank else "", words),
+        )
+    return dataclasses.replace(arguments, **found)
 
 
 def rows_setup(

@@ -119,7 +119,7 @@ class ExportModel(pl.Callback):
         if not trainer.is_global_zero:
             return
         description = {
-            "task": self._task.name,
+            "task": self._task.saved_as or self._task.name,
             "experiment": self._experiment,
             **self._model_facts,
             "step": found.step,

@@ -171,6 +171,8 @@ def num_input_tokens(batch: Batch) -> Tensor:
     """
     if "attention_mask" in batch:
         return batch["attention_mask"].sum()
+    if "num_tokens" in batch:
+        return batch["num_tokens"]
     labels = batch["labels"]
     num_targets = (labels != IGNORED_LABEL).sum()
     if "document_ids" not in batch:  # a sample a row

@@ -22,9 +22,10 @@ class BatchLoader:
     """The training batches of one rank, of all epochs in a chain.
 
     Batch number n is a function of n alone, so the whole state is how many were handed out, and loading
-    goes on in the middle of an epoch at once. `num_targets` of a batch is a scalar, float32: the targets of
-    its whole optimizer step, over all batches of the step and all ranks. Steps of several batches go on
-    over the end of an epoch; the last step of a training has the batches that are left.
+    goes on in the middle of an epoch at once. `num_tokens` of a batch are those of its samples. `num_targets`
+    of a batch is a scalar, float32: the targets of its whole optimizer step, over all batches of the step and
+    all ranks. Steps of several batches go on over the end of an epoch; the last step of a training has the
+    batches that are left.
 
     Args:
         plan: which samples form a batch.
@@ -70,9 +71,11 @@ class BatchLoader:
                 step = number // self._accumulate_grad_batches
                 # A step without targets must not become a division by zero.
                 num_targets = torch.tensor(float(max(1, self._num_targets(step))))
-            batch = self._collate(self._plan.batch(*divmod(number, self._num_batches_per_epoch)))
+            spans = self._plan.batch(*divmod(number, self._num_batches_per_epoch))
+            batch = self._collate(spans)
             self._num_handed_out = number + 1
-            yield {**batch, "num_targets": num_targets}
+            num_tokens = torch.tensor(int(spans.lengths.sum()))
+            yield {**batch, "num_targets": num_targets, "num_tokens": num_tokens}
 
     def _num_targets(self, step: int) -> int:
         first = step * self._accumulate_grad_batches

@@ -52,7 +52,7 @@ class CorpusDataModule(EpochDataModule):
         self.dataset = dataset
         self.description = dataset.description
         self._task_class = task_class
-        self._row_length: int = dataset.description["max_sample_length"]
+        self._row_length = task_class.row_length(dataset, arguments)
 
     @property
     def data_place(self) -> str:
@@ -84,7 +84,8 @@ class CorpusDataModule(EpochDataModule):
         if self.arguments.batching == "concatenated":
             return self._row_length
         num_samples = max(1, self.description["number_of_train_samples"])
-        return int(self.description["number_of_train_tokens"] / num_samples)
+        mean = int(self.description["number_of_train_tokens"] / num_samples)
+        return min(mean, self._row_length)
 
     @property
     def num_row_tokens(self) -> int:
@@ -140,5 +141,6 @@ class CorpusDataModule(EpochDataModule):
         """As --batching says."""
         if self.arguments.batching == "packed":
             pad_id = self.description["special_token_ids"]["pad"]
-            return PackedCollator(self.dataset.train, pad_id=pad_id, row_length=self._row_length)
+            corpus = self.task.learned(self.dataset.train)
+            return PackedCollator(corpus, pad_id=pad_id, row_length=self._row_length)
         return self.task.collator(self.dataset.train, seed=self.arguments.seed)
