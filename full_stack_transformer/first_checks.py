@@ -23,6 +23,7 @@ from full_stack_transformer.errors import (
 from full_stack_transformer.machine import listen
 from full_stack_transformer.modelling.model_files import (
     check_generates,
+    check_model_files,
     check_models,
     find_model_directory,
     read_config,
@@ -60,6 +61,8 @@ def _check_training(options: training.TrainArguments) -> None:
     ):
         _check_rows(path, flag)
     _check_tokenizer(options.tokenizer_path)
+    if options.teacher is not None:
+        check_model_files(find_model_directory(Path(options.teacher)))
     _check_model_config(options.model_config)
     has_own_data = bool(getattr(options, "data_class", "") or getattr(options, "model_class", ""))
     if options.task not in TASKS or has_own_data:

@@ -40,6 +40,13 @@ class FineTuningOptions:
     reference: Literal["start", "none"] = "start"
     """Direct preference optimization: what answers are compared with. start: the model at the start, which
     takes its memory and its forward pass too; with --lora_rank only the pass."""
+    teacher: str | None = None
+    """Model directory of a larger model with the same tokenizer, whose predictions are learned too
+    (Hinton et al. 2015)."""
+    teacher_weight: float = 0.5
+    """Part of the loss that is the divergence from --teacher; the rest is the cross entropy."""
+    teacher_temperature: float = 1.0
+    """Divides the logits of both models before they are compared."""
     neftune_alpha: float = 0.0
     """Uniform noise on the embeddings in training, times neftune_alpha / sqrt(tokens * width); 5 is usual
     for conversations, 0 turns it off (Jain et al. 2023, NEFTune)."""
@@ -54,6 +61,8 @@ def check_fine_tuning(options: Any) -> None:
     at_least(options, 0, "lora_rank", "neftune_alpha")
     between(options, 0, 0.95, "lora_dropout")
     between(options, 1e-6, 1e3, "preference_beta")
+    between(options, 0, 1, "teacher_weight")
+    between(options, 0.01, 100, "teacher_temperature")
     if options.lora_alpha is not None and not options.lora_alpha > 0:
         raise UsageError(f"--lora_alpha must be above 0, found {options.lora_alpha!r}")
     if not all(name.strip() for name in options.lora_targets.split(",")):

@@ -14,6 +14,7 @@ TASKS = {
     "supervised_fine_tuning": "supervised_fine_tuning:SupervisedFineTuning",
     "dpo": "dpo:Dpo",
     "orpo": "orpo:Orpo",
+    "distillation": "distillation:Distillation",
     "masked_lm": "masked_lm:MaskedLm",
     "sequence_classification": "sequence_classification:SequenceClassification",
     "multiple_choice": "multiple_choice:MultipleChoice",
@@ -23,7 +24,12 @@ TASKS = {
 }
 DEFAULT_TASK = "causal_lm"
 # They learn from a dataset directory, the others from labelled rows.
-CORPUS_TASKS = ("causal_lm", "supervised_fine_tuning", "dpo", "orpo", "masked_lm")
+CORPUS_TASKS = (
+    *("causal_lm", "supervised_fine_tuning", "dpo", "orpo", "distillation"),
+    "masked_lm",
+)
+# The one that `--teacher` chooses.
+TEACHER_TASK = "distillation"
 # What a dataset directory is for, by the kind of its samples.
 TASK_OF_KIND = {
     "documents": "causal_lm",

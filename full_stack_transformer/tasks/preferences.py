@@ -5,9 +5,12 @@
 Legend: P pairs, T tokens.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -22,6 +25,8 @@ from full_stack_transformer.tasks.causal_lm import CausalLm
 from full_stack_transformer.tasks.supervised_fine_tuning import longest_sample
 from full_stack_transformer.tasks.task import CorpusTask, TaskOptions
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,18 @@ class PreferenceTask(CausalLm):
 
     def samples(self, corpus: Corpus) -> Samples:
         """Pairs, both of which fit."""
-        return PreferencePairs(corpus, self.row_length(self.dataset, self.options))
+        found = PreferencePairs(corpus, self.row_length(self.dataset, self.options))
+        if found.num_left_out and corpus.directory not in self._told:
+            self._told.add(corpus.directory)
+            logger.warning(
+                "%s: %s pairs have an answer that does not fit, and are left out",
+                *(corpus.directory.name, f"{found.num_left_out:,}"),
+            )
+        return found
+
+    @cached_property
+    def _told(self) -> set[Path]:
+        return set()
 
     def collator(self, corpus: Corpus, *, seed: int) -> Collator:
         """The chosen samples, then the rejected ones."""

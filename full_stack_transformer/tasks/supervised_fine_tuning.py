@@ -4,9 +4,12 @@ Trained on a dataset directory of conversations, mostly from a pretrained model.
 model that answers.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +19,13 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.datasets.batches import Samples
 from full_stack_transformer.datasets.collators import Batch, Collator, PaddedCollator
 from full_stack_transformer.datasets.conversations import Conversations
-from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
+from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory, Kind
 from full_stack_transformer.modelling.losses import LossOptions, next_tokens, target_loss
 from full_stack_transformer.modelling.targets import is_predicting, logits_where
 from full_stack_transformer.tasks.causal_lm import CausalLm
 from full_stack_transformer.tasks.task import CorpusTask, TaskOptions, TrainingDefaults
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class SupervisedFineTuning(CausalLm):
     saved_as = CausalLm.name
     options_class = SupervisedFineTuningOptions
     batchings = ("length", "packed")
-    kinds = ("conversations",)
+    kinds: ClassVar[tuple[Kind, ...]] = ("conversations",)
     # Full: TRL's. Adapters: ten times as much, as Schulman et al. 2025 ("LoRA Without Regret") found.
     defaults = TrainingDefaults(
         learning_rate=2e-5,
@@ -56,9 +61,17 @@ class SupervisedFineTuning(CausalLm):
 
     def samples(self, corpus: Corpus) -> Samples:
         """Conversations that end after an answer."""
-        length = self.row_length(self.dataset, self.options)
-        found = Conversations(corpus, length)
+        if corpus.directory not in self._samples:  # read once: a plan is made several times
+            found = Conversations(corpus, self.row_length(self.dataset, self.options))
+            if left_out := str(found.left_out):
+                logger.warning("%s: %s", corpus.directory.name, left_out)
+            self._samples[corpus.directory] = found
+        found = self._samples[corpus.directory]
         return _WholeConversations(found) if self.options.train_on == "all" else found
+
+    @cached_property
+    def _samples(self) -> dict[Path, Conversations]:
+        return {}
 
     def learned(self, corpus: Corpus) -> Corpus:
         """Answers, or everything."""

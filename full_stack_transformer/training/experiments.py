@@ -77,7 +77,7 @@ _INPUTS = {"dataset_dir", "train_file", "validation_file", "test_file"}
 _ACTIONS = {"do_train", "do_eval", "do_predict"}
 _PATHS = _INPUTS | {"experiments_root"}
 # A path or a name: of a model or tokenizer on the hub, or of a preset.
-_PATHS_OR_NAMES = {"model_path", "tokenizer_path", "model_config"}
+_PATHS_OR_NAMES = {"model_path", "tokenizer_path", "model_config", "teacher"}
 # Options that name a class.
 _CLASSES = ("task", "data_class", "model_class")
 # They say where the training is, not what it does, or were only needed at its start.

@@ -20,7 +20,7 @@ from full_stack_transformer.modelling.adapters import add_adapter
 from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.pretrained import pretrained_backbone
 from full_stack_transformer.own_classes import class_of_option, trust_options
-from full_stack_transformer.tasks.catalogue import TASKS
+from full_stack_transformer.tasks.catalogue import TASK_OF_KIND, TASKS, TEACHER_TASK
 from full_stack_transformer.tasks.opening import (
     is_own,
     path_of,
@@ -136,15 +136,18 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
     """
     trust_options(arguments)
     given, arguments = arguments, with_saved_options(arguments)
+    is_new = arguments is given  # and not resumed
     if isinstance(arguments, RunExperimentArguments):
         return _open_own(arguments)
+    if is_new:
+        arguments = with_task(arguments)
     cls = task_class(arguments.task)
     if arguments.lora_rank and not cls.generates:
         raise UsageError(
             f"--lora_rank is for models that continue texts, which --task {arguments.task} does not make; "
             "leave it out"
         )
-    if arguments is given:  # not resumed
+    if is_new:
         arguments = with_defaults(arguments, cls)
     arguments.check_data(reads_datasets=issubclass(cls, CorpusTask))
     if issubclass(cls, CorpusTask):
@@ -153,6 +156,28 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory)
         return TrainingSetup(arguments, CorpusDataModule(arguments, dataset, cls))
     return rows_setup(arguments, FileRows(arguments), row_task_class(arguments.task))
+
+
+def with_task(arguments: TrainArguments) -> TrainArguments:
+    """The options with the task of --teacher, or of the dataset's kind, where nobody chose one.
+
+    Raises:
+        UsageError: --teacher is given to another task.
+        DatasetError: --dataset_dir is damaged.
+    """
+    is_chosen = "task" in given_options(arguments)
+    task, reason = arguments.task, ""
+    if arguments.teacher is not None:
+        if is_chosen and task != TEACHER_TASK:
+            raise UsageError(f"--teacher is for --task {TEACHER_TASK}, not for --task {task}")
+        task, reason = TEACHER_TASK, "--teacher"
+    elif not is_chosen and arguments.dataset_dir is not None and arguments.train_file is None:
+        kind = open_dataset(arguments.dataset_dir).kind
+        task = TASK_OF_KIND[kind] if kind != "documents" else task
+        reason = f"a dataset of {kind}"
+    if task != arguments.task and is_main_process():
+        logger.info("--task %s, for %s", task, reason)
+    return dataclasses.replace(arguments, task=task)
 
 
 def with_defaults(arguments: TrainArguments, cls: type[Task]) -> TrainArguments:

@@ -165,10 +165,11 @@ def test_noise_is_added_in_training_alone(conversations: Path, model_dir: Path) 
     ("options", "rate", "epochs"),
     [
         ({}, 2e-5, 3),
+        ({"task": "causal_lm"}, 2e-5, 3),
         ({"lora_rank": 4}, 2e-4, 3),
         ({"learning_rate": 1e-4, "max_epochs": 2}, 1e-4, 2),
     ],
-    ids=["full", "an adapter", "chosen"],
+    ids=["full", "by the kind of the dataset", "an adapter", "chosen"],
 )
 def test_the_defaults_of_a_method_are_said(
     options: dict[str, Any],
@@ -192,13 +193,22 @@ def test_the_defaults_of_a_method_are_said(
 def test_a_dataset_of_another_kind_names_its_task(
     conversations: Path, dataset_dir: Path, tmp_path: Path
 ) -> None:
-    training = TrainingHere(conversations, tmp_path)
-    with pytest.raises(
-        DatasetError, match=r"holds conversations, .*pass --task supervised_fine_tuning"
-    ):
-        training(max_steps=1)
+    with pytest.raises(DatasetError, match=r"holds conversations, .*--task supervised_fine_tuning"):
+        TrainingHere(conversations, tmp_path)(max_steps=1, task="orpo")
     with pytest.raises(DatasetError, match=r"holds documents, .*pass --task causal_lm"):
         TrainingHere(dataset_dir, tmp_path)(max_steps=1, **_TASK)
+
+
+def test_what_does_not_fit_is_said(
+    conversations: Path, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        _, data = _module(conversations, model_dir, max_length=30)
+        assert data.num_batches_per_epoch > 0
+        assert data.num_batches_per_epoch > 0
+    assert caplog.text.count("train: ") == 1
+    assert "answers" in caplog.text
+    assert "do not fit" in caplog.text
 
 
 def test_a_model_is_measured_on_its_answers(conversations: Path, model_dir: Path) -> None:
