@@ -24,14 +24,14 @@ class OwnClassesOptions:
 def at_least(options: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        if not (value >= least and math.isfinite(value)):
+        if value is not None and not (value >= least and math.isfinite(value)):
             raise UsageError(f"--{name} must be at least {least:g}, found {value!r}")
 
 
 def between(options: object, least: float, most: float, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise UsageError(f"--{name} must be between {least:g} and {most:g}, found {value!r}")
 
 

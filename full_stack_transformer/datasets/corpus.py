@@ -10,6 +10,7 @@ Knows nothing of text.
 
 import copy
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,6 +375,19 @@ class DatasetDirectory:
     def tokenizer_directory(self) -> Path:
         """What `open_saved_tokenizer` and `AutoTokenizer` open."""
         return self.directory / "tokenizer"
+
+
+def prepare_command(dataset: DatasetDirectory, tokenizer_path: str) -> str:
+    """The command that prepares the same documents with another tokenizer; places of files are not known."""
+    described = dataset.description
+    words = ["fst", "prepare_dataset", "--tokenizer_path", tokenizer_path]
+    for name in ("documents_train_file", "documents_valid_file", "conversations", "preferences"):
+        for file in described.get(name) or ():
+            words += [f"--{name}", str(file)]
+    if described.get("validation_fraction"):
+        words += ["--validation_fraction", str(described["validation_fraction"])]
+    words += ["--max_sample_length", str(described["max_sample_length"])]
+    return shlex.join([*words, "--dataset_name", str(described.get("dataset_name", "NAME"))])
 
 
 def refuse_model(directory: Path) -> None:

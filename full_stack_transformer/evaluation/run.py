@@ -87,6 +87,7 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
     task, backbone = opened.task, opened.backbone
     assert isinstance(task, CorpusTask)
     dataset = _as_asked(dataset, task)
+    task.model_path = str(arguments.model)
     task.read_dataset(dataset)
     started = time.perf_counter()
     loss, sums = measure_corpus(task, backbone, dataset.valid, batch_size=arguments.batch_size)

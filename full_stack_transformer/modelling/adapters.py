@@ -201,8 +201,7 @@ def save_adapter(
     try:
         partial.mkdir(parents=True)
         _write_adapter(partial, backbone, weights)
-        for file in tokenizer_directory.iterdir():
-            shutil.copyfile(file, partial / file.name)
+        shutil.copytree(tokenizer_directory, partial, dirs_exist_ok=True)
         write_json(partial / DESCRIPTION_FILE_NAME, description)
         if card:
             write_text(partial / CARD_FILE_NAME, card)

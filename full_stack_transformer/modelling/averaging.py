@@ -27,6 +27,7 @@ from full_stack_transformer.modelling.model_directory import (
     save_model_directory,
 )
 from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.pretrained import read_start
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, make_directories
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
 
@@ -137,6 +138,7 @@ def _save(
             backbone,
             tokenizer_directory=directory,
             description=description,
+            start=read_start(str(find_model_directory(path))),
             card=model_card(description, {}, []),
         )
 

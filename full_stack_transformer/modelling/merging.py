@@ -11,7 +11,7 @@ from pathlib import Path
 from full_stack_transformer.arguments.models import MergeArguments
 from full_stack_transformer.errors import MachineError, ModelError, UsageError
 from full_stack_transformer.modelling.adapters import base_of, merge_adapter
-from full_stack_transformer.modelling.backbones import convert, num_parameters
+from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_DIRECTORY_NAME,
     ADAPTER_FILE_NAME,
@@ -19,7 +19,7 @@ from full_stack_transformer.modelling.other_files import (
     found_at,
     json_of,
 )
-from full_stack_transformer.modelling.pretrained import open_config
+from full_stack_transformer.modelling.pretrained import read_start
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     make_directories,
@@ -27,17 +27,13 @@ from full_stack_transformer.storage import (
     why_not_written,
     write_json,
 )
+from full_stack_transformer.tokenization.document_tokenizer import copy_tokenizer_files
 from full_stack_transformer.tokenization.transformers_tokenizer import open_tokenizer
 
 logger = logging.getLogger(__name__)
 
 # In description.json of a merged model: what it was made of.
 _MERGED_KEY = "merged_from"
-# Files of a tokenizer directory that are copied as they are.
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt", "added_tokens.json"),
-)
 
 
 def main(arguments: MergeArguments) -> Path:
@@ -55,9 +51,6 @@ def main(arguments: MergeArguments) -> Path:
         raise UsageError(f"{target} exists; remove it, or name another directory with --output_dir")
     base = arguments.base or base_of(directory)
     backbone = merge_adapter(directory, base=base)
-    dtype = open_config(base).dtype
-    if dtype is not None:
-        backbone = convert(backbone, dtype)
     description = {
         **json_of(directory / DESCRIPTION_FILE_NAME),
         "num_parameters": num_parameters(backbone),
@@ -67,7 +60,7 @@ def main(arguments: MergeArguments) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         make_directories(target.absolute().parent)
-        backbone.save_pretrained(partial)
+        read_start(base).save(backbone, partial)
         _copy_tokenizer(directory, base, partial)
         write_json(partial / DESCRIPTION_FILE_NAME, description)
         replace_directory(partial, target)
@@ -110,8 +103,6 @@ def _copy_tokenizer(directory: Path, base: str, target: Path) -> None:
     """The adapter's own tokenizer where it has one, else that of the base."""
     for source in (directory, Path(base)):
         if (source / "tokenizer_config.json").is_file():
-            for name in _TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, target / name)
+            copy_tokenizer_files(source, target)
             return
     open_tokenizer(base).save_pretrained(target)

@@ -25,7 +25,12 @@ from full_stack_transformer.machine import memory_for
 from full_stack_transformer.modelling.backbones import backbone_of_config, convert
 from full_stack_transformer.modelling.model_files import check_tokenizer_files, find_model_directory
 from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
-from full_stack_transformer.modelling.pretrained import load_backbone, open_config, reason_of
+from full_stack_transformer.modelling.pretrained import (
+    StartFacts,
+    load_backbone,
+    open_config,
+    reason_of,
+)
 from full_stack_transformer.quantization.files import open_rounded
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
@@ -61,6 +66,7 @@ def save_model_directory(
     *,
     tokenizer_directory: Path,
     description: dict[str, Any],
+    start: StartFacts | None = None,
     card: str = "",
     weights: dict[str, Tensor] | None = None,
     finish: Callable[[Path], None] | None = None,
@@ -72,6 +78,7 @@ def save_model_directory(
         backbone: the model.
         tokenizer_directory: files that are copied into it.
         description: content of description.json.
+        start: of the model that it was trained from, whose type of weights and settings it keeps.
         card: content of README.md; not written if empty.
         weights: by the backbone's own names, if they are not those in `backbone` itself.
         finish: writes additional files into the directory.
@@ -82,13 +89,15 @@ def save_model_directory(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        backbone.save_pretrained(partial, state_dict=weights)
-        if backbone.can_generate():
-            settings = GenerationConfig.from_model_config(backbone.config)
-            settings.update(do_sample=True, **FOR_SMALL_MODELS)
-            settings.save_pretrained(partial)
-        for file in tokenizer_directory.iterdir():
-            shutil.copyfile(file, partial / file.name)
+        if start is not None:
+            start.save(backbone, partial, weights)
+        else:
+            backbone.save_pretrained(partial, state_dict=weights)
+            if backbone.can_generate():
+                settings = GenerationConfig.from_model_config(backbone.config)
+                settings.update(do_sample=True, **FOR_SMALL_MODELS)
+                settings.save_pretrained(partial)
+        shutil.copytree(tokenizer_directory, partial, dirs_exist_ok=True)
         write_json(partial / DESCRIPTION_FILE_NAME, description)
         if finish is not None:
             finish(partial)

@@ -8,6 +8,7 @@ import difflib
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.hub import cached_file
 
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.machine import check_free_memory, memory_for
@@ -31,9 +34,13 @@ from full_stack_transformer.modelling.model_files import (
     rounded_files,
     weight_files,
 )
+from full_stack_transformer.modelling.other_files import CONFIG_FILE_NAME
+from full_stack_transformer.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+GENERATION_CONFIG_FILE_NAME = "generation_config.json"
+_DTYPES = ("float32", "bfloat16", "float16")
 _LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
     *(SafetensorError, UnpicklingError),
@@ -53,11 +60,11 @@ def pretrained_backbone(
     new_head: bool = False,
     **fields: Any,
 ) -> Backbone:
-    """A pretrained model with fp32 weights, its embeddings resized to `vocab_size`.
+    """A pretrained model with fp32 weights, and embeddings for `vocab_size` tokens at least.
 
     Args:
         model_path: directory or hub name.
-        vocab_size: number of token ids.
+        vocab_size: number of token ids; some models have more embeddings than that.
         model_class: of transformers.
         new_head: allow a model without such a head, and give it one with random weights.
         fields: of the config, to override the saved ones.
@@ -68,10 +75,62 @@ def pretrained_backbone(
     backbone = load_backbone(
         model_path, dtype=torch.float32, model_class=model_class, new_head=new_head, **fields
     )
-    if backbone.get_input_embeddings().num_embeddings != vocab_size:
+    if backbone.get_input_embeddings().num_embeddings < vocab_size:
         # New rows are drawn around the mean of the old ones, so that new tokens do not start out likely.
         backbone.resize_token_embeddings(vocab_size, mean_resizing=True)
     return backbone
+
+
+@dataclass(frozen=True)
+class StartFacts:
+    """What a tuned model keeps of the one that it was started from, beside weights, config and tokenizer."""
+
+    dtype: str | None
+    """In which its weights were saved, as its config names it."""
+    generation_config: dict[str, Any] | None
+    """The content of generation_config.json; None where there is no such file."""
+
+    def save(
+        self, backbone: Backbone, directory: Path, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write config, weights (those of the backbone, or others) and settings into a model directory."""
+        if self.dtype is not None:
+            weights = in_dtype(weights or backbone.state_dict(), getattr(torch, self.dtype))
+        if self.generation_config is not None and backbone.can_generate():
+            # Its own is written below as it was: transformers refuses to save some that it reads.
+            backbone.generation_config = GenerationConfig.from_model_config(backbone.config)
+        backbone.save_pretrained(directory, state_dict=weights)
+        if self.generation_config is not None:
+            write_json(directory / GENERATION_CONFIG_FILE_NAME, self.generation_config)
+        if self.dtype is not None:
+            config = read_json(directory / CONFIG_FILE_NAME)
+            write_json(directory / CONFIG_FILE_NAME, {**config, "dtype": self.dtype})
+
+
+def read_start(model_path: str) -> StartFacts:
+    """The facts of a model directory or hub name that can be opened."""
+    named = open_config(model_path).dtype
+    file = cached_file(
+        model_path,
+        GENERATION_CONFIG_FILE_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    dtype = str(named).removeprefix("torch.")
+    return StartFacts(
+        dtype=dtype if dtype in _DTYPES else None,
+        generation_config=read_json(Path(file)) if file is not None else None,
+    )
+
+
+def in_dtype(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another type; those that share memory still do."""
+    converted: dict[tuple[int, torch.Size], Tensor] = {}
+    for weight in weights.values():
+        key = (weight.data_ptr(), weight.shape)
+        if key not in converted:
+            converted[key] = weight.to(dtype) if weight.is_floating_point() else weight
+    return {name: converted[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
 
 
 def load_backbone(

@@ -116,7 +116,7 @@ class BlockEncoder:
         if last.has_tail:
             ends[-1] = False
         encoded = self._encode(framed_texts(texts, begins.tolist(), ends.tolist(), self._tokenizer))
-        lengths = np.diff(encoded.offsets) + begins + ends
+        lengths = np.diff(encoded.offsets) + begins * len(self._tokenizer.prefix_ids) + ends
         return EncodedBlock(
             block_end=0 if blocks[-1].is_last else blocks[-1].end,
             token_ids=_framed_ids(encoded.token_ids, lengths, begins, ends, self._tokenizer).astype(
@@ -179,15 +179,17 @@ def _framed_ids(
     ends: NDArray[np.bool_],
     tokenizer: DocumentTokenizer,
 ) -> NDArray[np.unsignedinteger]:
-    """The ids with begin and end tokens; `lengths` (documents,) counts those."""
+    """The ids with what stands before a document and its end token; `lengths` (documents,) counts those."""
     stops = np.cumsum(lengths)
     framed = np.empty(int(stops[-1]) if len(stops) else 0, dtype=token_ids.dtype)
     is_text = np.ones(len(framed), dtype=bool)
     begin_positions, end_positions = (stops - lengths)[begins], (stops - 1)[ends]
-    is_text[begin_positions] = is_text[end_positions] = False
-    framed[is_text] = token_ids
-    framed[begin_positions] = tokenizer.begin_id
     framed[end_positions] = tokenizer.end_id
+    is_text[end_positions] = False
+    for index, token_id in enumerate(tokenizer.prefix_ids):
+        framed[begin_positions + index] = token_id
+        is_text[begin_positions + index] = False
+    framed[is_text] = token_ids
     return framed
 
 

@@ -148,7 +148,7 @@ def describe(
             "pad": tokenizer.pad_id,
         },
         "document_framing": {
-            "begin": tokenizer.begin,
+            "begin": tokenizer.prefix,
             "text_before": tokenizer.text_before,
             "text_after": tokenizer.text_after,
             "end": tokenizer.end,

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
-from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.modelling.acceleration import accelerate
 from full_stack_transformer.modelling.losses import (
     LossOptions,
@@ -74,14 +73,10 @@ class CausalLm(CorpusTask):
 
     def read_dataset(self, dataset: DatasetDirectory) -> None:
         """Refuse a dataset of another vocabulary."""
-        super().read_dataset(dataset)
         theirs = open_saved_tokenizer(dataset.tokenizer_directory)
         if theirs.backend.get_vocab() != self.tokenizer.backend.get_vocab():
-            raise DatasetError(
-                f"{dataset.directory} was prepared with another tokenizer ({theirs.vocab_size:,} tokens) "
-                f"than that of the model ({self.tokenizer.vocab_size:,}); prepare the documents with "
-                "--tokenizer_path and the model's directory"
-            )
+            raise self.other_vocabulary(dataset, theirs.vocab_size)
+        super().read_dataset(dataset)
 
     def forward(self, backbone: Backbone, batch: Batch) -> Tensor:
         """Logits (B, T, vocabulary).

@@ -27,7 +27,7 @@ from full_stack_transformer.datasets.masking import (
     Masking,
     make_masking,
 )
-from full_stack_transformer.errors import DatasetError, ModelError, RowError
+from full_stack_transformer.errors import ModelError, RowError
 from full_stack_transformer.modelling.model_card import TaskWords
 from full_stack_transformer.rows.fields import Row, field, place, texts_and_label
 from full_stack_transformer.tasks.routes import Form, Route
@@ -113,14 +113,11 @@ class MaskedLm(CorpusTask, RowTask):
 
     def read_dataset(self, dataset: DatasetDirectory) -> None:
         """Refuse a dataset whose tokens have other ids here."""
-        super().read_dataset(dataset)
         theirs = open_saved_tokenizer(dataset.tokenizer_directory)
         known = self.tokenizer.get_vocab()
         if any(known.get(token) != index for token, index in theirs.backend.get_vocab().items()):
-            raise DatasetError(
-                f"{dataset.directory} was prepared with another tokenizer than the model's; prepare the "
-                "documents with the one that it was trained with"
-            )
+            raise self.other_vocabulary(dataset, theirs.vocab_size)
+        super().read_dataset(dataset)
         self._masking = make_masking(
             theirs,
             mask_id=self.tokenizer.mask_token_id,

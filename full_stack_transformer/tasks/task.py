@@ -27,7 +27,12 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.training import WindowOptions
 from full_stack_transformer.datasets.batches import Samples
 from full_stack_transformer.datasets.collators import Batch, Collator, PaddedCollator
-from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory, Kind
+from full_stack_transformer.datasets.corpus import (
+    Corpus,
+    DatasetDirectory,
+    Kind,
+    prepare_command,
+)
 from full_stack_transformer.errors import DatasetError, RowError
 from full_stack_transformer.metrics.classification import ClassificationMetrics, ClassRow
 from full_stack_transformer.modelling.losses import perplexity
@@ -259,6 +264,8 @@ class CorpusTask(Task):
     kinds: ClassVar[tuple[Kind, ...]] = ("documents",)
     """Datasets that it learns from."""
     dataset: DatasetDirectory
+    model_path: str = "MODEL_DIRECTORY"
+    """Where the model is that reads the dataset, for messages."""
 
     @classmethod
     def tokenizer_files(cls, dataset: DatasetDirectory, place: Callable[[], Path]) -> Path:
@@ -285,6 +292,15 @@ class CorpusTask(Task):
                 )
         for corpus in (dataset.train, dataset.valid):
             corpus.limit_ids(self.vocab_size)
+
+    def other_vocabulary(self, dataset: DatasetDirectory, num_tokens: int) -> DatasetError:
+        """The error for a dataset of another tokenizer, which has so many tokens."""
+        return DatasetError(
+            f"{dataset.directory} was prepared with another tokenizer ({num_tokens:,} tokens) than that of "
+            f"{self.model_path} ({self.vocab_size:,} tokens); prepare it for this model: "
+            f"{prepare_command(dataset, self.model_path)}; or fst train --resize_embeddings new gives the "
+            "model the tokens of the dataset"
+        )
 
     @classmethod
     def row_length(cls, dataset: DatasetDirectory, options: Any) -> int:

@@ -39,10 +39,10 @@ def main(arguments: CheckTokenizerArguments) -> None:
             raise TokenizerError(f"{type(tokenizer).__name__}: {problem}")
     encoder = choose_encoder(tokenizer.backend, "auto", texts)
     logger.info(
-        "%s passes: %s tokens, documents are framed by %s and %s, padded with %s, encoded with %s%s",
+        "%s passes: %s tokens, documents begin with %s and end with %s, padded with %s, encoded with %s%s",
         type(tokenizer).__name__,
         f"{tokenizer.vocab_size:,}",
-        tokenizer.begin,
+        tokenizer.prefix or "nothing",
         tokenizer.end,
         tokenizer.pad,
         encoder.name,
@@ -58,15 +58,17 @@ def _texts(tokenizer: DocumentTokenizer) -> list[str]:
 
 def _frames_documents(tokenizer: DocumentTokenizer, texts: list[str]) -> str | None:
     for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-        if ids[:1] != [tokenizer.begin_id] or ids[-1:] != [tokenizer.end_id]:
-            return f"a document must begin with {tokenizer.begin} and end with {tokenizer.end}: {text[:60]!r}"
+        before = tokenizer.prefix_ids
+        if ids[: len(before)] != before or ids[-1:] != [tokenizer.end_id]:
+            begin = f"begin with {tokenizer.begin} and " if before else ""
+            return f"a document must {begin}end with {tokenizer.end}: {text[:60]!r}"
     return None
 
 
 def _keeps_control_tokens_out(tokenizer: DocumentTokenizer, texts: list[str]) -> str | None:
     control_ids = {tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id}
     for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-        if control_ids & set(ids[1:-1]):
+        if control_ids & set(ids[len(tokenizer.prefix_ids) : -1]):
             return f"text became a control token: {text[:60]!r}"
     return None
 
@@ -80,7 +82,7 @@ def _stays_below_the_vocabulary(tokenizer: DocumentTokenizer, texts: list[str]) 
 
 def _streams_what_it_decodes(tokenizer: DocumentTokenizer, texts: list[str]) -> str | None:
     for text in texts:
-        ids = tokenizer.encode_prompt(text)[1:]
+        ids = tokenizer.encode_text(text)
         stream = TextStream(tokenizer)
         if "".join(map(stream.push, ids)) + stream.finish() != tokenizer.decode(ids):
             return f"decoding token by token and decoding all differ: {text[:60]!r}"

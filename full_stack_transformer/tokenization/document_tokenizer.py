@@ -11,6 +11,7 @@ comes from) and, to change the text before encoding, `normalize`; then pass the 
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,18 @@ _TOKENIZER_FILE_NAME = "tokenizer.json"
 _BROKEN = "\ufffd"
 # In other directories: SentencePiece and WordPiece.
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+# What belongs to a tokenizer in the directory of a model, chat templates included.
+_FILES = (
+    *(
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+    ),
+    *("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
 # Key of our own class in tokenizer_config.json.
 _CLASS_KEY = "full_stack_transformer_cls_name"
 
@@ -68,12 +81,17 @@ class DocumentTokenizer:
         self.end_id = self._id_of(end)
         self.pad_id = self._id_of(pad)
         self.prefix_ids = [self.begin_id]
-        """What stands before every text that the model is given. A pretrained model's own tokenizer may add
-        nothing: see `open_saved_tokenizer`."""
+        """What stands before every document and every text that the model is given. A pretrained model's own
+        tokenizer may add nothing."""
+        self.source: Path | None = None
+        """The directory of a pretrained model's tokenizer, whose files are kept as they are."""
 
     @classmethod
     def load(cls, path: str | None) -> Self:
-        """Open a directory or hub name; its own begin and end tokens frame a document.
+        """Open a directory or hub name.
+
+        A document, like any text, begins with what this tokenizer puts before a text, which may be nothing,
+        and it ends with its end token. A class of one's own frames it by begin and end token.
 
         Raises:
             TokenizerError: there is no tokenizer at `path`, or it has no begin and end token.
@@ -90,7 +108,11 @@ class DocumentTokenizer:
                 "its own and pass --tokenizer_cls_name"
             )
         pad = _first_named(config, ("pad_token",)) or end
-        return cls(backend, begin=begin, end=end, pad=pad)
+        tokenizer = cls(backend, begin=begin, end=end, pad=pad)
+        if cls is DocumentTokenizer and (directory / _TOKENIZER_FILE_NAME).is_file():
+            tokenizer.prefix_ids = _own_prefix(tokenizer, directory, config)
+            tokenizer.source = directory
+        return tokenizer
 
     def normalize(self, text: str) -> str:
         """The text of a document, or of its beginning, as the model sees it."""
@@ -107,11 +129,16 @@ class DocumentTokenizer:
         return text
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each document, framed by the begin and the end token."""
+        """Token ids of each document, between what stands before it and the end token."""
         prepared = [f"{self.text_before}{self.normalize(text)}{self.text_after}" for text in texts]
         with explained_failures():
             encodings = self.backend.encode_batch_fast(prepared, add_special_tokens=False)
-        return [[self.begin_id, *encoding.ids, self.end_id] for encoding in encodings]
+        return [[*self.prefix_ids, *encoding.ids, self.end_id] for encoding in encodings]
+
+    @property
+    def prefix(self) -> str:
+        """The names of the tokens that stand before a document."""
+        return "".join(self.backend.id_to_token(token_id) or "" for token_id in self.prefix_ids)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of the beginning of a document, without an end; an empty one has its begin token."""
@@ -188,7 +215,14 @@ class DocumentTokenizer:
         return int(token_id)
 
     def save(self, directory: Path, *, model_max_length: int) -> None:
-        """Write what `transformers.AutoTokenizer` and `tokenizers.Tokenizer` both open."""
+        """Write what `transformers.AutoTokenizer` and `tokenizers.Tokenizer` both open.
+
+        The files of a pretrained model are copied, so that its chat template, its lengths and whatever else
+        they say is kept.
+        """
+        if self.source is not None:
+            copy_tokenizer_files(self.source, directory)
+            return
         directory.mkdir(parents=True, exist_ok=True)
         # Not by the backend, which raises a bare Exception if the disk is full.
         content = self.backend.to_str(pretty=True)
@@ -308,6 +342,24 @@ def open_saved_tokenizer(directory: Path) -> DocumentTokenizer:
         )
     cls = _find_class(str(cls_name), directory / _CONFIG_FILE_NAME)
     return cls(_read_backend(directory), **{name: str(token) for name, token in tokens.items()})
+
+
+def local_tokenizer(path: str) -> Path:
+    """The directory with the files of a tokenizer: `path` itself, or what a hub name stands for.
+
+    Raises:
+        TokenizerError: there is none.
+    """
+    return _local_directory(path, None)
+
+
+def copy_tokenizer_files(source: Path, directory: Path) -> None:
+    """Copy the files of a tokenizer, and nothing else, from the directory of a model."""
+    for pattern in _FILES:
+        for file in sorted(source.glob(pattern)):
+            target = directory / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _own_prefix(tokenizer: DocumentTokenizer, directory: Path, config: dict[str, Any]) -> list[int]:
@@ -434,9 +486,8 @@ def _local_directory(path: str | None, hub_name: str | None) -> Path:
         raise TokenizerError(f"--tokenizer_path {path}: no such directory")
     from huggingface_hub import snapshot_download
 
-    patterns = ["tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except (
         Exception
     ) as error:  # the hub's client has a dozen exceptions for offline, absent and gated

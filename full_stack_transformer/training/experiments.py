@@ -38,7 +38,6 @@ from full_stack_transformer.arguments.training import (
 )
 from full_stack_transformer.arguments.typed import given_options
 from full_stack_transformer.errors import DatasetError, InputError, UsageError
-from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
 from full_stack_transformer.own_classes import check_trusted, trust_options
 from full_stack_transformer.storage import (
     claim_version,
@@ -376,8 +375,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _remove_if_nothing_was_learned(directory: Path) -> None:
     """Remove the version of a training that was refused or failed before its first checkpoint."""
-    has_checkpoint = any((directory / CHECKPOINTS_DIRECTORY_NAME).glob("*.ckpt"))
-    if not has_checkpoint and not (directory / MODEL_DIRECTORY_NAME).exists():
+    if not any((directory / CHECKPOINTS_DIRECTORY_NAME).glob("*.ckpt")):
         shutil.rmtree(directory, ignore_errors=True)
         with contextlib.suppress(OSError):  # there are other versions
             directory.parent.rmdir()

@@ -174,7 +174,7 @@ class TrainingModule(pl.LightningModule):
         optimizer = make_optimizer(
             self,
             name=options.optimizer,
-            learning_rate=options.learning_rate,
+            learning_rate=options.peak_learning_rate,
             weight_decay=options.weight_decay,
             scales_gradients=self.trainer.scaler is not None,
         )
@@ -182,7 +182,7 @@ class TrainingModule(pl.LightningModule):
             optimizer,
             self.progress,
             name=options.lr_schedule,
-            num_warmup_steps=options.num_warmup_steps,
+            num_warmup_steps=options.warmup_steps,
             num_cycles=options.num_cycles,
             decay_fraction=options.decay_fraction,
             min_ratio=options.min_learning_rate_ratio,

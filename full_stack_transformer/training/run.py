@@ -182,7 +182,11 @@ class _Training:
         self._meter = Meter(num_context_tokens=setup.data.num_context_tokens)
         self._export = _make_export(experiment, setup)
         self._data = setup.make_data(experiment.arguments)
-        self._trainer = _make_trainer(experiment, [*callbacks, *self._callbacks()])
+        self._trainer = _make_trainer(
+            experiment,
+            [*callbacks, *self._callbacks()],
+            measures_start=setup.measures_start and experiment.checkpoint is None,
+        )
 
     def fit(self, started: float) -> None:
         """Train to the end; the time of --max_minutes began at `started`, by time.monotonic().
@@ -203,6 +207,7 @@ class _Training:
                 f", resuming after step {checkpoint.step:,}" if checkpoint else "",
             )
             if checkpoint is None:
+                self._log_start()
                 _write_texts(self._trainer, experiment, self._setup)
             elif self._trainer.strategy.root_device.type == "cuda" and not (
                 self._experiment.arguments.deterministic
@@ -221,6 +226,17 @@ class _Training:
                 datamodule=self._data,
                 ckpt_path=checkpoint.path if checkpoint else None,
                 weights_only=True,
+            )
+
+    def _log_start(self) -> None:
+        """Say what a pretrained model is started with."""
+        arguments = self._experiment.arguments
+        if arguments.model_path is not None:
+            logger.info(
+                "starting from %s with learning rate %g after %s steps of warm-up",
+                arguments.model_path,
+                arguments.peak_learning_rate,
+                f"{arguments.warmup_steps:,}",
             )
 
     def _check_memory(self) -> None:
@@ -338,10 +354,16 @@ def _make_export(experiment: Experiment, setup: TrainingSetup) -> ExportModel:
         dataset_description=setup.data.description,
         arguments={**dataclasses.asdict(experiment.arguments), "allow_code_from": ()},
         fields=setup.description_fields(),
+        start=setup.start,
     )
 
 
-def _make_trainer(experiment: Experiment, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+def _make_trainer(
+    experiment: Experiment,
+    callbacks: Sequence[pl.Callback] = (),
+    *,
+    measures_start: bool = False,
+) -> pl.Trainer:
     """A trainer with one long epoch and no limits: the plan decides when to validate and to end."""
     arguments = experiment.arguments
     try:
@@ -358,7 +380,8 @@ def _make_trainer(experiment: Experiment, callbacks: Sequence[pl.Callback] = ())
             gradient_clip_val=arguments.gradient_clip_val,
             log_every_n_steps=arguments.log_every_n_steps,
             deterministic=arguments.deterministic or None,
-            num_sanity_val_steps=0,
+            # Before the first step, where the model can do the task already.
+            num_sanity_val_steps=-1 if measures_start else 0,
             use_distributed_sampler=False,
             callbacks=list(callbacks),
             # Ours is among the callbacks; without callbacks Lightning would add its own.

@@ -6,6 +6,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from full_stack_transformer.datasets.corpus import open_dataset
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.adapters import add_adapter
 from full_stack_transformer.modelling.backbones import new_backbone
-from full_stack_transformer.modelling.pretrained import pretrained_backbone
+from full_stack_transformer.modelling.pretrained import (
+    StartFacts,
+    pretrained_backbone,
+    read_start,
+)
+from full_stack_transformer.modelling.vocabulary import exchange_vocabulary
 from full_stack_transformer.own_classes import class_of_option, trust_options
 from full_stack_transformer.tasks.catalogue import TASK_OF_KIND, TASKS, TEACHER_TASK
 from full_stack_transformer.tasks.opening import (
@@ -29,6 +35,10 @@ from full_stack_transformer.tasks.opening import (
     task_of_head,
 )
 from full_stack_transformer.tasks.task import CorpusTask, RowTask, Task
+from full_stack_transformer.tokenization.document_tokenizer import (
+    local_tokenizer,
+    open_saved_tokenizer,
+)
 from full_stack_transformer.training.callbacks.text_samples import SampleParameters, SampleTexts
 from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.data.corpus import CorpusDataModule
@@ -67,13 +77,19 @@ class TrainingSetup:
         """The model at the start: from scratch, or pretrained."""
         arguments, task = self.arguments, self.task
         if arguments.model_path is not None:
+            exchanges = self._exchanges_vocabulary
             backbone = pretrained_backbone(
                 arguments.model_path,
-                vocab_size=task.vocab_size,
+                vocab_size=0 if exchanges else task.vocab_size,
                 model_class=self.model_class or task.pretrained_class(arguments.model_path),
                 new_head=task.new_head,
                 **task.pretrained_fields(),
             )
+            if exchanges:
+                old = open_saved_tokenizer(local_tokenizer(arguments.model_path))
+                exchange_vocabulary(
+                    backbone, old, open_saved_tokenizer(self.data.tokenizer_directory)
+                )
             if arguments.lora_rank:
                 add_adapter(backbone, arguments, base=arguments.model_path)
             return backbone
@@ -86,6 +102,30 @@ class TrainingSetup:
             model_class=self.model_class or task.new_class(arguments.model_config),
             **task.config_fields(),
         )
+
+    @property
+    def measures_start(self) -> bool:
+        """Whether the model to start from can do the task already, so that training must make it better."""
+        return self.arguments.model_path is not None and not self.task.new_head
+
+    @property
+    def _exchanges_vocabulary(self) -> bool:
+        return self.arguments.resize_embeddings == "new" and isinstance(self.task, CorpusTask)
+
+    @cached_property
+    def start(self) -> StartFacts | None:
+        """What the tuned model keeps of the one that it starts from; None from scratch."""
+        if self.arguments.model_path is None:
+            return None
+        found = read_start(self.arguments.model_path)
+        if self._exchanges_vocabulary and found.generation_config is not None:
+            ids = self.task.special_token_ids
+            named = {"bos_token_id": "begin", "eos_token_id": "end", "pad_token_id": "pad"}
+            changed = {key: ids[name] for key, name in named.items()}
+            found = dataclasses.replace(
+                found, generation_config={**found.generation_config, **changed}
+            )
+        return found
 
     def metric_names(self, backbone: Backbone) -> Iterator[list[str]]:
         """Names of the metrics: of a few validation rows, then of all, where rare labels may add some."""
@@ -138,7 +178,7 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
     given, arguments = arguments, with_saved_options(arguments)
     is_new = arguments is given  # and not resumed
     if isinstance(arguments, RunExperimentArguments):
-        return _open_own(arguments)
+        return _open_own(_settled(arguments))
     if is_new:
         arguments = with_task(arguments)
     cls = task_class(arguments.task)
@@ -149,6 +189,7 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         )
     if is_new:
         arguments = with_defaults(arguments, cls)
+    arguments = _settled(arguments)
     arguments.check_data(reads_datasets=issubclass(cls, CorpusTask))
     if issubclass(cls, CorpusTask):
         assert arguments.dataset_dir is not None
@@ -194,6 +235,15 @@ def with_defaults(arguments: TrainArguments, cls: type[Task]) -> TrainArguments:
             *(arguments.task, " with an adapter" if arguments.lora_rank else "", words),
         )
     return dataclasses.replace(arguments, **found)
+
+
+def _settled(arguments: TrainArguments) -> TrainArguments:
+    """With the values that depend on other options, as arguments.json has them."""
+    return dataclasses.replace(
+        arguments,
+        learning_rate=arguments.peak_learning_rate,
+        num_warmup_steps=arguments.warmup_steps,
+    )
 
 
 def rows_setup(

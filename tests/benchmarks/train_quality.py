@@ -67,7 +67,7 @@ def by_plain_loop(arguments: TrainArguments, dataset: DatasetDirectory) -> float
     optimizer = make_optimizer(
         backbone,
         name="adamw",
-        learning_rate=arguments.learning_rate,
+        learning_rate=arguments.peak_learning_rate,
         weight_decay=arguments.weight_decay,
     )
     for step, batch in enumerate(data.train_dataloader()):
@@ -77,13 +77,13 @@ def by_plain_loop(arguments: TrainArguments, dataset: DatasetDirectory) -> float
             step,
             step / arguments.max_steps,
             name="cosine",
-            num_warmup_steps=arguments.num_warmup_steps,
+            num_warmup_steps=arguments.warmup_steps,
             num_cycles=1,
             decay_fraction=arguments.decay_fraction,
             min_ratio=arguments.min_learning_rate_ratio,
         )
         for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * factor
+            group["lr"] = arguments.peak_learning_rate * factor
         loss = mean_loss(backbone, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(backbone.parameters(), arguments.gradient_clip_val)

@@ -132,7 +132,8 @@ class FollowPlan(pl.Callback):
         self._stepped_at = None
         pl_module.read_clock()
         self._foresee(trainer, pl_module)
-        if pl_module.is_over(trainer.global_step, self._step_seconds):
+        is_over = pl_module.is_over(trainer.global_step, self._step_seconds)
+        if is_over and not trainer.sanity_checking:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,6 +257,8 @@ class CatchSignals(pl.Callback):
         if self._handlers:
             self._install()
 
+    on_sanity_check_start = on_train_start
+
     def _install(self) -> None:
         for number in self._handlers:
             signal.signal(number, self._receive)
@@ -326,7 +329,8 @@ class SaveCheckpoints(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save before anything is done that could be interrupted."""
-        self._save(trainer)
+        if not trainer.sanity_checking:  # nothing is lost: the start is there
+            self._save(trainer)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Let a signal end the validation: it will be repeated."""
@@ -339,6 +343,8 @@ class SaveCheckpoints(Checkpoint):
         if not loss < self._best_loss:  # also if it is NaN
             return
         self._best_loss = loss
+        if trainer.sanity_checking:
+            return
         last = self._directory / LAST_FILE_NAME
         _in_main_process(trainer, lambda: link_checkpoint(last, self._directory / BEST_FILE_NAME))
 

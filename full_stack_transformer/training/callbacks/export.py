@@ -17,6 +17,7 @@ from full_stack_transformer.modelling.model_directory import (
     CHECKPOINT_BACKBONE_PREFIX,
     save_model_directory,
 )
+from full_stack_transformer.modelling.pretrained import StartFacts
 from full_stack_transformer.tasks.task import Task
 from full_stack_transformer.training.module import (
     TrainingModule,
@@ -39,6 +40,7 @@ class ExportModel(pl.Callback):
         dataset_description: for the description.
         arguments: options of the training, for the model card.
         fields: more fields of the description.
+        start: what is kept of the model that the training started from.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class ExportModel(pl.Callback):
         dataset_description: Mapping[str, Any],
         arguments: Mapping[str, Any],
         fields: Mapping[str, Any] | None = None,
+        start: StartFacts | None = None,
     ) -> None:
+        self._start = start
         self._target = target
         self._task = task
         self._tokenizer_directory = tokenizer_directory
@@ -92,11 +96,11 @@ class ExportModel(pl.Callback):
             self._export(trainer, pl_module, found)
         if trainer.is_global_zero:
             logger.info(
-                "step %s: validation loss %.4f%s%s",
-                f"{found.step:,}",
+                "%s: validation loss %.4f%s%s",
+                "the start" if trainer.sanity_checking else f"step {found.step:,}",
                 found.loss,
                 f", {found.words()}" if found.metrics else "",
-                ", the best so far" if is_best else "",
+                ", the best so far" if is_best and not trainer.sanity_checking else "",
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,6 +154,7 @@ class ExportModel(pl.Callback):
             backbone,
             tokenizer_directory=self._tokenizer_directory,
             description=description,
+            start=self._start,
             card=card,
             weights=weights,
             finish=lambda directory: task.finish_directory(directory, backbone.config),

@@ -93,6 +93,7 @@ class Meter(pl.Callback):
         self._utilization_of_rate = self._flops_per_token / peak / self._world_size
         self.first = self._earlier
         self._started = time.monotonic()
+        self._paused_at = None  # by a validation of the start
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Continue after the pause of a validation."""

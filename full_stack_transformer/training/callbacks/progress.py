@@ -300,7 +300,8 @@ class TrainingSummary:
     seconds_taken: float
     """Of this run, in total."""
     best_step: int | None
-    """Step of the best validation, whose model was exported; None without a validation."""
+    """Step of the best validation, whose model was exported; 0 for the model that the training started from,
+    None without a validation."""
     best_validation_loss: float | None
     best_metrics: dict[str, float]
     """The other metrics of that validation."""
@@ -321,11 +322,17 @@ class TrainingSummary:
             f"{duration(self.seconds_taken)}, {self.tokens_per_second:,.0f} tokens/s, "
             f"MFU {self.model_flops_utilization:.0%}"
         ]
-        if self.best_step is not None:
+        if self.best_step == 0:
+            lines.append(
+                f"no validation was better than the start, validation loss {self.best_validation_loss:.4f}: "
+                "the model is what it was; try a lower --learning_rate, or more documents"
+            )
+        elif self.best_step is not None:
             lines.append(
                 f"best validation loss {self.best_validation_loss:.4f} at step {self.best_step:,}"
                 + (f": {self.best_words}" if self.best_words else "")
             )
+        if self.best_step is not None:
             place = shlex.quote(str(directory))
             if has_adapter:
                 lines.append(f"merge the adapter with its base: fst merge {place}")

@@ -101,7 +101,7 @@ class SampleTexts(pl.Callback):
         self._parameters = defaults
         self._is_active = True
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file to edit, unless a resumed run has one."""
         self._is_active = trainer.is_global_zero
         if not self._is_active:

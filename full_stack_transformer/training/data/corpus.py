@@ -16,6 +16,10 @@ from full_stack_transformer.datasets.collators import Collator, PackedCollator
 from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import DatasetError, UsageError
 from full_stack_transformer.tasks.task import CorpusTask
+from full_stack_transformer.tokenization.document_tokenizer import (
+    copy_tokenizer_files,
+    local_tokenizer,
+)
 from full_stack_transformer.training.data.batches import EpochDataModule
 
 
@@ -71,11 +75,18 @@ class CorpusDataModule(EpochDataModule):
         return self._row_length
 
     def begin(self, place: Callable[[], Path]) -> None:
-        """The tokenizer is that of the dataset, unless the task needs another."""
+        """The tokenizer is that of the model to start from, else of the dataset or for the task."""
         cls = self._task_class
-        self.tokenizer_directory = cls.tokenizer_files(self.dataset, place)
+        start = self.arguments.model_path
+        if start is None or self.arguments.resize_embeddings == "new":
+            self.tokenizer_directory = cls.tokenizer_files(self.dataset, place)
+        else:
+            self.tokenizer_directory = place()
+            copy_tokenizer_files(local_tokenizer(start), self.tokenizer_directory)
         tokenizer = cls.open_tokenizer(self.tokenizer_directory)
         self.task = cls(tokenizer, cls.options_class.of(self.arguments))
+        if start is not None:
+            self.task.model_path = start
         self.task.read_dataset(self.dataset)
 
     @property
