@@ -266,8 +266,8 @@ class TrainArguments(
     """Samples per batch and device; with --batching packed or concatenated, rows of max_sample_length
     tokens."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 1e-3; with --model_path 5e-5, as what a model has learned is soon lost, and
-    2e-4 for an adapter."""
+    """Peak learning rate. Default: 1e-3; with --model_path 5e-5, as what a model has learned is soon lost,
+    and 2e-4 for an adapter."""
     max_epochs: int = 1
     """Maximum passes over the training samples; -1 for no limit."""
     max_minutes: float | None = None
@@ -379,7 +379,9 @@ class TrainArguments(
         if self.resize_embeddings != "no" and self.model_path is None and self.resume is None:
             raise UsageError("--resize_embeddings is for --model_path, which is missing")
         if self.resize_embeddings != "no" and self.lora_rank:
-            raise UsageError("--lora_rank leaves the embeddings as they are; omit --resize_embeddings")
+            raise UsageError(
+                "--lora_rank leaves the embeddings as they are; omit --resize_embeddings"
+            )
         if not _ACCELERATOR.fullmatch(self.accelerator):
             raise UsageError(
                 f"--accelerator must be auto, cpu, gpu or mps, found {self.accelerator!r}"

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG_FILE_NAME = "generation_config.json"
 _DTYPES = ("float32", "bfloat16", "float16")
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
     *(SafetensorError, UnpicklingError),
 )
@@ -183,7 +183,7 @@ def load_backbone(
                 ignore_mismatched_sizes=True,  # checked below, with the names that differ
                 **fields,
             )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         reason = reason_of(error)
         if reason.startswith("Unrecognized configuration class"):
             reason = f"it holds {_described(config)}, which has no such head"
@@ -193,7 +193,7 @@ def load_backbone(
             f"{model_path} holds {_described(config)}, which reads other things than texts; choose a model "
             "of texts"
         )
-    _check_loading(backbone, loading, model_path, new_head=new_head)
+    check_loading(backbone, loading, model_path, new_head=new_head)
     return backbone
 
 
@@ -246,7 +246,7 @@ def _why_no_config(directory: Path, content: Mapping[str, Any], error: Exception
     )
 
 
-def _check_loading(
+def check_loading(
     backbone: Backbone, loading: Mapping[str, Any], model_path: str, *, new_head: bool
 ) -> None:
     """Compare the tensors of the file with those of the model.

@@ -15,6 +15,8 @@ from full_stack_transformer.datasets.batches import (
 from full_stack_transformer.datasets.collators import Collator, PackedCollator
 from full_stack_transformer.datasets.corpus import DatasetDirectory
 from full_stack_transformer.errors import DatasetError, UsageError
+from full_stack_transformer.modelling.model_files import check_generates
+from full_stack_transformer.modelling.pretrained import open_config
 from full_stack_transformer.tasks.task import CorpusTask
 from full_stack_transformer.tokenization.document_tokenizer import (
     copy_tokenizer_files,
@@ -81,6 +83,8 @@ class CorpusDataModule(EpochDataModule):
         if start is None or self.arguments.resize_embeddings == "new":
             self.tokenizer_directory = cls.tokenizer_files(self.dataset, place)
         else:
+            if cls.generates:
+                check_generates(open_config(start).to_dict(), Path(start))
             self.tokenizer_directory = place()
             copy_tokenizer_files(local_tokenizer(start), self.tokenizer_directory)
         tokenizer = cls.open_tokenizer(self.tokenizer_directory)
