@@ -24,7 +24,7 @@ ARGUMENTS_FILE_NAME = "arguments.json"
 RESUME_LAST = "last"
 # Defaults of the optimization, from scratch and from --model_path. SmolLM2-135M-Instruct on Python's
 # documentation, validation loss 3.63 at the start: after 150 steps 4.62 with 1e-3, 3.33 with 5e-5.
-_LEARNING_RATE, _TUNING_LEARNING_RATE, _ADAPTER_LEARNING_RATE = 1e-3, 5e-5, 2e-4
+_LEARNING_RATE, _TUNING_LEARNING_RATE = 1e-3, 5e-5
 _NUM_WARMUP_STEPS, _NUM_TUNING_WARMUP_STEPS = 100, 20
 # Names of --model_config; see modelling/backbones.py for their sizes.
 MODEL_PRESETS = ("tiny", "micro", "mini", "small", "base", "gpt2")
@@ -266,8 +266,8 @@ class TrainArguments(
     """Samples per batch and device; with --batching packed or concatenated, rows of max_sample_length
     tokens."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 1e-3; with --model_path 5e-5, as what a model has learned is soon lost,
-    and 2e-4 for an adapter."""
+    """Peak learning rate. Default: 1e-3; with --model_path 5e-5, as what a model has learned is soon lost;
+    some tasks, and adapters, have their own."""
     max_epochs: int = 1
     """Maximum passes over the training samples; -1 for no limit."""
     max_minutes: float | None = None
@@ -284,8 +284,6 @@ class TrainArguments(
         """--learning_rate, or its default."""
         if self.learning_rate is not None:
             return self.learning_rate
-        if self.lora_rank:
-            return _ADAPTER_LEARNING_RATE
         return _LEARNING_RATE if self.model_path is None else _TUNING_LEARNING_RATE
 
     @property

@@ -44,6 +44,7 @@ _TOKENIZER_FILE_NAME = "tokenizer.json"
 _BROKEN = "\ufffd"
 # In other directories: SentencePiece and WordPiece.
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 # What belongs to a tokenizer in the directory of a model, chat templates included.
 _FILES = (
     *(
@@ -54,7 +55,7 @@ _FILES = (
         "merges.txt",
     ),
     *("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *_TEMPLATES,
 )
 # Key of our own class in tokenizer_config.json.
 _CLASS_KEY = "full_stack_transformer_cls_name"
@@ -355,7 +356,16 @@ def local_tokenizer(path: str) -> Path:
 
 def copy_tokenizer_files(source: Path, directory: Path) -> None:
     """Copy the files of a tokenizer, and nothing else, from the directory of a model."""
-    for pattern in _FILES:
+    _copy(source, directory, _FILES)
+
+
+def copy_chat_templates(source: Path, directory: Path) -> None:
+    """Copy the chat templates beside a tokenizer."""
+    _copy(source, directory, _TEMPLATES)
+
+
+def _copy(source: Path, directory: Path, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             target = directory / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 from transformers import PreTrainedModel as Backbone
@@ -53,6 +53,7 @@ from full_stack_transformer.training.module import TrainingModule
 logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 32
+_Arguments = TypeVar("_Arguments", bound=TrainArguments)
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def with_defaults(arguments: TrainArguments, cls: type[Task]) -> TrainArguments:
     return dataclasses.replace(arguments, **found)
 
 
-def _settled(arguments: TrainArguments) -> TrainArguments:
+def _settled(arguments: _Arguments) -> _Arguments:
     """With the values that depend on other options, as arguments.json has them."""
     return dataclasses.replace(
         arguments,

@@ -19,6 +19,7 @@ from full_stack_transformer.modelling.model_files import check_generates
 from full_stack_transformer.modelling.pretrained import open_config
 from full_stack_transformer.tasks.task import CorpusTask
 from full_stack_transformer.tokenization.document_tokenizer import (
+    copy_chat_templates,
     copy_tokenizer_files,
     local_tokenizer,
 )
@@ -87,6 +88,8 @@ class CorpusDataModule(EpochDataModule):
                 check_generates(open_config(start).to_dict(), Path(start))
             self.tokenizer_directory = place()
             copy_tokenizer_files(local_tokenizer(start), self.tokenizer_directory)
+            if self.dataset.kind != "documents":  # the model learns the one that rendered them
+                copy_chat_templates(self.dataset.tokenizer_directory, self.tokenizer_directory)
         tokenizer = cls.open_tokenizer(self.tokenizer_directory)
         self.task = cls(tokenizer, cls.options_class.of(self.arguments))
         if start is not None:
