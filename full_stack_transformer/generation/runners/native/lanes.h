@@ -132,8 +132,8 @@ inline float largest_of(Floats values) {
 }
 
 // exp of 16 numbers: 2^n times a polynomial of degree 6 for the rest, within 2 units in the last place.
-// NaN stays NaN; above 88.3 it is exp(88.3), below -87.3 exp(-87.3).
-inline Floats exp_of(Floats x) {
+// NaN stays NaN; above 88.3 it is exp(88.3), below -87.3 exp(-87.3). Inline, so that neighbours overlap.
+inline __attribute__((always_inline)) Floats exp_of(Floats x) {
   x = smaller(all(88.3f), larger(all(-87.3f), x));
   // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the last bits.
   const Floats magic = all(12582912.0f);
