@@ -66,6 +66,11 @@ inline IntVector add_int8_products(IntVector sums, Int8Weights weights, const in
   return sums + (IntVector)even + (IntVector)odd;
 }
 
+// Weights of 16 bits, two inputs of each output.
+inline IntVector add_int16_products(IntVector sums, IntVector weights, const int32_t* words) {
+  return sums + (IntVector)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(words[0]));
+}
+
 // Weights of 4 bits, as bytes from 0 to 15: sums of 16 products fit in 16 bits.
 using CodeSums = IntVector;
 inline CodeSums add_code_products(CodeSums sums, IntVector codes, const int32_t* word) {

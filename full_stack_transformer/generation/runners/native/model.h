@@ -21,7 +21,6 @@
 namespace {
 
 constexpr int kPairsOfPiece = 4;
-constexpr int kManyTokens = 64;
 
 struct DecoderShape {
   int32_t num_layers, hidden_size, num_heads, num_key_value_heads, head_size, intermediate_size;
@@ -218,7 +217,7 @@ class Decoder {
              Ending ending) {
     const float scale = ending == Ending::kScores ? shape_.logit_scale : shape_.residual_scale;
     const auto activation = static_cast<Activation>(shape_.activation);
-    const Tile tile{&linear, inputs, outputs, stride, ending, activation, scale, shape_.logit_cap};
+    const Tile tile{&linear, linear.panels, linear.num_groups, 0, inputs, outputs, stride, ending, activation, scale, shape_.logit_cap};
     // Pieces large enough for the widest tile. With many tokens, which take long, all threads get the same.
     const int num_pairs = linear.num_panels / 2, num_threads = shape_.num_threads;
     const int size = std::max(1, std::min(kPairsOfPiece, num_pairs / (2 * num_threads)));
