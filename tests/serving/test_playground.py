@@ -274,6 +274,11 @@ def test_a_reload_keeps_the_history(tab: Visit, browser: Any, tmp_path: Path) ->
     tab.wait_until_saved()
     tab.page.get_by_role("button", name="History").click()
     tab.page.locator(".session", has_text="A second one <img").wait_for()
+    tab.page.get_by_label("Search").fill("FIRST reader")
+    tab.page.get_by_text("Nothing is like this.").wait_for()
+    tab.page.get_by_label("Search").fill("one FIRST")
+    assert tab.page.locator(".session").count() == 1
+    tab.page.get_by_label("Search").fill("")
     with tab.page.expect_download() as download:
         tab.page.get_by_role("button", name="Export").click()
     exported = tmp_path / "history.json"
@@ -289,7 +294,6 @@ def test_a_reload_keeps_the_history(tab: Visit, browser: Any, tmp_path: Path) ->
         assert other.page.get_by_label("Text to continue").input_value() == first
         assert other.tokens() == tokens
         (tmp_path / "wrong.json").write_text('{"format": "fst.playground/1", "sessions": [{}]}')
-        other.page.get_by_role("button", name="History").click()
         other.page.locator("#import-file").set_input_files(tmp_path / "wrong.json")
         other.page.get_by_text("wrong.json is not an export of this page").wait_for()
 
@@ -331,6 +335,8 @@ def test_whatever_the_service_says_stays_text(tab: Visit) -> None:
         lambda route: route.fulfill(body=events, content_type="text/event-stream"),
     )
     tab.open()
+    assert tab.page.locator("#welcome").inner_text().startswith(f"Talk to {HOSTILE}")
+    tab.page.get_by_role("tab", name="Notebook").click()
     area = _write(tab, HOSTILE)
     area.press("Control+Enter")
     tab.wait_until_idle()
@@ -366,46 +372,6 @@ def test_a_wrong_key_asks_for_the_right_one(browser: Any, keyed_service: KeyedSe
         refusals = [one for one in tab.problems if "401" in one]
         assert refusals == tab.problems  # a browser says of itself that it was refused
         tab.problems.clear()
-
-
-def test_a_chat_streams_and_every_message_can_be_edited(tab: Visit, service: Service) -> None:
-    tab.open()
-    assert tab.page.get_by_role("tab", name="Chat").is_disabled()
-    tab.page.locator("#model").select_option("chatty")
-    tab.page.get_by_role("tab", name="Chat").click()
-    tab.set_parameters(max_tokens=12, seed=5)
-    composer = tab.page.get_by_label("Your message")
-    composer.fill("Who reads?")
-    composer.press("Control+Enter")
-    tab.wait_until_idle()
-    answer = tab.page.get_by_label("Message: Model")
-    body: dict[str, Any] = {"model": "chatty", "max_tokens": 12, "seed": 5, "temperature": 0.7}
-    body |= {"top_p": 0.95, "repetition_penalty": 1.1}
-
-    def ask(*messages: tuple[str, str], **more: object) -> str:
-        listed = [{"role": role, "content": content} for role, content in messages]
-        said = httpx.post(
-            f"{service.url}/v1/chat/completions",
-            json={**body, "messages": listed, **more},
-            timeout=120,
-        )
-        text: str = said.raise_for_status().json()["choices"][0]["message"]["content"]
-        return text
-
-    first = ask(("user", "Who reads?"))
-    assert answer.input_value() == first
-    assert "".join(one["token"] for one in tab.tokens("#messages")) == first
-
-    tab.page.get_by_role("button", name="Continue", exact=True).click()
-    tab.wait_until_idle()
-    both = first + ask(("user", "Who reads?"), ("assistant", first), continue_final_message=True)
-    assert answer.input_value() == both
-
-    tab.page.get_by_label("Message: You").fill("Who writes?")
-    tab.page.get_by_role("button", name="Answer from here").click()
-    tab.wait_until_idle()
-    assert answer.input_value() == ask(("user", "Who writes?"))
-    assert answer.count() == 1
 
 
 def test_measuring_gives_the_perplexity_of_the_text(tab: Visit, service: Service) -> None:

@@ -4,13 +4,24 @@ import { byId } from "./elements.js";
 
 const THEMES = { "": ["◐", "as the system has it"], light: ["☀", "light"], dark: ["☾", "dark"] };
 
-export function showAppearance() {
+// A text is tinted from the start, an answer is read.
+const STANDARD = { notebook: "probability", chat: "nothing" };
+const keyOf = (mode) => (mode === "chat" ? "fst.colour.chat" : "fst.colour");
+let mode = "notebook";
+
+export function showColourOf(newMode) {
+  mode = newMode;
+  chooseColour(localStorage.getItem(keyOf(mode)) ?? STANDARD[mode]);
+}
+
+export function showAppearance({ onColour }) {
   drawTheme();
-  chooseColour(localStorage.getItem("fst.colour") ?? "probability");
+  showColourOf("notebook");
   byId("theme").addEventListener("click", nextTheme);
   byId("colour").addEventListener("change", () => {
     chooseColour(byId("colour").value);
-    localStorage.setItem("fst.colour", byId("colour").value);
+    localStorage.setItem(keyOf(mode), byId("colour").value);
+    onColour();
   });
 }
 

@@ -54,6 +54,7 @@ export class Candidate {
     this.text = "";
     this.finish = null;
     this.numTokens = 0;
+    this.used = null;
     this.asked = performance.now();
     this.first = null;
     this.last = null;
@@ -72,6 +73,12 @@ export class Candidate {
       : tokensOfCompletion(choice.logprobs);
     this.tokens.push(...added);
     this.numTokens += added.length || (choice.text || choice.delta?.content ? 1 : 0);
+  }
+
+  // Of the whole text, with what was asked.
+  count(usage) {
+    this.used = usage.total_tokens;
+    this.numTokens = usage.completion_tokens;
   }
 
   // Chats name bytes instead of offsets.
@@ -102,6 +109,7 @@ export async function fill(request, candidates, onChange, signal) {
   for (const one of candidates) one.asked = performance.now();
   for await (const event of events(request.path, { ...request.body, stream: true }, signal)) {
     for (const choice of event.choices) candidates[choice.index].take(choice);
+    if (event.usage && candidates.length === 1) candidates[0].count(event.usage);
     onChange();
   }
 }

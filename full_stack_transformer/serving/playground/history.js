@@ -80,17 +80,34 @@ function checkedText({ text, marks }) {
   return { text, marks: kept };
 }
 
+function checkedRole({ role }, known) {
+  if (!known.includes(role)) throw new Error("a role is unknown");
+  return role;
+}
+
+// A tree: each node comes after the one that it answers. Files of before have a list of messages.
+function checkedChat({ nodes, messages, leaf, system, draft }) {
+  const rest = { system: String(system ?? ""), draft: String(draft ?? "") };
+  if (messages) {
+    return { ...rest, messages: messages.map((one) => ({ role: checkedRole(one, ["system", "user", "assistant"]), ...checkedText(one) })) };
+  }
+  const known = new Set([null]);
+  const checked = nodes.map((one) => {
+    if (!Number.isInteger(one.id) || known.has(one.id) || !known.has(one.parent)) throw new Error("a branch begins nowhere");
+    known.add(one.id);
+    return {
+      id: one.id, parent: one.parent, role: checkedRole(one, ["user", "assistant"]), ...checkedText(one),
+      ...(Number.isInteger(one.used) ? { used: one.used } : {}), isCut: one.isCut === true,
+    };
+  });
+  return { ...rest, nodes: checked, leaf: known.has(leaf) ? leaf : null };
+}
+
 function checkedSession(session) {
   const { id, mode, updated, model, parameters } = session;
   if (typeof id !== "string" || !["notebook", "chat"].includes(mode)) throw new Error("no session");
   const notebook = session.notebook ? checkedText(session.notebook) : undefined;
-  const chat = session.chat && {
-    draft: String(session.chat.draft ?? ""),
-    messages: session.chat.messages.map((one) => {
-      if (!["system", "user", "assistant"].includes(one.role)) throw new Error("a role is unknown");
-      return { role: one.role, ...checkedText(one) };
-    }),
-  };
+  const chat = session.chat && checkedChat(session.chat);
   return {
     id, mode, notebook, chat, title: String(session.title ?? ""), updated: Number(updated) || 0,
     model: typeof model === "string" ? model : undefined,

@@ -1,9 +1,10 @@
 // The page: which mode, which model, and what the buttons and keys do.
 
 import * as alternatives from "./alternatives.js";
-import { chooseColour, showAppearance } from "./appearance.js";
-import { Chat } from "./chat.js";
+import { chooseColour, showAppearance, showColourOf } from "./appearance.js";
+import { Chat, isSending } from "./chat.js";
 import { byId, count, eachFrame, make } from "./elements.js";
+import { acceptFiles } from "./files.js";
 import { Candidate, fill } from "./generation.js";
 import { ModelCard } from "./model_card.js";
 import { Notebook } from "./notebook.js";
@@ -19,8 +20,9 @@ const ENDS = { stop: "came to an end", length: "max_tokens reached", stopped: "s
 
 const card = new ModelCard({ onModels: drawModels });
 const undo = new Undo({ take: texts, put: showTexts, onChange: drawButtons });
-const sessions = new Sessions({ take: describeSession, show: showSession, onProblem: drawProblem });
+const sessions = new Sessions({ take: describeSession, show: showSession, onOpen: closeDrawers, onProblem: drawProblem });
 const hooks = { onEdit: changed, beforeEdit: () => undo.rememberTyping(), onToken: pointAt };
+const isWide = matchMedia("(min-width: 70rem)");
 const notebook = new Notebook(hooks);
 const chat = new Chat({ ...hooks, onAct: actOnMessage });
 let desk = notebook;
@@ -61,7 +63,7 @@ function showSession(session) {
   notebook.restore(session.notebook);
   chat.restore(session.chat);
   if (card.models.some((one) => one.model === session.model)) byId("model").value = session.model;
-  openMode(session.mode);
+  openMode(session.mode ?? standardMode());
   if (card.models.length) chooseModel();
   if (session.parameters) parameters?.set(session.parameters);
   byId("state").textContent = "";
@@ -71,7 +73,9 @@ function showSession(session) {
 
 async function newSession() {
   stop();
-  await sessions.new(desk.mode);
+  await sessions.new(isOther(model()) ? desk.mode : standardMode());
+  if (!byId("history").hidden) await sessions.drawList();
+  if (!isWide.matches) closeDrawers();
   desk.focus();
 }
 
@@ -193,15 +197,28 @@ function branch(view, mark, token, logprob) {
   if (token && canStart()) generate(desk.resume());
 }
 
-function actOnMessage(name, message) {
+function actOnMessage(name, node, given) {
+  if (running) return;
+  if (name === "turn") {
+    chat.turn(node, given);
+    changed();
+    return;
+  }
   if (!canStart()) return;
   undo.remember();
   variants.close();
-  if (name === "delete") chat.remove(message);
-  else chat.cutAfter(message, { inclusive: name === "regenerate" });
-  if (name === "continue") generate(chat.request(message));
-  else if (name !== "delete") generate(chat.request(chat.add("assistant")), { keepSeed: name !== "regenerate" });
-  else changed();
+  if (name === "delete") chat.remove(node);
+  else if (name === "edit") edit(node, given);
+  else if (name === "continue") generate(chat.request(node));
+  else generate(chat.answerTo(chat.parentOf(node)), { keepSeed: false });
+  changed();
+}
+
+// What is written anew stands beside what was there; another question is answered.
+function edit(node, text) {
+  if (!text.trim() || (text === node.text && node.role === "assistant")) return;
+  const edited = text === node.text ? node : chat.add(node.role, text, chat.parentOf(node));
+  if (node.role === "user") generate(chat.answerTo(edited));
 }
 
 async function measure() {
@@ -242,8 +259,8 @@ function describe(candidate) {
   const speed = candidate.tokensPerSecond;
   const parts = [count(candidate.numTokens, "token")];
   if (speed) parts.push(`${Math.round(speed)} tokens/s`);
-  parts.push(`seed ${candidate.seed}`);
-  if (candidate.finish) parts.push(ENDS[candidate.finish] ?? "broken off");
+  if (desk !== chat) parts.push(`seed ${candidate.seed}`);
+  if (candidate.finish && !(desk === chat && candidate.finish === "stop")) parts.push(ENDS[candidate.finish] ?? "broken off");
   return parts.join(" · ");
 }
 
@@ -251,7 +268,7 @@ function drawState(all) {
   const state = byId("state");
   const first = all.length === 1 ? all[0] : null;
   const text = first ? describe(first) : `${all.length} variants`;
-  const wait = first?.first ? ` · first after ${Math.round(first.first - first.asked)} ms` : "";
+  const wait = first?.first && desk !== chat ? ` · first after ${Math.round(first.first - first.asked)} ms` : "";
   if (running) {
     state.textContent = text;
     return;
@@ -277,6 +294,7 @@ function drawButtons() {
   byId("settings").hidden = isOtherTask;
   byId("go").hidden = Boolean(running);
   byId("go").firstChild.textContent = desk === chat ? "Send " : "Continue ";
+  byId("go").lastChild.textContent = desk === chat ? "⏎" : "Ctrl ⏎";
   byId("stop").hidden = !running;
   byId("go").disabled = !parameters;
   byId("again").disabled = Boolean(running) || !sessions.current?.base;
@@ -310,14 +328,23 @@ function chooseModel() {
   byId("tab-chat").disabled = !canChat;
   byId("tab-chat").title = canChat ? "" : "This model came without a chat template";
   if (!canChat && desk === chat) openMode("notebook");
-  parameters?.useModel(chosen);
+  chat.useModel(chosen);
+  parameters?.useModel(chosen, { isChat: desk === chat });
   openTask(chosen);
   byId("notebook").hidden = isOther(chosen) || desk !== notebook;
   drawButtons();
 }
 
+// A model that is made to chat is met in a chat.
+const standardMode = () => (card.models.length && model().has_chat_template ? "chat" : "notebook");
+
 function openMode(mode) {
   desk = mode === "chat" ? chat : notebook;
+  document.body.dataset.mode = desk.mode;
+  showColourOf(desk.mode);
+  byId(desk === chat ? "settings-colour" : "bar-colour").append(byId("colours"));
+  chat.grow();
+  if (card.models.length) parameters?.useModel(model(), { isChat: desk === chat });
   for (const name of ["notebook", "chat"]) {
     byId(name).hidden = name !== desk.mode;
     byId(`tab-${name}`).ariaSelected = String(name === desk.mode);
@@ -346,13 +373,14 @@ function showCode() {
 function onKey(event) {
   const isCommand = event.ctrlKey || event.metaKey;
   if (document.querySelector("dialog[open]")) return;
-  if (event.key === "Enter" && isCommand) {
+  const isDraft = event.target === chat.composer;
+  if (isDraft ? isSending(event) : event.key === "Enter" && isCommand) {
     event.preventDefault();
     go();
   } else if (event.key === "Escape") {
     if (alternatives.isOpen()) alternatives.hide();
     else if (running) stop();
-    else closeSettings();
+    else closeDrawers();
   } else if (isCommand && event.key.toLowerCase() === "z" && event.target.className === "area") {
     event.preventDefault();
     travel(event.shiftKey ? "redo" : "undo");
@@ -369,19 +397,42 @@ function closeSettings() {
   byId("settings-button").ariaExpanded = "false";
 }
 
+async function showHistory(isShown) {
+  byId("history").hidden = !isShown;
+  document.body.classList.toggle("with-history", isShown);
+  byId("history-button").ariaExpanded = String(isShown);
+  if (isWide.matches) localStorage.setItem("fst.history", isShown ? "open" : "closed");
+  if (isShown) await sessions.list();
+}
+
+// Where there is no room beside the text.
+function closeDrawers() {
+  closeSettings();
+  if (!isWide.matches && !byId("history").hidden) showHistory(false);
+}
+
 function listen() {
   const clicks = {
     go, stop, again, measure, undo: () => travel("undo"), redo: () => travel("redo"), new: newSession, copy: copyRecipe,
     export: () => sessions.exportAll(),
     "tab-notebook": () => switchMode("notebook"), "tab-chat": () => switchMode("chat"),
-    "history-button": () => sessions.list(), "recipes-button": showCode, "settings-button": toggleSettings, "settings-done": closeSettings,
-    import: () => byId("import-file").click(),
+    "history-button": () => showHistory(byId("history").hidden), "history-done": () => showHistory(false), "recipes-button": showCode, "settings-button": toggleSettings, "settings-done": closeSettings,
+    import: () => byId("import-file").click(), "file-button": () => byId("text-file").click(),
   };
   for (const [id, handler] of Object.entries(clicks)) byId(id).addEventListener("click", () => handler());
   for (const one of document.querySelectorAll("dialog .close")) one.addEventListener("click", () => one.closest("dialog").close());
   byId("import-file").addEventListener("change", () => sessions.importFile());
-  byId("model").addEventListener("change", () => { chooseModel(); changed(); });
-  byId("message").addEventListener("input", changed);
+  byId("model").addEventListener("change", () => {
+    if (notebook.isEmpty && chat.isEmpty) openMode(standardMode());
+    chooseModel();
+    changed();
+  });
+  for (const id of ["message", "system"]) byId(id).addEventListener("input", changed);
+  byId("message").addEventListener("input", () => chat.grow());
+  byId("search").addEventListener("input", () => sessions.drawList());
+  acceptFiles({
+    input: byId("text-file"), isWanted: () => desk === chat, onText: (text) => chat.insert(text), onProblem: drawProblem,
+  });
   for (const id of ["tab-notebook", "tab-chat"]) {
     byId(id).addEventListener("keydown", (event) => {
       if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
@@ -408,7 +459,7 @@ async function readSchemas() {
 }
 
 async function begin() {
-  showAppearance();
+  showAppearance({ onColour: changed });
   listen();
   await sessions.begin();
   const wanted = sessions.current.model;
@@ -420,11 +471,14 @@ async function begin() {
     return;
   }
   if (card.models.some((one) => one.model === wanted)) byId("model").value = wanted;
+  if (!sessions.current.updated) openMode(standardMode());
   chooseModel();
-  parameters = new Parameters(schemas[notebook.path], { model: model(), onChange: changed });
+  parameters = new Parameters(schemas[notebook.path], { model: model(), isChat: desk === chat, onChange: changed });
   if (sessions.current.parameters) parameters.set(sessions.current.parameters);
   drawButtons();
   card.watch();
+  const wish = localStorage.getItem("fst.history");
+  if (isWide.matches && (wish ?? (desk === chat ? "open" : "closed")) === "open") await showHistory(true);
   desk.focus();
   document.body.dataset.ready = "yes";
 }

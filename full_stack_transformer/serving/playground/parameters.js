@@ -41,7 +41,7 @@ function fieldOf(name, schema) {
 
 export class Parameters {
   // `schema` of a route's body; `model` as /version describes it; onChange() after each change by the user.
-  constructor(schema, { model, onChange }) {
+  constructor(schema, { model, isChat, onChange }) {
     this.contextTokens = model.context_tokens;
     this.onChange = onChange;
     this.fields = Object.entries(schema.properties)
@@ -49,15 +49,16 @@ export class Parameters {
       .map(([name, one]) => fieldOf(name, one));
     this.inputs = new Map();
     this.draw();
-    this.useModel(model);
+    this.useModel(model, { isChat });
     this.set({});
   }
 
   // What the model does with a parameter that is left out; what nobody has changed follows it.
-  useModel(model) {
+  useModel(model, { isChat = false } = {}) {
     const chosen = this.values();
+    const sampling = isChat ? model.chat_sampling : model.sampling;
     for (const field of this.fields) {
-      field.standard = model.sampling?.[NAME_AT_MODEL[field.name] ?? field.name] ?? field.schemaDefault;
+      field.standard = sampling?.[NAME_AT_MODEL[field.name] ?? field.name] ?? field.schemaDefault;
       if (!(field.name in chosen)) this.put(field.name, field.standard);
     }
     this.showPreset();

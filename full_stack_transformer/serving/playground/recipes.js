@@ -50,9 +50,15 @@ for choice in answer.choices:
     print(choice.${isChat ? "message.content" : "text"})`;
 }
 
-function command(body, path) {
-  if (body.messages) return `fst generate ${quoted(path)} --interactive`;
-  const words = ["fst generate", quoted(path), "--prompt", quoted(body.prompt)];
+// One question is a command; a longer chat is talked.
+function command(body, path, model) {
+  const messages = body.messages ?? [];
+  const system = messages[0]?.role === "system" ? ["--system", quoted(messages[0].content)] : [];
+  const asked = messages.filter((one) => one.role !== "system");
+  const isOne = asked.length === 1 && asked[0].role === "user";
+  if (body.messages && !isOne) return ["fst chat", quoted(path), ...system].join(" ");
+  const words = ["fst generate", quoted(path), ...system, "--prompt", quoted(isOne ? asked[0].content : body.prompt)];
+  if (!isOne && model.has_chat_template) words.push("--raw");
   for (const [name, option] of Object.entries(COMMAND)) {
     const value = body[name];
     if (value !== undefined) words.push(`--${option}`, String(value));
@@ -72,8 +78,8 @@ function recipesOf(path, body, model, hasKey) {
     curl: { text: curl(path, body, hasKey), note: key },
     Python: { text: client(path, body, hasKey), note: `${key}pip install openai` },
     "fst generate": {
-      text: command(body, directory),
-      note: `Without the service; write where ${directory} lies on your machine.${body.messages ? " Chats are interactive." : ""}`,
+      text: command(body, directory, model),
+      note: `Without the service; write where ${directory} lies on your machine.`,
     },
   };
 }

@@ -6,11 +6,16 @@ import { exported, imported, openHistory } from "./history.js";
 const SAVE_MILLISECONDS = 400;
 const CURRENT = "fst.session"; // in localStorage: the id of the open one
 
+function textOf({ title, notebook, chat }) {
+  const said = (chat?.nodes ?? chat?.messages ?? []).map((one) => one.text);
+  return [title, notebook?.text ?? "", chat?.system ?? "", ...said].join("\n").toLowerCase();
+}
+
 export class Sessions {
   // take() returns what to save, none while there is nothing; show(session) puts one onto the page;
-  // onProblem(error) or onProblem(null).
-  constructor({ take, show, onProblem }) {
-    Object.assign(this, { take, show, onProblem });
+  // onOpen() when one was chosen; onProblem(error) or onProblem(null).
+  constructor({ take, show, onOpen, onProblem }) {
+    Object.assign(this, { take, show, onOpen, onProblem });
     this.current = null;
     this.timer = 0;
   }
@@ -49,24 +54,35 @@ export class Sessions {
       await this.history.put(this.current);
       localStorage.setItem(CURRENT, this.current.id);
       document.body.dataset.saved = "yes";
+      if (!byId("history").hidden) await this.drawList();
     } catch (error) {
       this.onProblem(new Error(`This browser does not keep the text: ${error.message}`));
     }
   }
 
+  // The list at the side, of those that have the searched words.
   async list() {
     await this.save();
+    await this.drawList();
+  }
+
+  async drawList() {
     const all = (await this.history.all()).sort((one, other) => other.updated - one.updated);
-    byId("sessions").replaceChildren(...all.map((one) => this.row(one)));
-    if (!all.length) byId("sessions").append(make("li", { className: "meaning" }, "Nothing yet."));
-    if (!byId("history").open) byId("history").showModal();
+    const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = all.filter((one) => {
+      const text = textOf(one);
+      return words.every((word) => text.includes(word));
+    });
+    byId("sessions").replaceChildren(...found.map((one) => this.row(one)));
+    if (!found.length) byId("sessions").append(make("li", { className: "meaning" }, all.length ? "Nothing is like this." : "Nothing yet."));
   }
 
   row(one) {
     const open = () => {
       this.open(one);
       this.touch({ isGrowing: false });
-      byId("history").close();
+      this.drawList();
+      this.onOpen();
     };
     return make("li", {},
       make("button", {
@@ -74,8 +90,8 @@ export class Sessions {
       }, make("b", {}, one.title), make("span", { className: "meaning" },
         `${one.mode} · ${new Date(one.updated).toLocaleString()}`)),
       make("button", {
-        className: "quiet", attributes: { "aria-label": `Delete ${one.title}` }, on: { click: () => this.remove(one) },
-      }, "Delete"));
+        className: "quiet", title: "Delete", attributes: { "aria-label": `Delete ${one.title}` }, on: { click: () => this.remove(one) },
+      }, "✕"));
   }
 
   async remove(one) {
@@ -100,7 +116,6 @@ export class Sessions {
       for (const one of imported(await file.text())) await this.history.put(one);
       await this.list();
     } catch (error) {
-      byId("history").close();
       this.onProblem(new Error(`${file.name} is not an export of this page: ${error.message}`));
     }
   }
