@@ -232,6 +232,10 @@ def _write_adapter(
     was_inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(directory))
     config.inference_mode = was_inference
+    # PEFT writes a set in the order of this process's hashes.
+    path = directory / ADAPTER_FILE_NAME
+    content = json_of(path)
+    write_json(path, {**content, "target_modules": sorted(content["target_modules"])})
 
 
 def base_of(directory: Path) -> str:

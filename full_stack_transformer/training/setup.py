@@ -228,7 +228,7 @@ def with_defaults(arguments: TrainArguments, cls: type[Task]) -> TrainArguments:
     chosen = given_options(arguments)
     found = {name: value for name, value in found.items() if name not in chosen}
     if "max_epochs" in found and {"max_steps", "max_minutes"} & chosen:
-        del found["max_epochs"]
+        found["max_epochs"] = -1
     if found and is_main_process():
         words = " ".join(f"--{name} {value}" for name, value in found.items())
         logger.info(

@@ -1,6 +1,6 @@
 """A training that is killed and resumed ends as one that was not; the short form.
 
-Twenty kills of three kinds of training: python -m tests.faults.train_kills
+Twenty kills of all kinds of training: python -m tests.faults.train_kills
 """
 
 import os
@@ -8,21 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.faults.train_kills import THREADS
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one() -> None:
+@pytest.mark.parametrize(
+    ("kinds", "num_kills"),
+    [("over epochs", 2), ("answers,an adapter,preferences", 5)],
+    ids=["from scratch", "from a model"],
+)
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(
+    kinds: str, num_kills: int
+) -> None:
     done = subprocess.run(
         [
             sys.executable,
             "-m",
             "tests.faults.train_kills",
-            "--kills",
-            "2",
-            "--kinds",
-            "over epochs",
+            *("--kills", str(num_kills), "--kinds", kinds),
         ],
         cwd=_REPOSITORY,
         env={**os.environ, **dict.fromkeys(THREADS, "1")},

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +30,9 @@ import full_stack_transformer.training.run  # noqa: F401 (imported before the fo
 from full_stack_transformer.command_line import run
 from full_stack_transformer.training.checkpoints import LAST_FILE_NAME, find_checkpoint
 from tests.conftest import write_documents
+from tests.training.small_conversations import write_conversations
 
+_NOISE = ("--neftune_alpha", "5")
 # What else a training does, besides dropout, validations and text samples.
 _KINDS: dict[str, tuple[str, ...]] = {
     "over epochs": ("--max_epochs", "3", "--checkpoint_every_n_minutes", "0"),
@@ -41,7 +44,19 @@ _KINDS: dict[str, tuple[str, ...]] = {
         *("--max_epochs", "-1", "--max_steps", "70", "--batching", "packed"),
         *("--ema_decay", "0.9", "--checkpoint_every_n_minutes", "0"),
     ),
+    # On conversations and preferences, from a pretrained model.
+    "answers": (*("--max_epochs", "3", "--checkpoint_every_n_minutes", "0"), *_NOISE),
+    "an adapter": (
+        *("--max_epochs", "3", "--checkpoint_every_n_minutes", "0"),
+        *("--lora_rank", "4", "--lora_dropout", "0.2", "--batching", "packed"),
+    ),
+    "preferences": ("--max_epochs", "3", "--checkpoint_every_n_minutes", "0"),
+    "preferences of an adapter": (
+        *("--max_epochs", "3", "--checkpoint_every_n_minutes", "0"),
+        *("--lora_rank", "4", "--lora_dropout", "0.2"),
+    ),
 }
+_FROM_SCRATCH = ("over epochs", "accumulating", "packed")
 _MODEL = {
     "model_type": "gpt2",
     "n_layer": 2,
@@ -103,23 +118,48 @@ class Place:
             *("--datasets_root", str(directory), "--max_sample_length", "64"),
             *("--tokenizer_backend", "tokenizers", "--num_workers", "1"),
         )
+        self._config = config
         self._words = (
-            *("train", "--dataset_dir", str(directory / "small"), "--model_config", str(config)),
-            *("--experiments_root", str(self.experiments), "--batch_size", "8"),
+            *("train", "--experiments_root", str(self.experiments), "--batch_size", "8"),
             *("--num_warmup_steps", "5", "--learning_rate", "5e-3", "--accelerator", "cpu"),
             *("--precision", "32", "--compile", "never", "--num_generated_samples", "1"),
         )
 
     def train(self, kind: str, name: str, *words: str) -> Ended:
         """Train to the end."""
-        return self._run_to_the_end(*self._words, *_KINDS[kind], "--experiment_name", name, *words)
+        return self._run_to_the_end(*self._words_of(kind), "--experiment_name", name, *words)
 
     def kill(
         self, kind: str, name: str, *words: str, after: float, counting_from_start: bool
     ) -> Ended:
         """Train, and kill the training after so many seconds of training, or of the run."""
-        given = (*self._words, *_KINDS[kind], "--experiment_name", name, *words)
+        given = (*self._words_of(kind), "--experiment_name", name, *words)
         return self._run(given, kill_after=after, counting_from_start=counting_from_start)
+
+    def _words_of(self, kind: str) -> tuple[str, ...]:
+        """The command of a kind of training: from scratch on documents, or from a model on conversations."""
+        if kind in _FROM_SCRATCH:
+            where = ("--dataset_dir", "small", "--model_config", str(self._config))
+        else:
+            where = (
+                *("--dataset_dir", "choices" if kind.startswith("preferences") else "talks"),
+                *("--model_path", str(self._base)),
+            )
+        where = (*where[:1], str(self._directory / where[1]), *where[2:])
+        return (*self._words, *where, *_KINDS[kind])
+
+    @cached_property
+    def _base(self) -> Path:
+        """A pretrained model, and the datasets for its tokenizer."""
+        kind = _FROM_SCRATCH[0]
+        self._run_to_the_end(
+            *self._words_of(kind)[: -len(_KINDS[kind])],
+            *("--max_steps", "1", "--experiment_name", "base"),
+        )
+        base = self.experiments / "base" / "0" / "model"
+        write_conversations(self._directory / "talks" / "0", base)
+        write_conversations(self._directory / "choices" / "0", base, kind="preferences")
+        return base
 
     def _run_to_the_end(self, *words: str) -> Ended:
         ended = self._run(words)
@@ -259,7 +299,10 @@ class KillLoop:
 
     def _differences(self, undisturbed: str, killed: str) -> Iterator[str]:
         left, right = self._experiment(undisturbed), self._experiment(killed)
-        for name in ("model/model.safetensors", "model/config.json", "generated.jsonl"):
+        exported = ("model/model.safetensors", "model/config.json")
+        if (left / "adapter").is_dir():
+            exported = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+        for name in (*exported, "generated.jsonl"):
             if (left / name).read_bytes() != (right / name).read_bytes():
                 yield f"{killed} differs in {name}"
         contents = [

@@ -61,6 +61,8 @@ def test_an_adapter_opens_in_peft_and_merges_into_the_same_model(
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
         path.name for path in adapter.iterdir()
     }
+    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
     names = list(load_file(adapter / "adapter_model.safetensors"))
     assert all(name.startswith("base_model.model.") and "lora_" in name for name in names)
     opened = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()

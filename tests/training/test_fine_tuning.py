@@ -168,8 +168,9 @@ def test_noise_is_added_in_training_alone(conversations: Path, model_dir: Path) 
         ({"task": "causal_lm"}, 2e-5, 3),
         ({"lora_rank": 4}, 2e-4, 3),
         ({"learning_rate": 1e-4, "max_epochs": 2}, 1e-4, 2),
+        ({"max_steps": 7}, 2e-5, -1),
     ],
-    ids=["full", "by the kind of the dataset", "an adapter", "chosen"],
+    ids=["full", "by the kind of the dataset", "an adapter", "chosen", "steps"],
 )
 def test_the_defaults_of_a_method_are_said(
     options: dict[str, Any],
