@@ -53,11 +53,14 @@ ROOMS_WITH_METRICS = {"serving", "telegram"}
 FORBIDDEN = {
     "arguments": ALL - BASE,
     "documents": ALL - BASE - {"documents"},
+    "conversations": ALL - BASE - {"conversations", "documents"},
     "tokenization": ALL - BASE - {"tokenization"},
     "rows": ALL - BASE - {"rows", "documents"},
     "metrics": ALL - BASE - {"metrics"},
     "document_sources": {"modelling", "training", "generation", "serving", "datasets", "telegram"},
-    "preparation": ALL - BASE - {"preparation", "documents", "tokenization", "datasets"},
+    "preparation": ALL
+    - BASE
+    - {"preparation", "documents", "conversations", "tokenization", "datasets"},
     "datasets": ALL - BASE - {"datasets", "tokenization"},
     "modelling": {"datasets", "rows", "tasks", "training", "generation", "serving", "evaluation"},
     "tasks": {"preparation", "training", "generation", "serving", "evaluation", "telegram"},

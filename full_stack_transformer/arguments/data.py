@@ -9,6 +9,8 @@ from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
 
+# The part of conversations that is for validation if nothing else is said.
+_VALIDATION_OF_CONVERSATIONS = 0.05
 # What --delimiter may be called.
 _DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "\\t": "\t"}
 
@@ -90,7 +92,7 @@ class DocumentOptions:
 
     validation_fraction: float = 0.0
     """Without --documents_valid_file: fraction of the training documents kept for validation, chosen by a
-    hash of their text."""
+    hash of their text; of conversations 0.05 by default."""
     end_of_document: str = "[END_OF_DOCUMENT]"
     """Delimited text: the line that ends each document."""
     strip_lines: bool = True
@@ -101,6 +103,22 @@ class DocumentOptions:
     """Bytes that are not UTF-8: stop and show their position, or replace and count them."""
     deduplicate: Literal["none", "exact"] = "none"
     """exact: drop and count documents whose text occurred before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationOptions:
+    """Conversations."""
+
+    conversations: tuple[Path, ...] = ()
+    """Conversations in place of documents: a file (.json, .jsonl or .parquet, also .gz and .zst of them), or
+    a directory of such files; may be repeated. Rows of messages, ShareGPT or Alpaca, or an export of
+    Telegram. Only answers are learned."""
+    preferences: tuple[Path, ...] = ()
+    """Preferences in place of documents, in such files: rows with a chosen and a rejected answer."""
+    answers_of: str | None = None
+    """Exports of Telegram: name of the person whose messages are answers. Default: who made the export."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """Conversations that cannot be used: stop with an error, or leave them out and report how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +147,9 @@ class EncodingOptions(TokenizerOptions):
 class SampleOptions:
     """Samples."""
 
-    max_sample_length: int = 256
-    """Maximum tokens per sample; longer documents are split into several samples."""
+    max_sample_length: int = 0
+    """Maximum tokens per sample; longer documents are split into several samples, of longer conversations the
+    last answers are left out in training. Default 0: 256, of conversations 2,048."""
     min_sample_length: int = 8
     """Minimum tokens per sample; shorter samples are dropped and counted."""
 
@@ -147,16 +166,22 @@ class ExecutionOptions:
 
 @dataclass(frozen=True)
 class PrepareDatasetArguments(
-    DocumentOptions, EncodingOptions, SampleOptions, ExecutionOptions, OwnClassesOptions
+    DocumentOptions,
+    ConversationOptions,
+    EncodingOptions,
+    SampleOptions,
+    ExecutionOptions,
+    OwnClassesOptions,
 ):
-    """Turn documents into a dataset directory: DATASETS_ROOT/DATASET_NAME/VERSION/."""
+    """Turn documents or conversations into a dataset directory: DATASETS_ROOT/DATASET_NAME/VERSION/."""
 
     _: KW_ONLY
-    documents_train_file: tuple[Path, ...]
+    documents_train_file: tuple[Path, ...] = ()
     """Training documents: a file, a directory of files, a pipe, or - for standard input; may be repeated.
     Delimited text, .jsonl or .parquet, optionally compressed (.gz, .zst)."""
     documents_valid_file: tuple[Path, ...] = ()
-    """Validation documents: a file, or a directory of files; may be repeated."""
+    """Validation documents, or conversations or preferences: a file, or a directory of files; may be
+    repeated."""
     dataset_name: str
     """Name of the dataset, a folder in --datasets_root."""
     datasets_root: Path = Path("data/datasets")
@@ -165,6 +190,7 @@ class PrepareDatasetArguments(
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         check_name(self.dataset_name, "--dataset_name")
+        self._check_kind()
         at_least(self, 2, "min_sample_length")
         at_least(self, self.min_sample_length, "max_sample_length")
         at_least(self, 260, "vocab_size")
@@ -177,6 +203,30 @@ class PrepareDatasetArguments(
             )
         if not self.end_of_document.strip():
             raise UsageError("--end_of_document must not be blank")
+
+    def _check_kind(self) -> None:
+        """What is prepared, and the defaults that depend on it."""
+        given = [
+            name
+            for name in ("documents_train_file", "conversations", "preferences")
+            if getattr(self, name)
+        ]
+        if len(given) != 1:
+            raise UsageError(
+                "pass --documents_train_file, --conversations or --preferences, and only one of them; found "
+                f"{' and '.join(f'--{name}' for name in given) or 'none'}"
+            )
+        has_answers = given[0] != "documents_train_file"
+        if has_answers and self.resume:
+            raise UsageError(
+                "--resume is for documents; conversations are prepared from the beginning"
+            )
+        if self.answers_of is not None and not self.conversations:
+            raise UsageError("--answers_of needs --conversations")
+        if not self.max_sample_length:
+            object.__setattr__(self, "max_sample_length", 2048 if has_answers else 256)
+        if has_answers and not self.documents_valid_file and not self.validation_fraction:
+            object.__setattr__(self, "validation_fraction", _VALIDATION_OF_CONVERSATIONS)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,15 @@ from full_stack_transformer.arguments.data import VerifyDatasetArguments
 from full_stack_transformer.datasets.corpus import (
     CORPUS_FILE_NAME,
     FORMAT_VERSION,
+    LEARNED_DTYPE,
+    LEARNED_FILE_NAME,
     POSITION_DTYPE,
     POSITIONS_FILE_NAME,
     open_dataset,
     refuse_model,
     token_dtype,
 )
-from full_stack_transformer.datasets.verify_arrays import ArrayCheck, Ids, Positions
+from full_stack_transformer.datasets.verify_arrays import ArrayCheck, Ids, Marks, Positions
 from full_stack_transformer.errors import DatasetError, InputError
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
 
@@ -159,9 +161,19 @@ class _Described:
             return ArrayCheck(num_tokens, dtype, Ids(self.count("vocab_size")))
         if file_name == POSITIONS_FILE_NAME:
             least, most = self.count("min_sample_length"), self.count("max_sample_length")
+            if self._has_answers:  # conversations are whole
+                least = most = None
             length = self.count(f"number_of_{split}_samples")
             return ArrayCheck(length, POSITION_DTYPE.str, Positions(num_tokens, least, most))
+        if file_name == LEARNED_FILE_NAME:
+            learned = _found_in(self._description.get("counts"), split, "num_learned_tokens")
+            num_learned = learned if type(learned) is int else None
+            return ArrayCheck(num_tokens, LEARNED_DTYPE.str, Marks(num_learned))
         return None
+
+    @property
+    def _has_answers(self) -> bool:
+        return bool(self._description.get("kind", "documents") != "documents")
 
     def _say(self, problem: str) -> None:
         self.problems.append(f"{DESCRIPTION_FILE_NAME}: {problem}")
@@ -217,7 +229,8 @@ class _Described:
             else:
                 self.files[name] = _FileFacts(size, str(sha256))
         for split in _SPLITS:
-            for file_name in (CORPUS_FILE_NAME, POSITIONS_FILE_NAME):
+            learned = (LEARNED_FILE_NAME,) if self._has_answers else ()
+            for file_name in (CORPUS_FILE_NAME, POSITIONS_FILE_NAME, *learned):
                 if f"{split}/{file_name}" not in files:
                     self._say(f"output_files lacks {split}/{file_name}")
 

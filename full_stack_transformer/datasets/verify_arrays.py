@@ -121,6 +121,32 @@ class Ids:
             )
 
 
+class Marks:
+    """Checks that each token is marked as learned (1) or not (0), and how many are learned."""
+
+    def __init__(self, num_learned: int | None) -> None:
+        self._num_expected = num_learned
+        self._offset = self._num_learned = 0
+        self._others = _Faults()
+
+    def feed(self, values: Values) -> None:
+        """Check the next marks (n,)."""
+        self._others.add(values > 1, values, self._offset)
+        self._num_learned += int(np.count_nonzero(values))
+        self._offset += len(values)
+
+    def problems(self) -> Iterator[str]:
+        """One line for each kind of fault."""
+        if self._others.num:
+            place, value = self._others.first
+            yield f"{self._others.num:,} marks are not 0 or 1, the first is {value:,} at {place:,}"
+        if self._num_expected is not None and self._num_learned != self._num_expected:
+            yield (
+                f"{self._num_learned:,} tokens are learned, but the description has "
+                f"{self._num_expected:,}"
+            )
+
+
 class Positions:
     """Checks that start positions begin at 0, increase, are in the corpus, and that lengths are allowed."""
 

@@ -1,4 +1,4 @@
-"""`fst prepare_dataset`: documents -> dataset directory.
+"""`fst prepare_dataset`: documents -> dataset directory; of conversations `conversations` makes one.
 
     files -> blocks -> documents -> framed token ids -> samples -> corpus files
 
@@ -25,6 +25,7 @@ from full_stack_transformer.documents.formats import (
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.machine import num_cores
 from full_stack_transformer.own_classes import trust_options
+from full_stack_transformer.preparation.conversations import prepare_conversations
 from full_stack_transformer.preparation.encoding import BlockEncoderOptions, Workers
 from full_stack_transformer.preparation.journal import Journal, SplitState, fingerprint
 from full_stack_transformer.preparation.passes import (
@@ -64,6 +65,8 @@ def main(arguments: PrepareDatasetArguments) -> Path:
         DatasetError: all samples are shorter than the minimum.
         MachineError: the disk is full.
     """
+    if arguments.conversations or arguments.preferences:
+        return prepare_conversations(arguments)
     started = time.perf_counter()
     trust_options(arguments)
     with StreamCopies() as copies, ProgressDisplay() as display:

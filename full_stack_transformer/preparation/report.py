@@ -171,7 +171,7 @@ def describe(
 
 def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
     options = dataclasses.asdict(arguments)
-    for option in ("documents_train_file", "documents_valid_file"):
+    for option in ("documents_train_file", "documents_valid_file", "conversations", "preferences"):
         options[option] = [readable(path.name) for path in options[option]]
     if options["tokenizer_path"] is not None and Path(options["tokenizer_path"]).is_dir():
         options["tokenizer_path"] = Path(options["tokenizer_path"]).name
@@ -235,7 +235,7 @@ def log_report(description: dict[str, Any], states: dict[str, SplitState], secon
             f"{samples.num_dropped_tokens:,}",
             "".join(f", {note}" for note in notes),
         )
-    _log_plot(description["sample_lengths"]["train"])
+    log_lengths(description["sample_lengths"]["train"])
     num_tokens = sum(state.samples.num_tokens for state in states.values())
     num_bytes = sum(state.documents.num_bytes for state in states.values())
     logger.info(
@@ -256,7 +256,8 @@ def _bytes_per_token(states: dict[str, SplitState]) -> float:
     return sum(split.num_text_bytes for split in counts) / max(1, num_tokens)
 
 
-def _log_plot(histogram: dict[str, list[int]]) -> None:
+def log_lengths(histogram: dict[str, list[int]]) -> None:
+    """Log a histogram of sample lengths as bars."""
     limits, counts = histogram["limits"], histogram["counts"]
     longest = max([*counts, 1])
     width = len(f"{limits[-1]:,}")

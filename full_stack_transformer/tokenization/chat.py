@@ -29,6 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from full_stack_transformer.errors import ModelError, RequestError
 from full_stack_transformer.tokenization.control_tokens import (
     Markup,
+    Span,
     broken_template,
     mapped,
     unused_characters,
@@ -43,7 +44,9 @@ _PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 _PLAIN_STOPS = ("\nUser:", "\nSystem:")
-_TEMPLATE_FILE_NAME, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+# Around what a template calls generated, in a rendering that looks for it.
+BLOCK_ENDS = "\U000ffffc\U000ffffd"
+TEMPLATE_FILE_NAME, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _PROCESSOR_FILE_NAME = "chat_template.json"
 _CONFIG_FILE_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
 _TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -92,11 +95,10 @@ class ChatTemplate:
             messages, continues = messages[:-1], False
         if self.is_plain:
             return tokenizer.encode_prompt(_plain(messages, continues=continues))
-        markup = _markup(tokenizer, self.source)
-        pieces = self._pieces(
-            messages, tokenizer, markup, add_generation_prompt=not continues, continues=continues
+        rendered, spans = self.rendered(
+            messages, tokenizer, add_generation_prompt=not continues, continues=continues
         )
-        return markup.encode(pieces)
+        return self.markup(tokenizer).encode(rendered, spans)
 
     def stop_ids(self, tokenizer: DocumentTokenizer) -> frozenset[int]:
         """The control token that the template writes after an answer, where it has one."""
@@ -107,44 +109,70 @@ class ChatTemplate:
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": answer},
         ]
-        markup = _markup(tokenizer, self.source)
         try:
-            pieces = self._pieces(example, tokenizer, markup, add_generation_prompt=False)
+            rendered, spans = self.rendered(example, tokenizer)
         except RequestError:
             return frozenset()
-        found = [
-            index
-            for index, piece in enumerate(pieces)
-            if isinstance(piece, str) and answer in piece
-        ]
-        if not found:
-            return frozenset()
-        after = [piece for piece in pieces[found[-1] + 1 :] if isinstance(piece, int)]
-        return frozenset(after[:1])
+        end = rendered.rfind(answer) + 1
+        after = [span.token_id for span in spans if end and span.start >= end]
+        return frozenset([token_id for token_id in after if token_id is not None][:1])
 
-    def _pieces(
+    def markup(self, tokenizer: DocumentTokenizer) -> Markup:
+        """What tells control tokens from texts."""
+        return _markup(tokenizer, self.source)
+
+    def variables(self, tokenizer: DocumentTokenizer, tools: Sequence[Any] = ()) -> dict[str, Any]:
+        """What the template is given besides the messages."""
+        named = self._named_tokens(tokenizer)
+        return {"tools": list(tools) or None, "documents": None, **named}
+
+    def text(
         self,
-        messages: Sequence[ChatMessage],
+        messages: Sequence[Mapping[str, Any]],
         tokenizer: DocumentTokenizer,
-        markup: Markup,
         *,
-        add_generation_prompt: bool,
+        tools: Sequence[Any] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """What the template writes, as transformers renders it.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        variables = {
+            **self.variables(tokenizer, tools),
+            "add_generation_prompt": add_generation_prompt,
+            "messages": [_normalized(message, tokenizer) for message in messages],
+        }
+        return _render(_compiled(self.source), variables)
+
+    def rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: DocumentTokenizer,
+        *,
+        tools: Sequence[Any] = (),
+        add_generation_prompt: bool = False,
         continues: bool = False,
-    ) -> list[int | str]:
-        """Control tokens of the template, and the texts between them."""
+    ) -> tuple[str, list[Span]]:
+        """What the template writes, and where in it are its control tokens and the texts between them.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        markup = self.markup(tokenizer)
         given = [_normalized(message, tokenizer) for message in messages]
         # Names and roles of messages are words of the template.
         words = frozenset(word for one in given for word in (*one, str(one.get("role"))))
         num_private = 1 + max(len(one.characters) for one in markup.alphabets)
-        end, *others = itertools.islice(unused_characters(self.source, given), num_private)
+        unused = unused_characters(self.source, [given, list(tools)])
+        end, *others = itertools.islice(unused, num_private)
         private, end = "".join(others), end if continues else ""
         if continues:
             given[-1]["content"] += end
         variables = {
-            "tools": None,
-            "documents": None,
+            **self.variables(tokenizer, tools),
             "add_generation_prompt": add_generation_prompt,
-            **self._named_tokens(tokenizer),
         }
         rendered = _render(_compiled(self.source), {**variables, "messages": given}, end)
         with_broken_texts = ""
@@ -153,19 +181,20 @@ class ChatTemplate:
                 _environment(), self.source, alphabet, private, words
             )
             with suppress(RequestError):  # where the template decides by what was broken
-                broken = {**variables, "messages": mapped(breaking.apply, given)}
+                broken = {
+                    **variables,
+                    "messages": mapped(breaking.apply, given),
+                    "tools": mapped(breaking.apply, list(tools)) or None,
+                }
                 with_broken_texts = _render(template, broken, end)
             if breaking.undo(with_broken_texts) == rendered:
-                return [
-                    breaking.undo(piece) if isinstance(piece, str) else piece
-                    for piece in markup.split(with_broken_texts)
-                ]
-        pieces = markup.split(rendered)
-        if _ids(pieces) != _ids(markup.split(with_broken_texts)):
+                return rendered, markup.split(with_broken_texts)
+        spans = markup.split(rendered)
+        if _ids(spans) != _ids(markup.split(with_broken_texts)):
             raise RequestError(
                 "the chat template decides by control tokens that the text of a message has; leave them out"
             )
-        return pieces
+        return rendered, spans
 
     def _named_tokens(self, tokenizer: DocumentTokenizer) -> dict[str, str]:
         if self.special_tokens:
@@ -225,7 +254,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _found_template(directory: Path, config: Mapping[str, Any]) -> Any:
     """Files win over the configuration, as in transformers; of several the one for chats without tools."""
     named: dict[str, Any] = {}
-    if (file := directory / _TEMPLATE_FILE_NAME).is_file():
+    if (file := directory / TEMPLATE_FILE_NAME).is_file():
         named["default"] = file.read_text(encoding="utf-8")
     for file in sorted((directory / _MORE_TEMPLATES).glob("*.jinja")):
         named[file.stem] = file.read_text(encoding="utf-8")
@@ -260,13 +289,46 @@ class _GenerationBlocks(Extension):
         return caller()
 
 
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
+class _BoundedBlocks(_GenerationBlocks):
+    """The same with a private character at both ends."""
+
+    def _written(self, caller: Callable[[], str]) -> str:
+        return f"{BLOCK_ENDS[0]}{caller()}{BLOCK_ENDS[1]}"
+
+
+def render_with_blocks(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: DocumentTokenizer,
+    *,
+    tools: Sequence[Any] = (),
+) -> str | None:
+    """What the template writes, with BLOCK_ENDS around each `{% generation %}`; None if a text has these.
+
+    Raises:
+        RequestError: the template refuses the messages.
+    """
+    given = [_normalized(message, tokenizer) for message in messages]
+    written = template.source + json.dumps([given, list(tools)], ensure_ascii=False, default=str)
+    if any(end in written for end in BLOCK_ENDS):
+        return None
+    variables = {**template.variables(tokenizer, tools), "add_generation_prompt": False}
+    return _render(_compiled(template.source, shows_blocks=True), {**variables, "messages": given})
+
+
+def template_tree(source: str) -> nodes.Template:
+    """The template as Jinja reads it."""
+    return _environment().parse(source)
+
+
+@lru_cache(maxsize=2)
+def _environment(*, shows_blocks: bool = False) -> ImmutableSandboxedEnvironment:
     """As transformers sets it up, so that a template means the same there and here."""
+    blocks = _BoundedBlocks if shows_blocks else _GenerationBlocks
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"],
+        extensions=[blocks, "jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
@@ -275,8 +337,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 @lru_cache(maxsize=8)
-def _compiled(source: str) -> Template:
-    return _environment().from_string(source)
+def _compiled(source: str, *, shows_blocks: bool = False) -> Template:
+    return _environment(shows_blocks=shows_blocks).from_string(source)
 
 
 def _render(template: Template, variables: Mapping[str, Any], end: str = "") -> str:
@@ -294,8 +356,8 @@ def _render(template: Template, variables: Mapping[str, Any], end: str = "") -> 
     return text[: text.rindex(end)] if end else text
 
 
-def _ids(pieces: Sequence[int | str]) -> list[int]:
-    return [piece for piece in pieces if isinstance(piece, int)]
+def _ids(spans: Sequence[Span]) -> list[int]:
+    return [span.token_id for span in spans if span.token_id is not None]
 
 
 @lru_cache(maxsize=8)
@@ -338,7 +400,7 @@ def _plain(messages: Sequence[ChatMessage], *, continues: bool) -> str:
     return text.removesuffix("\n") + last[len(last.rstrip()) :]
 
 
-def _normalized(message: ChatMessage, tokenizer: DocumentTokenizer) -> dict[str, Any]:
+def _normalized(message: Mapping[str, Any], tokenizer: DocumentTokenizer) -> dict[str, Any]:
     """What the template sees of a message: its text as the model sees it, and nothing that is None."""
     seen = {name: value for name, value in message.items() if value is not None}
     if isinstance(text := seen.get("content"), str) and (stripped := text.strip()):

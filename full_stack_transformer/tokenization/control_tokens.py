@@ -1,7 +1,7 @@
 """Which control tokens in the text of a chat are the template's own, and which a message brought.
 
     messages, template --texts broken--> messages, template without a control token in any text
-                       --rendered--> Markup.split --> ids of control tokens, texts between them --undo--> ids
+                       --rendered--> Markup.split --> control tokens, the texts between them --> ids
 
 A template looks at the texts of messages: it strips, splits and searches them. So they are broken only by
 characters of the same kind, and what the template looks for is broken in the same way. Knows nothing of files
@@ -10,13 +10,13 @@ and of what a template is given.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import Environment, Template, nodes
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Encoding, Tokenizer, models
 
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
@@ -162,6 +162,16 @@ def _change_searched(tree: nodes.Template, change: Callable[[Any], Any]) -> None
 # ---------------------------------------------------------------------- control tokens
 
 
+@dataclass(frozen=True)
+class Span:
+    """A part of a text: a control token, or text without any."""
+
+    start: int
+    stop: int
+    token_id: int | None = None
+    """Of a control token."""
+
+
 class Markup:
     """Tells control tokens from texts in what a template wrote.
 
@@ -188,26 +198,31 @@ class Markup:
         self.alphabets = self._alphabets(constants)
         """What to break in texts, from the surest on."""
 
-    def split(self, text: str) -> list[int | str]:
-        """Ids of control tokens, and the texts between them."""
+    def split(self, text: str) -> list[Span]:
+        """Where control tokens are, and the texts between them."""
         encoding = self._finder.encode(text, add_special_tokens=False)
-        pieces: list[int | str] = []
+        spans: list[Span] = []
         end = 0
         for name, (start, stop) in zip(encoding.tokens, encoding.offsets, strict=True):
-            pieces += [text[end:start], self._control[name][0]]
+            spans += [Span(end, start), Span(start, stop, self._control[name][0])]
             end = stop
-        return [piece for piece in [*pieces, text[end:]] if piece != ""]
+        spans.append(Span(end, len(text)))
+        return [span for span in spans if span.token_id is not None or span.start < span.stop]
 
-    def encode(self, pieces: Sequence[int | str]) -> list[int]:
+    def encode(self, text: str, spans: Iterable[Span]) -> list[int]:
         """Token ids of it all; no text becomes a control token."""
         token_ids: list[int] = []
-        for place, piece in enumerate(pieces):
-            if isinstance(piece, int):
-                token_ids.append(piece)
+        for span in spans:
+            if span.token_id is not None:
+                token_ids.append(span.token_id)
             else:
-                backend = self._later if place else self._first
-                token_ids += backend.encode(piece, add_special_tokens=False).ids
+                token_ids += self.encode_text(text, span).ids
         return token_ids
+
+    def encode_text(self, text: str, span: Span) -> Encoding:
+        """The encoding of a part of a text that has no control token."""
+        backend = self._later if span.start else self._first
+        return backend.encode(text[span.start : span.stop], add_special_tokens=False)
 
     def _encoders(self, backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
         """What encodes the text at the beginning, and those that come after a control token.

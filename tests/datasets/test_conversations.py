@@ -11,11 +11,11 @@ from full_stack_transformer.datasets.batches import LengthBatches, PackedBatches
 from full_stack_transformer.datasets.collators import PackedCollator, PaddedCollator
 from full_stack_transformer.datasets.conversations import (
     Conversations,
-    LeftOut,
     PairCollator,
     PreferencePairs,
 )
 from full_stack_transformer.datasets.corpus import Corpus, CorpusWriter, open_dataset
+from full_stack_transformer.datasets.cuts import LeftOut
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from tests.datasets.corpora import PAD_ID, VOCAB_SIZE
@@ -81,7 +81,7 @@ def test_without_an_answer_that_fits_there_is_nothing_to_learn(corpus: Corpus) -
 def test_the_cuts_equal_those_found_token_by_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("full_stack_transformer.datasets.conversations._TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("full_stack_transformer.datasets.cuts._TOKENS_AT_ONCE", at_once)
     corpus = _many(tmp_path)
     assert corpus.learned is not None
     samples = Conversations(corpus, MAX_LENGTH)

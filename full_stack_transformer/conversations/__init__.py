@@ -1,0 +1,1 @@
+"""Files -> conversations and preferences, each checked. Knows nothing of tokens."""

@@ -1,0 +1,502 @@
+"""`fst prepare_dataset --conversations` and `--preferences`: conversations -> dataset directory.
+
+    files --read twice--> checked conversations --chat template--> token ids, learned or not --> corpus files
+
+The first reading checks every row and trains the tokenizer, if none is given, before anything takes long. A
+conversation is one sample, however long; `datasets.cuts` says what a context leaves out of it.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from full_stack_transformer.arguments.data import PrepareDatasetArguments
+from full_stack_transformer.conversations.files import (
+    RefusedRows,
+    find_files,
+    read_conversations,
+    read_preferences,
+)
+from full_stack_transformer.conversations.messages import Conversation
+from full_stack_transformer.datasets.corpus import Corpus, CorpusWriter
+from full_stack_transformer.datasets.cuts import LeftOut, cut_after_answers
+from full_stack_transformer.errors import DatasetError, RequestError, RowError
+from full_stack_transformer.own_classes import trust_options
+from full_stack_transformer.preparation.encoding import DIGEST_BYTES
+from full_stack_transformer.preparation.journal import SplitState
+from full_stack_transformer.preparation.report import ProgressDisplay, describe, log_lengths
+from full_stack_transformer.storage import (
+    DESCRIPTION_FILE_NAME,
+    new_version,
+    write_json,
+    write_text,
+)
+from full_stack_transformer.tokenization.answers import (
+    DOCUMENTED_TEMPLATE,
+    DOCUMENTED_TEMPLATE_NAME,
+    RenderedConversation,
+    render_conversation,
+)
+from full_stack_transformer.tokenization.chat import (
+    TEMPLATE_FILE_NAME,
+    ChatTemplate,
+    load_chat_template,
+)
+from full_stack_transformer.tokenization.document_tokenizer import (
+    DocumentTokenizer,
+    TrainedTokenizer,
+    load_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_DIRECTORY_NAME = "tokenizer"
+# A template is a foreign program; the slowest of known models takes a thousandth of this.
+_SECONDS_FOR_TEMPLATE = 20
+_BATCH_TOKENS = 1 << 20
+
+# Conversations that belong together: one, or the two of a preference.
+Group = tuple[Conversation, ...]
+
+
+@dataclass
+class _Split:
+    """What became one split."""
+
+    state: SplitState = field(default_factory=SplitState)
+    num_answers: int = 0
+    num_learned_tokens: int = 0
+    num_answers_without_end: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+@dataclass
+class _Inputs:
+    """The files, and what is known of them after the first reading."""
+
+    arguments: PrepareDatasetArguments
+    files: dict[str, list[Path]]
+    largest_digest_of_valid: bytes = b""
+    """Training conversations up to this digest are for validation."""
+    refused: RefusedRows = field(default_factory=RefusedRows)
+    num_duplicates: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
+    """Of the last reading."""
+
+    def groups(self, refused: RefusedRows) -> Iterator[tuple[str, Group]]:
+        """The conversations, each with the split that it is for."""
+        seen: set[bytes] = set()
+        self.num_duplicates = {"train": 0, "valid": 0}
+        for split, path in ((split, path) for split, files in self.files.items() for path in files):
+            for group in self._read(path, refused):
+                digest = _digest([(one.messages, list(one.tools)) for one in group])
+                if self.arguments.deduplicate == "exact":
+                    if digest in seen:
+                        self.num_duplicates[split] += 1
+                        continue
+                    seen.add(digest)
+                yield split, group
+
+    def _read(self, path: Path, refused: RefusedRows) -> Iterator[Group]:
+        if self.arguments.conversations:
+            for one in read_conversations(path, refused, answers_of=self.arguments.answers_of):
+                yield (one,)
+        else:
+            for pair in read_preferences(path, refused):
+                yield pair.chosen, pair.rejected
+
+    def split_of(self, split: str, group: Group) -> str:
+        """The split that a conversation is for: by a hash of what it begins with."""
+        if split == "train" and self.arguments.validation_fraction:
+            return "valid" if _digest_of_beginning(group) <= self.largest_digest_of_valid else split
+        return split
+
+
+def prepare_conversations(arguments: PrepareDatasetArguments) -> Path:
+    """Write a new version of the dataset and return its directory.
+
+    Raises:
+        DocumentsError: a file cannot be read.
+        RowError: a row holds no conversation, or the chat template refuses it.
+        TokenizerError: the tokenizer cannot be opened.
+        DatasetError: nothing is left to learn.
+    """
+    started = time.perf_counter()
+    trust_options(arguments)
+    given = arguments.tokenizer_cls_name is not None or arguments.tokenizer_path is not None
+    with ProgressDisplay() as display:
+        inputs = _find_inputs(arguments)
+        tokenizer = (
+            load_tokenizer(arguments.tokenizer_cls_name, arguments.tokenizer_path)
+            if given
+            else None
+        )
+        with display.phase("checking", [path for files in inputs.files.values() for path in files]):
+            tokenizer = _first_reading(inputs, tokenizer)
+        with new_version(arguments.datasets_root, arguments.dataset_name) as dataset:
+            template, template_name = _save_tokenizer(tokenizer, dataset.directory, arguments)
+            with display.phase("rendering"):
+                splits = _write(inputs, tokenizer, template, dataset.directory)
+            description = _describe(
+                inputs, tokenizer, splits, dataset.directory, started, display, template_name
+            )
+            write_json(dataset.directory / DESCRIPTION_FILE_NAME, description)
+    _log_report(inputs, splits, description, time.perf_counter() - started)
+    return dataset.directory
+
+
+def _find_inputs(arguments: PrepareDatasetArguments) -> _Inputs:
+    flag = "--conversations" if arguments.conversations else "--preferences"
+    files = {"train": find_files(arguments.conversations or arguments.preferences, flag)}
+    if arguments.documents_valid_file:
+        files["valid"] = find_files(arguments.documents_valid_file, "--documents_valid_file")
+    return _Inputs(arguments, files, refused=RefusedRows(arguments.on_bad_row))
+
+
+def _first_reading(inputs: _Inputs, tokenizer: DocumentTokenizer | None) -> DocumentTokenizer:
+    """Check every row, choose what is for validation, and train a tokenizer if none is given.
+
+    Raises:
+        DatasetError: there are too few conversations.
+    """
+    smallest, largest = b"\xff" * DIGEST_BYTES, b""
+    counts = {"train": 0, "valid": 0}
+
+    def texts() -> Iterator[str]:
+        nonlocal smallest, largest
+        for split, group in inputs.groups(inputs.refused):
+            counts[split] += 1
+            if split == "train":
+                digest = _digest_of_beginning(group)
+                smallest, largest = min(smallest, digest), max(largest, digest)
+                yield from itertools.chain(*(one.texts for one in group))
+
+    if tokenizer is None:
+        vocab_size = inputs.arguments.vocab_size
+        logger.info(
+            "training a byte-level BPE of %s tokens on the conversations", f"{vocab_size:,}"
+        )
+        tokenizer = TrainedTokenizer.train(texts(), vocab_size=vocab_size)
+    else:
+        for _ in texts():
+            pass
+    if not counts["train"] or (inputs.arguments.documents_valid_file and not counts["valid"]):
+        raise DatasetError(
+            f"there is no conversation to learn from in {inputs.files['train'][0]}"
+            if not counts["train"]
+            else "the files of --documents_valid_file hold no conversation"
+        )
+    fraction = inputs.arguments.validation_fraction
+    if fraction:
+        if smallest == largest:
+            raise DatasetError(
+                "there is only one conversation; add others, or name one for validation with "
+                "--documents_valid_file"
+            )
+        most = int(fraction * (1 << 8 * DIGEST_BYTES)).to_bytes(DIGEST_BYTES, "big")
+        # At least one for validation, and at least one to learn.
+        inputs.largest_digest_of_valid = max(smallest, most) if most < largest else smallest
+    return tokenizer
+
+
+def _save_tokenizer(
+    tokenizer: DocumentTokenizer, directory: Path, arguments: PrepareDatasetArguments
+) -> tuple[ChatTemplate, str]:
+    """Save the tokenizer with its chat template, or with the documented one; the template and its name."""
+    target = directory / TOKENIZER_DIRECTORY_NAME
+    tokenizer.save(target, model_max_length=arguments.max_sample_length)
+    template = load_chat_template(target)
+    source = Path(arguments.tokenizer_path or "")
+    if template.is_plain and arguments.tokenizer_path and source.is_dir():
+        template = load_chat_template(source)
+        if not template.is_plain:
+            write_text(target / TEMPLATE_FILE_NAME, template.source)
+    if not template.is_plain:
+        return template, "own"
+    write_text(target / TEMPLATE_FILE_NAME, DOCUMENTED_TEMPLATE)
+    logger.info(
+        "the tokenizer has no chat template: conversations are written as User: … Assistant: …, and the "
+        "template is saved with the tokenizer"
+    )
+    return load_chat_template(target), DOCUMENTED_TEMPLATE_NAME
+
+
+def _write(
+    inputs: _Inputs, tokenizer: DocumentTokenizer, template: ChatTemplate, directory: Path
+) -> dict[str, _Split]:
+    splits = {split: _Split() for split in ("train", "valid")}
+    # Bad rows were reported in the first reading.
+    quiet = RefusedRows(inputs.refused.on_bad_row, num=1 << 40)
+    only_last = bool(inputs.arguments.preferences)
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(_Writer(directory / name, tokenizer.vocab_size, split))
+            for name, split in splits.items()
+        }
+        for given_split, group in inputs.groups(quiet):
+            try:
+                rendered = [_rendered(one, template, tokenizer, only_last) for one in group]
+            except RowError as error:
+                inputs.refused.add(error)
+                continue
+            writers[inputs.split_of(given_split, group)].add(group, rendered)
+    for name, split in splits.items():
+        if not split.state.samples.num_samples:
+            raise DatasetError(
+                f"no {name} conversation is left; supply more conversations, or name some for validation "
+                "with --documents_valid_file"
+            )
+        split.state.documents.num_duplicate_documents = inputs.num_duplicates[name]
+        split.left_out = _left_out(directory / name, split, inputs.arguments, is_pairs=only_last)
+    return splits
+
+
+class _Writer:
+    """Appends conversations to a corpus, many at a time."""
+
+    def __init__(self, directory: Path, vocab_size: int, split: _Split) -> None:
+        self._corpus = CorpusWriter(directory, vocab_size, has_answers=True)
+        self._split = split
+        self._held: list[RenderedConversation] = []
+        self._num_held = 0
+
+    def add(self, group: Group, rendered: Sequence[RenderedConversation]) -> None:
+        """Append conversations that belong together."""
+        split, documents = self._split, self._split.state.documents
+        documents.num_documents += 1
+        for conversation, one in zip(group, rendered, strict=True):
+            split.num_answers += one.num_answers
+            split.num_answers_without_end += one.num_without_end
+            split.num_learned_tokens += int(one.learned.sum())
+            num_bytes = sum(len(text.encode()) for text in conversation.texts)
+            documents.num_bytes += num_bytes
+            split.state.samples.num_text_bytes += num_bytes
+            split.state.samples.num_samples += 1
+            split.state.samples.num_tokens += len(one.token_ids)
+            self._held.append(one)
+            self._num_held += len(one.token_ids)
+        if self._num_held >= _BATCH_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            self._corpus.append(
+                np.concatenate([one.token_ids for one in self._held]),
+                np.array([len(one.token_ids) for one in self._held], dtype=np.int64),
+                np.concatenate([one.learned for one in self._held]),
+            )
+        self._held, self._num_held = [], 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exception_type is None:
+            self._flush()
+        self._corpus.__exit__(exception_type, exception, traceback)
+
+
+def _rendered(
+    conversation: Conversation,
+    template: ChatTemplate,
+    tokenizer: DocumentTokenizer,
+    only_last: bool,
+) -> RenderedConversation:
+    """The conversation as tokens.
+
+    Raises:
+        RowError: the template refuses it, or writes none of its answers.
+    """
+    try:
+        with _time_limit(_SECONDS_FOR_TEMPLATE):
+            rendered = render_conversation(
+                template,
+                conversation.messages,
+                tokenizer,
+                tools=conversation.tools,
+                only_last=only_last,
+                ignored=conversation.ignored,
+            )
+    except (RequestError, _TooSlowError) as error:
+        raise RowError(f"{conversation.place}: {error}") from error
+    if not rendered.learned[1:].any():
+        raise RowError(
+            f"{conversation.place}: nothing of it is learned: the chat template writes none of its answers"
+        )
+    return rendered
+
+
+class _TooSlowError(BaseException):
+    """A template takes too long; no Exception, which is what a template may raise and rendering catches."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _TooSlowError in the body when it takes longer; no limit outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooSlowError(
+            f"the chat template takes more than {seconds:g} s for this conversation"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _digest(content: object) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=DIGEST_BYTES).digest()
+
+
+def _digest_of_beginning(group: Group) -> bytes:
+    """Of a preference, what both answers follow, so that one question is in one split."""
+    messages = group[0].messages
+    return _digest(messages[:-1] if len(group) > 1 else messages)
+
+
+def _left_out(
+    directory: Path, split: _Split, arguments: PrepareDatasetArguments, *, is_pairs: bool
+) -> LeftOut:
+    """What training leaves out with a context of --max_sample_length.
+
+    Raises:
+        DatasetError: everything.
+    """
+    samples = split.state.samples
+    corpus = Corpus(
+        directory,
+        num_samples=samples.num_samples,
+        num_tokens=samples.num_tokens,
+        has_answers=True,
+    )
+    most = arguments.max_sample_length
+    if is_pairs:
+        num_long = int(np.count_nonzero(corpus.lengths().reshape(-1, 2).max(axis=1) > most))
+        left_out = LeftOut(num_samples=num_long, num_answers=2 * num_long)
+        is_all = 2 * num_long == samples.num_samples
+    else:
+        _, num_targets, left_out = cut_after_answers(corpus, most)
+        is_all = not num_targets.any()
+    if is_all:
+        raise DatasetError(
+            f"no {directory.name} conversation has an answer that ends within --max_sample_length {most:,} "
+            f"tokens; the shortest has {int(corpus.lengths().min()):,}; raise it"
+        )
+    return left_out
+
+
+def _describe(
+    inputs: _Inputs,
+    tokenizer: DocumentTokenizer,
+    splits: dict[str, _Split],
+    directory: Path,
+    started: float,
+    display: ProgressDisplay,
+    template_name: str,
+) -> dict[str, Any]:
+    """The content of description.json: that of documents, and what is learned."""
+    arguments = inputs.arguments
+    longest = max(
+        int(np.diff(_starts(directory / split), append=part.state.samples.num_tokens).max())
+        for split, part in splits.items()
+    )
+    description = describe(
+        dataclasses.replace(arguments, min_sample_length=2, max_sample_length=max(2, longest)),
+        tokenizer,
+        "tokenizers",
+        {split: part.state for split, part in splits.items()},
+        inputs.files,
+        directory,
+        started,
+        display,
+    )
+    for split, part in splits.items():
+        description["counts"][split] |= {
+            "num_answers": part.num_answers,
+            "num_learned_tokens": part.num_learned_tokens,
+            "num_answers_without_end": part.num_answers_without_end,
+            "num_cut_answers": part.left_out.num_answers,
+        }
+    return description | {
+        "kind": "preferences" if arguments.preferences else "conversations",
+        "chat_template": template_name,
+        # Rows of batches need not be longer than the longest conversation.
+        "max_sample_length": max(2, min(arguments.max_sample_length, longest)),
+        "longest_conversation": longest,
+        "num_learned_tokens": sum(part.num_learned_tokens for part in splits.values()),
+        "num_cut_answers": sum(part.left_out.num_answers for part in splits.values()),
+        "num_refused_rows": inputs.refused.num,
+    }
+
+
+def _starts(directory: Path) -> Any:
+    return np.load(directory / "sample_start_positions.npy", mmap_mode="r")
+
+
+def _log_report(
+    inputs: _Inputs, splits: dict[str, _Split], description: dict[str, Any], seconds: float
+) -> None:
+    what = "preferences" if inputs.arguments.preferences else "conversations"
+    for name, split in splits.items():
+        samples, documents = split.state.samples, split.state.documents
+        notes = [
+            f"{count:,} {note}"
+            for count, note in (
+                (documents.num_duplicate_documents, "duplicates dropped"),
+                (split.num_answers_without_end, "answers have no token that ends them"),
+            )
+            if count
+        ]
+        logger.info(
+            "%s: %s %s, %s answers, %s tokens, of which %s are learned%s",
+            name,
+            f"{documents.num_documents:,}",
+            what,
+            f"{split.num_answers:,}",
+            f"{samples.num_tokens:,}",
+            f"{split.num_learned_tokens:,}",
+            "".join(f"; {note}" for note in notes),
+        )
+        if split.left_out.num_answers:
+            logger.warning(
+                "%s: with --max_sample_length %s, %s in training",
+                name,
+                f"{inputs.arguments.max_sample_length:,}",
+                split.left_out,
+            )
+    if inputs.refused.num:
+        logger.warning("left out %s rows that cannot be used", f"{inputs.refused.num:,}")
+    log_lengths(description["sample_lengths"]["train"])
+    num_tokens = sum(split.state.samples.num_tokens for split in splits.values())
+    logger.info(
+        "prepared %s tokens in %.1f s, %s tokens/s, with %s chat template",
+        f"{num_tokens:,}",
+        seconds,
+        f"{num_tokens / seconds:,.0f}",
+        "the tokenizer's own" if description["chat_template"] == "own" else "the plain",
+    )
