@@ -12,6 +12,7 @@ from full_stack_transformer.arguments.models import MergeArguments
 from full_stack_transformer.errors import MachineError, ModelError, UsageError
 from full_stack_transformer.modelling.adapters import base_of, merge_adapter
 from full_stack_transformer.modelling.backbones import num_parameters
+from full_stack_transformer.modelling.model_card import BASE_KEY
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_DIRECTORY_NAME,
     ADAPTER_FILE_NAME,
@@ -51,8 +52,9 @@ def main(arguments: MergeArguments) -> Path:
         raise UsageError(f"{target} exists; remove it, or name another directory with --output_dir")
     base = arguments.base or base_of(directory)
     backbone = merge_adapter(directory, base=base)
+    facts = json_of(directory / DESCRIPTION_FILE_NAME)
     description = {
-        **json_of(directory / DESCRIPTION_FILE_NAME),
+        **{key: value for key, value in facts.items() if key != BASE_KEY},
         "num_parameters": num_parameters(backbone),
         _MERGED_KEY: {"adapter": str(directory.resolve()), "base": base},
     }

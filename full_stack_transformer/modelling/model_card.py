@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Key in description.json of an adapter: the model that it was trained on.
+BASE_KEY = "base_model"
 _MAX_CURVE_ROWS = 20
 # Options that say where files are or how progress is shown, not what was learned.
 _PLACES = frozenset(
@@ -51,6 +53,24 @@ As a service with the API of OpenAI, or on the command line:
 ```sh
 fst serve .
 fst generate . --prompt "The beginning of a text"
+```
+"""
+
+
+_USE_OF_ADAPTER = """\
+## Use
+
+With PEFT, from this directory, or merged with its base:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(".")
+```
+
+```sh
+fst merge . --output_dir merged
+fst serve merged
 ```
 """
 
@@ -103,14 +123,14 @@ def model_card(
     Args:
         description: the content of description.json. Used if present: `experiment`, `model_type`,
             `num_parameters`, `context_length`, `step`, `validation_loss`, `validation_perplexity`,
-            `validation_bits_per_byte`, `dataset` (the description of the dataset) and `averaged_from`
-            (`model`, `step`, `validation_loss` of each source).
+            `validation_bits_per_byte`, `base_model` (of an adapter), `dataset` (the description of the
+            dataset) and `averaged_from` (`model`, `step`, `validation_loss` of each source).
         arguments: the options of the training by name.
         curve: (optimizer step, validation loss in nats a token) of each validation, in order.
         words: of the model's task.
     """
     sections = [
-        _FRONT_MATTER.format(tag=words.pipeline_tag),
+        _front_matter(description, words),
         f"# {_name(description)}\n",
         _summary(description, words),
         _metrics(description),
@@ -118,9 +138,23 @@ def model_card(
         _data(description.get("dataset", {})),
         _options(arguments),
         _curve(curve, description.get("step")),
-        _USE_OF_OTHER_TASKS.format(fields=words.fields) if words.fields else _USE,
+        _use(description, words),
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _front_matter(description: Mapping[str, Any], words: TaskWords) -> str:
+    matter = _FRONT_MATTER.format(tag=words.pipeline_tag)
+    if BASE_KEY not in description:
+        return matter
+    library = f"library_name: peft\nbase_model: {_cell(description[BASE_KEY])}"
+    return matter.replace("library_name: transformers", library)
+
+
+def _use(description: Mapping[str, Any], words: TaskWords) -> str:
+    if BASE_KEY in description:
+        return _USE_OF_ADAPTER
+    return _USE_OF_OTHER_TASKS.format(fields=words.fields) if words.fields else _USE
 
 
 def _name(description: Mapping[str, Any]) -> str:

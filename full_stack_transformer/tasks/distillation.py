@@ -10,7 +10,6 @@ Legend: N targets of a batch, V vocabulary.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,10 @@ from full_stack_transformer.tasks.supervised_fine_tuning import (
     targets_of,
 )
 from full_stack_transformer.tasks.task import TrainingDefaults
-from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
+from full_stack_transformer.tokenization.document_tokenizer import (
+    local_tokenizer,
+    open_saved_tokenizer,
+)
 
 # Numbers of the logits of a part: 8 copies of 8 MB.
 _NUMBERS_AT_ONCE = 1 << 21
@@ -52,7 +54,7 @@ class Distillation(SupervisedFineTuning):
     name = "distillation"
     options_class = DistillationOptions
     kinds = ("documents", "conversations")
-    defaults = TrainingDefaults(adapter_learning_rate=2e-4, max_length=1024)
+    defaults = TrainingDefaults(adapter_learning_rate=2e-4, max_length=2048)
 
     def __init__(self, tokenizer: Any, options: Any) -> None:
         super().__init__(tokenizer, options)
@@ -80,7 +82,7 @@ class Distillation(SupervisedFineTuning):
         path = self.options.teacher
         if path is None:
             raise UsageError(f"--task {self.name} needs --teacher with the model to learn from")
-        theirs = open_saved_tokenizer(Path(path))
+        theirs = open_saved_tokenizer(local_tokenizer(path))
         if theirs.backend.get_vocab() != self.tokenizer.backend.get_vocab():
             raise ModelError(
                 f"--teacher {path} has another tokenizer ({theirs.vocab_size:,} tokens) than the dataset "

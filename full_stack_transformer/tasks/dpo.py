@@ -43,7 +43,7 @@ class Dpo(PreferenceTask):
         adapter_learning_rate=1e-5,
         num_warmup_steps=10,
         max_epochs=1,
-        max_length=1024,
+        max_length=2048,
     )
 
     def __init__(self, tokenizer: Any, options: Any) -> None:

@@ -50,7 +50,7 @@ class Orpo(PreferenceTask):
         adapter_learning_rate=8e-5,
         num_warmup_steps=10,
         max_epochs=1,
-        max_length=1024,
+        max_length=2048,
     )
 
     def collator(self, corpus: Corpus, *, seed: int) -> Collator:

@@ -22,7 +22,7 @@ from full_stack_transformer.datasets.conversations import PairCollator, Preferen
 from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory
 from full_stack_transformer.modelling.targets import log_likelihoods
 from full_stack_transformer.tasks.causal_lm import CausalLm
-from full_stack_transformer.tasks.supervised_fine_tuning import longest_sample
+from full_stack_transformer.tasks.supervised_fine_tuning import sample_limit
 from full_stack_transformer.tasks.task import CorpusTask, TaskOptions
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
@@ -46,8 +46,8 @@ class PreferenceTask(CausalLm):
 
     @classmethod
     def row_length(cls, dataset: DatasetDirectory, options: Any) -> int:
-        """--max_length, or less where all samples are shorter."""
-        return min(longest_sample(dataset), int(options.max_length))
+        """--max_length, or less where the dataset says so or all samples are shorter."""
+        return sample_limit(dataset, options)
 
     def samples(self, corpus: Corpus) -> Samples:
         """Pairs, both of which fit."""

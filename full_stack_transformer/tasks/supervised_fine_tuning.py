@@ -51,13 +51,13 @@ class SupervisedFineTuning(CausalLm):
         adapter_learning_rate=2e-4,
         num_warmup_steps=10,
         max_epochs=3,
-        max_length=1024,
+        max_length=2048,
     )
 
     @classmethod
     def row_length(cls, dataset: DatasetDirectory, options: Any) -> int:
-        """--max_length, or less where all conversations are shorter."""
-        return min(longest_sample(dataset), int(options.max_length))
+        """--max_length, or less where the dataset says so or all conversations are shorter."""
+        return sample_limit(dataset, options)
 
     def samples(self, corpus: Corpus) -> Samples:
         """Conversations that end after an answer."""
@@ -115,9 +115,11 @@ class SupervisedFineTuning(CausalLm):
         return CorpusTask.evaluation(self, loss, sums)
 
 
-def longest_sample(dataset: DatasetDirectory) -> int:
-    """Tokens of the longest sample, of both splits."""
-    return max(int(one.lengths().max(initial=1)) for one in (dataset.train, dataset.valid))
+def sample_limit(dataset: DatasetDirectory, options: Any) -> int:
+    """Tokens of the longest sample to learn from: the least of three limits."""
+    longest = max(int(one.lengths().max(initial=1)) for one in (dataset.train, dataset.valid))
+    limits = (dataset.description["max_sample_length"], options.max_length)
+    return min(longest, *map(int, limits))
 
 
 def targets_of(batch: Batch) -> Tensor:

@@ -1,5 +1,6 @@
 """What one training learns from what: the data, the task and the model that the options name."""
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.training import RunExperimentArguments, TrainArguments
 from full_stack_transformer.arguments.typed import given_options
 from full_stack_transformer.datasets.corpus import open_dataset
-from full_stack_transformer.errors import UsageError
+from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.adapters import add_adapter
-from full_stack_transformer.modelling.backbones import new_backbone
+from full_stack_transformer.modelling.backbones import context_length, new_backbone
 from full_stack_transformer.modelling.pretrained import (
     StartFacts,
     pretrained_backbone,
@@ -91,6 +92,7 @@ class TrainingSetup:
                 exchange_vocabulary(
                     backbone, old, open_saved_tokenizer(self.data.tokenizer_directory)
                 )
+            self._check_lengths(backbone)
             if arguments.lora_rank:
                 add_adapter(backbone, arguments, base=arguments.model_path)
             return backbone
@@ -103,6 +105,21 @@ class TrainingSetup:
             model_class=self.model_class or task.new_class(arguments.model_config),
             **task.config_fields(),
         )
+
+    def _check_lengths(self, backbone: Backbone) -> None:
+        """Refuse conversations that are longer than the context; documents were cut when they were prepared.
+
+        Raises:
+            UsageError: one is.
+        """
+        with contextlib.suppress(ModelError):  # some architectures have no limit
+            length = context_length(backbone.config)
+            kind = self.data.description.get("kind", "documents")
+            if kind != "documents" and self.data.max_length > length:
+                raise UsageError(
+                    f"{self.data.data_place} has samples of {self.data.max_length:,} tokens, and the context "
+                    f"of {self.arguments.model_path} has {length:,}; pass --max_length {length}"
+                )
 
     @property
     def measures_start(self) -> bool:

@@ -55,8 +55,8 @@ SMOLLM2: dict[str, Any] = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-ROWS, NUM_LAYERS, NUM_STEPS = 8, 30, 3
-SHORT_ROWS, SHORT_NUM_LAYERS, SHORT_NUM_STEPS = 4, 4, 2
+ROWS, NUM_LAYERS, NUM_STEPS = 4, 30, 2
+SHORT_ROWS, SHORT_NUM_LAYERS, SHORT_NUM_STEPS = 2, 4, 1
 SPEED_AIM, MEMORY_AIM = 1.3, 1.0
 
 
@@ -171,12 +171,12 @@ def main() -> None:
     """Measure all methods and print what came out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--short", action="store_true", help="under a minute: four layers")
-    parser.add_argument("--repetitions", type=int, help="blocks of each way (5, short 2)")
+    parser.add_argument("--repetitions", type=int, help="blocks of each way (3, short 2)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--precision", choices=("auto", "bf16", "32"), default="auto")
     parser.add_argument("--peer_python", default=sys.executable, help="Python with TRL")
     options = parser.parse_args()
-    options.repetitions = options.repetitions or (2 if options.short else 5)
+    options.repetitions = options.repetitions or (2 if options.short else 3)
     if options.precision == "auto":
         options.precision = "bf16" if multiplies_bfloat16(torch.device("cpu")) else "32"
     print(f"{processor_name()}, {NUM_THREADS} threads, {options.precision}, commit {commit()}")

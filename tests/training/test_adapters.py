@@ -63,6 +63,9 @@ def test_an_adapter_opens_in_peft_and_merges_into_the_same_model(
     }
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets)
+    card = (adapter / "README.md").read_text()
+    assert f"library_name: peft\nbase_model: {model_dir.name}\n" in card
+    assert "fst merge" in card
     names = list(load_file(adapter / "adapter_model.safetensors"))
     assert all(name.startswith("base_model.model.") and "lora_" in name for name in names)
     opened = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
@@ -153,6 +156,8 @@ def test_what_cannot_be_an_adapter_is_one_sentence(
         UsageError, match=r"--lora_targets query: .* are down_proj, gate_proj, k_proj"
     ):
         _trained(TrainingHere(dataset_dir, tmp_path), model_dir, lora_targets="query")
+    with pytest.raises(UsageError, match="omit --resize_embeddings"):
+        _trained(TrainingHere(dataset_dir, tmp_path), model_dir, resize_embeddings="new")
     with pytest.raises(ModelError, match=r"should be an adapter directory .* or an experiment"):
         merge(MergeArguments(model_dir))
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,7 @@
 """Fine-tuning on conversations: transformers' loss, the same bits after a crash, and what is said first."""
 
 import logging
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from full_stack_transformer.arguments.fine_tuning import AdapterOptions
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.corpus import open_dataset
-from full_stack_transformer.errors import DatasetError
+from full_stack_transformer.errors import DatasetError, UsageError
 from full_stack_transformer.evaluation.run import measured
 from full_stack_transformer.modelling.adapters import add_adapter
 from full_stack_transformer.modelling.targets import is_predicting, logits_where
@@ -210,6 +211,18 @@ def test_what_does_not_fit_is_said(
     assert caplog.text.count("train: ") == 1
     assert "answers" in caplog.text
     assert "do not fit" in caplog.text
+
+
+def test_conversations_longer_than_the_context_are_refused(
+    model_dir: Path, conversations: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.config.max_position_embeddings = 16
+    shutil.copytree(model_dir, tmp_path / "short")
+    model.save_pretrained(tmp_path / "short")
+    with pytest.raises(UsageError, match="pass --max_length 16"):
+        _module(conversations, tmp_path / "short")
+    _module(conversations, tmp_path / "short", max_length=16)
 
 
 def test_a_model_is_measured_on_its_answers(conversations: Path, model_dir: Path) -> None:

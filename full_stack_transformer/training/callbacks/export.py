@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.adapters import has_adapter, save_adapter
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
-from full_stack_transformer.modelling.model_card import model_card
+from full_stack_transformer.modelling.model_card import BASE_KEY, model_card
 from full_stack_transformer.modelling.model_directory import (
     CHECKPOINT_BACKBONE_PREFIX,
     save_model_directory,
@@ -133,6 +133,8 @@ class ExportModel(pl.Callback):
             "dataset": dict(self._dataset_description),
         }
         task, backbone = self._task, pl_module.backbone
+        if has_adapter(backbone):
+            description[BASE_KEY] = self._arguments["model_path"]
         weights = {
             name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): weight
             for name, weight in weights.items()
