@@ -33,6 +33,7 @@ from full_stack_transformer.errors import (
     install_command,
 )
 from full_stack_transformer.first_checks import check_first
+from full_stack_transformer.model_sources.names import with_imported_models
 from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.storage import not_utf_8, readable, why_not_written
 
@@ -46,6 +47,8 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("prepare_dataset", data.PrepareDatasetArguments, "preparation.prepare"),
     ("verify_dataset", data.VerifyDatasetArguments, "datasets.verify"),
     ("check_tokenizer", data.CheckTokenizerArguments, "tokenization.check_tokenizer"),
+    ("collect_model", models.CollectModelArguments, "model_sources.collect_model"),
+    ("import_model", models.ImportModelArguments, "model_sources.import_model"),
     ("train", training.TrainArguments, "training.run"),
     ("run_experiment", training.RunExperimentArguments, "training.run"),
     ("average_checkpoints", models.AverageCheckpointsArguments, "modelling.averaging"),
@@ -281,6 +284,7 @@ def _runner(options: type, module_name: str) -> Callable[..., Any]:
     def runner(given: Any) -> Any:
         given = options() if given is None else given
         check_texts(given)
+        given = with_imported_models(given)
         check_first(given)
         module = importlib.import_module(f"full_stack_transformer.{module_name}")
         trust_options(given)

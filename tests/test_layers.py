@@ -62,7 +62,14 @@ FORBIDDEN = {
     - BASE
     - {"preparation", "documents", "conversations", "tokenization", "datasets"},
     "datasets": ALL - BASE - {"datasets", "tokenization"},
-    "modelling": {"datasets", "rows", "tasks", "training", "generation", "serving", "evaluation"},
+    "modelling": {
+        *{"datasets", "rows", "tasks", "training", "generation", "serving", "evaluation"},
+        "model_sources",
+    },
+    "model_sources": {
+        *{"training", "generation", "serving", "datasets", "evaluation", "telegram", "preparation"},
+        *{"documents", "document_sources"},
+    },
     "tasks": {"preparation", "training", "generation", "serving", "evaluation", "telegram"},
     "generation": {"training", "serving", "preparation", "datasets", "evaluation", "telegram"},
     "training": {"serving", "telegram", "evaluation", "preparation", "documents"},

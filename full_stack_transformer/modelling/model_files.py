@@ -211,8 +211,8 @@ def check_config(config: Mapping[str, Any], directory: Path) -> None:
         base = _base_model(directory)
         raise ModelError(
             f"{directory} is quantised with {method}, and only full weights are read; get the model that was "
-            f"quantised: hf download {base or 'NAME'} --local-dir DIRECTORY, then make it small while it "
-            "runs: fst serve DIRECTORY --weights_dtype int8"
+            f"quantised: fst import_model {base or 'OWNER/NAME'}, then make it small while it runs: fst "
+            "serve DIRECTORY --weights_dtype int8"
         )
     architecture = architecture_of(config)
     if config.get("is_encoder_decoder") and not architecture.endswith(_READING_HEADS):
@@ -421,7 +421,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
         if is_packed or _QUANTISED_TENSOR.search(name):
             raise ModelError(
                 f"{path} holds quantised weights ({name}, {entry.get('dtype')}), and only full ones are "
-                "read; get the model that was quantised: hf download NAME --local-dir DIRECTORY"
+                "read; get the model that was quantised: fst import_model OWNER/NAME"
             )
         if ".lora_A." in name:
             raise ModelError(

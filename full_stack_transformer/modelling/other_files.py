@@ -5,6 +5,7 @@ Names GGUF files, adapters, datasets, experiments, and the formats of other prog
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def found_at(path: Path) -> str:
         return f"no such file; there are {', '.join(beside)}"
     if HUB_NAME.fullmatch(str(path)) and path.suffix != ".ckpt":
         return (
-            f"no such path; if {path} is a name on the hub, download it first: hf download {path} "
-            f"--local-dir {path.name}, then name {path.name}"
+            f"no such path; if {path} is a name on the hub: fst import_model {path}, then name "
+            f"{_imported(path)}"
         )
     return "no such path"
 
@@ -169,8 +170,8 @@ def _found_of_others(path: Path) -> str | None:
 
 def download_advice(directory: Path) -> str:
     return (
-        "copy config.json and model.safetensors of the same model into it, or download both: hf download "
-        f"NAME --local-dir {directory}"
+        "copy config.json and model.safetensors of the same model into it, or get the whole model: fst "
+        "import_model OWNER/NAME"
     )
 
 
@@ -195,16 +196,16 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_advice(path: Path) -> str:
-    """What it is, and the line that converts it."""
-    target = _beside(path.with_suffix(""), "converted")
+    """What it is, and the command that makes a model directory of it."""
     return (
-        f"a GGUF file of llama.cpp ({path.name}); convert it (pip install gguf accelerate): python -c "
-        '"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"a, k = '{path.parent}', dict(gguf_file='{path.name}'); m = M.from_pretrained(a, **k); "
-        "del m.config.quantization_config; n = type(m)(m.config); n.load_state_dict(m.state_dict()); "
-        f"n.save_pretrained('{target}'); T.from_pretrained(a, **k).save_pretrained('{target}')\", then name "
-        f"{target}"
+        f"a GGUF file of llama.cpp ({path.name}); make a model directory of it: fst import_model "
+        f"{shlex.quote(str(path))}, then name {_imported(path)}"
     )
+
+
+def _imported(source: Path) -> Path:
+    """Where `fst import_model` writes a model by default."""
+    return Path("data/models", source.name.removesuffix(".gguf"))
 
 
 def other_weights(directory: Path) -> str:

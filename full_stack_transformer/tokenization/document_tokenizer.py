@@ -547,9 +547,8 @@ def _elsewhere(directory: Path) -> str:
     for file in sorted(directory.glob("*")):
         if file.suffix == ".gguf":
             return (
-                f'take it out of {file.name} (pip install gguf): python -c "from transformers import '
-                f"AutoTokenizer as T; T.from_pretrained('{directory}', gguf_file='{file.name}')"
-                f".save_pretrained('{directory}')\""
+                f"make a model directory of {file.name}: fst import_model {file}, then pass --tokenizer_path "
+                f"data/models/{file.stem}"
             )
         if file.name in _OTHER_FORMS:
             return (

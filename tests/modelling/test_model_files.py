@@ -181,7 +181,11 @@ SPOILT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     **{
         f"quantised: {method}": (
             configure(quantization_config={"quant_method": method} | fields),
-            ("is quantised with " + method, "hf download", "fst serve DIRECTORY --weights_dtype"),
+            (
+                "is quantised with " + method,
+                "fst import_model",
+                "fst serve DIRECTORY --weights_dtype",
+            ),
         )
         for method, fields in QUANTISED.items()
     },
@@ -201,9 +205,9 @@ SPOILT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "a directory with a GGUF": (
         only("small.Q4.gguf", "GGUF"),
-        ("a GGUF file", "gguf_file='small.Q4.gguf'", "then name", "small.Q4-converted"),
+        ("a GGUF file", "fst import_model", "small.Q4.gguf, then name data/models/small.Q4"),
     ),
-    "a GGUF beside a config": (rename("a.gguf"), ("a GGUF file", "gguf_file='a.gguf'")),
+    "a GGUF beside a config": (rename("a.gguf"), ("a GGUF file", "fst import_model")),
     "code of its own": (
         configure(model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"}),
         ("auto_map: modeling_own.Own", "never run"),
@@ -401,7 +405,10 @@ def test_other_directories_of_ours_are_named(
 
 def test_a_name_of_the_hub_is_to_be_downloaded(refusal: Callable[..., str]) -> None:
     sentence = refusal("generate", "makers/small-model", "--prompt", "a")
-    assert "hf download makers/small-model --local-dir small-model" in sentence
+    assert "makers/small-model is no path here, and the hub cannot be reached" in sentence
+    assert "fst import_model makers/small-model" in sentence
+    sentence = refusal("generate", "small-model", "--prompt", "a")
+    assert "fst import_model small-model, then name data/models/small-model" in sentence
 
 
 def test_the_tokenizer_of_something_else_is_named(
