@@ -7,9 +7,6 @@ conversation is one sample, however long; `datasets.cuts` says what a context le
 """
 
 import dataclasses
-import hashlib
-import itertools
-import json
 import logging
 import signal
 import threading
@@ -24,18 +21,18 @@ from typing import Any, Self
 import numpy as np
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
-from full_stack_transformer.conversations.files import (
-    RefusedRows,
-    find_files,
-    read_conversations,
-    read_preferences,
-)
+from full_stack_transformer.conversations.files import RefusedRows
 from full_stack_transformer.conversations.messages import Conversation
 from full_stack_transformer.datasets.corpus import Corpus, CorpusWriter
 from full_stack_transformer.datasets.cuts import LeftOut, cut_after_answers
 from full_stack_transformer.errors import DatasetError, RequestError, RowError
 from full_stack_transformer.own_classes import trust_options
-from full_stack_transformer.preparation.encoding import DIGEST_BYTES
+from full_stack_transformer.preparation.conversation_inputs import (
+    ConversationInputs,
+    Group,
+    find_inputs,
+    first_reading,
+)
 from full_stack_transformer.preparation.journal import SplitState
 from full_stack_transformer.preparation.report import ProgressDisplay, describe, log_lengths
 from full_stack_transformer.storage import (
@@ -57,8 +54,8 @@ from full_stack_transformer.tokenization.chat import (
 )
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
-    TrainedTokenizer,
     load_tokenizer,
+    local_tokenizer,
 )
 
 logger = logging.getLogger(__name__)
@@ -67,9 +64,6 @@ TOKENIZER_DIRECTORY_NAME = "tokenizer"
 # A template is a foreign program; the slowest of known models takes a thousandth of this.
 _SECONDS_FOR_TEMPLATE = 20
 _BATCH_TOKENS = 1 << 20
-
-# Conversations that belong together: one, or the two of a preference.
-Group = tuple[Conversation, ...]
 
 
 @dataclass
@@ -81,47 +75,6 @@ class _Split:
     num_learned_tokens: int = 0
     num_answers_without_end: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
-
-
-@dataclass
-class _Inputs:
-    """The files, and what is known of them after the first reading."""
-
-    arguments: PrepareDatasetArguments
-    files: dict[str, list[Path]]
-    largest_digest_of_valid: bytes = b""
-    """Training conversations up to this digest are for validation."""
-    refused: RefusedRows = field(default_factory=RefusedRows)
-    num_duplicates: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0})
-    """Of the last reading."""
-
-    def groups(self, refused: RefusedRows) -> Iterator[tuple[str, Group]]:
-        """The conversations, each with the split that it is for."""
-        seen: set[bytes] = set()
-        self.num_duplicates = {"train": 0, "valid": 0}
-        for split, path in ((split, path) for split, files in self.files.items() for path in files):
-            for group in self._read(path, refused):
-                digest = _digest([(one.messages, list(one.tools)) for one in group])
-                if self.arguments.deduplicate == "exact":
-                    if digest in seen:
-                        self.num_duplicates[split] += 1
-                        continue
-                    seen.add(digest)
-                yield split, group
-
-    def _read(self, path: Path, refused: RefusedRows) -> Iterator[Group]:
-        if self.arguments.conversations:
-            for one in read_conversations(path, refused, answers_of=self.arguments.answers_of):
-                yield (one,)
-        else:
-            for pair in read_preferences(path, refused):
-                yield pair.chosen, pair.rejected
-
-    def split_of(self, split: str, group: Group) -> str:
-        """The split that a conversation is for: by a hash of what it begins with."""
-        if split == "train" and self.arguments.validation_fraction:
-            return "valid" if _digest_of_beginning(group) <= self.largest_digest_of_valid else split
-        return split
 
 
 def prepare_conversations(arguments: PrepareDatasetArguments) -> Path:
@@ -137,14 +90,14 @@ def prepare_conversations(arguments: PrepareDatasetArguments) -> Path:
     trust_options(arguments)
     given = arguments.tokenizer_cls_name is not None or arguments.tokenizer_path is not None
     with ProgressDisplay() as display:
-        inputs = _find_inputs(arguments)
+        inputs = find_inputs(arguments)
         tokenizer = (
             load_tokenizer(arguments.tokenizer_cls_name, arguments.tokenizer_path)
             if given
             else None
         )
         with display.phase("checking", [path for files in inputs.files.values() for path in files]):
-            tokenizer = _first_reading(inputs, tokenizer)
+            tokenizer = first_reading(inputs, tokenizer)
         with new_version(arguments.datasets_root, arguments.dataset_name) as dataset:
             template, template_name = _save_tokenizer(tokenizer, dataset.directory, arguments)
             with display.phase("rendering"):
@@ -157,60 +110,6 @@ def prepare_conversations(arguments: PrepareDatasetArguments) -> Path:
     return dataset.directory
 
 
-def _find_inputs(arguments: PrepareDatasetArguments) -> _Inputs:
-    flag = "--conversations" if arguments.conversations else "--preferences"
-    files = {"train": find_files(arguments.conversations or arguments.preferences, flag)}
-    if arguments.documents_valid_file:
-        files["valid"] = find_files(arguments.documents_valid_file, "--documents_valid_file")
-    return _Inputs(arguments, files, refused=RefusedRows(arguments.on_bad_row))
-
-
-def _first_reading(inputs: _Inputs, tokenizer: DocumentTokenizer | None) -> DocumentTokenizer:
-    """Check every row, choose what is for validation, and train a tokenizer if none is given.
-
-    Raises:
-        DatasetError: there are too few conversations.
-    """
-    smallest, largest = b"\xff" * DIGEST_BYTES, b""
-    counts = {"train": 0, "valid": 0}
-
-    def texts() -> Iterator[str]:
-        nonlocal smallest, largest
-        for split, group in inputs.groups(inputs.refused):
-            counts[split] += 1
-            if split == "train":
-                digest = _digest_of_beginning(group)
-                smallest, largest = min(smallest, digest), max(largest, digest)
-                yield from itertools.chain(*(one.texts for one in group))
-
-    if tokenizer is None:
-        vocab_size = inputs.arguments.vocab_size
-        logger.info(
-            "training a byte-level BPE of %s tokens on the conversations", f"{vocab_size:,}"
-        )
-        tokenizer = TrainedTokenizer.train(texts(), vocab_size=vocab_size)
-    else:
-        for _ in texts():
-            pass
-    if not counts["train"] or (inputs.arguments.documents_valid_file and not counts["valid"]):
-        raise DatasetError(
-            f"there is no conversation to learn from in {inputs.files['train'][0]}"
-            if not counts["train"]
-            else "the files of --documents_valid_file hold no conversation"
-        )
-    fraction = inputs.arguments.validation_fraction
-    if fraction:
-        if smallest == largest:
-            raise DatasetError(
-                "there is only one conversation; add others, or name one for validation with "
-                "--documents_valid_file"
-            )
-        most = int(fraction * (1 << 8 * DIGEST_BYTES)).to_bytes(DIGEST_BYTES, "big")
-        # At least one for validation, and at least one to learn.
-        inputs.largest_digest_of_valid = max(smallest, most) if most < largest else smallest
-    return tokenizer
-
-
 def _save_tokenizer(
     tokenizer: DocumentTokenizer, directory: Path, arguments: PrepareDatasetArguments
 ) -> tuple[ChatTemplate, str]:
@@ -218,9 +117,9 @@ def _save_tokenizer(
     target = directory / TOKENIZER_DIRECTORY_NAME
     tokenizer.save(target, model_max_length=arguments.max_sample_length)
     template = load_chat_template(target)
-    source = Path(arguments.tokenizer_path or "")
-    if template.is_plain and arguments.tokenizer_path and source.is_dir():
-        template = load_chat_template(source)
+    if template.is_plain and arguments.tokenizer_path is not None:
+        # A tokenizer that was made here is saved anew, without the template beside it.
+        template = load_chat_template(local_tokenizer(arguments.tokenizer_path))
         if not template.is_plain:
             write_text(target / TEMPLATE_FILE_NAME, template.source)
     if not template.is_plain:
@@ -234,7 +133,10 @@ def _save_tokenizer(
 
 
 def _write(
-    inputs: _Inputs, tokenizer: DocumentTokenizer, template: ChatTemplate, directory: Path
+    inputs: ConversationInputs,
+    tokenizer: DocumentTokenizer,
+    template: ChatTemplate,
+    directory: Path,
 ) -> dict[str, _Split]:
     splits = {split: _Split() for split in ("train", "valid")}
     # Bad rows were reported in the first reading.
@@ -368,17 +270,6 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _digest(content: object) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=DIGEST_BYTES).digest()
-
-
-def _digest_of_beginning(group: Group) -> bytes:
-    """Of a preference, what both answers follow, so that one question is in one split."""
-    messages = group[0].messages
-    return _digest(messages[:-1] if len(group) > 1 else messages)
-
-
 def _left_out(
     directory: Path, split: _Split, arguments: PrepareDatasetArguments, *, is_pairs: bool
 ) -> LeftOut:
@@ -411,7 +302,7 @@ def _left_out(
 
 
 def _describe(
-    inputs: _Inputs,
+    inputs: ConversationInputs,
     tokenizer: DocumentTokenizer,
     splits: dict[str, _Split],
     directory: Path,
@@ -459,7 +350,10 @@ def _starts(directory: Path) -> Any:
 
 
 def _log_report(
-    inputs: _Inputs, splits: dict[str, _Split], description: dict[str, Any], seconds: float
+    inputs: ConversationInputs,
+    splits: dict[str, _Split],
+    description: dict[str, Any],
+    seconds: float,
 ) -> None:
     what = "preferences" if inputs.arguments.preferences else "conversations"
     for name, split in splits.items():

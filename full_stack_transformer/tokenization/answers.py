@@ -17,13 +17,13 @@ it, and it ends with the token that ends its turn.
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jinja2 import nodes
 from numpy.typing import NDArray
 
 from full_stack_transformer.errors import RequestError
@@ -31,10 +31,10 @@ from full_stack_transformer.tokenization.chat import (
     BLOCK_ENDS,
     ChatTemplate,
     render_with_blocks,
-    template_tree,
 )
-from full_stack_transformer.tokenization.control_tokens import Span, mapped, unused_characters
+from full_stack_transformer.tokenization.control_tokens import Span
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
+from full_stack_transformer.tokenization.marked_letters import marked_messages
 
 # For models that come without a template. The end token ends an answer, so that a model learns to stop.
 DOCUMENTED_TEMPLATE_NAME = "plain"
@@ -50,10 +50,7 @@ DOCUMENTED_TEMPLATE = """{{- bos_token }}
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}
 """
 ANSWERER = "assistant"
-# What escaping (JSON, HTML) would change.
-_NEVER_MARKED = frozenset("\"'\\<>&/")
-# Names in a message whose texts are words of the template.
-_WORDS = frozenset(["role", "type", "id", "tool_call_id"])
+_BLOCK = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ class _Finder:
 
     def from_blocks(self) -> list[tuple[int, int]] | None:
         """What the template itself calls generated; None if it does not, or its output is changed by it."""
-        if "generation" not in self._template.source:
+        if not _BLOCK.search(self._template.source):
             return None
         text = render_with_blocks(
             self._template, self._messages, self._tokenizer, tools=self._tools
@@ -330,13 +327,7 @@ class _Finder:
         """Places of marked letters in the rendered text, and the message that each is of."""
         if self._marks is not None:
             return self._marks
-        private = unused_characters(self._template.source, [*self._messages, *self._tools])
-        whole: dict[str, tuple[str, int]] = {}
-        kept = _constants_pattern(self._template.source)
-        marked = [
-            _marked(message, index, private, whole, kept)
-            for index, message in enumerate(self._messages)
-        ]
+        marked, whole = marked_messages(self._template.source, self._messages, self._tools)
         text = self._template.text(marked, self._tokenizer, tools=self._tools)
         back = str.maketrans({mark: own for mark, (own, _) in whole.items()})
         if text.translate(back) != self._rendered:
@@ -383,57 +374,6 @@ def _num_common(one: str, other: str) -> int:
     return low
 
 
-def _marked(
-    message: Mapping[str, Any],
-    index: int,
-    private: Iterator[str],
-    whole: dict[str, tuple[str, int]],
-    kept: re.Pattern[str],
-) -> dict[str, Any]:
-    """The message with private characters for its letters; `whole` learns which stands for which."""
-    marks: dict[str, str] = {}
-
-    def mark_letters(letters: str) -> str:
-        for letter in letters:
-            if letter not in marks and not letter.isspace() and letter not in _NEVER_MARKED:
-                mark = next(private, None)
-                if mark is not None:
-                    marks[letter] = mark
-                    whole[mark] = (letter, index)
-        return "".join(marks.get(letter, letter) for letter in letters)
-
-    def mark(text: str) -> str:
-        return "".join(
-            part if place % 2 else mark_letters(part) for place, part in enumerate(kept.split(text))
-        )
-
-    return {
-        name: one if name in _WORDS else _without_words(mark, one) for name, one in message.items()
-    }
-
-
-def _without_words(change: Any, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            name: one if name in _WORDS else _without_words(change, one)
-            for name, one in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_without_words(change, one) for one in value]
-    return mapped(change, value)
-
-
-def _constants_pattern(source: str) -> re.Pattern[str]:
-    """Finds what the template may look for in a text; its one group is the whole."""
-    constants = {
-        one.value
-        for one in template_tree(source).find_all(nodes.Const)
-        if isinstance(one.value, str) and one.value.strip()
-    }
-    longest_first = sorted(constants, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
-
 def _encode(
     template: ChatTemplate,
     tokenizer: DocumentTokenizer,
@@ -450,7 +390,7 @@ def _encode(
     learned: list[int] = []
 
     def is_inside(place: int) -> int:
-        return int(np.searchsorted(starts, place, "right") > np.searchsorted(stops, place, "right"))
+        return int(bisect_right(starts, place) > bisect_right(stops, place))
 
     for span in spans:
         if span.token_id is not None:
@@ -462,7 +402,7 @@ def _encode(
         pieces = [replace(span, start=a, stop=b) for a, b in itertools.pairwise(cuts)]
         encodings = [markup.encode_text(rendered, piece) for piece in pieces]
         ids = [token_id for encoding in encodings for token_id in encoding.ids]
-        if inner:
+        if inner and tokenizer.decode(ids) != rendered[span.start : span.stop]:
             whole = markup.encode_text(rendered, span)
             if tokenizer.decode(ids) != tokenizer.decode(whole.ids):
                 # SentencePiece's space before a text would stand before each piece.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from full_stack_transformer.errors import RequestError
@@ -16,8 +17,12 @@ from full_stack_transformer.tokenization.answers import (
     RenderedConversation,
     render_conversation,
 )
-from full_stack_transformer.tokenization.chat import ChatTemplate
-from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
+from full_stack_transformer.tokenization.chat import ChatTemplate, load_chat_template
+from full_stack_transformer.tokenization.document_tokenizer import (
+    DocumentTokenizer,
+    open_saved_tokenizer,
+)
+from tests import real_models
 from tests.tokenization.families import FAMILIES, Family, family_tokenizer, random_conversation
 
 CHATML = ChatTemplate(FAMILIES["chatml"].template)
@@ -193,3 +198,20 @@ def test_the_space_before_a_text_is_not_before_an_answer() -> None:
     names = [backend.id_to_token(token_id) for token_id in rendered.token_ids.tolist()]
     assert names == ["<s>", "▁", "[", "a", "]", "▁", "b", "▁", "c", "</s>"]
     assert rendered.learned.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.real
+def test_the_answers_of_a_real_model_end_as_its_own_do() -> None:
+    directory = real_models.smollm2()
+    theirs = AutoTokenizer.from_pretrained(directory)
+    tokenizer, template = open_saved_tokenizer(directory), load_chat_template(directory)
+    rendered = render_conversation(template, CONVERSATION, tokenizer)
+    expected = theirs.apply_chat_template(CONVERSATION, tokenize=False)
+    assert theirs.decode(rendered.token_ids.tolist()) == expected
+    assert _texts(rendered, tokenizer) == ["  hello <|im_end|>", "the cat sat<|im_end|>"]
+    asked = theirs.apply_chat_template(CONVERSATION[2:3], add_generation_prompt=True)["input_ids"]
+    harmless = render_conversation(template, CONVERSATION[2:], tokenizer)
+    assert harmless.token_ids[: len(asked)].tolist() == asked
+    assert not harmless.learned[: len(asked)].any()
+    whole = theirs.apply_chat_template(CONVERSATION[2:])["input_ids"]
+    assert harmless.token_ids.tolist() == whole
