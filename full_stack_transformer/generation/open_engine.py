@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
@@ -368,8 +369,15 @@ def _announce(memory: KeyValueMemory, num_slots: int, max_length: int, wanted_le
 
 def _converted_bytes(backbone: Backbone, weights_dtype: WeightsDtype) -> int:
     """What the runner's own weights will take beside those of the backbone."""
-    is_kept = why_not_native(backbone) is not None and backbone.dtype == _TORCH_TYPES.get(
-        weights_dtype
-    )
     size = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 1}[weights_dtype]
-    return 0 if is_kept else size * num_parameters(backbone)
+    if why_not_native(backbone) is not None:
+        return (
+            0
+            if backbone.dtype == _TORCH_TYPES.get(weights_dtype)
+            else size * num_parameters(backbone)
+        )
+    # The decoder looks tokens up in a table of its own, even where the head is the same weights.
+    embeddings: Tensor = backbone.get_input_embeddings().weight
+    is_tied = embeddings.data_ptr() == backbone.get_output_embeddings().weight.data_ptr()
+    num_others = num_parameters(backbone) - (0 if is_tied else embeddings.numel())
+    return size * num_others + (4 if weights_dtype == "float32" else 2) * embeddings.numel()

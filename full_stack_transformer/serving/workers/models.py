@@ -406,8 +406,8 @@ def _make_one_token(opened: OpenedModel, engine: Engine, path: Path) -> None:
     engine.add(TokenRequest(prompt, SamplingParameters(max_new_tokens=1, temperature=0)))
     while engine.num_running:
         for event in engine.step():
-            if event.finish_reason == "error":
-                raise ModelError(f"{path}: the model computes NaN or infinite scores; it is broken")
+            if event.problem is not None:
+                raise ModelError(f"{path} cannot be served, its first text failed: {event.problem}")
 
 
 def _signature(path: Path) -> object:

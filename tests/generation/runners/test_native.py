@@ -504,6 +504,9 @@ print("goes on")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
+@pytest.mark.skipif(
+    "sanitize" in os.environ.get("FST_CXXFLAGS", ""), reason="a sanitizer needs all addresses"
+)
 def test_a_lack_of_memory_is_an_error_and_not_the_end() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_MEMORY], capture_output=True, text=True, check=False

@@ -29,7 +29,9 @@ class Linear:
 
     def weights(self) -> Tensor:
         """Weights (outputs, inputs) in fp32."""
-        weights = torch.cat([weights_of(part) for part in self.parts])
+        parts = [weights_of(part) for part in self.parts]
+        # A head alone may be the largest of all: it is not copied.
+        weights = parts[0] if len(parts) == 1 else torch.cat(parts)
         return weights if self.order is None else weights[self.order].contiguous()
 
     @property
