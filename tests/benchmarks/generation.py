@@ -17,9 +17,9 @@ once into --cache, which takes 6 GB and, the first time, minutes. A peer that is
 All runs once take half an hour; --shape and --class choose some. --short runs three cells once with the
 fastest peers, GPT-2 in int8 unless others are chosen. Where others use the machine, --processor_time counts
 that of one thread. FST_ISA=avx2 holds ours back, PyTorch and CTranslate2; OpenVINO needs a copy that cannot
-see AVX-512, which hide_avx512.py makes. llama.cpp is what it was built for; LLAMA_CPP_LIB_PATH names the folder of another build. Ends with
-status 1 when tokens differ, and prints as its last line the ratios to the best peer and what they are to
-be, where higher is better everywhere.
+see AVX-512, which hide_avx512.py makes. llama.cpp is what it was built for; LLAMA_CPP_LIB_PATH names the
+folder of another build. Ends with status 1 when tokens differ, and prints as its last line the ratios to the
+best peer and what they are to be, where higher is better everywhere.
 """
 
 import argparse
