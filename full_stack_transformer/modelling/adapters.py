@@ -43,7 +43,7 @@ from full_stack_transformer.storage import (
 )
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 # PEFT's name of the only adapter of a model, and its prefix in files.
@@ -273,9 +273,34 @@ def merge_adapter(directory: Path, *, base: str) -> Backbone:
                 f"the adapter {directory} cannot be added to {base}: {reason_of(error)}; name the model that "
                 "it was trained on with --base"
             ) from error
+        _check_loaded(wrapped, directory, base)
         _take_apart(backbone)
         merged: Backbone = wrapped.merge_and_unload(safe_merge=True)
     return merged
+
+
+def _check_loaded(wrapped: "PeftModel", directory: Path, base: str) -> None:
+    """Compare the matrices of the files with those of the model: PEFT passes over what it has no place for.
+
+    Raises:
+        ModelError: some are missing, or have no place.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    found, loaded = (
+        {name for name in state if ".lora_" in name}
+        for state in (
+            load_peft_weights(str(directory), device="cpu"),
+            get_peft_model_state_dict(wrapped, save_embedding_layers=False),
+        )
+    )
+    differing = sorted(found ^ loaded)
+    if differing:
+        raise ModelError(
+            f"the adapter {directory} does not fit {base}: {len(found - loaded)} of its matrices have no "
+            f"place there, {len(loaded - found)} are missing ({differing[0]} …); name the model that it was "
+            "trained on with --base"
+        )
 
 
 def _take_apart(backbone: Backbone) -> None:

@@ -216,6 +216,11 @@ def test_an_adapter_is_merged_into_its_base(
     assert (source / WEIGHTS).read_bytes() == before
     assert (target / "chat_template.jinja").is_file()
     if not names_base:
+        other = make_chat_model(tmp_path / "other", "a b c\n" * 50, num_hidden_layers=1)
+        with pytest.raises(
+            ModelError, match="4 of its matrices have no place there, 0 are missing"
+        ):
+            bring(adapter, model_name="wrong", base=str(other))
         with pytest.raises(ModelError, match="names no base_model_name_or_path; pass --base"):
             bring(adapter, model_name="without")
     assert json.loads((target / "description.json").read_text())["base"] == str(source)
