@@ -191,6 +191,8 @@ class TelegramBotArguments(
     mode: Literal["auto", "continue", "chat"] = "auto"
     """Default mode of a chat: continue a message, or answer it. auto: chat if the service reports a chat
     template, else continue."""
+    system_prompt: str | None = None
+    """System prompt of all conversations; a chat may set its own with /system."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""

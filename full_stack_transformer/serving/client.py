@@ -27,6 +27,7 @@ from full_stack_transformer.serving.schemas import (
     Health,
     Version,
 )
+from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
@@ -72,7 +73,7 @@ class WantedContinuation(_Wanted):
 class Turn:
     """One message of a conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
@@ -160,7 +161,13 @@ class ServiceClient:
         return await self._call("GET", "/health", Health)
 
     async def describe_model(self) -> ModelDescription:
-        """The first model of `/v1/models`; with its checkpoint where the service is ours.
+        """The first model of `/v1/models`; raises like `describe_models`."""
+        return (await self.describe_models())[0]
+
+    async def describe_models(self) -> tuple[ModelDescription, ...]:
+        """The models of `/v1/models`, at least one; with their checkpoints where the service is ours.
+
+        Of another server only the first one is asked whether it converses: asking loads a model there.
 
         Raises:
             ServiceUnavailableError: the server is away, or lists no model.
@@ -168,14 +175,14 @@ class ServiceClient:
         listed = await self._call("GET", "/v1/models", _Models)
         if not listed.data:
             raise ServiceUnavailableError(f"{self._http.base_url} lists no model at /v1/models")
-        model = listed.data[0].id
+        names = [one.id for one in listed.data]
         try:
             version = await self._call("GET", "/version", _OurVersion)
         except ServiceError:  # another OpenAI-compatible server
-            return ModelDescription(
-                *(model, {}, await self._converses(model)), SamplingParameters().max_new_tokens
-            )
-        return ModelDescription(model, version.description, version.has_chat_template(model))
+            converses = await self._converses(names[0])
+            length = SamplingParameters().max_new_tokens
+            return tuple(ModelDescription(name, {}, converses, length) for name in names)
+        return tuple(version.describe(name) for name in names if version.generates(name))
 
     async def _converses(self, model: str) -> bool:
         """Whether a server that is not ours takes a conversation; asked once, for a single token.
@@ -301,7 +308,9 @@ class _Models(BaseModel):
 
 class _Facts(BaseModel):
     model: str
+    task: str = DEFAULT_TASK
     has_chat_template: bool = False
+    description: dict[str, Any] | None = None
 
 
 class _OurVersion(BaseModel):
@@ -311,9 +320,17 @@ class _OurVersion(BaseModel):
     description: dict[str, Any]
     models: list[_Facts] = []
 
-    def has_chat_template(self, model: str) -> bool:
-        told = [facts.has_chat_template for facts in self.models if facts.model == model]
-        return any(told) or bool(self.description.get("chat_template"))
+    def generates(self, model: str) -> bool:
+        """Whether a model writes texts; the first one is taken at its word."""
+        tasks = {facts.model: facts.task for facts in self.models[1:]}
+        return tasks.get(model, DEFAULT_TASK) == DEFAULT_TASK
+
+    def describe(self, model: str) -> ModelDescription:
+        """One of the models; without facts of its own as the service describes the first."""
+        facts = next((one for one in self.models if one.model == model), _Facts(model=model))
+        description = self.description if facts.description is None else facts.description
+        converses = facts.has_chat_template or bool(description.get("chat_template"))
+        return ModelDescription(model, description, converses)
 
 
 def _choices_of(line: bytes) -> list[_Choice]:

@@ -160,7 +160,7 @@ class _Process:
         self._courier = courier = Courier(bot, store, RateLimiter(), ending)
         display = Display(store, courier)
         path = None if arguments.checkpoint is None else str(arguments.checkpoint)
-        self._writer = writer = Writer(client, path)
+        self._writer = writer = Writer(client, path, arguments.system_prompt)
         log_texts = arguments.log_texts
         answers = Answers(store, courier, display, writer, metrics, ending, log_texts=log_texts)
         policy = Policy(
@@ -174,10 +174,13 @@ class _Process:
         handlers: dict[Lane, Handler] = {"answers": answers.answer, "words": messages.send}
         self._lanes = Lanes(store, handlers, metrics, ending)
         commands = Commands(
-            store, answers, policy, requests, service_url=service_url, log_texts=log_texts
+            *(store, answers, policy, requests, writer),
+            service_url=service_url,
+            log_texts=log_texts,
         )
         self._intake = Intake(
-            store, answers, policy, requests, commands, metrics, me, courier.attempt_soon
+            *(store, answers, policy, requests, commands, writer),
+            *(metrics, me, courier.attempt_soon),
         )
 
     async def run(self, signals: _Signals, webhook_secret: str, stack: AsyncExitStack) -> None:
@@ -209,7 +212,7 @@ class _Process:
         watching = asyncio.create_task(self._watch_database())
         background = {
             asyncio.create_task(self._watch_service()),
-            asyncio.create_task(_set_menus(self._bot, self._arguments.admin_ids)),
+            asyncio.create_task(_present(self._bot, self._arguments.admin_ids)),
         }
         logger.info("answering as @%s", self._me.username)
         try:
@@ -352,6 +355,18 @@ async def _introduce(bot: Bot, arguments: TelegramBotArguments) -> User:
                 "try again later, and check --telegram_api_base"
             ) from None
     raise AssertionError("the last attempt returns or raises")
+
+
+async def _present(bot: Bot, admin_ids: Iterable[int]) -> None:
+    """Set what Telegram shows of the bot: its description and its menus of commands."""
+    for language, words in LANGUAGES.items():
+        code = None if language == "en" else language
+        try:
+            await bot.set_my_description(words.description, language_code=code)
+            await bot.set_my_short_description(words.short_description, language_code=code)
+        except TelegramAPIError as error:
+            logger.warning("the bot's description was not set: %s", type(error).__name__)
+    await _set_menus(bot, admin_ids)
 
 
 async def _set_menus(bot: Bot, admin_ids: Iterable[int]) -> None:

@@ -13,7 +13,13 @@ class Words:
     commands: dict[str, str]
     """Command -> its description in the menu."""
     admin_commands: dict[str, str]
+    description: str
+    """Shown in an empty chat; at most 512 characters."""
+    short_description: str
+    """Shown in the bot's profile; at most 120 characters."""
     welcome: str
+    welcome_chat: str
+    """The same of a model that is made for conversation."""
     help: str
     privacy: str
     privacy_logging: str
@@ -34,13 +40,20 @@ class Words:
     presets: tuple[str, str, str]
     modes: tuple[str, str, str]
     random_seed: str
+    auto: str
+    """The value of a setting that the model decides."""
+    finishes: dict[str, str]
+    """How a text ended."""
     setting_set: str
     setting_expected: str
 
+    system_is: str
+    system_none: str
     queued: str
     service_away: str
     refused: str
     failed: str
+    unreadable: str
     empty: str
     too_many: str
     quota: str
@@ -77,12 +90,18 @@ class Words:
         """The text above the settings of a chat or topic."""
         return self.settings_topic if thread_id else self.settings_chat
 
+    def number(self, value: float | None) -> str:
+        """A number of the settings as text."""
+        return self.auto if value is None else f"{value:g}"
+
 
 ENGLISH = Words(
     commands={
         "start": "What this bot does",
         "help": "How to use it",
         "settings": "Temperature, length, variants, seed, mode",
+        "system": "The system prompt of conversations: /system TEXT",
+        "model": "Choose the model",
         "stop": "Stop the text that is being written",
         "reset": "Start a new conversation",
         "why": "How a text was generated, and how to get it again",
@@ -95,6 +114,17 @@ ENGLISH = Words(
         "allow": "Allow a user or chat: /allow ID",
         "deny": "Deny a user or chat: /deny ID",
     },
+    description=(
+        "I am a language model. Send me a message or a text file, and I answer it; a model that is not made "
+        "for conversation continues your text.\n\n/help explains everything, /privacy says what is stored."
+    ),
+    short_description="A language model that answers your messages, or continues your texts.",
+    welcome_chat=(
+        "Hello! Ask me anything, or send me a text file.\n\n"
+        "I remember the conversation; /reset begins a new one. Repeat gives another answer, Continue goes "
+        "on. Reply to any of my answers to go back to it.\n\n"
+        "/system tells me how to answer, /settings changes how I write, /help explains everything."
+    ),
     welcome=(
         "Hello! Send me the beginning of a text, and I will continue it.\n\n"
         "Your text comes back in bold, followed by mine. Repeat writes another continuation, "
@@ -102,12 +132,16 @@ ENGLISH = Words(
         "/settings changes how I write, /help explains everything."
     ),
     help=(
-        "Send me a text. I continue it, or answer it if the model is made for conversation.\n\n"
+        "Send me a text or a text file. I continue it, or answer it if the model is made for "
+        "conversation.\n\n"
         "Repeat: another continuation. Continue: more of the same text. ◀ ▶: the other variants. "
         "Stop: end a text early and keep what there is. Reply to any of my texts to continue from "
         "there. In a group, mention me or reply to me.\n\n"
         "/settings: temperature, top-k, top-p, repetition penalty, length, variants, seed and mode of "
         "this chat or topic; you can also type /settings temperature 0.5\n"
+        "/system: how I should answer in a conversation, such as /system Answer in one sentence; /system - "
+        "takes it back\n"
+        "/model: choose among the models, if there are several\n"
         "/why: reply with it to a text to see how to generate the same text again\n"
         "/stop: stop the text that is being written\n"
         "/reset: start a new conversation\n"
@@ -115,8 +149,9 @@ ENGLISH = Words(
         "/privacy, /export, /forget: see, download or delete what is stored about you"
     ),
     privacy=(
-        "I store on the machine where I run: your user and chat IDs, your prompts and the texts "
-        "generated from them, your settings, and your number of tokens for each day of the last week. "
+        "I store on the machine where I run: your user and chat IDs, your prompts with their text files and "
+        "the texts generated from them, your settings, and your number of tokens for each day of the last "
+        "week. "
         "I need them to answer, repeat, continue and explain texts. Prompts go only to the model's "
         "service; the log has the lengths of texts, not the texts{logging}. /export gives you all of "
         "it, /forget deletes all of it except the token counts. If you block me, it is deleted, too."
@@ -142,23 +177,28 @@ ENGLISH = Words(
     presets=("Precise", "Balanced", "Creative"),
     modes=("Auto", "Continue", "Chat"),
     random_seed="random",
+    auto="auto",
+    finishes={"stop": "end of the text", "length": "length reached", "stopped": "stopped by you"},
     setting_set="Saved.",
     setting_expected="Possible values: {expected}",
+    system_is="System prompt of this chat:\n\n{prompt}",
+    system_none="There is no system prompt. Set one with /system TEXT, and take it back with /system -",
     queued="You are number {position} in the queue. Your text comes when it is your turn.",
     service_away="The model is not available right now. I will answer as soon as it is back.",
     refused="The model cannot process this text; it is probably too long. Please try a shorter one.",
     failed="Something went wrong. Please try again.",
+    unreadable="I can read text files in UTF-8 of up to 256 KB; this is none.",
     empty="The model returned an empty text.",
     too_many="I am still working on your earlier messages. Please wait for their answers.",
     quota="You have used your {quota} tokens for today. You get new ones at midnight UTC.",
     not_allowed="This bot answers only users whom its owner has allowed. Your ID is {user_id}.",
-    not_a_text="I can only work with text. Please send me some words.",
+    not_a_text="I can only work with text. Please send me some words, or a text file.",
     unknown_command="I do not know this command. /help lists what I can do.",
     stopped="Stopped.",
     nothing_to_stop="There is nothing to stop.",
     reset="A new conversation starts here.",
     why_nothing="Reply with /why to one of my texts.",
-    why="Model {model}{checkpoint}\nMode {mode}, seed {seed}, finish reason {finish}\n{settings}",
+    why="Model {model}{checkpoint}\nMode {mode}, seed {seed}, {finish}\n{settings}",
     why_same="This generates exactly the same text:",
     why_chat="This generates the same answer:",
     status="In this chat: {num_waiting} waiting or being written.",
@@ -184,6 +224,8 @@ RUSSIAN = Words(
         "start": "Что умеет этот бот",
         "help": "Как им пользоваться",
         "settings": "Температура, длина, варианты, seed, режим",
+        "system": "Указание для разговора: /system ТЕКСТ",
+        "model": "Выбрать модель",
         "stop": "Остановить текст, который пишется",
         "reset": "Начать новый разговор",
         "why": "Как получен текст и как его повторить",
@@ -196,6 +238,17 @@ RUSSIAN = Words(
         "allow": "Разрешить доступ пользователю или чату: /allow ID",
         "deny": "Запретить доступ пользователю или чату: /deny ID",
     },
+    description=(
+        "Я языковая модель. Пришлите сообщение или текстовый файл, и я отвечу; модель, которая не "
+        "создана для разговора, продолжит ваш текст.\n\n/help объясняет всё, /privacy говорит, что хранится."
+    ),
+    short_description="Языковая модель, которая отвечает на сообщения или продолжает тексты.",
+    welcome_chat=(
+        "Здравствуйте! Спросите о чём угодно или пришлите текстовый файл.\n\n"
+        "Я помню разговор; /reset начинает новый. «Ещё раз» даёт другой ответ, «Дальше» продолжает. "
+        "Ответьте на любой мой ответ, чтобы вернуться к нему.\n\n"
+        "/system говорит мне, как отвечать, /settings меняет настройки, /help объясняет всё."
+    ),
     welcome=(
         "Здравствуйте! Пришлите начало текста, и я его продолжу.\n\n"
         "Ваш текст вернётся жирным шрифтом, за ним будет мой. «Ещё раз» пишет другое продолжение, "
@@ -203,12 +256,15 @@ RUSSIAN = Words(
         "/settings меняет настройки, /help объясняет всё."
     ),
     help=(
-        "Пришлите текст. Я продолжу его или отвечу, если модель создана для разговора.\n\n"
+        "Пришлите текст или текстовый файл. Я продолжу его или отвечу, если модель создана для разговора.\n\n"
         "«Ещё раз»: другое продолжение. «Дальше»: продолжение того же текста. ◀ ▶: другие варианты. "
         "«Стоп»: закончить раньше и оставить написанное. Ответьте на любой мой текст, чтобы "
         "продолжить с этого места. В группе упомяните меня или ответьте на моё сообщение.\n\n"
         "/settings: температура, top-k, top-p, штраф за повторы, длина, варианты, seed и режим этого "
         "чата или темы; можно и написать: /settings temperature 0.5\n"
+        "/system: как отвечать в разговоре, например /system Отвечай одним предложением; /system - "
+        "отменяет\n"
+        "/model: выбрать модель, если их несколько\n"
         "/why: ответьте этой командой на текст, чтобы узнать, как получить его снова\n"
         "/stop: остановить текст, который пишется\n"
         "/reset: начать новый разговор\n"
@@ -216,8 +272,8 @@ RUSSIAN = Words(
         "/privacy, /export, /forget: узнать, скачать или удалить то, что о вас хранится"
     ),
     privacy=(
-        "На машине, где я работаю, хранятся: номера пользователя и чата, ваши тексты и то, что из них "
-        "получилось, ваши настройки и число токенов за каждый день последней недели. Это нужно, чтобы "
+        "На машине, где я работаю, хранятся: номера пользователя и чата, ваши тексты и файлы и то, что из "
+        "них получилось, ваши настройки и число токенов за каждый день последней недели. Это нужно, чтобы "
         "отвечать, повторять, продолжать и объяснять тексты. Тексты уходят только в службу модели; в "
         "журнале есть длина текстов, но не сами тексты{logging}. /export отдаёт всё это, /forget "
         "удаляет всё, кроме счёта токенов. Если вы меня заблокируете, это тоже удаляется."
@@ -243,23 +299,28 @@ RUSSIAN = Words(
     presets=("Точно", "Обычно", "Смело"),
     modes=("Авто", "Продолжение", "Беседа"),
     random_seed="случайный",
+    auto="авто",
+    finishes={"stop": "конец текста", "length": "достигнута длина", "stopped": "остановлено вами"},
     setting_set="Сохранено.",
     setting_expected="Возможные значения: {expected}",
+    system_is="Указание для разговора в этом чате:\n\n{prompt}",
+    system_none="Указания нет. Задайте его: /system ТЕКСТ, отменить можно так: /system -",
     queued="Вы {position}-й в очереди. Текст придёт, когда она подойдёт.",
     service_away="Модель сейчас недоступна. Я отвечу, как только она вернётся.",
     refused="Модель не может обработать этот текст: наверное, он слишком длинный. Пришлите покороче.",
     failed="Что-то пошло не так. Попробуйте ещё раз.",
+    unreadable="Я читаю текстовые файлы в UTF-8 до 256 КБ; это не такой файл.",
     empty="Модель вернула пустой текст.",
     too_many="Я ещё занят вашими прежними сообщениями. Дождитесь, пожалуйста, ответов на них.",
     quota="Вы израсходовали {quota} токенов на сегодня. Новые появятся в полночь по UTC.",
     not_allowed="Этот бот отвечает только тем, кому разрешил владелец. Ваш номер {user_id}.",
-    not_a_text="Я работаю только с текстом. Пришлите, пожалуйста, слова.",
+    not_a_text="Я работаю только с текстом. Пришлите, пожалуйста, слова или текстовый файл.",
     unknown_command="Я не знаю такой команды. /help покажет, что я умею.",
     stopped="Остановлено.",
     nothing_to_stop="Останавливать нечего.",
     reset="Здесь начинается новый разговор.",
     why_nothing="Ответьте командой /why на один из моих текстов.",
-    why="Модель {model}{checkpoint}\nРежим {mode}, seed {seed}, конец: {finish}\n{settings}",
+    why="Модель {model}{checkpoint}\nРежим {mode}, seed {seed}, {finish}\n{settings}",
     why_same="Так получится в точности тот же текст:",
     why_chat="Так получится тот же ответ:",
     status="В этом чате ждут или пишутся: {num_waiting}.",

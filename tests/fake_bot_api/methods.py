@@ -260,6 +260,38 @@ async def set_my_commands(world: World, parameters: Json) -> bool:
     return True
 
 
+async def set_my_description(world: World, parameters: Json) -> bool:
+    """Set what an empty chat shows, in a language."""
+    return _set_description(world, parameters, "description", 512)
+
+
+async def set_my_short_description(world: World, parameters: Json) -> bool:
+    """Set what the bot's profile shows, in a language."""
+    return _set_description(world, parameters, "short_description", 120)
+
+
+def _set_description(world: World, parameters: Json, name: str, most: int) -> bool:
+    text = str(parameters.get(name, ""))
+    if len(text) > most:
+        raise refuse("description is too long")
+    world.descriptions[f"{name} {parameters.get('language_code', '')}".strip()] = text
+    return True
+
+
+async def get_file(world: World, parameters: Json) -> Json:
+    """Where a user's file can be read."""
+    file_id = str(parameters.get("file_id", ""))
+    if file_id not in world.files:
+        raise refuse("wrong file_id or the file is temporarily unavailable")
+    size = len(world.files[file_id])
+    return {
+        "file_id": file_id,
+        "file_unique_id": file_id,
+        "file_size": size,
+        "file_path": f"documents/{file_id}",
+    }
+
+
 async def get_my_commands(world: World, parameters: Json) -> list[Json]:
     """The menu of a scope and language."""
     scope = from_json(parameters, "scope", dict, {"type": "default"})
@@ -321,6 +353,9 @@ METHODS: dict[str, Method] = {
         "send_chat_action": send_chat_action,
         "set_my_commands": set_my_commands,
         "get_my_commands": get_my_commands,
+        "set_my_description": set_my_description,
+        "set_my_short_description": set_my_short_description,
+        "get_file": get_file,
         "set_webhook": set_webhook,
         "delete_webhook": delete_webhook,
         "get_webhook_info": get_webhook_info,

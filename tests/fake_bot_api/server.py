@@ -25,7 +25,14 @@ def make_app(token: str, *, with_limits: bool = True) -> web.Application:
     async def call(request: web.Request) -> web.StreamResponse:
         return await _call(world, request)
 
+    async def download(request: web.Request) -> web.StreamResponse:
+        content = world.files.get(request.match_info["name"])
+        if request.match_info["token"] != world.token or content is None:
+            return web.Response(status=404)
+        return web.Response(body=content)
+
     app.router.add_route("*", "/bot{token}/{method}", call)
+    app.router.add_get("/file/bot{token}/documents/{name}", download)
     return app
 
 

@@ -166,6 +166,8 @@ class World:
         self.webhook_secret = ""
         self.webhook_failures = 0
         self.commands: dict[str, list[Json]] = {}
+        self.descriptions: dict[str, str] = {}
+        self.files: dict[str, bytes] = {}
         """Scope and language, as JSON -> menu."""
         self.num_limited = 0
         """Number of calls beyond a chat's limit."""

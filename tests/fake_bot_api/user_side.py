@@ -65,6 +65,8 @@ class _User:
         if "text" in body:
             message["text"] = body["text"]
         message.update(body.get("content", {}))
+        if "file" in body:
+            message["document"] = self._document(body["file"])
         for field, entities in (("text", "entities"), ("caption", "caption_entities")):
             if field in message and entities not in message:
                 message[entities] = _entities_of(message[field])
@@ -77,6 +79,15 @@ class _User:
         message = chat.add(message)
         self._world.add_update("message", chat.view(message))
         return web.json_response(chat.view(message))
+
+    def _document(self, file: Json) -> Json:
+        """A file of {name, text, mime_type} that the bot may read; `hex` instead of a text."""
+        content = bytes.fromhex(file["hex"]) if "hex" in file else file["text"].encode()
+        file_id = f"file{len(self._world.files)}"
+        self._world.files[file_id] = content
+        document = {"file_id": file_id, "file_unique_id": file_id, "file_name": file["name"]}
+        more = {"mime_type": file["mime_type"]} if "mime_type" in file else {}
+        return {**document, **more, "file_size": len(content)}
 
     async def press(self, request: web.Request) -> web.Response:
         """{chat_id, message_id} presses its first button, or the one whose text holds `button`.

@@ -61,6 +61,7 @@ class StandInService:
         self.context = context
         """In characters, which are this server's tokens."""
         self.chat_template = chat_template
+        self.more_models: tuple[str, ...] = ()
         self.speaks_native = True
         """Whether it has `/version`, like `fst serve`."""
         self.requests: list[Request] = []
@@ -113,8 +114,11 @@ class StandInService:
 
     def description(self) -> Json:
         """The answer of `/version`."""
-        facts = {"model": MODEL, "has_chat_template": self.chat_template}
-        return {"package_version": VERSION, "model": MODEL, "description": {}, "models": [facts]}
+        facts = [
+            {"model": name, "has_chat_template": self.chat_template}
+            for name in (MODEL, *self.more_models)
+        ]
+        return {"package_version": VERSION, "model": MODEL, "description": {}, "models": facts}
 
 
 def request_of(body: Json) -> Request:
@@ -150,7 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         bodies: dict[str, Json] = {
             "/health": {"status": "ok"},
-            "/v1/models": {"object": "list", "data": [{"id": MODEL, "object": "model"}]},
+            "/v1/models": {
+                "object": "list",
+                "data": [
+                    {"id": name, "object": "model"} for name in (MODEL, *self.service.more_models)
+                ],
+            },
         }
         if self.service.speaks_native:
             bodies["/version"] = self.service.description()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from full_stack_transformer.telegram.sending.formatting import reply_pieces
+from full_stack_transformer.telegram.sending.markdown import reply_pieces
 from full_stack_transformer.telegram.state.settings import Settings
 from full_stack_transformer.telegram.state.store import Reply
 from full_stack_transformer.telegram.texts import ENGLISH, RUSSIAN

@@ -8,6 +8,7 @@ Knows the service's routes and the replies of the database; not how messages are
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from full_stack_transformer.telegram.sending.delivery import (
     PostponedError,
 )
 from full_stack_transformer.telegram.sending.display import Display, Preview
+from full_stack_transformer.telegram.sending.markdown import FAILURES
+from full_stack_transformer.telegram.state.settings import Settings
 from full_stack_transformer.telegram.state.store import Job, Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES
 
@@ -46,11 +49,13 @@ _GIVE_UP_SECONDS = 24 * 3600.0
 # Each cut removes about a third: 200,000 characters shrink to 100 in 20 cuts.
 _MAX_CUTS = 24
 _MIN_LENGTH = 16
+# Of a text file; a long context holds about as much.
+MAX_FILE_BYTES = 256 * 1024
 # Words by which servers name a prompt that is too long; there is no common code.
 _TOO_LONG = ("context", "token", "length", "long", "large")
 _KEPT_SHARE = 0.65
 _CHARACTERS_PER_TOKEN = 4
-# The limit of our service; odd, because a conversation begins and ends with the user.
+# The limit of our service is 1,000; odd, because a conversation begins and ends with the user.
 _MAX_TURNS = 999
 
 Wanted = WantedContinuation | WantedAnswer
@@ -73,35 +78,54 @@ class Writer:
     Args:
         client: of the service.
         model_path: what `/why` names as the model of `fst generate`, if the bot started the service.
+        system_prompt: of conversations whose chat has none of its own.
     """
 
-    def __init__(self, client: ServiceClient, model_path: str | None = None) -> None:
+    def __init__(
+        self,
+        client: ServiceClient,
+        model_path: str | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
         self._client = client
-        self._described: ModelDescription | None = None
+        self._described: tuple[ModelDescription, ...] = ()
         self._model_path = model_path
+        self._system_prompt = system_prompt
 
     @property
-    def prefers_chat(self) -> bool:
-        """Whether the model is known to have a chat template."""
-        return self._described is not None and self._described.has_chat_template
+    def known_models(self) -> tuple[str, ...]:
+        """Names of the models, if the service has answered."""
+        return tuple(one.model for one in self._described)
 
-    @property
-    def known_model(self) -> str | None:
-        """The model's name, if the service has answered."""
-        return self._described.model if self._described else None
+    def prefers_chat(self, model: str | None = None) -> bool:
+        """Whether a chosen model, or else the first, is known to have a chat template."""
+        return bool(self._described) and self._chosen(model).has_chat_template
 
-    async def describe(self, *, refresh: bool = False) -> ModelDescription:
-        """The model that is served.
+    def known_model(self, model: str | None = None) -> str | None:
+        """The name of a chosen model, or else of the first, if the service has answered."""
+        return self._chosen(model).model if self._described else None
+
+    def system_prompt(self, settings: Settings) -> str | None:
+        """What stands before a conversation."""
+        return self._system_prompt if settings.system is None else settings.system
+
+    async def describe(
+        self, model: str | None = None, *, refresh: bool = False
+    ) -> ModelDescription:
+        """A model that is served: the one of this name if there is one, else the first.
 
         Raises:
             ServiceUnavailableError: the service is not available.
         """
-        if self._described is None or refresh:
+        if not self._described or refresh:
             try:
-                self._described = await self._client.describe_model()
+                self._described = await self._client.describe_models()
             except ServiceRefusedError as error:  # no /v1/models: not an OpenAI-compatible server
                 raise ServiceUnavailableError(str(error)) from error
-        return self._described
+        return self._chosen(model)
+
+    def _chosen(self, model: str | None) -> ModelDescription:
+        return next((one for one in self._described if one.model == model), self._described[0])
 
     async def write(
         self, reply: Reply, conversation: list[Reply], drafts: list[Draft], show: Callable[[], None]
@@ -112,26 +136,27 @@ class Writer:
             ServiceUnavailableError: the service is away, overloaded or failing; all drafts are invalid.
             ServiceRefusedError: the service rejects the request, so retrying does not help.
         """
-        described = await self.describe()
+        described = await self.describe(reply.settings.model)
+        system = self.system_prompt(reply.settings)
         reply.model = described.model
         reply.checkpoint = {
             name: described.checkpoint[name]
             for name in ("experiment", "step", "validation_loss")
             if name in described.checkpoint
         }
-        if self._model_path is not None:
+        if self._model_path is not None and described == self._described[0]:
             reply.checkpoint["path"] = self._model_path
         try:
             async with asyncio.TaskGroup() as group:
                 for index, draft in enumerate(drafts):
-                    request = _request(reply, conversation, described, index)
+                    request = _request(reply, conversation, described, index, system)
                     grown = show if index == 0 else _do_nothing
                     group.create_task(self._fill(draft, request, grown))
         except ExceptionGroup as group_error:
-            self._described = None
+            self._described = ()
             error = group_error.exceptions[0]
             if isinstance(error, ServiceRefusedError):
-                now_served = (await self.describe()).model
+                now_served = (await self.describe(described.model)).model
                 if now_served != described.model:
                     raise ServiceUnavailableError("another model is served now") from error
             raise error from None
@@ -218,8 +243,7 @@ class Answers:
         running = self._running.get(reply.id)
         drafts = running.drafts if running is not None else []
         kept = [draft for draft in drafts if draft.text] or drafts[:1] or [Draft()]
-        if self._writer.known_model is not None:
-            reply.model = self._writer.known_model
+        reply.model = self._writer.known_model(reply.settings.model) or reply.model
         self._keep(reply, kept, "stopped")
         self.cancel(reply.id)
         return True
@@ -259,11 +283,33 @@ class Answers:
                     raise ChatMovedError  # the lane of the new chat does it
                 if reply.texts or reply.finish:
                     break
-                await self._write(job, reply)
+                if reply.file is None:
+                    await self._write(job, reply)
+                else:
+                    await self._read_file(reply, reply.file)
             await self._display.show(reply, str(job.id))
             self._end(job)
         finally:
             self._num_active -= 1
+
+    async def _read_file(self, reply: Reply, file: dict[str, str]) -> None:
+        """Put the content of a text file into the prompt; a file that is none ends the reply."""
+        content = await self._courier.download(reply.chat_id, file["id"], MAX_FILE_BYTES)
+        try:
+            text = (content or b"").decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = ""
+        if not text.strip() or "\0" in text:
+            self._keep(reply, [], "unreadable")
+            return
+        text = text.replace("\r\n", "\n").strip("\n")
+        if reply.mode == "chat":
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+            text = f"{fence}{file['name']}\n{text}\n{fence}"
+        fresh = self._store.reply(reply.id)
+        if fresh is not None and not fresh.finish:
+            before = f"{fresh.prompt}\n\n" if fresh.prompt else ""
+            self._store.save_reply(replace(fresh, prompt=before + text, file=None))
 
     def _end(self, job: Job) -> None:
         fresh = self._store.job(job.id)
@@ -379,7 +425,11 @@ def _do_nothing() -> None:
 
 
 def _request(
-    reply: Reply, conversation: list[Reply], described: ModelDescription, index: int
+    reply: Reply,
+    conversation: list[Reply],
+    described: ModelDescription,
+    index: int,
+    system: str | None,
 ) -> Wanted:
     settings = reply.settings
     sampling: dict[str, Any] = {
@@ -395,11 +445,12 @@ def _request(
         return WantedContinuation(prompt=reply.prompt[-MAX_TEXT_CHARACTERS:], **sampling)
     turns = []
     for earlier in conversation:
-        if earlier.texts and earlier.finish not in ("refused", "failed"):
+        if earlier.texts and earlier.finish not in FAILURES:
             turns.append(Turn("user", earlier.prompt[-MAX_TEXT_CHARACTERS:]))
             turns.append(Turn("assistant", earlier.text[-MAX_TEXT_CHARACTERS:]))
     turns.append(Turn("user", reply.prompt[-MAX_TEXT_CHARACTERS:]))
-    return WantedAnswer(messages=tuple(turns[-_MAX_TURNS:]), **sampling)
+    head = [Turn("system", system)] if system else []
+    return WantedAnswer(messages=(*head, *turns[-_MAX_TURNS:]), **sampling)
 
 
 def _shortened(request: Wanted) -> Wanted | None:
@@ -411,9 +462,11 @@ def _shortened(request: Wanted) -> Wanted | None:
     """
     length = request.max_tokens or 0  # 0: the service fits its default length into the context
     if isinstance(request, WantedAnswer):
-        if len(request.messages) > 1:
+        num_kept = int(request.messages[0].role == "system")
+        head, turns = request.messages[:num_kept], request.messages[num_kept:]
+        if len(turns) > 1:
             # A conversation begins with the user, so turns are removed in pairs.
-            return replace(request, messages=request.messages[2:])
+            return replace(request, messages=head + turns[2:])
         if length <= _MIN_LENGTH:
             return None
         return replace(request, max_tokens=max(_MIN_LENGTH, length // 2))

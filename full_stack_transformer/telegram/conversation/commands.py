@@ -8,7 +8,7 @@ Knows how messages are sent and what the database holds; neither updates nor who
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from aiogram.methods import SendDocument
@@ -28,11 +28,13 @@ from full_stack_transformer.telegram.sending.formatting import (
     settings_keyboard,
     text_pieces,
 )
-from full_stack_transformer.telegram.state.settings import number_as_text, with_value
+from full_stack_transformer.telegram.state.settings import MODES, with_value
 from full_stack_transformer.telegram.state.store import Job, Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES, Words
 
 _MAX_ID = 2**53  # of Telegram's users and chats
+# Telegram's longest message, less the command.
+_MAX_SYSTEM_CHARACTERS = 4000
 
 Handler = Callable[[UserRequest, str], None]
 
@@ -46,6 +48,7 @@ class Commands:
         answers: Answers,
         policy: Policy,
         requests: Requests,
+        writer: Writer,
         *,
         service_url: str,
         log_texts: bool,
@@ -54,13 +57,16 @@ class Commands:
         self._answers = answers
         self._policy = policy
         self._requests = requests
+        self._writer = writer
         self._say = requests.say
         self._service_url = service_url
         self._log_texts = log_texts
         self._handlers: dict[str, Handler] = {
-            "start": lambda request, _: self._say(request, request.words.welcome),
+            "start": self._start,
             "help": lambda request, _: self._say(request, request.words.help),
             "settings": self._settings,
+            "system": self._system,
+            "model": self._model,
             "stop": self._stop,
             "reset": self._reset,
             "why": self._why,
@@ -113,6 +119,40 @@ class Commands:
             self._say(request, request.words.setting_expected.format(expected=changed))
             return
         self._store.save_settings(request.chat_id, request.thread_id, changed)
+        self._say(request, request.words.setting_set)
+
+    def _start(self, request: UserRequest, argument: str) -> None:
+        words = request.words
+        self._say(
+            request, words.welcome_chat if self._requests.converses(request) else words.welcome
+        )
+
+    def _system(self, request: UserRequest, argument: str) -> None:
+        """Show or set the system prompt of this chat; a hyphen takes it back."""
+        words, ids = request.words, (request.chat_id, request.thread_id)
+        settings = self._requests.settings(*ids)
+        if not argument:
+            prompt = self._writer.system_prompt(settings)
+            self._say(
+                request, words.system_is.format(prompt=prompt) if prompt else words.system_none
+            )
+            return
+        system = None if argument == "-" else argument[:_MAX_SYSTEM_CHARACTERS]
+        self._store.save_settings(*ids, replace(settings, system=system))
+        self._say(request, words.setting_set)
+
+    def _model(self, request: UserRequest, argument: str) -> None:
+        if not argument:
+            self._requests.show_settings(request)
+            return
+        ids = (request.chat_id, request.thread_id)
+        names = self._writer.known_models
+        found = [name for name in names if name.lower() == argument.lower()]
+        if not found:
+            expected = ", ".join(names) or request.words.status_away
+            self._say(request, request.words.setting_expected.format(expected=expected))
+            return
+        self._store.save_settings(*ids, replace(self._requests.settings(*ids), model=found[0]))
         self._say(request, request.words.setting_set)
 
     def _stop(self, request: UserRequest, argument: str) -> None:
@@ -171,12 +211,10 @@ def _explanation(reply: Reply, words: Words) -> str:
     return words.why.format(
         model=reply.model or "?",
         checkpoint=f" ({', '.join(known)})" if known else "",
-        mode=reply.mode,
+        mode=words.modes[MODES.index(reply.mode)],
         seed=request["seed"],
-        finish=reply.finish,
-        settings=", ".join(
-            f"{words.fields[name]} {number_as_text(values[name])}" for name in values
-        ),
+        finish=words.finishes.get(reply.finish, reply.finish),
+        settings=", ".join(f"{words.fields[name]} {words.number(values[name])}" for name in values),
     )
 
 
@@ -194,11 +232,14 @@ def _commands_for(reply: Reply, words: Words, service_url: str) -> list[tuple[st
 
 def _generate_command(model: str, request: dict[str, Any]) -> str:
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    options = {"prompt": request["prompt"], "max_new_tokens": request.get("max_tokens")}
+    options: dict[str, Any] = {
+        "prompt": request["prompt"],
+        "max_new_tokens": request.get("max_tokens"),
+    }
     options |= {name: request.get(name) for name in names}
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     # With an equals sign, as a prompt that begins with a hyphen would be taken for an option.
-    return shlex.join(["fst", "generate", model, *given])
+    return shlex.join(["fst", "generate", model, *given, "--raw"])
 
 
 class OwnMessages:
@@ -281,7 +322,8 @@ class OwnMessages:
         words = LANGUAGES[job.content["language"]]
         thread_id = job.content["thread_id"]
         settings = self._requests.settings(job.chat_id, thread_id)
-        keyboard = settings_keyboard(words, job.content["user_id"], settings)
+        models = self._writer.known_models
+        keyboard = settings_keyboard(words, job.content["user_id"], settings, models)
         piece = Piece(words.settings_title(thread_id), [])
         method = edited_message(job.chat_id, job.content["message_id"], piece, keyboard)
         try:
@@ -298,7 +340,8 @@ class OwnMessages:
         words = LANGUAGES[job.content["language"]]
         user_id = job.content["user_id"]
         try:
-            model = (await self._writer.describe(refresh=True)).model
+            chosen = self._requests.settings(job.chat_id, job.content.get("thread_id") or 0).model
+            model = (await self._writer.describe(chosen, refresh=True)).model
             lines = [words.status_service.format(model=model)]
         except ServiceError:
             lines = [words.status_away]

@@ -39,6 +39,8 @@ class UserRequest:
     is_private: bool
     replied_id: int | None
     """The message of the bot that it replies to."""
+    file: dict[str, str] | None = None
+    """Id and name of a text file."""
 
     @property
     def words(self) -> Words:
@@ -129,6 +131,13 @@ class Requests:
         """The settings of a chat or topic."""
         return self._store.settings(chat_id, thread_id, self._default)
 
+    def converses(self, request: UserRequest) -> bool:
+        """Whether the next message is answered, rather than continued."""
+        settings = self.settings(request.chat_id, request.thread_id)
+        if settings.mode == "auto":
+            return self._writer.prefers_chat(settings.model)
+        return settings.mode == "chat"
+
     def refusal(self, request: UserRequest) -> Literal["too_many", "quota"] | None:
         """Why a user gets no text now, as the name of a text; None if nothing speaks against it."""
         if not self._policy.has_tokens(request.user_id):
@@ -145,11 +154,7 @@ class Requests:
         replied = None
         if request.replied_id is not None:
             replied = self._store.reply_of_message(request.chat_id, request.replied_id)
-        mode: Literal["continue", "chat"]
-        if settings.mode == "auto":
-            mode = "chat" if self._writer.prefers_chat else "continue"
-        else:
-            mode = settings.mode
+        mode: Literal["continue", "chat"] = "chat" if self.converses(request) else "continue"
         prompt, parent = request.text, replied
         if mode == "continue" and replied is not None and replied.texts:
             prompt = _joined(replied, request.text)
@@ -167,6 +172,7 @@ class Requests:
                 prompt_message_id=request.message_id,
                 settings=settings,
                 seed=_new_seed(settings),
+                file=request.file,
                 parent_id=None if parent is None else parent.id,
             )
         )
@@ -225,7 +231,8 @@ class Requests:
     def show_settings(self, request: UserRequest) -> None:
         """Add a message with the settings and their buttons."""
         settings = self.settings(request.chat_id, request.thread_id)
-        keyboard = settings_keyboard(request.words, request.user_id, settings)
+        models = self._writer.known_models
+        keyboard = settings_keyboard(request.words, request.user_id, settings, models)
         title = request.words.settings_title(request.thread_id)
         self.say(request, title, keyboard=keyboard.model_dump(exclude_none=True))
 

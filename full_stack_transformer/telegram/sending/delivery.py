@@ -35,11 +35,13 @@ from aiogram.exceptions import (
 from aiogram.methods import (
     DeleteMessage,
     EditMessageReplyMarkup,
+    GetFile,
     Response,
     SendDocument,
     SendMessage,
     TelegramMethod,
 )
+from aiohttp import ClientError
 
 from full_stack_transformer.telegram.state.store import Store
 
@@ -300,6 +302,23 @@ class Courier:
             if any(words in error.message.lower() for words in _MESSAGE_GONE):
                 raise MessageGoneError from None
             raise
+
+    async def download(self, chat_id: int, file_id: str, max_bytes: int) -> bytes | None:
+        """The content of a user's file; None if it is larger, or gone.
+
+        Raises:
+            PostponedError: the process ends, and Telegram does not answer soon.
+        """
+        method = GetFile(file_id=file_id)
+        try:
+            file, _ = await self._until_accepted(chat_id, method)
+            if file.file_path is None or (file.file_size or 0) > max_bytes:
+                return None
+            content = await self._bot.download_file(file.file_path)
+        except (TelegramAPIError, ChatGoneError, ClientError, TimeoutError) as error:
+            logger.warning("a file of chat %d was not read: %s", chat_id, type(error).__name__)
+            return None
+        return None if content is None else content.read(max_bytes)
 
     async def attempt(self, method: TelegramMethod[Any]) -> bool:
         """Try a call once, if the chat's rate limit allows it; whether Telegram accepted it."""

@@ -19,9 +19,12 @@ from full_stack_transformer.telegram.sending.formatting import (
     edited_message,
     new_message,
     reply_keyboard,
-    reply_pieces,
     stop_keyboard,
-    text_pieces,
+)
+from full_stack_transformer.telegram.sending.markdown import (
+    FAILURES,
+    growing_pieces,
+    reply_pieces,
 )
 from full_stack_transformer.telegram.state.store import Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES
@@ -53,7 +56,7 @@ class Display:
         pieces = reply_pieces(reply)
         messages = self._store.messages_of_reply(reply.id)
         keyboard = None
-        if reply.finish not in ("refused", "failed"):
+        if reply.finish not in FAILURES:
             keyboard = reply_keyboard(words, reply.id, reply.shown, len(reply.texts))
         for position, piece in enumerate(pieces):
             below = keyboard if position == len(pieces) - 1 else None
@@ -173,8 +176,7 @@ class Preview:
         text = self._text()
         if not text.strip():
             return None
-        bold = self._reply.prompt if self._reply.mode == "continue" else ""
-        return text_pieces(bold, text)[-1]
+        return growing_pieces(self._reply, text)[-1]
 
     async def _show(self, piece: Piece) -> bool:
         reply = self._reply

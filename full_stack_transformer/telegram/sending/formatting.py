@@ -3,8 +3,9 @@
 Knows Telegram's limits and formatting; neither the database nor how messages are sent.
 """
 
+import hashlib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -25,11 +26,9 @@ from full_stack_transformer.telegram.state.settings import (
     NUMERIC_FIELDS,
     PRESETS,
     Settings,
-    number_as_text,
     preset_of,
 )
-from full_stack_transformer.telegram.state.store import Reply
-from full_stack_transformer.telegram.texts import LANGUAGES, Words
+from full_stack_transformer.telegram.texts import Words
 
 # Code points, although offsets of entities count UTF-16 units.
 # https://core.telegram.org/bots/api#sendmessage
@@ -38,6 +37,8 @@ _ZERO_WIDTH_JOINER = "\u200d"
 # The longest emoji sequences in use (families, flags of regions) are shorter.
 _MAX_CLUSTER_CHARACTERS = 32
 
+# Telegram takes a hundred buttons at most.
+_MAX_MODELS = 20
 # A URL that the model invents must not fetch a stranger's page.
 _NO_PREVIEW = LinkPreviewOptions(is_disabled=True)
 
@@ -91,17 +92,6 @@ def edited_message(
 
 
 # Texts
-
-
-def reply_pieces(reply: Reply) -> list[Piece]:
-    """The messages of a finished reply; never empty."""
-    words = LANGUAGES[reply.language]
-    if reply.finish in ("refused", "failed"):
-        return [Piece(getattr(words, reply.finish), [])]
-    if reply.finish == "stopped" and not reply.text.strip():
-        return [Piece(words.stopped, [])]
-    bold = reply.prompt if reply.mode == "continue" else ""
-    return text_pieces(bold, reply.text) or [Piece(words.empty, [])]
 
 
 def text_pieces(bold: str, plain: str) -> list[Piece]:
@@ -276,8 +266,16 @@ def forget_keyboard(words: Words, user_id: int) -> InlineKeyboardMarkup:
     return InlineKeyboardMarkup(inline_keyboard=[[button]])
 
 
-def settings_keyboard(words: Words, user_id: int, settings: Settings) -> InlineKeyboardMarkup:
-    """The buttons of /settings: presets, a line for each number, seed, mode."""
+def key_of_model(name: str) -> str:
+    """What stands for a model in callback data, which has no room for long names."""
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def settings_keyboard(
+    words: Words, user_id: int, settings: Settings, models: Sequence[str] = ()
+) -> InlineKeyboardMarkup:
+    """The buttons of /settings: presets, a line for each number, seed, mode; a line for each of several
+    models."""
 
     def button(
         text: str, name: str, change: str, *, is_chosen: bool = False
@@ -293,7 +291,7 @@ def settings_keyboard(words: Words, user_id: int, settings: Settings) -> InlineK
         ]
     ]
     for name in NUMERIC_FIELDS:
-        label = f"{words.fields[name]}: {number_as_text(getattr(settings, name))}"
+        label = f"{words.fields[name]}: {words.number(getattr(settings, name))}"
         rows.append([button("−", name, "-"), button(label, name, "0"), button("+", name, "+")])
     seed = words.random_seed if settings.seed is None else str(settings.seed)
     rows.append([button(f"{words.fields['seed']}: {seed}", "seed", "0")])
@@ -303,4 +301,10 @@ def settings_keyboard(words: Words, user_id: int, settings: Settings) -> InlineK
             for mode, text in zip(MODES, words.modes, strict=True)
         ]
     )
+    if len(models) > 1:
+        chosen = settings.model if settings.model in models else models[0]
+        rows += [
+            [button(name[:60], "model", key_of_model(name), is_chosen=name == chosen)]
+            for name in models[:_MAX_MODELS]
+        ]
     return InlineKeyboardMarkup(inline_keyboard=rows)

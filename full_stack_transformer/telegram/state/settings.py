@@ -29,6 +29,10 @@ class Settings:
     variants: int = 1
     seed: int | None = None
     """None: a random one for each text."""
+    system: str | None = None
+    """System prompt of conversations; None for that of the bot's operator."""
+    model: str | None = None
+    """None, and a model that is not served any more: the first one."""
 
     def as_json(self) -> str:
         """As the database stores them."""

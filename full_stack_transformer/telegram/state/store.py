@@ -41,6 +41,8 @@ class Reply:
     prompt_message_id: int
     settings: Settings
     seed: int
+    file: dict[str, str] | None = None
+    """Id and name of a text file that belongs to the prompt and has not been read yet."""
     parent_id: int | None = None
     """The reply before this one in its conversation."""
     texts: list[str] = field(default_factory=list)

@@ -82,6 +82,27 @@ def sender_id(message: Message) -> int | None:
     return None if user.is_bot else user.id
 
 
+# What a text file is called, where its sender's program does not say text/….
+_TEXT_NAME = re.compile(
+    r".*\.(txt|md|rst|csv|tsv|jsonl?|ya?ml|toml|ini|cfg|log|xml|html|css|js|ts|py|c|h|[ch]pp|java|go|rs|rb|php"
+    r"|sh|sql|tex|srt)",
+    re.IGNORECASE | re.DOTALL,
+)
+_TEXT_TYPES = ("application/json", "application/xml", "application/x-sh", "application/toml")
+
+
+def text_file_of(message: Message) -> dict[str, str] | None:
+    """Id and name of the text file of a message."""
+    document = message.document
+    if document is None:
+        return None
+    name, kind = document.file_name or "file.txt", document.mime_type or ""
+    is_text = kind.startswith("text/") or kind in _TEXT_TYPES
+    if not (is_text or _TEXT_NAME.fullmatch(name)):
+        return None
+    return {"id": document.file_id, "name": re.sub(r"[\s`]+", "_", name)[:100]}
+
+
 def address_of(message: Message, me: User) -> Address | None:
     """What a message says to the bot; None if it is meant for others or for nobody."""
     text, entities = _text_of(message)

@@ -8,7 +8,7 @@ except the answers that end a button's progress circle, which are tried once.
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from aiogram.methods import AnswerCallbackQuery
 from aiogram.types import CallbackQuery, InaccessibleMessage, Message, Update, User
 from pydantic import ValidationError
 
-from full_stack_transformer.telegram.conversation.answers import Answers
+from full_stack_transformer.telegram.conversation.answers import Answers, Writer
 from full_stack_transformer.telegram.conversation.commands import Commands
 from full_stack_transformer.telegram.conversation.requests import Policy, Requests, UserRequest
 from full_stack_transformer.telegram.monitoring import Metrics
@@ -25,6 +25,7 @@ from full_stack_transformer.telegram.sending.formatting import (
     ReplyButton,
     SettingButton,
     VariantButton,
+    key_of_model,
     parse_button,
 )
 from full_stack_transformer.telegram.state.database import is_fault
@@ -37,7 +38,12 @@ from full_stack_transformer.telegram.state.settings import (
 )
 from full_stack_transformer.telegram.state.store import Reply, Store
 from full_stack_transformer.telegram.texts import LANGUAGES, language_of
-from full_stack_transformer.telegram.updates.addressing import Address, address_of, sender_id
+from full_stack_transformer.telegram.updates.addressing import (
+    Address,
+    address_of,
+    sender_id,
+    text_file_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class Intake:
         policy: Policy,
         requests: Requests,
         commands: Commands,
+        writer: Writer,
         metrics: Metrics,
         me: User,
         answer_press: Callable[[AnswerCallbackQuery], None],
@@ -70,7 +77,7 @@ class Intake:
         self._requests = requests
         self._commands = commands
         self._metrics = metrics
-        self._presses = Presses(store, answers, policy, requests)
+        self._presses = Presses(store, answers, policy, requests, writer)
         self._me = me
         self._answer_press = answer_press
 
@@ -174,7 +181,7 @@ class Intake:
         is_first = album_id is None or self._policy.may_repeat(
             (request.chat_id, album_id), _SECONDS_OF_AN_ALBUM
         )
-        if not request.text.strip():
+        if not request.text.strip() and request.file is None:
             # The pictures of an album are messages of their own, and one of them has the caption.
             return is_first and self._complain(request, "not_a_text")
         refusal = self._requests.refusal(request)
@@ -221,9 +228,12 @@ class Intake:
 class Presses:
     """Carries out presses of buttons; whose a button is and what it belongs to is always looked up."""
 
-    def __init__(self, store: Store, answers: Answers, policy: Policy, requests: Requests) -> None:
+    def __init__(
+        self, store: Store, answers: Answers, policy: Policy, requests: Requests, writer: Writer
+    ) -> None:
         self._store = store
         self._answers = answers
+        self._writer = writer
         self._policy = policy
         self._requests = requests
 
@@ -282,7 +292,9 @@ class Presses:
         chat_id, thread_id = request.chat_id, request.thread_id
         settings = self._requests.settings(chat_id, thread_id)
         newest = self._store.newest_reply(chat_id, thread_id, user_id=request.user_id)
-        changed = _changed(settings, button, newest_seed=0 if newest is None else newest.seed)
+        newest_seed = 0 if newest is None else newest.seed
+        models = self._writer.known_models
+        changed = _changed(settings, button, newest_seed=newest_seed, models=models)
         if changed is None:
             return request.words.alert_outdated
         if changed != settings:
@@ -308,6 +320,7 @@ def _request_of(message: Message, user_id: int, address: Address) -> UserRequest
         text=address.text,
         is_private=message.chat.type == "private",
         replied_id=address.replied_id,
+        file=text_file_of(message),
     )
 
 
@@ -330,7 +343,9 @@ def _request_of_press(query: CallbackQuery) -> UserRequest | None:
     )
 
 
-def _changed(settings: Settings, button: SettingButton, *, newest_seed: int) -> Settings | None:
+def _changed(
+    settings: Settings, button: SettingButton, *, newest_seed: int, models: Sequence[str]
+) -> Settings | None:
     """The settings after a press; None for a button of another version.
 
     Seed switches between a random one and that of the newest text, which can be generated again so.
@@ -340,6 +355,9 @@ def _changed(settings: Settings, button: SettingButton, *, newest_seed: int) -> 
         return replace(settings, **PRESETS[change])
     if name == "mode" and change in MODES:
         return replace(settings, mode=change)
+    if name == "model":
+        found = [model for model in models if key_of_model(model) == change]
+        return replace(settings, model=found[0]) if found else None
     if name == "seed" and change == "0":
         return replace(settings, seed=newest_seed if settings.seed is None else None)
     if name in NUMERIC_FIELDS and change in ("+", "-", "0"):

@@ -38,18 +38,10 @@ class IntakeLab:
         nothing: Any = None  # of what sends: no job is ever done here
         answers = Answers(self.store, nothing, nothing, writer, self.metrics, asyncio.Event())
         requests = Requests(self.store, answers, writer, policy, Settings())
-        commands = Commands(self.store, answers, policy, requests, service_url="", log_texts=False)
+        parts = (self.store, answers, policy, requests)
+        commands = Commands(*parts, writer, service_url="", log_texts=False)
         me = User(id=42, is_bot=True, first_name="Bot", username="fake_bot")
-        self.intake = Intake(
-            self.store,
-            answers,
-            policy,
-            requests,
-            commands,
-            self.metrics,
-            me,
-            self.press_answers.append,
-        )
+        self.intake = Intake(*parts, commands, writer, self.metrics, me, self.press_answers.append)
 
     def said(self) -> list[str]:
         """The bot's own pending messages."""
