@@ -11,9 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from full_stack_transformer.telegram.sending.markdown import markdown_pieces
 from tests import real_models
 from tests.conftest import RunFst
+from tests.fake_bot_api.process import running_fake_bot_api
 from tests.logged_process import running_service
+from tests.telegram.bot_forks import QUICK, bot_forks
+from tests.telegram.bot_process import bot_command
+from tests.telegram.watching import finals
 
 pytestmark = pytest.mark.real
 
@@ -99,3 +104,24 @@ def test_the_service_answers_as_transformers(smollm2: Path, expected: list[list[
             for token, text in zip(tokens, map(tokenizer.decode, ids), strict=False):
                 assert token == text or "\ufffd" in text, question  # part of a character
             assert found["message"]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_bot_answers_as_transformers(smollm2: Path, expected: list[list[int]]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    options = ("--temperature", "0", "--max_new_tokens", str(NUM_TOKENS))
+    with (
+        running_service(smollm2, "--weights_dtype", "float32") as (url, _),
+        running_fake_bot_api(with_limits=False) as telegram,
+        bot_forks() as forks,
+    ):
+        bot = forks.bot(bot_command(url, telegram.url, *options), telegram.token, QUICK)
+        try:
+            bot.start()
+            for chat_id, question in enumerate(QUESTIONS, start=1):
+                telegram.write(chat_id, question)
+            for chat_id, ids in enumerate(expected, start=1):
+                (answer,) = finals(telegram, chat_id)
+                [piece] = markdown_pieces(tokenizer.decode(ids, skip_special_tokens=True))
+                assert answer["text"] == piece.text.strip()
+        finally:
+            bot.kill()
