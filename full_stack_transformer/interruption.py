@@ -85,6 +85,23 @@ def was_raised() -> bool:
     return _was_raised
 
 
+@contextlib.contextmanager
+def collected() -> Iterator[list[int]]:
+    """A list that Ctrl-C adds to, instead of an exception in the middle of what is done inside."""
+    received: list[int] = []
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        global _last_handled
+        _last_handled = time.monotonic()
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, collect)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(Exception):
         sys.stdout.flush()

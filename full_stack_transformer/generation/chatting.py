@@ -15,11 +15,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from full_stack_transformer import interruption
 from full_stack_transformer.arguments.models import ChatArguments, GenerateArguments
 from full_stack_transformer.arguments.sampling import SamplingKeywords
 from full_stack_transformer.errors import InputError, RequestError, UsageError
 from full_stack_transformer.generation.open_draft import DraftSource
-from full_stack_transformer.generation.screen import Screen, interrupts, read_message
+from full_stack_transformer.generation.screen import Screen, read_message
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.tokenization.chat import ChatMessage
 
@@ -244,7 +245,7 @@ class Session:
     def _show_until_stopped(self, pieces: Iterator[str]) -> str:
         """Show the pieces up to their end or Ctrl-C; what was shown."""
         answer = ""
-        with interrupts() as received, self._screen.answer() as show:
+        with interruption.collected() as received, self._screen.answer() as show:
             for piece in pieces:
                 answer += piece
                 show(piece)

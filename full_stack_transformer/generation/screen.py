@@ -6,7 +6,6 @@ Knows nothing of models.
 import contextlib
 import logging
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -58,17 +57,6 @@ def _read_line(sign: str) -> str:
             logger.info("this line is not UTF-8 (%s) and was passed over", problem)
         except KeyboardInterrupt:
             sys.stdout.write("\n")  # the line is given up, as in a shell
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """A list that Ctrl-C adds to, instead of an exception in the middle of a step of the engine."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Screen:

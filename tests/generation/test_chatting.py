@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from full_stack_transformer import interruption
 from full_stack_transformer.arguments.models import ChatArguments
 from full_stack_transformer.arguments.sampling import SamplingKeywords
 from full_stack_transformer.errors import UsageError
@@ -196,8 +197,13 @@ def test_ctrl_c_in_a_terminal_ends_the_answer_and_ctrl_d_the_program(chatting_di
         terminal.read_until(r"hello\r?\n.+")
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.read_until("> ")
+        # Who watches over Ctrl-C has seen that somebody took it.
+        with pytest.raises(subprocess.TimeoutExpired):
+            terminal.process.wait(timeout=interruption._SECONDS_OF_NATIVE_CODE + 0.5)
         terminal.type("/help\r")
-        terminal.read_until("/save FILE")
+        terminal.read_until(
+            r"/save FILE[\s\S]*\n> "
+        )  # else Ctrl-D may come before it is waited for
         terminal.type("\x04")
         assert terminal.process.wait(timeout=30) == 0
     finally:
