@@ -18,26 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.fine_tuning import AdapterOptions
 from full_stack_transformer.errors import (
-    MachineError,
     MissingExtraError,
     ModelError,
     UsageError,
     install_command,
 )
-from full_stack_transformer.modelling.model_directory import CARD_FILE_NAME
+from full_stack_transformer.modelling.model_directory import CARD_FILE_NAME, written_whole
 from full_stack_transformer.modelling.other_files import ADAPTER_FILE_NAME, json_of
 from full_stack_transformer.modelling.pretrained import load_backbone, reason_of
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
-    replace_directory,
-    why_not_written,
     write_json,
     write_text,
 )
@@ -196,22 +192,12 @@ def save_adapter(
     Raises:
         MachineError: the disk is full or cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(target, "the adapter") as partial:
         _write_adapter(partial, backbone, weights)
         shutil.copytree(tokenizer_directory, partial, dirs_exist_ok=True)
         write_json(partial / DESCRIPTION_FILE_NAME, description)
         if card:
             write_text(partial / CARD_FILE_NAME, card)
-        replace_directory(partial, target)
-    except (OSError, SafetensorError, MachineError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = "; the previous one is intact" if target.exists() else ""
-        raise MachineError(
-            f"writing the adapter {target} failed: {why_not_written(error)}{kept}"
-        ) from error
 
 
 def _write_adapter(

@@ -8,7 +8,8 @@ Opens a model directory, an experiment directory (its `model/`) or a `.ckpt` of 
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,7 @@ def save_model_directory(
     Raises:
         MachineError: the disk is full or cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_whole(target, "the model directory") as partial:
         if start is not None:
             start.save(backbone, partial, weights)
         else:
@@ -103,12 +102,30 @@ def save_model_directory(
             finish(partial)
         if card:
             write_text(partial / CARD_FILE_NAME, card)
+
+
+@contextmanager
+def written_whole(target: Path, what: str) -> Iterator[Path]:
+    """A new directory, which takes the place of `target` at the end; after an error it is gone.
+
+    Args:
+        target: where the directory is to be; an existing one stays until the new one is complete.
+        what: for the error: "the model directory".
+
+    Raises:
+        MachineError: the disk is full or cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         replace_directory(partial, target)
     except (OSError, SafetensorError, MachineError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = "; the previous one is intact" if target.exists() else ""
         raise MachineError(
-            f"writing the model directory {target} failed: {why_not_written(error)}{kept}"
+            f"writing {what} {target} failed: {why_not_written(error)}{kept}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.benchmarks.train_peers import NUM_THREADS, Blocks
+from tests.benchmarks.train_peers import NUM_THREADS, Blocks, bare_trainer
 
 LORA_RANK = 16
 
@@ -61,7 +61,6 @@ def _ours(job: dict[str, Any]) -> None:
     """The real step, loader and Lightning loop of fst train."""
     import pytorch_lightning as pl
 
-    from full_stack_transformer.training.callbacks.control import NEVER
     from full_stack_transformer.training.run import _quieten_libraries
 
     _quieten_libraries()
@@ -81,21 +80,7 @@ def _ours(job: dict[str, Any]) -> None:
 
     setup = _setup(job)
     module = setup.make_module(setup.make_backbone(), setup.arguments)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        precision="bf16-mixed" if job["precision"] == "bf16" else "32-true",
-        max_epochs=1,
-        logger=False,
-        check_val_every_n_epoch=None,
-        val_check_interval=NEVER,
-        gradient_clip_val=1.0,
-        enable_checkpointing=False,
-        callbacks=[Block()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    trainer = bare_trainer(job["precision"], Block())
     trainer.fit(module, datamodule=setup.data)
 
 

@@ -178,7 +178,6 @@ def _ours(job: dict[str, Any]) -> None:
 
     import pytorch_lightning as pl
 
-    from full_stack_transformer.training.callbacks.control import NEVER
     from full_stack_transformer.training.run import _quieten_libraries
 
     _quieten_libraries()
@@ -198,22 +197,31 @@ def _ours(job: dict[str, Any]) -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         data, task = _data_and_task(job, directory)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed" if job["precision"] == "bf16" else "32-true",
-            max_epochs=1,
-            logger=False,
-            check_val_every_n_epoch=None,
-            val_check_interval=NEVER,
-            gradient_clip_val=1.0,
-            enable_checkpointing=False,
-            callbacks=[Block()],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
+        trainer = bare_trainer(job["precision"], Block())
         trainer.fit(task, datamodule=data)
+
+
+def bare_trainer(precision: str, block: Any) -> Any:
+    """Lightning with nothing beside the steps but what measures them; `precision` is bf16 or fp32."""
+    import pytorch_lightning as pl
+
+    from full_stack_transformer.training.callbacks.control import NEVER
+
+    return pl.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_epochs=1,
+        logger=False,
+        check_val_every_n_epoch=None,
+        val_check_interval=NEVER,
+        gradient_clip_val=1.0,
+        enable_checkpointing=False,
+        callbacks=[block],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
 
 
 def _bare(job: dict[str, Any]) -> None:

@@ -140,6 +140,17 @@ class ForkedBot:
 
 
 @contextmanager
+def running_bot(bot: ForkedBot) -> Iterator[ForkedBot]:
+    """A bot that works, and at the end stops of itself."""
+    try:
+        bot.start()
+        yield bot
+        assert bot.stop() == 0
+    finally:
+        bot.kill()
+
+
+@contextmanager
 def bot_forks() -> Iterator[BotForks]:
     """The server that forks bots."""
     with tempfile.TemporaryDirectory(prefix="fst-bots-", dir=quick_directory()) as directory:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_bot_api.process import FakeBotApi, running_fake_bot_api
-from tests.telegram.bot_forks import QUICK, BotForks, ForkedBot, bot_forks
+from tests.telegram.bot_forks import QUICK, BotForks, ForkedBot, bot_forks, running_bot
 from tests.telegram.bot_process import bot_command, quick_directory
 from tests.telegram.stand_in_service import StandInService, serving
 
@@ -52,12 +52,8 @@ def bot(
     more = {} if getattr(request.module, "WITH_LIMITS", True) else QUICK
     command = bot_command(service.url, telegram.url, "--admin_ids", "99")
     forked = forks.bot(command, telegram.token, more)
-    try:
-        forked.start()
-        yield forked
-        assert forked.stop() == 0
-    finally:
-        forked.kill()
+    with running_bot(forked) as running:
+        yield running
 
 
 @pytest.fixture

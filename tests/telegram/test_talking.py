@@ -8,7 +8,7 @@ import pytest
 from full_stack_transformer.serving.client import Turn, WantedAnswer
 from full_stack_transformer.telegram.texts import ENGLISH, RUSSIAN
 from tests.fake_bot_api.process import FakeBotApi
-from tests.telegram.bot_forks import QUICK, BotForks, ForkedBot
+from tests.telegram.bot_forks import QUICK, BotForks, ForkedBot, running_bot
 from tests.telegram.bot_process import bot_command
 from tests.telegram.stand_in_service import MODEL, StandInService, serving
 from tests.telegram.watching import finals, labels, words_of
@@ -31,12 +31,8 @@ def service() -> Iterator[StandInService]:
 def bot(telegram: FakeBotApi, service: StandInService, forks: BotForks) -> Iterator[ForkedBot]:
     command = bot_command(service.url, telegram.url, "--system_prompt", "Be kind.")
     forked = forks.bot(command, telegram.token, QUICK)
-    try:
-        forked.start()
-        yield forked
-        assert forked.stop() == 0
-    finally:
-        forked.kill()
+    with running_bot(forked) as running:
+        yield running
 
 
 def _asked(service: StandInService, content: str) -> WantedAnswer:
