@@ -90,10 +90,12 @@ class FakeBotApi:
         chat_id: int,
         at_least: int = 0,
         button: str = "",
+        words: str = "",
         timeout: float = _PATIENCE_SECONDS,
     ) -> list[Json]:
-        """The bot's messages in a chat, once there are `at_least`; if given, those with `button`."""
-        query: Json = {"sender": "bot", "at_least": at_least, "timeout": timeout, "button": button}
+        """The bot's messages in a chat, once there are `at_least`: those with `button` and `words`."""
+        query: Json = {"sender": "bot", "at_least": at_least, "timeout": timeout}
+        query |= {"button": button, "words": words}
         return self._get(f"/user/chats/{chat_id}/messages", query)
 
     def query_answer(self, query_id: str, timeout: float = _PATIENCE_SECONDS) -> Json:

@@ -63,21 +63,22 @@ async def _carry_out(
     world: World, request: web.Request, method: str, parameters: Json
 ) -> web.Response:
     fault = world.take_fault(method, parameters)
-    if fault is not None and fault.kind == "hang":
-        await world.bell.wait_until(lambda: fault not in world.faults, fault.seconds)
-        return web.Response(status=504)
     if fault is not None and not fault.after:
-        return _strike(request, fault)
+        return await _strike(world, request, fault)
     try:
         result = await METHODS[method](world, parameters)
     except ApiError as error:
         return _error(error)
     if fault is not None:
-        return _strike(request, fault)
+        world.bell.ring()
+        return await _strike(world, request, fault)
     return web.json_response({"ok": True, "result": result})
 
 
-def _strike(request: web.Request, fault: Fault) -> web.Response:
+async def _strike(world: World, request: web.Request, fault: Fault) -> web.Response:
+    if fault.kind == "hang":
+        await world.bell.wait_until(lambda: fault not in world.faults, fault.seconds)
+        return web.Response(status=504)
     if fault.kind == "bad_gateway":
         return web.Response(status=502, text=_BAD_GATEWAY_PAGE, content_type="text/html")
     if fault.kind == "retry_after":

@@ -213,16 +213,18 @@ class _User:
         return web.json_response({})
 
     async def read(self, request: web.Request) -> web.Response:
-        """Messages of a chat; `sender=bot` only the bot's, `button` only with such a button; waits."""
+        """Messages of a chat; `sender=bot` only the bot's, only with such a `button` and `words`; waits."""
         chat = self._world.open_chat(int(request.match_info["chat_id"]))
         only_bot = request.query.get("sender") == "bot"
-        button = request.query.get("button", "")
+        button, words = request.query.get("button", ""), request.query.get("words", "")
 
         def messages() -> list[Json]:
             return [
                 chat.view(message)
                 for message in list(chat.messages.values())
-                if (message["from"]["is_bot"] or not only_bot) and _has_button(message, button)
+                if (message["from"]["is_bot"] or not only_bot)
+                and _has_button(message, button)
+                and words in message.get("text", "")
             ]
 
         return await self._when_enough(request, messages)

@@ -111,6 +111,22 @@ def test_a_reply_to_a_text_branches_from_it(telegram: FakeBotApi, chat_id: int) 
     assert bold_part(second) == first["text"] + " and then"
 
 
+def test_a_reply_to_a_text_whose_sending_is_not_confirmed_branches_from_it(
+    telegram: FakeBotApi, chat_id: int
+) -> None:
+    telegram.fail("sendMessage", "hang", chat_id=chat_id, after=True)
+    telegram.write(chat_id, "The root")
+    (first,) = finals(telegram, chat_id)
+    telegram.write(chat_id, "and then", reply_to_message_id=first["message_id"])
+    telegram.state(idle=1)
+    telegram.clear_faults()
+    second = telegram.bot_messages(chat_id, at_least=1, words="and then")[0]
+    assert bold_part(second) == first["text"] + " and then"
+    again, last = finals(telegram, chat_id)
+    assert (again["text"], last) == (first["text"], second)
+    assert again["message_id"] != first["message_id"]
+
+
 def test_variants_are_turned_in_place(telegram: FakeBotApi, chat_id: int) -> None:
     assert words_of(telegram, chat_id, "/settings variants 3")["text"] == ENGLISH.setting_set
     words_of(telegram, chat_id, "/settings seed 11")

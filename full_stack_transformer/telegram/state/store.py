@@ -216,10 +216,22 @@ class Store(Database):
         return self._reply("id = ?", reply_id)
 
     def reply_of_message(self, chat_id: int, message_id: int) -> Reply | None:
-        """The reply that a message of the bot shows."""
+        """The reply that a message of the bot shows.
+
+        One whose id did not arrive here, since Telegram's response is slow or was lost, can only show what
+        is being sent: a chat has one message at a time.
+        """
+        if self.is_own_message(chat_id, message_id):
+            return self._reply(
+                "id = (SELECT reply_id FROM messages WHERE chat_id = ? AND message_id = ?)",
+                *(chat_id, message_id),
+            )
         return self._reply(
-            "id = (SELECT reply_id FROM messages WHERE chat_id = ? AND message_id = ?)",
-            *(chat_id, message_id),
+            "id = (SELECT jobs.reply_id FROM sends "
+            "JOIN jobs ON jobs.id = CAST(substr(key, 1, instr(key, ':') - 1) AS INTEGER) "
+            "WHERE sends.chat_id = ? AND kind = 'answer' AND floor < ? "
+            "AND (message_id IS NULL OR message_id > ?))",
+            *(chat_id, message_id, message_id),
         )
 
     def newest_reply(
