@@ -16,15 +16,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+# Bytes at the beginning of a key that say of which adapter it is.
+_ADAPTER_BYTES = 8
 
-def first_key(salt: str) -> bytes:
-    """What the key of a sequence's first block follows from: sequences of other salts share nothing."""
-    return hashlib.sha256(salt.encode("utf-8", errors="surrogatepass")).digest()
+
+def first_key(salt: str, adapter: int = 0) -> bytes:
+    """What the key of a sequence's first block follows from: other salts and adapters share nothing."""
+    digest = hashlib.sha256(salt.encode("utf-8", errors="surrogatepass")).digest()
+    return _of_adapter(adapter) + digest
 
 
 def next_key(key: bytes, token_ids: npt.NDArray[np.int64]) -> bytes:
     """The key of a block with these tokens, which comes after the block with this key."""
-    return hashlib.sha256(key + token_ids.tobytes()).digest()
+    return key[:_ADAPTER_BYTES] + hashlib.sha256(key + token_ids.tobytes()).digest()
+
+
+def _of_adapter(adapter: int) -> bytes:
+    return adapter.to_bytes(_ADAPTER_BYTES, "big")
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,11 @@ class BlockPool:
                 if block in self._kept:
                     del self._kept[block]
                     self._blank.append(block)
+
+    def forget_adapter(self, adapter: int) -> None:
+        """Let nobody find what was read with an adapter."""
+        beginning = _of_adapter(adapter)
+        self.forget([block for block, key in self._keys.items() if key.startswith(beginning)])
 
     def give_back(self, block_ids: Sequence[int]) -> None:
         """One user less of the blocks of a sequence; its last ones are needed again first."""

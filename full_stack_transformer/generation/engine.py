@@ -26,6 +26,7 @@ from torch import Tensor
 from full_stack_transformer.errors import (
     ContextLengthError,
     FullStackTransformerError,
+    ModelError,
     RequestError,
 )
 from full_stack_transformer.generation.blocks import BlockPool, KeyValueMemory
@@ -41,9 +42,11 @@ from full_stack_transformer.generation.token_requests import (
     TokenEvent,
     TokenRequest,
 )
+from full_stack_transformer.modelling.adapter_weights import AdapterWeights
 
 # Tokens of prompts that are read between two decoding steps.
 _MAX_CHUNK_TOKENS = 256
+MAX_ADAPTERS = 256
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class Engine:
         self._pool = BlockPool(runner.num_blocks, runner.block_size, find_room=find_room)
         self._schedule = Schedule(self._pool, max_chunk_tokens=max_chunk_tokens)
         self._next_id = 0
+        self._next_adapter = 1
+        self._adapters: set[int] = set()
+        self._leaving: set[int] = set()
+        """Adapters that requests under way still need, and no new one gets."""
 
     @property
     def num_free_slots(self) -> int:
@@ -127,13 +134,57 @@ class Engine:
             num_reused_tokens=schedule.num_reused_tokens,
         )
 
+    def add_adapter(self, adapter: AdapterWeights) -> int:
+        """Load an adapter beside the base; requests of all adapters compute together.
+
+        Returns:
+            What requests name it by, from 1 on; no number comes twice.
+
+        Raises:
+            ModelError: it does not fit what computes, or there are as many as there may be.
+            MachineError: memory is short.
+        """
+        if len(self._adapters) + len(self._leaving) >= MAX_ADAPTERS:
+            raise ModelError(
+                f"{MAX_ADAPTERS} adapters are loaded, and there may be no more; remove one first"
+            )
+        number = self._next_adapter
+        self._runner.add_adapter(number, adapter)
+        self._next_adapter += 1
+        self._adapters.add(number)
+        return number
+
+    def remove_adapter(self, number: int) -> None:
+        """Give no new request this adapter; once those under way have ended, its memory is free.
+
+        Raises:
+            RequestError: there is no such adapter.
+        """
+        self._check_adapter(number)
+        self._adapters.remove(number)
+        self._leaving.add(number)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Free what belongs to adapters that no request needs any more."""
+        for number in [one for one in self._leaving if not self._schedule.num_of_adapter(one)]:
+            self._leaving.remove(number)
+            self._pool.forget_adapter(number)
+            self._runner.remove_adapter(number)
+
+    def _check_adapter(self, number: int) -> None:
+        if number not in self._adapters:
+            raise RequestError(f"there is no adapter {number}, or it has been removed")
+
     def check(self, request: TokenRequest) -> None:
         """Refuse what can never be generated.
 
         Raises:
-            RequestError: prompt and new tokens do not fit into the context, or an id is not in the
-                vocabulary.
+            RequestError: prompt and new tokens do not fit into the context, an id is not in the vocabulary,
+                or there is no such adapter.
         """
+        if request.adapter:
+            self._check_adapter(request.adapter)
         self._check_ids(request.prompt_ids, (*request.sampling.logit_bias, *request.stop_ids))
         num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
         if request.wants_hidden_states:
@@ -174,6 +225,8 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """End a request and free its slot; an unknown id is one that ended already."""
         self._schedule.remove(request_id)
+        if self._leaving:
+            self._let_go()
         if self.guesses is not None:
             self.guesses.forget(request_id)
 

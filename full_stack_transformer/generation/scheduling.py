@@ -42,6 +42,10 @@ class Schedule:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def num_of_adapter(self, adapter: int) -> int:
+        """Requests under way with this adapter."""
+        return sum(1 for one in self._requests.values() if one.request.adapter == adapter)
+
     @property
     def num_waiting(self) -> int:
         """Requests that have no blocks."""
@@ -164,11 +168,13 @@ class Schedule:
 
     def _extend_keys(self, running: Running) -> None:
         """Compute the keys of the blocks that the tokens so far fill."""
-        if running.request.shares_with is None:
+        request = running.request
+        if request.shares_with is None:
             return
         size = self._pool.block_size
         for number in range(len(running.keys), running.num_tokens // size):
-            before = running.keys[-1] if running.keys else first_key(running.request.shares_with)
+            first = first_key(request.shares_with, request.adapter)
+            before = running.keys[-1] if running.keys else first
             tokens = running.token_ids[number * size : (number + 1) * size].numpy()
             running.keys.append(next_key(before, tokens))
 
@@ -181,9 +187,7 @@ class Schedule:
         room = len(running.block_ids) * self._pool.block_size - running.num_tokens
         guesses = guesses[:room]
         newest = running.token_ids[running.num_read : running.num_tokens].tolist()
-        return SequenceWork(
-            running.block_ids, running.num_read, [*newest, *guesses], num_logits=1 + len(guesses)
-        )
+        return _work(running, [*newest, *guesses], num_logits=1 + len(guesses))
 
     def _chunks(self) -> Iterator[Planned]:
         """Chunks of what is to be read, of the oldest requests, as much as a step has room for."""
@@ -206,4 +210,14 @@ def _next_chunk(running: Running, room: int) -> SequenceWork:
     chunk = running.token_ids[start:end].tolist()
     is_last = end == running.num_tokens
     num_logits = len(chunk) if running.is_scoring else int(is_last)
-    return SequenceWork(running.block_ids, start, chunk, num_logits=num_logits)
+    return _work(running, chunk, num_logits=num_logits)
+
+
+def _work(running: Running, token_ids: list[int], *, num_logits: int) -> SequenceWork:
+    return SequenceWork(
+        running.block_ids,
+        running.num_read,
+        token_ids,
+        num_logits=num_logits,
+        adapter=running.request.adapter,
+    )

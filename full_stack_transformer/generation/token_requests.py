@@ -34,16 +34,22 @@ class TokenRequest:
     wants_hidden_states: bool = False
     """Make no tokens; the last event has what the last norm gives for each token of the prompt."""
     shares_with: str | None = ""
-    """Requests with the same word go on from what one of them has read; none shares with nobody."""
+    """Requests with the same word and adapter go on from what one of them has read; none shares with
+    nobody."""
+    adapter: int = 0
+    """What `Engine.add_adapter` gave; 0 for the base alone."""
 
     @classmethod
-    def for_hidden_states(cls, token_ids: Sequence[int], shares_with: str | None = "") -> Self:
+    def for_hidden_states(
+        cls, token_ids: Sequence[int], shares_with: str | None = "", adapter: int = 0
+    ) -> Self:
         """Ask for what the model makes of each token of a sequence."""
         return cls(
             token_ids,
             SamplingParameters(max_new_tokens=0, temperature=0, seed=0),
             wants_hidden_states=True,
             shares_with=shares_with,
+            adapter=adapter,
         )
 
 

@@ -21,6 +21,7 @@ from full_stack_transformer.generation.runners.native.decoder import (
 )
 from full_stack_transformer.generation.runners.torch import Runner, SequenceWork, TorchRunner
 from full_stack_transformer.generation.token_requests import TokenEvent, TokenRequest
+from full_stack_transformer.modelling.adapter_weights import AdapterWeights
 from full_stack_transformer.modelling.backbones import new_backbone
 
 VOCABULARY, CONTEXT = 300, 128
@@ -108,6 +109,18 @@ def make_runner(
     )
 
 
+class WithoutAdapters:
+    """A part of a runner."""
+
+    def add_adapter(self, number: int, adapter: AdapterWeights) -> None:
+        """Nobody asks."""
+        raise NotImplementedError
+
+    def remove_adapter(self, number: int) -> None:
+        """Nobody asks."""
+        raise NotImplementedError
+
+
 class RememberingRunner:
     """Its next token is a function of all tokens before it, which it remembers in its blocks.
 
@@ -122,6 +135,7 @@ class RememberingRunner:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_read_tokens = 0
+        self.adapters = {0}
         self.tokens: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
 
     def run(self, work: Sequence[SequenceWork]) -> Tensor:
@@ -132,6 +146,7 @@ class RememberingRunner:
         assert len(set(writable)) == len(writable), "two sequences may write one block"
         rows = []
         for one in work:
+            assert one.adapter in self.adapters
             self._write(one)
             known = [token for block in one.block_ids for token in self.tokens[block]]
             end = one.start + len(one.token_ids)
@@ -144,7 +159,8 @@ class RememberingRunner:
     def _write(self, one: SequenceWork) -> None:
         for position, token in enumerate(one.token_ids, one.start):
             block = one.block_ids[position // self.block_size]
-            self.tokens[block][position % self.block_size] = token
+            # What was read with another adapter is something else.
+            self.tokens[block][position % self.block_size] = token + 1000 * one.adapter
 
     def hidden_states(self, work: Sequence[SequenceWork]) -> Tensor:
         """Each token and its position."""
@@ -153,6 +169,14 @@ class RememberingRunner:
             [pair for one in work for pair in enumerate(one.token_ids, one.start)],
             dtype=torch.float32,
         )
+
+    def add_adapter(self, number: int, adapter: AdapterWeights) -> None:
+        """Any adapter changes all scores."""
+        self.adapters.add(number)
+
+    def remove_adapter(self, number: int) -> None:
+        """Refuse work that names it."""
+        self.adapters.remove(number)
 
     def _scores(self, token_ids: Sequence[int]) -> Tensor:
         # Tokens come back after a while, so that guesses from the text are right now and then.

@@ -25,6 +25,7 @@ from tests.generation.small_models import (
     SHAPES,
     VOCABULARY,
     RememberingRunner,
+    WithoutAdapters,
     hidden_states,
     make_runner,
     random_prompts,
@@ -483,7 +484,7 @@ def test_hidden_states_leave_requests_under_way_alone(new_runner: MakeRunner) ->
 # ------------------------------------------------------------------ a request that fails, among others
 
 
-class _PoisonedRunner:
+class _PoisonedRunner(WithoutAdapters):
     """Computes as another one, but fails on work that has a certain token."""
 
     def __init__(self, runner: Runner, poison: int, spoil: float | None = None) -> None:

@@ -23,6 +23,7 @@ from tests.generation.small_models import (
     GREEDY,
     SAMPLED,
     VOCABULARY,
+    WithoutAdapters,
     make_runner,
     random_prompts,
     run_events,
@@ -41,7 +42,7 @@ SAMPLINGS = {
 }
 
 
-class _Counted:
+class _Counted(WithoutAdapters):
     """Computes as another runner; a clock goes on by what that may take."""
 
     def __init__(

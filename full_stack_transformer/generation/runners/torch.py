@@ -18,6 +18,8 @@ from transformers import PreTrainedModel as Backbone
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from full_stack_transformer.errors import ModelError
+from full_stack_transformer.generation.runners.torch_adapters import TorchAdapters
+from full_stack_transformer.modelling.adapter_weights import AdapterWeights
 from full_stack_transformer.modelling.backbones import context_length
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -35,6 +37,8 @@ class SequenceWork:
     token_ids: Sequence[int]
     num_logits: int = 1
     """Number of last tokens whose logits are wanted."""
+    adapter: int = 0
+    """Which adapter's numbers are added; 0 for none."""
 
 
 class Runner(Protocol):
@@ -60,6 +64,19 @@ class Runner(Protocol):
 
     def hidden_states(self, work: Sequence[SequenceWork]) -> Tensor:
         """What the last norm gives (sum of tokens, hidden) for each token, in the order of the work."""
+        ...
+
+    def add_adapter(self, number: int, adapter: AdapterWeights) -> None:
+        """Let work name an adapter by this number, which is above 0.
+
+        Raises:
+            ModelError: it does not fit.
+            MachineError: memory is short.
+        """
+        ...
+
+    def remove_adapter(self, number: int) -> None:
+        """Give back the memory of an adapter that no work names any more."""
         ...
 
 
@@ -95,6 +112,15 @@ class TorchRunner:
         self.name = f"PyTorch, {str(backbone.dtype).removeprefix('torch.')} on {self._device}"
         self._masks = AttentionMasks(backbone.config, backbone.dtype)
         self._cache = PagedCache(backbone.config.num_hidden_layers, num_blocks, block_size)
+        self._adapters = TorchAdapters(backbone)
+
+    def add_adapter(self, number: int, adapter: AdapterWeights) -> None:
+        """Let work name an adapter by this number."""
+        self._adapters.add(number, adapter)
+
+    def remove_adapter(self, number: int) -> None:
+        """Give back the memory of an adapter."""
+        self._adapters.remove(number)
 
     @torch.inference_mode()
     def run(self, work: Sequence[SequenceWork]) -> Tensor:
@@ -115,16 +141,18 @@ class TorchRunner:
     @torch.inference_mode()
     def hidden_states(self, work: Sequence[SequenceWork]) -> Tensor:
         """What the last norm gives (sum of tokens, hidden) for each token, in the order of the work."""
-        decoder = self._backbone.base_model
-        states = [
-            decoder(**self._inputs([one]), use_cache=True).last_hidden_state[0] for one in work
-        ]
+        decoder, states = self._backbone.base_model, []
+        for one in work:
+            with self._adapters.applied([one.adapter]):
+                output = decoder(**self._inputs([one]), use_cache=True)
+            states.append(output.last_hidden_state[0])
         return torch.cat(states).float()
 
     def _forward(self, work: Sequence[SequenceWork]) -> Tensor:
         """Logits (items, wanted, vocabulary) of items of equal length."""
         num_wanted = max(1, max(one.num_logits for one in work))
-        output = self._backbone(**self._inputs(work), use_cache=True, logits_to_keep=num_wanted)
+        with self._adapters.applied([one.adapter for one in work]):
+            output = self._backbone(**self._inputs(work), use_cache=True, logits_to_keep=num_wanted)
         logits: Tensor = output.logits
         return logits
 

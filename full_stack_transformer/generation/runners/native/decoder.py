@@ -25,6 +25,7 @@ from full_stack_transformer.generation.runners.native.library import (
 from full_stack_transformer.generation.runners.native.parts import Linear, Norm, Parts, parts_of
 from full_stack_transformer.generation.runners.native.shape import shape_of, why_not_family
 from full_stack_transformer.generation.runners.torch import SequenceWork
+from full_stack_transformer.modelling.adapter_weights import AdapterWeights
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.quantization.codes import Codes, CodesDtype
 
@@ -137,6 +138,13 @@ class NativeRunner:
         states = torch.empty(num_tokens, self._hidden_size)
         _need_memory(self._library.decoder_hidden_states(self._decoder, _values(states)))
         return states
+
+    def add_adapter(self, number: int, adapter: AdapterWeights) -> None:
+        """Let work name an adapter by this number."""
+        raise ModelError("the C++ decoder computes no adapters yet; merge them: fst merge")
+
+    def remove_adapter(self, number: int) -> None:
+        """Give back the memory of an adapter."""
 
     def _forward(self, work: Sequence[SequenceWork], rows: _Ids, logits: Tensor) -> int:
         """Read the work and write the logits of some rows of it; returns its number of tokens."""
