@@ -24,12 +24,12 @@ from full_stack_transformer.machine import listen
 from full_stack_transformer.modelling.model_files import (
     check_generates,
     check_model_files,
-    check_models,
     find_model_directory,
     read_config,
     rounded_files,
     weight_files,
 )
+from full_stack_transformer.modelling.places import check_models
 from full_stack_transformer.tasks.catalogue import CORPUS_TASKS, TASKS
 
 _STANDARD_INPUT = "-"
@@ -161,8 +161,6 @@ def _check_serving(options: serving.ServeArguments) -> None:
 
 
 def _check_bot(options: serving.TelegramBotArguments) -> None:
-    if options.checkpoint is not None:
-        find_model_directory(options.checkpoint)
     _check_writable(options.database.parent, "--database")
     if options.monitoring_port is not None:
         _check_port("127.0.0.1", options.monitoring_port, "--monitoring_port")

@@ -19,11 +19,28 @@ from full_stack_transformer.tasks.catalogue import TaskName
 # The command line takes fields by position only before the first keyword-only one, in the order of
 # dataclasses.fields: so positional fields of commands with groups stand in the last base class.
 @dataclass(frozen=True)
+class WholeModelArguments:
+    """The model of a command that needs all weights."""
+
+    model: Path
+    """Model directory, experiment directory or .ckpt file."""
+
+
+@dataclass(frozen=True)
 class ModelArguments:
     """The model of a command."""
 
     model: Path
-    """Model directory, experiment directory or .ckpt file."""
+    """Model directory, experiment directory or .ckpt file; or an adapter directory, which is added to its
+    base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterArguments:
+    """The base of an adapter."""
+
+    base: str | None = None
+    """Adapter: the model that it was trained on. Default: the one that it names."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,7 @@ class MergeArguments:
 
 
 @dataclass(frozen=True)
-class QuantizeArguments(OwnClassesOptions, ModelArguments):
+class QuantizeArguments(OwnClassesOptions, WholeModelArguments):
     """Round the weights of a causal language model once, so that fst serve and fst generate start from a
     small file; print its path."""
 
@@ -227,6 +244,7 @@ class EvaluateArguments(
     RowFileOptions,
     ContinuedTextsOptions,
     OwnClassesOptions,
+    AdapterArguments,
     ModelAndDataArguments,
 ):
     """Evaluate a model on samples or labelled rows and print the metrics of its task as JSON."""
@@ -282,7 +300,7 @@ class DraftOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnsweringArguments:
+class AnsweringArguments(AdapterArguments):
     """How a model that continues or answers is asked and computed."""
 
     system: str | None = None

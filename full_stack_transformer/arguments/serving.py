@@ -12,7 +12,7 @@ from full_stack_transformer.arguments.checks import (
     check_device,
     num_bytes,
 )
-from full_stack_transformer.arguments.models import DraftOptions, ModelArguments
+from full_stack_transformer.arguments.models import AdapterArguments, DraftOptions, ModelArguments
 from full_stack_transformer.arguments.sampling import SamplingOptions
 from full_stack_transformer.errors import UsageError
 
@@ -85,7 +85,13 @@ class LimitOptions:
 
 @dataclass(frozen=True)
 class ServeArguments(
-    EngineOptions, DraftOptions, AccessOptions, LimitOptions, OwnClassesOptions, ModelArguments
+    EngineOptions,
+    DraftOptions,
+    AccessOptions,
+    LimitOptions,
+    OwnClassesOptions,
+    AdapterArguments,
+    ModelArguments,
 ):
     """Serve a model over HTTP with an OpenAI-compatible API."""
 
@@ -172,7 +178,12 @@ class MonitoringOptions:
 
 @dataclass(frozen=True)
 class TelegramBotArguments(
-    SamplingOptions, BotAccessOptions, TelegramApiOptions, MonitoringOptions, OwnClassesOptions
+    SamplingOptions,
+    BotAccessOptions,
+    TelegramApiOptions,
+    MonitoringOptions,
+    OwnClassesOptions,
+    AdapterArguments,
 ):
     """Answer Telegram messages with texts of a model; pending replies are stored in SQLite."""
 
@@ -181,7 +192,8 @@ class TelegramBotArguments(
     """URL that `fst serve` printed, or of any OpenAI-compatible server such as vLLM. The environment
     variable SERVICE_API_KEY holds its key if it needs one."""
     checkpoint: Path | None = None
-    """Model directory, experiment directory or .ckpt file; the bot starts a service for it."""
+    """Model directory, experiment directory, .ckpt file or adapter directory; the bot starts a service for
+    it."""
     device: str = "auto"
     """Device of the service of --checkpoint: auto, cpu, cuda, mps."""
     token_file: Path | None = None

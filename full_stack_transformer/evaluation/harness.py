@@ -35,6 +35,7 @@ def run_harness(
     model_path: Path,
     task_file: Path,
     *,
+    base: str | None = None,
     device: str,
     weights_dtype: WeightsDtype,
     num_slots: int,
@@ -46,6 +47,7 @@ def run_harness(
     Args:
         model_path: a causal language model.
         task_file: YAML of lm-evaluation-harness.
+        base: of an adapter, if it is not the one that it names.
         device: where to compute.
         weights_dtype: what to compute with.
         num_slots: texts computed at once.
@@ -64,7 +66,7 @@ def run_harness(
         harness_model = importlib.import_module("full_stack_transformer.evaluation.harness_model")
         evaluator = importlib.import_module("lm_eval.evaluator")
         tasks = importlib.import_module("lm_eval.tasks")
-        model = open_model(model_path, device=device, weights_dtype=weights_dtype)
+        model = open_model(model_path, base=base, device=device, weights_dtype=weights_dtype)
         adapter = harness_model.HarnessModel(
             model, num_slots=num_slots, weights_dtype=weights_dtype, kv_dtype=kv_dtype
         )

@@ -14,7 +14,7 @@ from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.bootstrap import bootstrap_intervals
 from full_stack_transformer.modelling.backbones import backbone_of_config
-from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.places import find_model
 from full_stack_transformer.modelling.pretrained import open_config
 from full_stack_transformer.rows.fields import (
     PLACE,
@@ -52,7 +52,7 @@ def evaluate_rows(arguments: EvaluateArguments, cls: type[RowTask]) -> dict[str,
         RowError: there are no rows, or they do not fit the task.
         ModelError: the model has no head for the task.
     """
-    opened = open_task(arguments.model, cls=cls, device=arguments.device)
+    opened = open_task(arguments.model, base=arguments.base, cls=cls, device=arguments.device)
     task = opened.row_task
     path, train_path = _paths(arguments)
     rows = _rows(path, arguments, task)
@@ -160,7 +160,7 @@ def _intervals(
 
 def _untrained(opened: OpenedTask, arguments: EvaluateArguments) -> Any:
     """The same shape with random weights, always the same ones."""
-    directory = find_model_directory(arguments.model)
+    directory = find_model(arguments.model, arguments.base).directory
     config = open_config(directory)
     with torch.random.fork_rng():
         torch.manual_seed(0)

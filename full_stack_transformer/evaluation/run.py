@@ -25,7 +25,7 @@ from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows
 from full_stack_transformer.evaluation.log_likelihoods import measure_rounded_weights
 from full_stack_transformer.modelling.model_directory import OpenedModel
-from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.places import find_model
 from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.quantization.files import open_rounded
 from full_stack_transformer.tasks.catalogue import TASK_OF_KIND
@@ -59,13 +59,15 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
         return run_harness(
             arguments.model,
             arguments.harness,
+            base=arguments.base,
             device=arguments.device,
             weights_dtype=arguments.weights_dtype,
             num_slots=arguments.batch_size,
             kv_dtype=arguments.kv_dtype,
         )
-    directory = find_model_directory(arguments.model)
-    own = task_class_of(directory)
+    place = find_model(arguments.model, arguments.base)
+    directory = place.directory
+    own = task_class_of(directory, place.adapter)
     if issubclass(own, CorpusTask) and not holds_rows(arguments.data):
         return _evaluate_corpus(arguments, own)
     if (arguments.data / "train" / CORPUS_FILE_NAME).is_file():
@@ -83,7 +85,7 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
     dataset = open_dataset(arguments.data)
     if cls.generates and dataset.kind not in cls.kinds:
         cls = cast(type[CorpusTask], task_class(TASK_OF_KIND[dataset.kind]))
-    opened = open_task(arguments.model, cls=cls, device=arguments.device)
+    opened = open_task(arguments.model, base=arguments.base, cls=cls, device=arguments.device)
     task, backbone = opened.task, opened.backbone
     assert isinstance(task, CorpusTask)
     dataset = _as_asked(dataset, task)
@@ -124,9 +126,10 @@ def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dic
 
 def _rounded_before(arguments: EvaluateArguments) -> Backbone | None:
     """The model with the weights that `fst quantize` wrote, where there are such."""
-    if arguments.model.suffix == ".ckpt":
+    place = find_model(arguments.model, arguments.base)
+    if arguments.model.suffix == ".ckpt" or place.adapter is not None:
         return None
-    return open_rounded(find_model_directory(arguments.model), arguments.weights_dtype)
+    return open_rounded(place.directory, arguments.weights_dtype)
 
 
 def _as_asked(dataset: DatasetDirectory, task: CorpusTask) -> DatasetDirectory:

@@ -68,6 +68,7 @@ def opened(arguments: ChatArguments | GenerateArguments) -> TextGenerator:
         draft = DraftSource(arguments.draft_model, arguments.draft_weights_dtype)
     generator = TextGenerator.open(
         arguments.model,
+        base=arguments.base,
         device=arguments.device,
         weights_dtype=arguments.weights_dtype,
         kv_dtype=arguments.kv_dtype,

@@ -10,6 +10,7 @@ from full_stack_transformer.generation.runners.native.decoder import WeightsDtyp
 from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.model_directory import OpenedModel, open_model
 from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.places import adapter_at
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def open_draft(source: DraftSource, model: OpenedModel, path: Path, *, device: s
         ModelError: there is no draft model, it cannot continue texts, or it has another vocabulary.
     """
     directory = find_model_directory(source.path)
-    if source.path.suffix != ".ckpt" and directory.samefile(find_model_directory(path)):
+    is_whole = source.path.suffix != ".ckpt" and adapter_at(path) is None
+    if is_whole and directory.samefile(find_model_directory(path)):
         return OpenedDraft(model, source.weights_dtype)
     draft = open_model(source.path, device=device)
     problem = _why_not(draft.tokenizer, model.tokenizer)

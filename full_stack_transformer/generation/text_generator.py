@@ -26,7 +26,7 @@ from full_stack_transformer.generation.sampling import ScoredToken
 from full_stack_transformer.generation.token_requests import TokenEvent, TokenRequest
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.modelling.model_directory import OpenedModel, open_model
-from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.places import find_model
 from full_stack_transformer.own_classes import trust
 from full_stack_transformer.tokenization.chat import (
     PLAIN_TEMPLATE,
@@ -141,6 +141,7 @@ class TextGenerator:
         cls,
         path: str | Path,
         *,
+        base: str | None = None,
         device: str = "auto",
         weights_dtype: Literal["auto"] | WeightsDtype = "auto",
         kv_dtype: Literal["auto"] | KvDtype = "auto",
@@ -148,10 +149,11 @@ class TextGenerator:
         draft: DraftSource | None = None,
         allow_code_from: Sequence[str] = (),
     ) -> Self:
-        """Open a model directory, an experiment directory or a .ckpt file.
+        """Open a model directory, an experiment directory, a .ckpt file or an adapter directory.
 
         Args:
             path: where the model is.
+            base: of an adapter, if it is not the one that it names.
             device: where to compute.
             weights_dtype: type of the weights.
             kv_dtype: type of keys and values.
@@ -165,7 +167,7 @@ class TextGenerator:
             MachineError: memory is short.
         """
         trust(allow_code_from)
-        model = open_model(Path(path), device=device, weights_dtype=weights_dtype)
+        model = open_model(Path(path), base=base, device=device, weights_dtype=weights_dtype)
         engine = open_engine(
             model.backbone,
             num_slots=num_slots,
@@ -173,7 +175,7 @@ class TextGenerator:
             kv_dtype=kv_dtype,
             draft=None if draft is None else open_draft(draft, model, Path(path), device=device),
         )
-        template = load_chat_template(find_model_directory(Path(path)))
+        template = load_chat_template(find_model(Path(path), base).tokenizer)
         return cls(model, engine=engine, template=template)
 
     # ------------------------------------------------------------------ continue

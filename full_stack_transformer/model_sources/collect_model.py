@@ -15,8 +15,8 @@ from typing import Any
 
 from full_stack_transformer.arguments.models import CollectModelArguments, ImportModelArguments
 from full_stack_transformer.errors import MachineError, UsageError
-from full_stack_transformer.model_sources.hub import IMPORTED_KEY
 from full_stack_transformer.model_sources.import_model import import_model
+from full_stack_transformer.modelling.places import IMPORTED_KEY
 from full_stack_transformer.modelling.pretrained import GENERATION_CONFIG_FILE_NAME
 from full_stack_transformer.storage import read_json, write_json
 

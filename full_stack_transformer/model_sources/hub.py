@@ -10,8 +10,6 @@ from full_stack_transformer.errors import MachineError, ModelError, UsageError
 
 logger = logging.getLogger(__name__)
 
-IMPORTED_KEY = "imported_from"
-"""In description.json of an imported model: the source, as it was typed."""
 _ALWAYS = (
     *("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja", "README.md"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*", "[0-9]_*/config.json", "[0-9]_*/*.safetensors"),

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from full_stack_transformer.arguments.models import ImportModelArguments
 from full_stack_transformer.errors import MachineError, ModelError, UsageError
 from full_stack_transformer.model_sources.gguf import convert_gguf
-from full_stack_transformer.model_sources.hub import IMPORTED_KEY, download
+from full_stack_transformer.model_sources.hub import download
 from full_stack_transformer.modelling.adapters import merge_adapter
 from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.model_files import (
@@ -46,6 +46,7 @@ from full_stack_transformer.modelling.other_files import (
     is_gguf,
     json_of,
 )
+from full_stack_transformer.modelling.places import IMPORTED_KEY, adapter_at, base_of
 from full_stack_transformer.modelling.pretrained import (
     GENERATION_CONFIG_FILE_NAME,
     load_backbone,
@@ -71,8 +72,6 @@ _MORE_FILES = (
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
     *("[0-9]_*/config.json", "[0-9]_*/*.safetensors", DESCRIPTION_FILE_NAME),
 )
-# Keys of adapter_config.json that make PEFT import modules.
-_IMPORTING_KEYS = ("auto_mapping", "megatron_config", "megatron_core")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -264,51 +263,26 @@ def _forget_code(file: Path) -> None:
 
 def _merge(path: Path, target: Path, arguments: ImportModelArguments) -> dict[str, Any]:
     """The adapter added to its base."""
-    if (path / "adapter" / ADAPTER_FILE_NAME).is_file():
-        path = path / "adapter"
-    config = json_of(path / ADAPTER_FILE_NAME)
-    base = arguments.base or config.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"{path / ADAPTER_FILE_NAME} names no base_model_name_or_path; pass --base"
-        )
-    with (
-        _plain_adapter(path, config, target.parent) as adapter,
-        _base(base, adapter, arguments) as model,
-    ):
+    adapter = adapter_at(path) or path
+    base = arguments.base or base_of(adapter)
+    with _base(base, target.parent, arguments) as model:
         start = read_start(str(model))
         if arguments.dtype != "auto":
             start = dataclasses.replace(start, dtype=arguments.dtype)
         start.save(merge_adapter(adapter, base=str(model)), target)
         has_tokenizer = (adapter / "tokenizer_config.json").is_file()
         _copy_tokenizer(adapter if has_tokenizer else model, target)
-    return {"base": str(base)}
+    return {"base": base}
 
 
 @contextmanager
-def _plain_adapter(path: Path, config: dict[str, Any], root: Path) -> Iterator[Path]:
-    """A copy of an adapter whose config makes PEFT import nothing."""
-    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=root) as place:
-        for name in ("adapter_model.safetensors", "adapter_model.bin"):
-            if (path / name).is_file():
-                shutil.copyfile(path / name, Path(place, name))
-                break
-        else:
-            raise ModelError(f"{path} has {ADAPTER_FILE_NAME}, but no adapter_model.safetensors")
-        copy_tokenizer_files(path, Path(place))
-        plain = {key: value for key, value in config.items() if key not in _IMPORTING_KEYS}
-        write_json(Path(place, ADAPTER_FILE_NAME), plain)
-        yield Path(place)
-
-
-@contextmanager
-def _base(base: str, adapter: Path, arguments: ImportModelArguments) -> Iterator[Path]:
+def _base(base: str, root: Path, arguments: ImportModelArguments) -> Iterator[Path]:
     """The base as a model directory: where it is, or imported for the moment."""
     path = Path(base)
     if (path / CONFIG_FILE_NAME).is_file() and not (path / ADAPTER_FILE_NAME).is_file():
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix=".base.", dir=adapter.parent) as place:
+    with tempfile.TemporaryDirectory(prefix=".base.", dir=root) as place:
         try:
             plain = dataclasses.replace(arguments, dtype="auto", file=None, revision=None)
             _bring(base, Path(place, "base"), plain)

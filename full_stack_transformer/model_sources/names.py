@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from full_stack_transformer.arguments.models import ImportModelArguments
-from full_stack_transformer.errors import UsageError
-from full_stack_transformer.model_sources.hub import IMPORTED_KEY, find
+from full_stack_transformer.errors import FullStackTransformerError, UsageError
+from full_stack_transformer.model_sources.hub import find
+from full_stack_transformer.modelling.places import IMPORTED_KEY, adapter_at, base_of
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,27 @@ def with_imported_models(options: Options) -> Options:
             changed[name] = tuple(
                 f"{key}={_imported(path) if is_hub_name(path) else path}" for key, _, path in pairs
             )
-    return dataclasses.replace(options, **changed) if changed else options  # type: ignore[type-var]
+    options = dataclasses.replace(options, **changed) if changed else options  # type: ignore[type-var]
+    _import_bases(options)
+    return options
+
+
+def _import_bases(options: object) -> None:
+    """Import what the adapters among the models were trained on: `find_model` then finds it here."""
+    if not hasattr(options, "base"):
+        return
+    more = [Path(one.partition("=")[2]) for one in getattr(options, "more_models", ())]
+    given = [(getattr(options, name, None), options.base) for name in ("model", "checkpoint")]
+    for path, base in [*given, *((one, None) for one in more)]:
+        adapter = adapter_at(path) if isinstance(path, Path) else None
+        if adapter is None or not is_hub_name(name := base or base_of(adapter)):
+            continue
+        try:
+            _imported(name)
+        except FullStackTransformerError as error:
+            raise type(error)(
+                f"the adapter {adapter} needs its base {name}; name its directory with --base ({error})"
+            ) from error
 
 
 def is_hub_name(value: object) -> bool:

@@ -29,9 +29,9 @@ from full_stack_transformer.errors import (
     UsageError,
     install_command,
 )
-from full_stack_transformer.modelling.model_directory import CARD_FILE_NAME, written_whole
 from full_stack_transformer.modelling.other_files import ADAPTER_FILE_NAME, json_of
 from full_stack_transformer.modelling.pretrained import load_backbone, reason_of
+from full_stack_transformer.modelling.writing import CARD_FILE_NAME, written_whole
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     write_json,
@@ -39,12 +39,15 @@ from full_stack_transformer.storage import (
 )
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_WEIGHTS_NAMES = (ADAPTER_WEIGHTS_NAME, "adapter_model.bin")
 # PEFT's name of the only adapter of a model, and its prefix in files.
 _NAME = "default"
 _PREFIX = "base_model.model."
+# Keys of adapter_config.json that make PEFT import modules.
+IMPORTING_KEYS = ("auto_mapping", "megatron_config", "megatron_core")
 # Numbers of a weight that are hashed at once.
 _HASHED_AT_ONCE = 1 << 24
 
@@ -224,24 +227,11 @@ def _write_adapter(
     write_json(path, {**content, "target_modules": sorted(content["target_modules"])})
 
 
-def base_of(directory: Path) -> str:
-    """The model that an adapter was trained on: a directory, or a hub name.
-
-    Raises:
-        ModelError: it names none.
-    """
-    name = json_of(directory / ADAPTER_FILE_NAME).get("base_model_name_or_path")
-    if not name:
-        raise ModelError(
-            f"{directory / ADAPTER_FILE_NAME} names no base_model_name_or_path; pass --base"
-        )
-    return str(name)
-
-
 def merge_adapter(directory: Path, *, base: str) -> Backbone:
     """The base with the adapter added to its weights, in fp32: no trace of the adapter is left.
 
-    Where the adapter changes embeddings that the output layer shares, the two are taken apart.
+    Nothing is imported that the adapter names. Where it changes embeddings that the output layer shares, the
+    two are taken apart.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -250,10 +240,13 @@ def merge_adapter(directory: Path, *, base: str) -> Backbone:
     check_peft()
     from peft import PeftModel
 
+    if not any((directory / name).is_file() for name in _WEIGHTS_NAMES):
+        raise ModelError(f"{directory} has {ADAPTER_FILE_NAME}, but no {ADAPTER_WEIGHTS_NAME}")
     backbone = load_backbone(base, dtype=torch.float32)
     with _quiet():
         try:
-            wrapped = PeftModel.from_pretrained(backbone, str(directory))
+            config = _read_config(directory)
+            wrapped = PeftModel.from_pretrained(backbone, str(directory), config=config)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ModelError(
                 f"the adapter {directory} cannot be added to {base}: {reason_of(error)}; name the model that "
@@ -263,6 +256,25 @@ def merge_adapter(directory: Path, *, base: str) -> Backbone:
         _take_apart(backbone)
         merged: Backbone = wrapped.merge_and_unload(safe_merge=True)
     return merged
+
+
+def _read_config(directory: Path) -> "PeftConfig":
+    """adapter_config.json, without what makes PEFT import modules.
+
+    Raises:
+        ModelError: it is of another kind than LoRA.
+    """
+    from peft import PeftConfig
+
+    content = json_of(directory / ADAPTER_FILE_NAME)
+    if content.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{directory / ADAPTER_FILE_NAME} should name the peft_type LORA, found "
+            f"{content.get('peft_type')!r:.40}; only such adapters can be added to a model"
+        )
+    plain = {key: value for key, value in content.items() if key not in IMPORTING_KEYS}
+    config: PeftConfig = PeftConfig.from_peft_type(**plain)
+    return config
 
 
 def _check_loaded(wrapped: "PeftModel", directory: Path, base: str) -> None:

@@ -21,13 +21,13 @@ from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
 from full_stack_transformer.modelling.model_card import model_card
 from full_stack_transformer.modelling.model_directory import (
-    CARD_FILE_NAME,
     OpenedModel,
     open_model,
     save_model_directory,
 )
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.modelling.pretrained import read_start
+from full_stack_transformer.modelling.writing import CARD_FILE_NAME
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, make_directories
 from full_stack_transformer.tasks.catalogue import DEFAULT_TASK
 

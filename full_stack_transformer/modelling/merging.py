@@ -10,7 +10,7 @@ from pathlib import Path
 
 from full_stack_transformer.arguments.models import MergeArguments
 from full_stack_transformer.errors import MachineError, ModelError, UsageError
-from full_stack_transformer.modelling.adapters import base_of, merge_adapter
+from full_stack_transformer.modelling.adapters import merge_adapter
 from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.model_card import BASE_KEY
 from full_stack_transformer.modelling.other_files import (
@@ -20,6 +20,7 @@ from full_stack_transformer.modelling.other_files import (
     found_at,
     json_of,
 )
+from full_stack_transformer.modelling.places import base_of
 from full_stack_transformer.modelling.pretrained import read_start
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,

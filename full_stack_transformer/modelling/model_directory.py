@@ -4,40 +4,43 @@
     description.json   step, validation loss, the dataset's description
     README.md          the model card, where training made the directory
 
-Opens a model directory, an experiment directory (its `model/`) or a `.ckpt` of one.
+Opens a model directory, an experiment directory (its `model/`), a `.ckpt` of one, or an adapter directory,
+which is added to the weights of its base.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import FOR_SMALL_MODELS
-from full_stack_transformer.errors import MachineError, ModelError
+from full_stack_transformer.errors import ModelError
 from full_stack_transformer.machine import memory_for
+from full_stack_transformer.modelling.adapters import merge_adapter
 from full_stack_transformer.modelling.backbones import backbone_of_config, convert
-from full_stack_transformer.modelling.model_files import check_tokenizer_files, find_model_directory
-from full_stack_transformer.modelling.other_files import MODEL_DIRECTORY_NAME
+from full_stack_transformer.modelling.model_files import check_tokenizer_files
+from full_stack_transformer.modelling.other_files import (
+    ADAPTER_DIRECTORY_NAME,
+    MODEL_DIRECTORY_NAME,
+)
+from full_stack_transformer.modelling.places import find_model
 from full_stack_transformer.modelling.pretrained import (
     StartFacts,
     load_backbone,
     open_config,
     reason_of,
 )
+from full_stack_transformer.modelling.writing import CARD_FILE_NAME, written_whole
 from full_stack_transformer.quantization.files import open_rounded
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     read_json,
-    replace_directory,
-    why_not_written,
     write_json,
     write_text,
 )
@@ -46,7 +49,6 @@ from full_stack_transformer.tokenization.document_tokenizer import (
     open_saved_tokenizer,
 )
 
-CARD_FILE_NAME = "README.md"
 # Prefix of the backbone's weights in a checkpoint.
 CHECKPOINT_BACKBONE_PREFIX = "backbone."
 
@@ -104,42 +106,19 @@ def save_model_directory(
             write_text(partial / CARD_FILE_NAME, card)
 
 
-@contextmanager
-def written_whole(target: Path, what: str) -> Iterator[Path]:
-    """A new directory, which takes the place of `target` at the end; after an error it is gone.
-
-    Args:
-        target: where the directory is to be; an existing one stays until the new one is complete.
-        what: for the error: "the model directory".
-
-    Raises:
-        MachineError: the disk is full or cannot be written.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        replace_directory(partial, target)
-    except (OSError, SafetensorError, MachineError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = "; the previous one is intact" if target.exists() else ""
-        raise MachineError(
-            f"writing {what} {target} failed: {why_not_written(error)}{kept}"
-        ) from error
-
-
 def open_model(
     path: Path,
     *,
+    base: str | None = None,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
     weights_dtype: str = "float32",
 ) -> OpenedModel:
-    """Open a model; see `find_model_directory` for what `path` may be.
+    """Open a model; see `find_model` for what `path` may be.
 
     Args:
         path: where the model is.
+        base: of an adapter, if it is not the one that it names.
         device: where to compute.
         dtype: of full weights.
         weights_dtype: what it will compute with: weights that `fst quantize` has rounded to that are opened
@@ -148,10 +127,13 @@ def open_model(
     Raises:
         ModelError: there is no model, it is damaged, or tokenizer and weights do not match.
     """
-    directory = find_model_directory(path)
-    check_tokenizer_files(directory)
-    tokenizer = open_saved_tokenizer(directory)  # first: it is opened faster than the weights
-    if path.suffix == ".ckpt":
+    place = find_model(path, base)
+    directory = place.directory
+    check_tokenizer_files(place.tokenizer)
+    tokenizer = open_saved_tokenizer(place.tokenizer)  # first: it is opened faster than the weights
+    if place.adapter is not None:
+        backbone = convert(merge_adapter(place.adapter, base=str(directory)), dtype)
+    elif path.suffix == ".ckpt":
         backbone = backbone_of_checkpoint(path, directory, dtype)
     else:
         rounded = None
@@ -161,13 +143,13 @@ def open_model(
     num_embeddings = backbone.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > num_embeddings:
         raise ModelError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model "
+            f"{place.own}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model "
             f"{num_embeddings:,} embeddings; they do not match"
         )
-    description_file = directory / DESCRIPTION_FILE_NAME
+    description_file = place.own / DESCRIPTION_FILE_NAME
     description = read_json(description_file) if description_file.is_file() else {}
     backbone = moved(backbone, resolve_device(device)).eval()
-    return OpenedModel(name_of_model(directory), backbone, tokenizer, description)
+    return OpenedModel(name_of_model(place.own), backbone, tokenizer, description)
 
 
 def moved(backbone: Backbone, device: torch.device) -> Backbone:
@@ -220,8 +202,9 @@ def backbone_of_checkpoint(
 
 
 def name_of_model(directory: Path) -> str:
-    """NAME/VERSION for the model of an experiment, else the directory's name."""
+    """NAME/VERSION for the model or adapter of an experiment, else the directory's name."""
     directory = directory.resolve()
-    if directory.name == MODEL_DIRECTORY_NAME and directory.parent.name.isdecimal():
+    is_ours = directory.name in (MODEL_DIRECTORY_NAME, ADAPTER_DIRECTORY_NAME)
+    if is_ours and directory.parent.name.isdecimal():
         return f"{directory.parent.parent.name}/{directory.parent.name}"
     return directory.name

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from full_stack_transformer.arguments.models import AnsweringArguments
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_FILE_NAME,
@@ -122,28 +121,6 @@ def find_model_directory(path: Path) -> Path:
             f"found {found_at(path)}"
         )
     return directory
-
-
-def check_models(options: object) -> None:
-    """Look at the files of the models that a command's options name.
-
-    Raises:
-        ModelError: one cannot be opened.
-    """
-    paths = [getattr(options, "model", None), *getattr(options, "models", ())]
-    draft = getattr(options, "draft_model", None)
-    paths.append(draft)
-    paths += [Path(word.partition("=")[2]) for word in getattr(options, "more_models", ())]
-    for path in paths:
-        if isinstance(path, Path):
-            directory = find_model_directory(path)
-            check_model_files(directory)
-            check_tokenizer_files(directory)
-            if isinstance(options, AnsweringArguments) or path is draft:
-                check_generates(read_config(directory), directory)
-    start = getattr(options, "model_path", None)
-    if isinstance(start, str):
-        check_start(start)
 
 
 def check_start(model_path: str) -> None:

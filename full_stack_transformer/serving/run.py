@@ -20,7 +20,7 @@ from full_stack_transformer.arguments.checks import num_bytes
 from full_stack_transformer.arguments.serving import ServeArguments
 from full_stack_transformer.generation.open_draft import DraftSource
 from full_stack_transformer.machine import listen
-from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.places import find_model
 from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.http.connections import protocol_with
 from full_stack_transformer.serving.http.guard import ApiKeys, read_api_keys
@@ -109,7 +109,7 @@ def _sources(arguments: ServeArguments) -> list[tuple[str | None, Path]]:
         name, _, path = word.partition("=")
         sources.append((name, Path(path)))
     for _, path_ in sources:
-        find_model_directory(path_)
+        find_model(path_, arguments.base if path_ is arguments.model else None)
     return sources
 
 
@@ -129,6 +129,7 @@ def _open_models(
         kv_memory=memory,
         memory_share=1 / len(sources),
         drafts=drafts,
+        bases={arguments.model: arguments.base},
     )
     return ServedModels([open_served(name, path, opening) for name, path in sources], opening)
 

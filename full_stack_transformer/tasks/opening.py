@@ -5,19 +5,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.errors import ModelError, UsageError
+from full_stack_transformer.modelling.adapters import merge_adapter
+from full_stack_transformer.modelling.backbones import convert, describe
 from full_stack_transformer.modelling.model_directory import (
     backbone_of_checkpoint,
     moved,
     resolve_device,
 )
-from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.places import find_model
 from full_stack_transformer.modelling.pretrained import load_backbone, open_config
 from full_stack_transformer.own_classes import class_of_file, class_of_option, trust
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
@@ -109,15 +111,20 @@ def is_own(cls: type) -> bool:
     return cls.__module__.split(".")[0] != __package__.split(".")[0]
 
 
-def task_class_of(directory: Path) -> type[Task]:
-    """The task of a model directory: what its description names, or what fits its files and architecture.
+def task_class_of(directory: Path, adapter: Path | None = None) -> type[Task]:
+    """The task of a model: what its description names, or what fits its files and architecture.
+
+    Args:
+        directory: of the model.
+        adapter: that is added to it, with a description of its own.
 
     Raises:
         ModelError: nothing fits.
     """
-    description = _read(directory / DESCRIPTION_FILE_NAME)
+    file = (adapter or directory) / DESCRIPTION_FILE_NAME
+    description = _read(file)
     if "task_class" in description:
-        return task_class(str(description["task_class"]), directory / DESCRIPTION_FILE_NAME)
+        return task_class(str(description["task_class"]), file)
     classes = {name: task_class(name) for name in TASKS}
     for cls in classes.values():
         if cls.marker_file and (directory / cls.marker_file).is_file():
@@ -163,15 +170,17 @@ def task_of_head(class_name: str) -> str | None:
 def open_task(
     path: Path,
     *,
+    base: str | None = None,
     cls: type[Task] | None = None,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
     allow_code_from: Sequence[str] = (),
 ) -> OpenedTask:
-    """Open a model with its task; see `find_model_directory` for what `path` may be.
+    """Open a model with its task; see `find_model` for what `path` may be.
 
     Args:
         path: where the model is.
+        base: of an adapter, if it is not the one that it names.
         cls: a task that the model can do beside its own, such as choosing by a causal model.
         device: where to compute.
         dtype: of the weights.
@@ -182,32 +191,50 @@ def open_task(
         InputError: it names a class of another module.
     """
     trust(allow_code_from)
-    directory = find_model_directory(path)
-    cls = cls or task_class_of(directory)
-    description = _read(directory / DESCRIPTION_FILE_NAME)
+    place = find_model(path, base)
+    directory, file = place.directory, place.own / DESCRIPTION_FILE_NAME
+    cls = cls or task_class_of(directory, place.adapter)
+    description = _read(file)
     if "model_class" in description:
-        _import_model_class(description["model_class"], directory / DESCRIPTION_FILE_NAME)
+        _import_model_class(description["model_class"], file)
     config = open_config(directory)
-    tokenizer = cls.open_tokenizer(directory)
+    tokenizer = cls.open_tokenizer(place.tokenizer)
     # The model may have been saved by another task, with options that this one does not know.
     known = {field.name for field in fields(cls.options_class)}
     saved = {name: value for name, value in cls.options_of(description).items() if name in known}
     options = cls.options_class(**{**saved, "max_length": _max_length(tokenizer, config)})
     task = cls.open(config, tokenizer, options)
     model_class = cls.backbone_class(config)
-    if path.suffix == ".ckpt":
+    if place.adapter is not None:
+        backbone = convert(_merged(place.adapter, directory, model_class), dtype)
+    elif path.suffix == ".ckpt":
         backbone = backbone_of_checkpoint(path, directory, dtype, model_class)
     else:
         backbone = load_backbone(str(directory), dtype=dtype, model_class=model_class)
     num_embeddings = backbone.get_input_embeddings().num_embeddings
     if task.vocab_size > num_embeddings:
         raise ModelError(
-            f"{directory}: the tokenizer has {task.vocab_size:,} tokens, the model {num_embeddings:,} "
+            f"{place.own}: the tokenizer has {task.vocab_size:,} tokens, the model {num_embeddings:,} "
             "embeddings; they do not belong together"
         )
     where = resolve_device(device)
     task.read_directory(directory, where)
-    return OpenedTask(directory, task, moved(backbone, where).eval(), description)
+    return OpenedTask(place.own, task, moved(backbone, where).eval(), description)
+
+
+def _merged(adapter: Path, base: Path, model_class: Any) -> Backbone:
+    """An adapter of a causal language model added to its base; for vectors the body of that.
+
+    Raises:
+        ModelError: the task needs another head, or the adapter does not fit.
+    """
+    if model_class not in (AutoModelForCausalLM, AutoModel):
+        raise ModelError(
+            f"the adapter {adapter} is for a model that continues texts, and this task needs "
+            f"{describe(model_class)}; name a model with such a head"
+        )
+    merged = merge_adapter(adapter, base=str(base))
+    return cast(Backbone, merged.base_model) if model_class is AutoModel else merged
 
 
 def _architecture(directory: Path) -> str:

@@ -68,7 +68,10 @@ def main(arguments: TelegramBotArguments) -> int:
     if arguments.checkpoint is None:
         service = nullcontext(arguments.service_url.rstrip("/").removesuffix("/v1"))
     else:
-        service = own_service(arguments.checkpoint, arguments.device, arguments.allow_code_from)
+        service = own_service(
+            *(arguments.checkpoint, arguments.device, arguments.allow_code_from),
+            base=arguments.base,
+        )
     interruption.hold()  # until the loop takes signals
     number = asyncio.run(
         run(
@@ -182,7 +185,11 @@ def hide_from_logs(secret: str) -> None:
 
 @asynccontextmanager
 async def own_service(
-    checkpoint: Path, device: str, allow_code_from: Sequence[str] = ()
+    checkpoint: Path,
+    device: str,
+    allow_code_from: Sequence[str] = (),
+    *,
+    base: str | None = None,
 ) -> AsyncIterator[str]:
     """The URL of a service for `checkpoint`, which is restarted when it ends.
 
@@ -190,6 +197,7 @@ async def own_service(
         checkpoint: the model.
         device: where to compute.
         allow_code_from: modules whose classes the model may name.
+        base: of an adapter, if it is not the one that it names.
 
     Raises:
         ModelError: it does not start; the message quotes its own error.
@@ -197,6 +205,7 @@ async def own_service(
     command = [
         *(sys.executable, "-m", "full_stack_transformer", "serve", str(checkpoint)),
         *(f"--allow_code_from={module}" for module in allow_code_from),
+        *(() if base is None else ("--base", base)),
         *("--device", device, "--port"),
     ]
     process, port = await _start_service([*command, "0"])

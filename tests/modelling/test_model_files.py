@@ -197,7 +197,7 @@ SPOILT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "an adapter": (
         only("adapter_config.json", ADAPTER),
-        ("a PEFT adapter (LORA) of makers/base", "fst merge", "model-a-merged"),
+        ("needs its base makers/base", "--base", "fst import_model makers/base"),
     ),
     "an adapter beside a model": (
         write("adapter_config.json", ADAPTER),

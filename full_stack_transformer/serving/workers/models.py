@@ -28,7 +28,7 @@ from full_stack_transformer.generation.requests import Conventions
 from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
 from full_stack_transformer.generation.token_requests import TokenRequest
 from full_stack_transformer.modelling.model_directory import OpenedModel, name_of_model, open_model
-from full_stack_transformer.modelling.model_files import find_model_directory
+from full_stack_transformer.modelling.places import ModelPlace, find_model
 from full_stack_transformer.serving.schemas import ServedModelFacts
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
 from full_stack_transformer.tasks.opening import OpenedTask, open_task, task_class_of
@@ -60,6 +60,16 @@ class OpeningOptions:
     """Of that, for each model."""
     drafts: Mapping[Path, DraftSource] = field(default_factory=dict)
     """Draft models, by the paths of the models that they guess for."""
+    bases: Mapping[Path, str | None] = field(default_factory=dict)
+    """What adapters were trained on, by their paths; else what they name."""
+
+    def place_of(self, path: Path) -> ModelPlace:
+        """The directories of a model.
+
+        Raises:
+            ModelError: there is none.
+        """
+        return find_model(path, self.bases.get(path))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -278,7 +288,7 @@ class ServedModels:
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
             for model in self.all:
-                signature = _signature(model.path)
+                signature = _signature(model.path, self._options)
                 if signature in (model.signature, None) or failed.get(model.name) == signature:
                     continue
                 try:
@@ -306,10 +316,10 @@ def open_served(name: str | None, path: Path, options: OpeningOptions) -> AnySer
         ModelError: it cannot be opened, or its parts do not agree.
     """
     for _ in range(_MAX_TRIES_TO_OPEN):
-        before = _signature(path)
+        before = _signature(path, options)
         served = _open_any(name, path, options, before)
         # Training may have replaced the directory between two of its files.
-        if _signature(path) == before:
+        if _signature(path, options) == before:
             return served
     raise ModelError(f"{path} changes faster than it can be opened; try again later")
 
@@ -317,7 +327,8 @@ def open_served(name: str | None, path: Path, options: OpeningOptions) -> AnySer
 def _open_any(
     name: str | None, path: Path, options: OpeningOptions, signature: object
 ) -> AnyServed:
-    if task_class_of(find_model_directory(path)).generates:
+    place = options.place_of(path)
+    if task_class_of(place.directory, place.adapter).generates:
         return _open_once(name, path, options, signature)
     return _open_task(name, path, options, signature)
 
@@ -337,10 +348,10 @@ def _open_task(
             f"{path}: {options.weights_dtype} is for models that generate; pass --weights_dtype auto"
         )
     dtype = torch.bfloat16 if options.weights_dtype == "bfloat16" else torch.float32
-    opened = open_task(path, device=options.device, dtype=dtype)
+    opened = open_task(path, base=options.bases.get(path), device=options.device, dtype=dtype)
     _ = opened.row_task  # a model without rows is refused now, not by its first request
     return ServedTask(
-        name=name or name_of_model(find_model_directory(path)),
+        name=name or name_of_model(options.place_of(path).own),
         path=path,
         signature=signature,
         description=opened.description,
@@ -351,7 +362,12 @@ def _open_task(
 def _open_once(
     name: str | None, path: Path, options: OpeningOptions, signature: object
 ) -> ServedModel:
-    opened = open_model(path, device=options.device, weights_dtype=options.weights_dtype)
+    opened = open_model(
+        path,
+        base=options.bases.get(path),
+        device=options.device,
+        weights_dtype=options.weights_dtype,
+    )
     source = options.drafts.get(path)
     engine = open_engine(
         opened.backbone,
@@ -363,7 +379,7 @@ def _open_once(
         memory_share=options.memory_share,
         draft=None if source is None else open_draft(source, opened, path, device=options.device),
     )
-    template = load_chat_template(find_model_directory(path))
+    template = load_chat_template(options.place_of(path).tokenizer)
     _check_end_ids(opened, path)
     _make_one_token(opened, engine, path)
     return ServedModel(
@@ -410,10 +426,10 @@ def _make_one_token(opened: OpenedModel, engine: Engine, path: Path) -> None:
                 raise ModelError(f"{path} cannot be served, its first text failed: {event.problem}")
 
 
-def _signature(path: Path) -> object:
+def _signature(path: Path, options: OpeningOptions) -> object:
     """Changes whenever a model directory is replaced; none while there is no model."""
     try:
-        directory = find_model_directory(path)
+        directory = options.place_of(path).own
         stats = [directory.stat()]
         description = directory / DESCRIPTION_FILE_NAME
         stats += [description.stat()] if description.is_file() else []
