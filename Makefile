@@ -1,14 +1,18 @@
-# Two commands: `make demo` runs the whole pipeline on this machine, `make test` checks everything.
-# Both first create .venv and install the versions of constraints.txt, if something has changed.
+# Three commands: `make demo` runs the whole pipeline on this machine, `make demo-chat` teaches a pretrained
+# model to answer questions, `make test` checks everything.
+# All first create .venv and install the versions of constraints.txt, if something has changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-sanitizers lint docker-test clean
+.PHONY: demo demo-chat test test-gpu test-sanitizers lint docker-test clean
 
 demo: $(VENV)/installed-all
 	$(BIN)/fst demo $(ARGS)
+
+demo-chat: $(VENV)/installed-all,peft
+	$(BIN)/fst demo --chat $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

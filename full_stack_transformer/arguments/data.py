@@ -62,9 +62,10 @@ class CollectDocumentsArguments:
     """Write documents to start with: DOCUMENTS_ROOT/SOURCE/train.txt and valid.txt. With --task, write
     labelled rows: DOCUMENTS_ROOT/SOURCE_TASK/train.jsonl, valid.jsonl and test.jsonl."""
 
-    source: Literal["python_docs", "nietzsche"]
+    source: Literal["python_docs", "nietzsche", "package_descriptions"]
     """python_docs: the documentation of the running Python interpreter, without network.
-    nietzsche: public-domain translations, downloaded from Project Gutenberg."""
+    nietzsche: public-domain translations, downloaded from Project Gutenberg. package_descriptions: what the
+    installed Python packages say of themselves, without network."""
     _: KW_ONLY
     documents_root: Path = Path("data/documents")
     """Directory in which the folder of this source is written."""
@@ -74,7 +75,7 @@ class CollectDocumentsArguments:
     """Write labelled rows of python_docs instead of documents. Classification: the package of a docstring.
     Token labelling: words that are names of code. Multiple choice: the first line of a docstring. Span
     selection: the sentence that answers a question. Sentence embedding: whether two sentences are from the
-    same docstring."""
+    same docstring. Supervised fine-tuning: conversations about the library, for --conversations."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
@@ -247,10 +248,13 @@ class DemoArguments:
     """Run the whole pipeline on this machine, from documents in data/demo/ to a served model."""
 
     _: KW_ONLY
+    chat: bool = False
+    """Instead teach a pretrained model, SmolLM2-135M-Instruct, to answer questions about Python's library,
+    compare its answers with those from before, and serve it."""
     root: Path = Path("data/demo")
     """Directory for all files of the demo."""
     serve: bool = True
-    """Start the service and TensorBoard at the end; --no_serve ends after generating."""
+    """Start the service (and, without --chat, TensorBoard) at the end; --no_serve ends before that."""
     minutes: float = 5.0
     """Training time in minutes."""
     fresh: bool = False

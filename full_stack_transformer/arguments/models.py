@@ -230,12 +230,16 @@ class LabelledRowsOptions:
 class ContinuedTextsOptions:
     """Generation (language models)."""
 
+    conversations: tuple[Path, ...] = ()
+    """Instead of DATASET_DIR: a file of conversations, or a directory of such files, as prepare_dataset takes
+    them; may be repeated. The last answer of each is generated and compared with the one in the file;
+    --output_dir keeps what was answered."""
     generation: int = 0
     """Also continue N validation texts and compare with the true continuations; 0 for none."""
     max_new_tokens: int = 64
-    """Maximum tokens of a continuation."""
+    """Maximum tokens of a continuation or answer."""
     temperature: float = 0.0
-    """Sampling temperature of a continuation; 0 for greedy decoding."""
+    """Sampling temperature of a continuation or answer; 0 for greedy decoding."""
 
 
 @dataclass(frozen=True)
@@ -276,8 +280,11 @@ class EvaluateArguments(
         at_least(self, 1, "batch_size", "max_new_tokens")
         at_least(self, 0, "generation", "num_resamples")
         between(self, 0, 100, "temperature")
-        if (self.dataset_dir is None) == (self.harness is None):
-            raise UsageError("pass DATASET_DIR or --harness TASK.yaml, not both")
+        given = (self.dataset_dir, self.harness, self.conversations or None)
+        if sum(one is not None for one in given) != 1:
+            raise UsageError(
+                "pass DATASET_DIR, --harness TASK.yaml or --conversations FILE, and only one"
+            )
         if self.harness is not None and self.generation:
             raise UsageError("--generation continues texts of DATASET_DIR; omit --harness")
 

@@ -4,6 +4,7 @@ messages            [{"role": …, "content": …}], with tools or functions: Op
 conversations       [{"from": "human", "value": …}]: ShareGPT; also with role and content
 instruction         with input, output, system, history: Alpaca
 prompt, completion  texts or lists of messages
+kind                beside any of these: what is asked
 
 chosen, rejected    texts, messages or lists of messages, after prompt, question, instruction, messages or
                     conversations; without one of these, two whole conversations
@@ -13,6 +14,7 @@ input, preferred_output, non_preferred_output    OpenAI
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from full_stack_transformer.conversations.messages import (
@@ -51,7 +53,8 @@ def conversation_of(row: Mapping[str, Any], place: str) -> Conversation:
             f"{place} should have messages, conversations, instruction and output, or prompt and completion; "
             f"found {_names(row)}"
         )
-    return _checked(_with_system(messages, row), row, place)
+    found = _checked(_with_system(messages, row), row, place)
+    return replace(found, kind=row["kind"]) if isinstance(row.get("kind"), str) else found
 
 
 def preference_of(row: Mapping[str, Any], place: str) -> Preference:

@@ -32,6 +32,8 @@ class Conversation:
     """Descriptions of functions."""
     ignored: frozenset[int] = frozenset()
     """Indices of answers that are not learned: OpenAI's `weight` 0."""
+    kind: str = ""
+    """What is asked, for figures by kind."""
 
     @property
     def texts(self) -> list[str]:

@@ -22,8 +22,10 @@ from typing import Any
 from full_stack_transformer.arguments.data import CollectDocumentsArguments
 from full_stack_transformer.document_sources.documents import Document
 from full_stack_transformer.document_sources.nietzsche import nietzsche_documents
+from full_stack_transformer.document_sources.package_descriptions import package_descriptions
 from full_stack_transformer.document_sources.python_docs import python_documents
-from full_stack_transformer.document_sources.task_rows import Side, TaskRow, task_rows
+from full_stack_transformer.document_sources.python_questions import Side
+from full_stack_transformer.document_sources.task_rows import TaskRow, task_rows
 from full_stack_transformer.errors import MachineError, UsageError
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
@@ -39,6 +41,7 @@ _SIDES: tuple[Side, ...] = ("train", "valid", "test")
 _SOURCES: dict[str, Callable[[], Iterable[Document]]] = {
     "python_docs": python_documents,
     "nietzsche": nietzsche_documents,
+    "package_descriptions": package_descriptions,
 }
 
 

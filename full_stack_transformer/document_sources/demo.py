@@ -7,25 +7,23 @@ Finished steps of an earlier demo are reused, so it can be interrupted and start
 commands run as processes; this module imports nothing heavy.
 """
 
-import json
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from full_stack_transformer.arguments.data import DemoArguments
-from full_stack_transformer.errors import (
-    FullStackTransformerError,
-    MachineError,
-    MissingExtraError,
-    install_command,
+from full_stack_transformer.document_sources import demo_chat
+from full_stack_transformer.document_sources.demo_steps import (
+    free_port,
+    run,
+    run_for_json,
+    say,
+    start,
+    wait_until_it_answers,
 )
-from full_stack_transformer.machine import listen
+from full_stack_transformer.errors import MachineError, MissingExtraError, install_command
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
 
 _SOURCE = "python_docs"
@@ -78,38 +76,36 @@ class Choice:
         )
 
 
-class StepFailedError(FullStackTransformerError):
-    """A command of the demo failed and has shown its own error."""
-
-
 def main(arguments: DemoArguments) -> int:
     """Run all steps, list the files, and serve until Ctrl-C.
 
     Raises:
         StepFailedError: a command failed.
     """
-    started = time.perf_counter()
     # SIGTERM works like Ctrl-C, so that no process is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if arguments.chat:
+        return demo_chat.main(arguments)
+    started = time.perf_counter()
     ports = (0, 0)
     if arguments.serve:  # check now, not minutes later when they are needed
         ports = (
-            _free_port(arguments.port, "--port"),
-            _free_port(arguments.tensorboard_port, "--tensorboard_port"),
+            free_port(arguments.port, "--port"),
+            free_port(arguments.tensorboard_port, "--tensorboard_port"),
         )
     documents = _collect(arguments.root / "documents")
     dataset = _prepare(arguments.root / "datasets", documents)
     experiment = _train(arguments, dataset)
-    _run("evaluate", str(experiment), str(dataset))
+    run("evaluate", str(experiment), str(dataset))
     for prompt in _PROMPTS:
         # Below the default temperature, at which a model this small invents words.
         sampling = ("--max_new_tokens", "80", "--temperature", "0.5", "--seed", "1")
-        _run("generate", str(experiment), "--prompt", prompt, *sampling)
+        run("generate", str(experiment), "--prompt", prompt, *sampling)
     minutes, seconds = divmod(time.perf_counter() - started, 60)
-    _say(f"\nFrom documents to text in {minutes:.0f} min {seconds:.0f} s. The files:\n")
-    _say(_table(documents, dataset, experiment))
+    say(f"\nFrom documents to text in {minutes:.0f} min {seconds:.0f} s. The files:\n")
+    say(_table(documents, dataset, experiment))
     if not arguments.serve:
-        _say(f"\nServe the model:  fst serve {experiment}\n")
+        say(f"\nServe the model:  fst serve {experiment}\n")
         return 0
     return _serve(arguments, experiment, *ports)
 
@@ -117,15 +113,15 @@ def main(arguments: DemoArguments) -> int:
 def _collect(root: Path) -> Path:
     documents = root / _SOURCE
     if (documents / "train.txt").is_file() and (documents / "valid.txt").is_file():
-        _say(f"\n{documents} exists already\n")
+        say(f"\n{documents} exists already\n")
     else:
-        _run("collect_documents", _SOURCE, "--documents_root", str(root))
+        run("collect_documents", _SOURCE, "--documents_root", str(root))
     return documents
 
 
 def _prepare(root: Path, documents: Path) -> Path:
     if not versions(root, _SOURCE):
-        _run(
+        run(
             "prepare_dataset",
             *("--documents_train_file", str(documents / "train.txt")),
             *("--documents_valid_file", str(documents / "valid.txt")),
@@ -141,10 +137,10 @@ def _train(arguments: DemoArguments, dataset: Path) -> Path:
     root = arguments.root / "experiments"
     finished = [path for path in versions(root, _SOURCE) if (path / _SUMMARY_FILE_NAME).is_file()]
     if finished and not arguments.fresh:
-        _say(f"\n{finished[-1]} is trained already (to train again: fst demo --fresh)\n")
+        say(f"\n{finished[-1]} is trained already (to train again: fst demo --fresh)\n")
         return finished[-1]
     choice = _choose(arguments.minutes)
-    _run(
+    run(
         "train",
         *("--dataset_dir", str(dataset)),
         *("--experiments_root", str(root), "--experiment_name", _SOURCE),
@@ -156,14 +152,7 @@ def _train(arguments: DemoArguments, dataset: Path) -> Path:
 
 def _choose(minutes: float) -> Choice:
     """Measure the machine, and say what is trained and why."""
-    words = ("doctor", "--json", "--seconds", _SECONDS_TO_MEASURE)
-    _say(f"\n$ fst {shlex.join(words)}\n")
-    process = _start(*words, stdout=subprocess.PIPE)
-    exit_code = _wait(process)  # a page fits into the pipe
-    if exit_code:
-        raise StepFailedError(f"fst doctor failed with exit code {exit_code}; the demo stops")
-    assert process.stdout is not None
-    report = json.loads(process.stdout.read())
+    report = run_for_json("doctor", "--json", "--seconds", _SECONDS_TO_MEASURE)
     if not report["speed"]:
         raise MissingExtraError(
             f"the demo needs PyTorch, which is not installed; {install_command('all')}"
@@ -177,50 +166,13 @@ def _choose(minutes: float) -> Choice:
     choice = Choice.of(rates, minutes)
     found = report["machine"]
     device = next((device["name"] for device in found["devices"]), found["processor"])
-    _say(
+    say(
         f"{device}, {found['cores']} cores, precision {report['decisions']['precision']}: the model "
         f"mini trains {rates['mini']:,} tokens/s, micro {rates['micro']:,}, at this moment.\nFor "
         f"{minutes:g} minutes the best choice is {choice.model_config}: about {choice.num_steps:,} steps of "
         f"{_BATCH_SIZE} samples, {choice.num_tokens:,.0f} tokens.\n"
     )
     return choice
-
-
-def _run(*words: str) -> None:
-    """Show a command, then run it."""
-    _say(f"\n$ fst {shlex.join(words)}\n")
-    exit_code = _wait(_start(*words))
-    if exit_code:
-        raise StepFailedError(f"fst {words[0]} failed with exit code {exit_code}; the demo stops")
-
-
-def _start(*words: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, so that Ctrl-C reaches it once: from here."""
-    command = [sys.executable, "-m", "full_stack_transformer", *words]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, process_group=0)
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a command; hands Ctrl-C on to it, since a training writes a checkpoint first."""
-    is_interrupted = False
-    while True:
-        try:
-            exit_code = process.wait()
-            break
-        except KeyboardInterrupt:
-            is_interrupted = True
-            process.send_signal(signal.SIGINT)
-    if is_interrupted:
-        if exit_code == 0:
-            raise KeyboardInterrupt
-        sys.exit(exit_code)  # the command has said why
-    return exit_code
-
-
-def _free_port(port: int, flag: str) -> int:
-    """`port`, or a free one for 0."""
-    with listen("127.0.0.1", port, flag) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_port: int) -> int:
@@ -237,13 +189,13 @@ def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_po
     processes = []
     try:
         for words in commands:
-            _say(f"\n$ fst {shlex.join(words)}\n")
-            processes.append(_start(*words))
+            say(f"\n$ fst {shlex.join(words)}\n")
+            processes.append(start(*words))
         url = f"http://127.0.0.1:{port}"
-        _wait_until_it_answers(f"{url}/health", processes[0])
+        wait_until_it_answers(f"{url}/health", processes[0])
         tensorboard_url = f"http://127.0.0.1:{tensorboard_port}"
-        _wait_until_it_answers(tensorboard_url, processes[1])
-        _say(
+        wait_until_it_answers(tensorboard_url, processes[1])
+        say(
             f"\n  API            {url}/v1  (OpenAI-compatible)\n  API docs       {url}/docs\n"
             f"  TensorBoard    {tensorboard_url}\n\n"
             f'  curl {url}/generated_texts/ -d \'{{"seed_text": "This function"}}\'\n\nCtrl-C stops it.\n'
@@ -254,19 +206,6 @@ def _serve(arguments: DemoArguments, experiment: Path, port: int, tensorboard_po
             process.terminate()
         for process in processes:
             process.wait()
-
-
-def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _SECONDS_TO_START
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise StepFailedError(f"the process of {url} exited with code {process.returncode}")
-        try:
-            httpx.get(url, timeout=5.0)
-            return
-        except httpx.HTTPError:
-            time.sleep(0.2)
-    raise MachineError(f"{url} does not respond after {_SECONDS_TO_START:.0f} s")
 
 
 def _table(documents: Path, dataset: Path, experiment: Path) -> str:
@@ -286,8 +225,3 @@ def _table(documents: Path, dataset: Path, experiment: Path) -> str:
     )
     width = max(len(str(path)) for _, path, _ in rows)
     return "".join(f"  {name:<12}{path!s:<{width}}  {facts}\n" for name, path, facts in rows)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -6,6 +6,7 @@
     span_rows       a docstring or paragraph of pydoc
                     and a question                     -> the sentence that answers it, or none
     sentence_rows   two sentences                      -> 1 from one docstring, 0 from two packages
+    conversation_rows   questions about the library    -> short answers; see python_questions
 
 Rows that could help each other (of one class or function, or of one file) fall on the same side of the
 split, and no two docstrings are near-duplicates. Every choice is drawn from a generator that is seeded with
@@ -20,17 +21,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from full_stack_transformer.document_sources.documents import tidy
+from full_stack_transformer.document_sources.python_questions import (
+    Question,
+    Side,
+    python_questions,
+)
 from full_stack_transformer.document_sources.python_sources import (
     Docstring,
     library_docstrings,
     sentences,
 )
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS
-
-Side = Literal["train", "valid", "test"]
 
 _NUM_CLASSES = 10
 _MASK = "MODULE"
@@ -41,6 +45,8 @@ _MAX_SENTENCE_CHARACTERS = 200
 _MAX_WORDS = 80
 _MIN_LINE_WORDS = 3
 _MIN_SENTENCES = 2
+# Beside one question a conversation, the system prompt of a template would be most of what is computed.
+_QUESTIONS_OF_A_CONVERSATION = 4
 # One passage in so many is also asked for what it does not say.
 _UNANSWERED = 3
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -78,6 +84,8 @@ def task_rows(task: str) -> list[TaskRow]:
     Raises:
         MachineError: this interpreter was installed without its sources.
     """
+    if EXAMPLE_ROWS[task] == conversation_rows.__name__:
+        return list(conversation_rows())
     return list(_MAKERS[EXAMPLE_ROWS[task]](library_docstrings()))
 
 
@@ -194,6 +202,26 @@ def sentence_rows(docstrings: Sequence[Docstring]) -> Iterator[TaskRow]:
                 stranger, _, other = draw.choice(examples)
             if has_others:
                 yield TaskRow(side, {"sentence1": first, "sentence2": other, "score": 0.0})
+
+
+def conversation_rows() -> Iterator[TaskRow]:
+    """Questions and answers: one in a conversation of validation and test, several in one of training."""
+    questions = python_questions()
+    for side in ("valid", "test"):
+        for one in (one for one in questions if one.side == side):
+            yield TaskRow(one.side, {"messages": _messages([one]), "kind": one.kind})
+    training = [one for one in questions if one.side == "train"]
+    for start in range(0, len(training), _QUESTIONS_OF_A_CONVERSATION):
+        several = training[start : start + _QUESTIONS_OF_A_CONVERSATION]
+        yield TaskRow("train", {"messages": _messages(several)})
+
+
+def _messages(questions: Sequence[Question]) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": content}
+        for one in questions
+        for role, content in (("user", one.question), ("assistant", one.answer))
+    ]
 
 
 _MAKERS: dict[str, Callable[[Sequence[Docstring]], Iterator[TaskRow]]] = {

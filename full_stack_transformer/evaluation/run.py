@@ -20,6 +20,7 @@ from full_stack_transformer.datasets.corpus import (
     open_dataset,
 )
 from full_stack_transformer.errors import ModelError
+from full_stack_transformer.evaluation.answers import evaluate_answers
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
 from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows
@@ -65,6 +66,8 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
             num_slots=arguments.batch_size,
             kv_dtype=arguments.kv_dtype,
         )
+    if arguments.conversations:
+        return evaluate_answers(arguments)
     place = find_model(arguments.model, arguments.base)
     directory = place.directory
     own = task_class_of(directory, place.adapter)

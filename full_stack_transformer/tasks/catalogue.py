@@ -48,6 +48,7 @@ EXAMPLE_ROWS = {
     "multiple_choice": "choice_rows",
     "span_selection": "span_rows",
     "sentence_embedding": "sentence_rows",
+    "supervised_fine_tuning": "conversation_rows",
 }
 
 if TYPE_CHECKING:
