@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from full_stack_transformer.arguments import data, models, serving, training
+from full_stack_transformer.arguments.fine_tuning import parsed_replay
 from full_stack_transformer.errors import (
     DatasetError,
     InputError,
@@ -74,7 +75,8 @@ def _check_training(options: training.TrainArguments) -> None:
     if reads_datasets:
         from full_stack_transformer.datasets.corpus import open_dataset
 
-        open_dataset(options.dataset_dir)
+        for place in (options.dataset_dir, *(place for place, _ in parsed_replay(options.replay))):
+            open_dataset(place)
     else:
         _check_directory_of_rows(options.dataset_dir)
 

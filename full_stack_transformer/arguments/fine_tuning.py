@@ -1,6 +1,9 @@
 """Options of `fst train` that only matter where it starts from a pretrained model."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from full_stack_transformer.arguments.checks import at_least, between
@@ -47,9 +50,43 @@ class FineTuningOptions:
     """Part of the loss that is the divergence from --teacher; the rest is the cross entropy."""
     teacher_temperature: float = 1.0
     """Divides the logits of both models before they are compared."""
+    replay: tuple[str, ...] = ()
+    """DATASET:SHARE, such as data/datasets/general:0.1: documents that are learned beside --dataset_dir, so
+    that the model does not forget them, and which part of the learned tokens they are; may be repeated."""
     neftune_alpha: float = 0.0
     """Uniform noise on the embeddings in training, times neftune_alpha / sqrt(tokens * width); 5 is usual
     for conversations, 0 turns it off (Jain et al. 2023, NEFTune)."""
+
+
+# Above, it is no longer what is learned beside something else, and takes more memory than that.
+_MAX_REPLAYED = 0.5
+
+
+def parsed_replay(words: Sequence[str]) -> list[tuple[Path, float]]:
+    """Dataset directory and share of each --replay.
+
+    Raises:
+        UsageError: one is not DATASET:SHARE, or the shares are too large together.
+    """
+    found = []
+    for word in words:
+        place, _, number = word.rpartition(":")
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if not place or not 0 < share <= _MAX_REPLAYED:
+            raise UsageError(
+                f"--replay must be DATASET:SHARE with a share above 0 and up to {_MAX_REPLAYED}, such as "
+                f"data/datasets/general:0.1; found {word!r}"
+            )
+        found.append((Path(place), share))
+    if (total := sum(share for _, share in found)) > _MAX_REPLAYED:
+        raise UsageError(
+            f"--replay: the shares are {total:g} together, more than {_MAX_REPLAYED}; lower them, or train "
+            "on these documents by --dataset_dir"
+        )
+    return found
 
 
 def check_fine_tuning(options: Any) -> None:
@@ -63,6 +100,7 @@ def check_fine_tuning(options: Any) -> None:
     between(options, 1e-6, 1e3, "preference_beta")
     between(options, 0, 1, "teacher_weight")
     between(options, 0.01, 100, "teacher_temperature")
+    parsed_replay(options.replay)
     if options.lora_alpha is not None and not options.lora_alpha > 0:
         raise UsageError(f"--lora_alpha must be above 0, found {options.lora_alpha!r}")
     if not all(name.strip() for name in options.lora_targets.split(",")):

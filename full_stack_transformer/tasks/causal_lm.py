@@ -53,6 +53,7 @@ class CausalLm(CorpusTask):
     options_class: ClassVar[type[TaskOptions]] = CausalLmOptions
     generates = True
     batchings: ClassVar[tuple[str, ...]] = ("length", "packed", "concatenated")
+    replays = True
     card = TaskWords()
     defaults = TrainingDefaults(adapter_learning_rate=2e-4)
     tokenizer: DocumentTokenizer

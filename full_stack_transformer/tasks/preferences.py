@@ -42,6 +42,7 @@ class PreferenceTask(CausalLm):
     saved_as = CausalLm.name
     options_class: ClassVar[type[TaskOptions]] = PreferenceOptions
     batchings = ("length",)
+    replays = False
     kinds = ("preferences",)
 
     @classmethod

@@ -263,6 +263,8 @@ class CorpusTask(Task):
     """Values of --batching that it knows."""
     kinds: ClassVar[tuple[Kind, ...]] = ("documents",)
     """Datasets that it learns from."""
+    replays: ClassVar[bool] = False
+    """Whether documents can be learned beside the dataset: `loss_sum` is the cross entropy of next tokens."""
     dataset: DatasetDirectory
     model_path: str = "MODEL_DIRECTORY"
     """Where the model is that reads the dataset, for messages."""

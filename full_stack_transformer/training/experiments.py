@@ -31,6 +31,7 @@ from typing import Any, Protocol
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from full_stack_transformer.arguments.familiar_options import RENAMED
+from full_stack_transformer.arguments.fine_tuning import parsed_replay
 from full_stack_transformer.arguments.training import (
     ARGUMENTS_FILE_NAME,
     RunExperimentArguments,
@@ -70,7 +71,8 @@ _CHANGEABLE = _LIMITS | {
     *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
 }
-# Where the data are. Each run may name them anew; their content is compared by the description of the data.
+# Where the data are. Each run may name them anew, as those of --replay; their content is compared by the
+# description of the data.
 _INPUTS = {"dataset_dir", "train_file", "validation_file", "test_file"}
 # What to do after the training; each run may decide anew.
 _ACTIONS = {"do_train", "do_eval", "do_predict"}
@@ -84,6 +86,7 @@ _NOT_COMPARED = {
     *("resume", "experiments_root", "experiment_name", "allow_code_from"),
     *("find_learning_rate", "find_batch_size"),
     *_INPUTS,
+    "replay",
     *_ACTIONS,
 }
 
@@ -290,6 +293,10 @@ def _read_arguments(directory: Path, given: TrainArguments) -> TrainArguments:
         value = Path(str(content[name]))
         if start != Path.cwd() and not value.is_absolute() and (start / value).exists():
             content[name] = str(start / value)
+    content["replay"] = tuple(
+        f"{start / place if start != Path.cwd() and (start / place).exists() else place}:{share}"
+        for place, share in parsed_replay(content.get("replay", ()))
+    )
     for name in _PATHS & content.keys():
         content[name] = Path(content[name])
     try:
@@ -342,6 +349,7 @@ def _merged(given: TrainArguments, saved: TrainArguments, directory: Path) -> Tr
         saved,
         **differing,
         **{name: getattr(given, name) for name in (_INPUTS | _ACTIONS) - kept},
+        replay=(given if "replay" in chosen else saved).replay,
         allow_code_from=given.allow_code_from,
         experiments_root=directory.parent.parent,
         experiment_name=directory.parent.name,

@@ -6,6 +6,8 @@ samples come before settings, and histograms last.
 
 TRAIN_LOSS = "train/loss"
 TRAIN_PERPLEXITY = "train/perplexity"
+# Of the documents of --replay alone; the two above are without them.
+TRAIN_REPLAY_LOSS = "train/replay_loss"
 EPOCH = "train/epoch"
 # Prefix of the metrics of a validation.
 VALID = "valid"
@@ -32,6 +34,8 @@ GRADIENT_HISTOGRAM = "weights_gradients"
 # Key in the outputs of a training step: its part of the mean cross entropy of the optimizer step, times the
 # number of processes.
 CROSS_ENTROPY = "cross_entropy"
+# The same of the documents of --replay, in the steps that have any.
+REPLAY_LOSS = "replay_loss"
 # Among Lightning's callback metrics: the value that decides which model is the best; lower is better.
 SELECTION = "selection"
 

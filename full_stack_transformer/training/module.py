@@ -24,6 +24,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import Batch
+from full_stack_transformer.datasets.replay import replayed_part
 from full_stack_transformer.errors import TrainingError, UsageError
 from full_stack_transformer.modelling.adapters import fingerprint_of_base, has_adapter
 from full_stack_transformer.tasks.task import CorpusTask, RowTask, Task
@@ -98,21 +99,42 @@ class TrainingModule(pl.LightningModule):
         num_processes = self.trainer.world_size
         return {
             "loss": loss * (num_processes * self.trainer.accumulate_grad_batches),
-            metric_names.CROSS_ENTROPY: shown * num_processes,
+            **{name: value * num_processes for name, value in shown.items()},
         }
 
-    def mean_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def mean_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This batch's parts of the means over all targets of its optimizer step.
 
         Returns:
-            The loss, and what curves show of it (such as its cross entropy alone), without a gradient.
+            The loss, and what curves show of it, without a gradient: `CROSS_ENTROPY` of the batch's own
+            targets, `REPLAY_LOSS` of those that are replayed beside it.
         """
         with self.profiled(FORWARD):
             scores = self.task.forward(self.backbone, batch)
         with self.profiled(LOSS):
             loss_sum, shown_sum = self.task.training_losses(scores, batch)
         num_targets = batch["num_targets"]
-        return loss_sum / num_targets, shown_sum.detach() / num_targets
+        if "num_replay_targets" not in batch:  # in the whole optimizer step
+            return loss_sum / num_targets, {
+                metric_names.CROSS_ENTROPY: shown_sum.detach() / num_targets
+            }
+        replay_sum = self._replay_loss_sum(batch)
+        num_replayed = batch["num_replay_targets"]
+        num_own = (num_targets - num_replayed).clamp(min=1)
+        return (loss_sum + replay_sum) / num_targets, {
+            metric_names.CROSS_ENTROPY: shown_sum.detach() / num_own,
+            metric_names.REPLAY_LOSS: replay_sum.detach() / num_replayed,
+        }
+
+    def _replay_loss_sum(self, batch: Batch) -> Tensor:
+        """Cross entropy of the next tokens of what is replayed beside a batch, in nats."""
+        replayed = replayed_part(batch)
+        if replayed is None:
+            return torch.zeros((), device=self.device)
+        with self.profiled(FORWARD):
+            scores = self.task.forward(self.backbone, replayed)
+        with self.profiled(LOSS):
+            return self.task.loss_sum(scores, replayed)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the validation before."""

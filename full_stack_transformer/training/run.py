@@ -206,6 +206,8 @@ class _Training:
                 experiment.directory,
                 f", resuming after step {checkpoint.step:,}" if checkpoint else "",
             )
+            for remark in self._data.remarks(self._trainer.world_size):
+                logger.info("%s", remark)
             if checkpoint is None:
                 self._log_start()
                 _write_texts(self._trainer, experiment, self._setup)

@@ -77,6 +77,12 @@ class TrainingSetup:
 
     def make_backbone(self) -> Backbone:
         """The model at the start: from scratch, or pretrained."""
+        backbone = self._new_backbone()
+        if isinstance(self.data, CorpusDataModule):
+            _check_replayed(self.data, backbone)
+        return backbone
+
+    def _new_backbone(self) -> Backbone:
         arguments, task = self.arguments, self.task
         if arguments.model_path is not None:
             exchanges = self._exchanges_vocabulary
@@ -205,6 +211,11 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
             f"--lora_rank is for models that continue texts, which --task {arguments.task} does not make; "
             "leave it out"
         )
+    if arguments.replay and not (issubclass(cls, CorpusTask) and cls.replays):
+        raise UsageError(
+            f"--replay is for tasks that learn the next tokens, which --task {arguments.task} does not; "
+            "leave it out"
+        )
     if is_new:
         arguments = with_defaults(arguments, cls)
     arguments = _settled(arguments)
@@ -215,6 +226,21 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory)
         return TrainingSetup(arguments, CorpusDataModule(arguments, dataset, cls))
     return rows_setup(arguments, FileRows(arguments), row_task_class(arguments.task))
+
+
+def _check_replayed(data: CorpusDataModule, backbone: Backbone) -> None:
+    """Refuse documents of --replay that are longer than the context.
+
+    Raises:
+        UsageError: one is.
+    """
+    with contextlib.suppress(ModelError):  # some architectures have no limit
+        length = context_length(backbone.config)
+        if data.longest_replayed > length:
+            raise UsageError(
+                f"--replay: a sample may have {data.longest_replayed:,} tokens, and the context of the model "
+                f"{length:,}; prepare that dataset with --max_sample_length {length}"
+            )
 
 
 def with_task(arguments: TrainArguments) -> TrainArguments:

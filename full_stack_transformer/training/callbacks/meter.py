@@ -60,12 +60,15 @@ class Meter(pl.Callback):
         process times their number."""
         self.smoothed_loss = torch.zeros(())
         """Mean over the last steps; newer ones have more weight."""
+        self.replay_loss: Tensor | None = None
+        """The same of the replayed documents, in the last step that had any; None before."""
         self.first = Reading(0, 0.0)
         """At the end of this run's first step, after compilation and allocation."""
         self._num_context_tokens = num_context_tokens
         self._earlier = Reading(0, 0.0)
         self._num_tokens = torch.zeros((), dtype=torch.int64)
         self._loss_of_batches = torch.zeros(())
+        self._replay_loss_of_batches: Tensor | None = None
         self._world_size = 1
         self._flops_per_token = self._utilization_of_rate = 0.0
         self._step = self._num_steps = 0
@@ -121,9 +124,15 @@ class Meter(pl.Callback):
         self._batch_index = batch_index
         self._num_tokens += num_input_tokens(batch)
         self._loss_of_batches = self._loss_of_batches + outputs[metric_names.CROSS_ENTROPY]
+        if metric_names.REPLAY_LOSS in outputs:
+            before = self._replay_loss_of_batches
+            found = outputs[metric_names.REPLAY_LOSS]
+            self._replay_loss_of_batches = found if before is None else before + found
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        if self._replay_loss_of_batches is not None:
+            self.replay_loss, self._replay_loss_of_batches = self._replay_loss_of_batches, None
         self._num_steps += 1
         self.loss, self._loss_of_batches = (
             self._loss_of_batches,

@@ -248,6 +248,10 @@ class RecordCurves(pl.Callback):
             metric_names.RESIDENT_MEGABYTES: (resident_bytes() or peak_resident_bytes())
             / _MEGABYTE,
         }
+        if self._meter.replay_loss is not None:
+            points[metric_names.TRAIN_REPLAY_LOSS] = float(
+                trainer.strategy.reduce(self._meter.replay_loss, reduce_op="mean")
+            )
         if rate > 0:  # not in the first step, which starts the clock
             points[metric_names.TOKENS_PER_SECOND] = rate
             points[metric_names.MODEL_FLOPS_UTILIZATION] = self._meter.utilization(rate)

@@ -12,6 +12,7 @@ import torch
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.batches import BatchPlan, SortedBatches, limited
 from full_stack_transformer.datasets.collators import Batch, Collator
+from full_stack_transformer.datasets.replay import Replay
 from full_stack_transformer.tasks.task import Task
 
 # Batches of a training without --max_epochs: a thousand a second for thirty years.
@@ -22,10 +23,11 @@ class BatchLoader:
     """The training batches of one rank, of all epochs in a chain.
 
     Batch number n is a function of n alone, so the whole state is how many were handed out, and loading
-    goes on in the middle of an epoch at once. `num_tokens` of a batch are those of its samples. `num_targets`
-    of a batch is a scalar, float32: the targets of its whole optimizer step, over all batches of the step and
-    all ranks. Steps of several batches go on over the end of an epoch; the last step of a training has the
-    batches that are left.
+    goes on in the middle of an epoch at once. `num_tokens` of a batch are those of its samples, replayed ones
+    too. `num_targets` of a batch is a scalar, float32: the targets of its whole optimizer step, over all
+    batches of the step and all ranks; `num_replay_targets` are those of them that are replayed, if any. Steps
+    of several batches go on over the end of an epoch; the last step of a training has the batches that are
+    left.
 
     Args:
         plan: which samples form a batch.
@@ -33,6 +35,7 @@ class BatchLoader:
         num_batches: of all epochs; less than a multiple of an epoch is fine.
         num_batches_per_epoch: the first so many of each epoch are used; all if None.
         accumulate_grad_batches: batches of an optimizer step.
+        replay: what is read beside each batch.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class BatchLoader:
         num_batches: int,
         num_batches_per_epoch: int | None = None,
         accumulate_grad_batches: int = 1,
+        replay: Replay | None = None,
     ) -> None:
+        self._replay = replay
         self._plan = plan
         self._collate = collate
         self._num_batches = num_batches
@@ -64,26 +69,34 @@ class BatchLoader:
         self._num_handed_out = state["num_batches"]
 
     def __iter__(self) -> Iterator[Batch]:
-        step, num_targets = -1, torch.zeros(())
+        step, counts = -1, {}
         while self._num_handed_out < self._num_batches:
             number = self._num_handed_out
             if number // self._accumulate_grad_batches != step:
                 step = number // self._accumulate_grad_batches
-                # A step without targets must not become a division by zero.
-                num_targets = torch.tensor(float(max(1, self._num_targets(step))))
+                counts = self._counts(step)
             spans = self._plan.batch(*divmod(number, self._num_batches_per_epoch))
-            batch = self._collate(spans)
+            batch, num_tokens = self._collate(spans), int(spans.lengths.sum())
+            if self._replay is not None:
+                replayed, num_replayed = self._replay.batch(number)
+                batch, num_tokens = {**batch, **replayed}, num_tokens + num_replayed
             self._num_handed_out = number + 1
-            num_tokens = torch.tensor(int(spans.lengths.sum()))
-            yield {**batch, "num_targets": num_targets, "num_tokens": num_tokens}
+            yield {**batch, **counts, "num_tokens": torch.tensor(num_tokens)}
 
-    def _num_targets(self, step: int) -> int:
+    def _counts(self, step: int) -> Batch:
+        """The targets of an optimizer step, over all its batches and all ranks."""
         first = step * self._accumulate_grad_batches
-        end = min(first + self._accumulate_grad_batches, self._num_batches)
-        return sum(
+        numbers = range(first, min(first + self._accumulate_grad_batches, self._num_batches))
+        num_own = sum(
             self._plan.num_targets(*divmod(number, self._num_batches_per_epoch))
-            for number in range(first, end)
+            for number in numbers
         )
+        num_replayed = sum(map(self._replay.num_targets, numbers)) if self._replay else 0
+        # A step without targets must not become a division by zero.
+        counts = {"num_targets": torch.tensor(float(max(1, num_own + num_replayed)))}
+        if num_replayed:
+            counts["num_replay_targets"] = torch.tensor(float(num_replayed))
+        return counts
 
 
 class ValidationLoader:
@@ -179,6 +192,14 @@ class EpochDataModule(pl.LightningDataModule, ABC):
     def train_collator(self) -> Collator:
         """What makes tensors of a training batch."""
 
+    def replay(self, rank: int, world_size: int) -> Replay | None:
+        """What this rank reads beside its training batches; nothing by default."""
+        return None
+
+    def remarks(self, world_size: int) -> list[str]:
+        """What a person should know of the batches, for the log; nothing by default."""
+        return []
+
     @abstractmethod
     def valid_plan(self, rank: int, world_size: int) -> SortedBatches:
         """Which validation samples form a batch of this rank."""
@@ -212,6 +233,7 @@ class EpochDataModule(pl.LightningDataModule, ABC):
             num_batches=UNLIMITED_NUM_BATCHES if max_epochs < 0 else max_epochs * num_per_epoch,
             num_batches_per_epoch=num_per_epoch,
             accumulate_grad_batches=self.arguments.accumulate_grad_batches,
+            replay=self.replay(*self._rank_and_world_size),
         )
 
     def val_dataloader(self) -> ValidationLoader:

@@ -1,8 +1,10 @@
 """Batches of the samples of a dataset directory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from full_stack_transformer.arguments.fine_tuning import parsed_replay
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.batches import (
     BatchPlan,
@@ -13,7 +15,13 @@ from full_stack_transformer.datasets.batches import (
     SortedBatches,
 )
 from full_stack_transformer.datasets.collators import Collator, PackedCollator
-from full_stack_transformer.datasets.corpus import DatasetDirectory
+from full_stack_transformer.datasets.corpus import (
+    CORPUS_FILE_NAME,
+    DatasetDirectory,
+    open_dataset,
+    prepare_command,
+)
+from full_stack_transformer.datasets.replay import Replay, ReplaySource, num_targets_of
 from full_stack_transformer.errors import DatasetError, UsageError
 from full_stack_transformer.modelling.model_files import check_generates
 from full_stack_transformer.modelling.pretrained import open_config
@@ -22,6 +30,7 @@ from full_stack_transformer.tokenization.document_tokenizer import (
     copy_chat_templates,
     copy_tokenizer_files,
     local_tokenizer,
+    open_saved_tokenizer,
 )
 from full_stack_transformer.training.data.batches import EpochDataModule
 
@@ -57,7 +66,10 @@ class CorpusDataModule(EpochDataModule):
                 f"{arguments.batching}"
             )
         self.dataset = dataset
-        self.description = dataset.description
+        self._replay_datasets = [
+            (open_dataset(place), share) for place, share in parsed_replay(arguments.replay)
+        ]
+        self.description = _described(dataset, self._replay_datasets)
         self._task_class = task_class
         self._row_length = task_class.row_length(dataset, arguments)
 
@@ -95,6 +107,38 @@ class CorpusDataModule(EpochDataModule):
         if start is not None:
             self.task.model_path = start
         self.task.read_dataset(self.dataset)
+        for dataset, _ in self._replay_datasets:
+            self._check_replay(dataset)
+
+    def _check_replay(self, dataset: DatasetDirectory) -> None:
+        """Refuse what cannot be learned beside this dataset."""
+        if dataset.kind != "documents" or not len(dataset.train):
+            found = dataset.kind if len(dataset.train) else "no training samples"
+            raise DatasetError(
+                f"--replay {dataset.directory} holds {found}; what is replayed are documents"
+            )
+        theirs = open_saved_tokenizer(dataset.tokenizer_directory)
+        ours = open_saved_tokenizer(self.tokenizer_directory)
+        if theirs.backend.get_vocab() != ours.backend.get_vocab():
+            raise DatasetError(
+                f"--replay {dataset.directory} was prepared with another tokenizer ({theirs.vocab_size:,} "
+                f"tokens) than {self.dataset.directory} ({ours.vocab_size:,} tokens); prepare it for this "
+                f"model: {prepare_command(dataset, self._tokenizer_name)}"
+            )
+        dataset.train.limit_ids(self.task.vocab_size)
+
+    @property
+    def _tokenizer_name(self) -> str:
+        """What --tokenizer_path takes."""
+        start = self.arguments.model_path
+        return str(self.dataset.tokenizer_directory) if start is None else start
+
+    @property
+    def _replayed(self) -> list[ReplaySource]:
+        return [
+            ReplaySource(str(dataset.description.get("dataset_name", "")), dataset.train, share)
+            for dataset, share in self._replay_datasets
+        ]
 
     @property
     def num_context_tokens(self) -> int:
@@ -126,12 +170,7 @@ class CorpusDataModule(EpochDataModule):
 
     def train_plan(self, rank: int, world_size: int) -> BatchPlan:
         """As --batching says."""
-        arguments, corpus = self.arguments, self.dataset.train
-        samples: Samples = (
-            ConcatenatedSamples(corpus.num_tokens, self._row_length)
-            if arguments.batching == "concatenated"
-            else self.task.samples(corpus)
-        )
+        arguments, corpus, samples = self.arguments, self.dataset.train, self._train_samples
         if len(samples) < world_size:
             raise UsageError(
                 f"--batching {arguments.batching} makes {len(samples):,} samples of the "
@@ -155,6 +194,40 @@ class CorpusDataModule(EpochDataModule):
             world_size=world_size,
         )
 
+    @property
+    def _train_samples(self) -> Samples:
+        corpus = self.dataset.train
+        if self.arguments.batching == "concatenated":
+            return ConcatenatedSamples(corpus.num_tokens, self._row_length)
+        return self.task.samples(corpus)
+
+    def replay(self, rank: int, world_size: int) -> Replay | None:
+        """The documents of --replay; packed where --batching is."""
+        if not self._replayed:
+            return None
+        longest = max(self._row_length, self.longest_replayed)
+        num_batches = self.train_plan(rank, world_size).num_batches_per_epoch
+        return Replay(
+            self._replayed,
+            targets_per_batch=num_targets_of(self._train_samples) / num_batches,
+            pad_id=self.description["special_token_ids"]["pad"],
+            seed=self.arguments.seed,
+            row_length=longest if self.arguments.batching == "packed" else None,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def remarks(self, world_size: int) -> list[str]:
+        """What is replayed."""
+        replay = self.replay(0, world_size)
+        return replay.words() if replay is not None else []
+
+    @property
+    def longest_replayed(self) -> int:
+        """Tokens that a replayed sample may have; 0 without any."""
+        lengths = (one.description["max_sample_length"] for one, _ in self._replay_datasets)
+        return max(lengths, default=0)
+
     def train_collator(self) -> Collator:
         """As --batching says."""
         if self.arguments.batching == "packed":
@@ -162,3 +235,22 @@ class CorpusDataModule(EpochDataModule):
             corpus = self.task.learned(self.dataset.train)
             return PackedCollator(corpus, pad_id=pad_id, row_length=self._row_length)
         return self.task.collator(self.dataset.train, seed=self.arguments.seed)
+
+
+def _described(
+    dataset: DatasetDirectory, replayed: Sequence[tuple[DatasetDirectory, float]]
+) -> dict[str, Any]:
+    """The dataset, and what a resumed training must find of the replayed ones."""
+    if not replayed:
+        return dataset.description
+    described = []
+    for one, share in replayed:
+        files = one.description.get("output_files", {})
+        described.append(
+            {
+                "dataset_name": one.description.get("dataset_name"),
+                "share": share,
+                "corpus": files.get(f"{one.train.directory.name}/{CORPUS_FILE_NAME}"),
+            }
+        )
+    return {**dataset.description, "replay": described}
