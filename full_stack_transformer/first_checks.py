@@ -105,11 +105,12 @@ def _check_model_config(name: str) -> None:
 def _check_evaluation(options: models.EvaluateArguments) -> None:
     _check_readable(options.harness, "--harness")
     _check_rows(options.train_file, "--train_file")
-    if options.dataset_dir is not None and not options.dataset_dir.exists():
-        raise DatasetError(
-            f"{options.dataset_dir} does not exist; expected a dataset directory, or a file or directory of "
-            "labelled rows"
-        )
+    for path in (options.dataset_dir, *options.more_datasets):
+        if path is not None and not path.exists():
+            raise DatasetError(
+                f"{path} does not exist; expected a dataset directory, or a file or directory of labelled "
+                "rows"
+            )
     _check_writable(options.output_dir, "--output_dir")
 
 

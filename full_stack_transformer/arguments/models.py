@@ -60,6 +60,8 @@ class ModelAndDataArguments(ModelArguments):
     """Language models: a dataset directory, prepared with the model's tokenizer; its validation samples are
     used. Other tasks: a file of labelled rows, or a directory with train, valid and test rows. Required
     without --harness."""
+    more_datasets: tuple[Path, ...] = ()
+    """With --compare: more dataset directories."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,9 @@ class EvaluateArguments(
     _: KW_ONLY
     batch_size: int = 16
     """Samples per batch; the metrics do not depend on it."""
+    compare: Path | None = None
+    """Model that MODEL was tuned from, or any other: measure both and print how much they differ. With
+    different tokenizers by bits per byte alone."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
     weights_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
@@ -287,6 +292,23 @@ class EvaluateArguments(
             )
         if self.harness is not None and self.generation:
             raise UsageError("--generation continues texts of DATASET_DIR; omit --harness")
+        self._check_comparison()
+
+    def _check_comparison(self) -> None:
+        if self.compare is None:
+            if self.more_datasets:
+                raise UsageError(
+                    f"several datasets are for --compare BASE; without it pass one, found also "
+                    f"{self.more_datasets[0]}"
+                )
+            return
+        if self.dataset_dir is None:
+            raise UsageError("--compare measures two models on DATASET_DIR, which is missing")
+        if self.generation or self.weights_dtype != "float32" or self.kv_dtype != "auto":
+            raise UsageError(
+                "--compare measures losses with fp32 weights; omit --generation, --weights_dtype and "
+                "--kv_dtype"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from full_stack_transformer.datasets.corpus import (
 )
 from full_stack_transformer.errors import ModelError
 from full_stack_transformer.evaluation.answers import evaluate_answers
+from full_stack_transformer.evaluation.comparison import compare
 from full_stack_transformer.evaluation.continued_texts import evaluate_generation
 from full_stack_transformer.evaluation.harness import run_harness
 from full_stack_transformer.evaluation.labelled_rows import evaluate_rows, holds_rows
@@ -68,6 +69,8 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
         )
     if arguments.conversations:
         return evaluate_answers(arguments)
+    if arguments.compare is not None:
+        return compare(arguments, _evaluate_generator)
     place = find_model(arguments.model, arguments.base)
     directory = place.directory
     own = task_class_of(directory, place.adapter)
@@ -81,6 +84,14 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
         )
     cls = row_task_class(arguments.task) if arguments.task else row_task_class_of(directory)
     return evaluate_rows(arguments, cls)
+
+
+def _evaluate_generator(arguments: EvaluateArguments) -> dict[str, Any]:
+    """The metrics of a model that continues texts."""
+    place = find_model(arguments.model, arguments.base)
+    cls = task_class_of(place.directory, place.adapter)
+    assert issubclass(cls, CorpusTask)
+    return _evaluate_corpus(arguments, cls)
 
 
 def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _OWNER_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Options that name a model; of the last kind each is NAME=MODEL.
 _FIELDS, _LISTS, _NAMED_LISTS = (
-    ("model", "draft_model", "model_path", "teacher"),
+    ("model", "draft_model", "model_path", "teacher", "compare"),
     ("models",),
     ("more_models",),
 )

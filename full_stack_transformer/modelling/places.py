@@ -95,6 +95,8 @@ def check_models(options: object) -> None:
     places = [find_model(path, base) for path in named if isinstance(path, Path)]
     places += [ModelPlace(find_model_directory(path)) for path in whole if isinstance(path, Path)]
     places += map(find_model, more)
+    if (compared := getattr(options, "compare", None)) is not None:
+        places.append(find_model(compared))
     drafts = [] if draft is None else [ModelPlace(find_model_directory(draft))]
     for place in (*places, *drafts):
         check_model_files(place.directory)
