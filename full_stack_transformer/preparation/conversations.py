@@ -50,6 +50,7 @@ from full_stack_transformer.tokenization.answers import (
 from full_stack_transformer.tokenization.chat import (
     TEMPLATE_FILE_NAME,
     ChatTemplate,
+    keep_chat_template,
     load_chat_template,
 )
 from full_stack_transformer.tokenization.document_tokenizer import (
@@ -116,12 +117,9 @@ def _save_tokenizer(
     """Save the tokenizer with its chat template, or with the documented one; the template and its name."""
     target = directory / TOKENIZER_DIRECTORY_NAME
     tokenizer.save(target, model_max_length=arguments.max_sample_length)
+    if arguments.tokenizer_path is not None:
+        keep_chat_template(local_tokenizer(arguments.tokenizer_path), target)
     template = load_chat_template(target)
-    if template.is_plain and arguments.tokenizer_path is not None:
-        # A tokenizer that was made here is saved anew, without the template beside it.
-        template = load_chat_template(local_tokenizer(arguments.tokenizer_path))
-        if not template.is_plain:
-            write_text(target / TEMPLATE_FILE_NAME, template.source)
     if not template.is_plain:
         return template, "own"
     write_text(target / TEMPLATE_FILE_NAME, DOCUMENTED_TEMPLATE)

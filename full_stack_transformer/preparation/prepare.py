@@ -41,10 +41,12 @@ from full_stack_transformer.storage import (
     sync_tree,
     write_json,
 )
+from full_stack_transformer.tokenization.chat import keep_chat_template
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
     TrainedTokenizer,
     load_tokenizer,
+    local_tokenizer,
     open_saved_tokenizer,
 )
 from full_stack_transformer.tokenization.encoders import choose_encoder, what_is_lost
@@ -109,6 +111,8 @@ def _tokenizer(
         return open_saved_tokenizer(tokenizer_directory)
     tokenizer = given or _trained_tokenizer(arguments, passes, display)
     tokenizer.save(tokenizer_directory, model_max_length=arguments.max_sample_length)
+    if arguments.tokenizer_path is not None:
+        keep_chat_template(local_tokenizer(arguments.tokenizer_path), tokenizer_directory)
     sync_tree(tokenizer_directory)  # the journal's next line relies on it
     lost = what_is_lost(tokenizer.backend)
     if lost is not None:

@@ -27,6 +27,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from full_stack_transformer.errors import ModelError, RequestError
+from full_stack_transformer.storage import write_text
 from full_stack_transformer.tokenization.control_tokens import (
     Markup,
     Span,
@@ -241,6 +242,18 @@ def load_chat_template(directory: Path) -> ChatTemplate:
         if token is not None
     }
     return ChatTemplate(source, special_tokens=tuple(texts.items()))
+
+
+def keep_chat_template(source: Path, directory: Path) -> None:
+    """Write the template of a tokenizer beside a copy that lacks it: one that was made here is saved anew.
+
+    Raises:
+        ModelError: the template is not valid.
+    """
+    if load_chat_template(directory).is_plain:
+        template = load_chat_template(source)
+        if not template.is_plain:
+            write_text(directory / TEMPLATE_FILE_NAME, template.source)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -75,13 +75,32 @@ def test_the_command_answers_as_transformers(
     smollm2: Path, expected: list[list[int]], run_fst: RunFst
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    options = ("--temperature", "0", "--weights_dtype", "float32", "--max_new_tokens", NUM_TOKENS)
-    words = [str(word) for word in options]
-    for question, ids in list(zip(QUESTIONS, expected, strict=True))[:2]:
+    words = (
+        "--temperature",
+        "0",
+        "--weights_dtype",
+        "float32",
+        "--max_new_tokens",
+        str(NUM_TOKENS),
+    )
+    for question, ids in zip(QUESTIONS, expected, strict=True):
         done = run_fst("generate", smollm2, "-p", question, *words, "--log_probabilities", "0")
         found = [json.loads(line)["token_id"] for line in done.stdout.splitlines()]
-        assert found in (ids, [*ids, tokenizer.eos_token_id]), done.stderr
-    # All of them by one process, as texts: those of a session are asked one by one.
+        assert found in (ids, [*ids, tokenizer.eos_token_id]), (question, done.stderr)
+
+
+def test_the_chat_answers_as_transformers(
+    smollm2: Path, expected: list[list[int]], run_fst: RunFst
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    words = (
+        "--temperature",
+        "0",
+        "--weights_dtype",
+        "float32",
+        "--max_new_tokens",
+        str(NUM_TOKENS),
+    )
     lines = "".join(f"{question}\n/clear\n" for question in QUESTIONS)
     done = run_fst("chat", smollm2, *words, stdin=lines)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from full_stack_transformer.datasets.corpus import Corpus, DatasetDirectory, ope
 from full_stack_transformer.datasets.verify import main as verify
 from full_stack_transformer.errors import DatasetError, RowError, UsageError
 from full_stack_transformer.preparation.prepare import main as prepare
+from full_stack_transformer.tokenization.chat import load_chat_template
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
 from tests.tokenization.families import FAMILIES, family_tokenizer
 
@@ -175,6 +177,24 @@ def test_rows_that_cannot_be_used_stop_or_are_counted(
     assert "left out 2 rows" in caplog.text
     with pytest.raises(DatasetError, match="only one conversation"):
         _prepare(tmp_path, conversations=(_write(path, _row(1)),), tokenizer_path=str(model))
+
+
+def test_documents_keep_the_template_of_a_tokenizer_that_was_made_here(
+    tmp_path: Path, documents_dir: Path, dataset_dir: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(dataset_dir / "tokenizer", model)
+    (model / "chat_template.jinja").write_text(FAMILIES["chatml"].template)
+    dataset = prepare(
+        PrepareDatasetArguments(
+            documents_train_file=(documents_dir / "train.txt",),
+            validation_fraction=0.1,
+            tokenizer_path=str(model),
+            datasets_root=tmp_path,
+            dataset_name="kept",
+        )
+    )
+    assert load_chat_template(dataset / "tokenizer").source == FAMILIES["chatml"].template
 
 
 def test_a_template_that_never_ends_is_stopped(

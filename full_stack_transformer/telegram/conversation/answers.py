@@ -52,6 +52,8 @@ _MIN_LENGTH = 16
 # Of a text file; a long context holds about as much.
 MAX_FILE_BYTES = 256 * 1024
 # Words by which servers name a prompt that is too long; there is no common code.
+# New tokens of an answer for which earlier turns are forgotten; more are rather given up.
+_LENGTH_BEFORE_TURNS = 1024
 _TOO_LONG = ("context", "token", "length", "long", "large")
 _KEPT_SHARE = 0.65
 _CHARACTERS_PER_TOKEN = 4
@@ -457,13 +459,16 @@ def _shortened(request: Wanted) -> Wanted | None:
     """The next shorter request; None if it cannot be shortened.
 
     The server's own count of tokens decides, as it rejects what is too long: the bot needs no tokenizer,
-    and servers do not report their context length in a common way. The oldest turns are removed first;
-    then the larger of two parts is cut, the beginning of the text or the number of new tokens.
+    and servers do not report their context length in a common way. Thousands of new tokens become fewer
+    first; then the oldest turns are removed; then the larger of two parts is cut, the beginning of the text
+    or the number of new tokens.
     """
     length = request.max_tokens or 0  # 0: the service fits its default length into the context
     if isinstance(request, WantedAnswer):
         num_kept = int(request.messages[0].role == "system")
         head, turns = request.messages[:num_kept], request.messages[num_kept:]
+        if length > _LENGTH_BEFORE_TURNS:
+            return replace(request, max_tokens=max(_LENGTH_BEFORE_TURNS, length // 2))
         if len(turns) > 1:
             # A conversation begins with the user, so turns are removed in pairs.
             return replace(request, messages=head + turns[2:])

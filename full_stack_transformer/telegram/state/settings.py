@@ -10,7 +10,8 @@ from full_stack_transformer.arguments.sampling import DECLARED, MAX_SEED, proble
 Mode = Literal["auto", "continue", "chat"]
 MODES: tuple[Mode, ...] = ("auto", "continue", "chat")
 MAX_VARIANTS = 4
-MAX_LENGTH = 1024
+# What the service takes; it ends a text at the end of the model's context.
+MAX_LENGTH = int(DECLARED["max_new_tokens"].metadata["most"])
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ _STEPS: dict[str, tuple[float, ...]] = {
     "top_k": (0, 5, 10, 20, 40, 80, 160),
     "top_p": (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
     "repetition_penalty": (1.0, 1.05, 1.1, 1.2, 1.3, 1.5),
-    "length": (20, 40, 80, 120, 160, 240, 320, 480, 640, MAX_LENGTH),
+    "length": (20, 40, 80, 120, 160, 240, 320, 480, 640, 1024, 2048, 4096, 8192),
     "variants": tuple(range(1, MAX_VARIANTS + 1)),
 }
 # Stricter than the bounds of `SamplingParameters`, or not part of it.
