@@ -63,9 +63,7 @@ def compare(
         dataset = open_dataset(path)
         theirs = open_saved_tokenizer(dataset.tokenizer_directory)
         if all(_are_alike(theirs, ours) for ours in tokenizers.values()):
-            found = {
-                name: measure(replace(one, dataset_dir=path)) for name, one in models.items()
-            }
+            found = {name: measure(replace(one, dataset_dir=path)) for name, one in models.items()}
         else:
             texts = _texts(dataset, theirs)
             found = {name: _bits_per_byte(one, texts) for name, one in models.items()}
