@@ -11,7 +11,7 @@ def test_a_very_long_answer_becomes_shorter_before_earlier_turns_are_forgotten()
         model="m",
         messages=turns,
         max_tokens=8192,
-        **sampling,  # type: ignore[arg-type]
+        **sampling,
     )
     seen = []
     while request is not None:
