@@ -124,9 +124,9 @@ def test_a_task_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_data_or_a_task_file_must_be_named_and_not_both() -> None:
-    with pytest.raises(UsageError, match="not both"):
+    with pytest.raises(UsageError, match="only one"):
         EvaluateArguments(Path("model"))
-    with pytest.raises(UsageError, match="not both"):
+    with pytest.raises(UsageError, match="only one"):
         EvaluateArguments(Path("model"), Path("data"), harness=Path("task.yaml"))
     with pytest.raises(UsageError, match="omit --harness"):
         EvaluateArguments(Path("model"), harness=Path("task.yaml"), generation=1)
