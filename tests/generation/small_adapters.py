@@ -1,22 +1,22 @@
 """Small random adapters, as PEFT writes them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel as Backbone
 
-from full_stack_transformer.modelling.adapter_weights import AdapterWeights, read_adapter
+from full_stack_transformer.modelling.adapter_weights import AdapterWeights, LowRank, read_adapter
 from full_stack_transformer.modelling.adapters import merge_adapter
 
 ATTENTION = ("q_proj", "v_proj")
 
 
-def linear_names(backbone: Backbone, endings: Sequence[str] = ()) -> list[str]:
+def linear_names(backbone: Backbone, endings: Collection[str] = ()) -> list[str]:
     """The linear layers whose names end so; all but the head without endings."""
     head = backbone.get_output_embeddings()
     return [
@@ -31,7 +31,7 @@ def write_adapter(
     directory: Path,
     backbone: Backbone,
     *,
-    endings: Sequence[str] = (),
+    endings: Collection[str] = (),
     rank: int = 4,
     ranks: Mapping[str, int] | None = None,
     seed: int = 0,
@@ -50,15 +50,8 @@ def write_adapter(
     numbers = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = dict(others or {})
     for name in linear_names(backbone, endings):
-        layer = backbone.get_submodule(name)
-        rows, columns = layer.weight.shape
-        num_outputs, num_inputs = (
-            (rows, columns) if isinstance(layer, torch.nn.Linear) else (columns, rows)
-        )
         own = (ranks or {}).get(name.rpartition(".")[2], rank)
-        size = float(layer.weight.detach().std())
-        down = torch.randn(own, num_inputs, generator=numbers)
-        up = torch.randn(num_outputs, own, generator=numbers) * size / own
+        down, up = _matrices(backbone.get_submodule(name), own, numbers)
         tensors[f"base_model.model.{name}.lora_A.weight"] = down
         tensors[f"base_model.model.{name}.lora_B.weight"] = up
     save_file(tensors, directory / "adapter_model.safetensors")
@@ -75,6 +68,28 @@ def write_adapter(
     }
     (directory / "adapter_config.json").write_text(json.dumps(content))
     return directory
+
+
+def adapter_weights(
+    backbone: Backbone, *, rank: int, seed: int, endings: Collection[str] = ()
+) -> AdapterWeights:
+    """One that was never written."""
+    numbers = torch.Generator().manual_seed(seed)
+    layers = {
+        name: LowRank(*_matrices(backbone.get_submodule(name), rank, numbers))
+        for name in linear_names(backbone, endings)
+    }
+    return AdapterWeights(Path("adapter"), layers)
+
+
+def _matrices(layer: nn.Module, rank: int, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Down and up, which change the outputs about as much as the layer makes them."""
+    assert isinstance(layer.weight, Tensor)
+    rows, columns = layer.weight.shape
+    num_outputs, num_inputs = (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
+    size = float(layer.weight.detach().std())
+    down = torch.randn(rank, num_inputs, generator=numbers)
+    return down, torch.randn(num_outputs, rank, generator=numbers) * size / rank
 
 
 def random_adapter(directory: Path, backbone: Backbone, **options: Any) -> AdapterWeights:

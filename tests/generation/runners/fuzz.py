@@ -2,8 +2,8 @@
 
 python -m tests.generation.runners.fuzz --minutes 10
 
-    random model, types, instruction sets, texts ──> each text alone, at once ──┐
-    tables that share beginnings, pieces, guesses that are taken back ──────────┴─> the same bits
+    random model, types, instruction sets, texts, adapters ──> each text alone, at once ──┐
+    tables that share beginnings, pieces, guesses that are taken back ────────────────────┴─> the same bits
 
 A case follows from its number, which a failure names. `make test-sanitizers` runs it with a decoder that
 watches its addresses and arithmetic.
@@ -13,7 +13,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from full_stack_transformer.generation.runners.native import library
 from full_stack_transformer.generation.runners.native.decoder import NativeRunner
 from full_stack_transformer.generation.runners.torch import SequenceWork
 from full_stack_transformer.machine import instruction_sets
+from tests.generation.small_adapters import adapter_weights, linear_names
 from tests.generation.small_models import varied_backbone
 
 BLOCK_SIZES = (16, 32, 64)
@@ -55,8 +56,20 @@ def check_case(seed: int, isas: Sequence[str] = ()) -> None:
     block_size = numbers.choice(BLOCK_SIZES)
     per_text = -(-backbone.config.max_position_embeddings // block_size)
 
-    def runner(num_texts: int, isa: str) -> NativeRunner:
-        return NativeRunner(
+    names = linear_names(backbone)
+    weights = [
+        adapter_weights(
+            backbone,
+            rank=numbers.choice((1, 4, 5, 16, 23)),
+            seed=number,
+            endings={numbers.choice(names).rpartition(".")[2] for _ in range(3)},
+        )
+        for number in range(numbers.choice((0, 0, 1, 3)))
+    ]
+    adapters = [numbers.randint(0, len(weights)) for _ in texts]
+
+    def runner(num_texts: int, isa: str, adapters: Iterable[int]) -> NativeRunner:
+        made = NativeRunner(
             backbone,
             num_blocks=num_texts * per_text,
             block_size=block_size,
@@ -65,11 +78,18 @@ def check_case(seed: int, isas: Sequence[str] = ()) -> None:
             num_threads=numbers.choice((1, 1, 2, 3)),
             isa=isa,
         )
+        for number in set(adapters) - {0}:
+            made.add_adapter(number, weights[number - 1])
+        return made
 
-    alone = runner(1, isa)
-    expected = [alone.run([SequenceWork(range(per_text), 0, text, len(text))]) for text in texts]
-    together = runner(len(texts), other_isa)
-    for found, rows in zip(_read_in_pieces(together, texts, numbers), expected, strict=True):
+    alone = {adapter: runner(1, isa, [adapter]) for adapter in set(adapters)}
+    expected = [
+        alone[adapter].run([SequenceWork(range(per_text), 0, text, len(text), adapter)])
+        for text, adapter in zip(texts, adapters, strict=True)
+    ]
+    together = runner(len(texts), other_isa, range(len(weights) + 1))
+    found_rows = _read_in_pieces(together, texts, adapters, numbers)
+    for found, rows in zip(found_rows, expected, strict=True):
         assert torch.equal(found.isnan(), rows[-len(found) :].isnan())
         assert torch.equal(found.nan_to_num(7.0), rows[-len(found) :].nan_to_num(7.0))
 
@@ -139,10 +159,13 @@ def _texts(numbers: random.Random, max_length: int) -> list[list[int]]:
 
 
 def _read_in_pieces(
-    runner: NativeRunner, texts: Sequence[Sequence[int]], numbers: random.Random
+    runner: NativeRunner,
+    texts: Sequence[Sequence[int]],
+    adapters: Sequence[int],
+    numbers: random.Random,
 ) -> list[Tensor]:
     """Logits of the texts, all after another or at once, without those of the blocks that one shares."""
-    tables, starts = _tables(runner, texts, numbers)
+    tables, starts = _tables(runner, texts, adapters, numbers)
     done, rows = list(starts), [[torch.empty(0, runner.vocab_size)] for _ in texts]
     # Who shares blocks waits until they have been written.
     running = [number for number, start in enumerate(starts) if not start]
@@ -157,8 +180,10 @@ def _read_in_pieces(
             if numbers.random() < 0.1:  # guesses that are taken back
                 room = min(runner.max_length - start, 5)
                 guess = [numbers.randrange(20) for _ in range(numbers.randint(1, room))]
-                runner.run([SequenceWork(tables[number], start, guess, numbers.randint(0, 1))])
-            work.append(SequenceWork(tables[number], start, text[start:end], end - start))
+                num_logits, adapter = numbers.randint(0, 1), numbers.choice(adapters)
+                runner.run([SequenceWork(tables[number], start, guess, num_logits, adapter)])
+            ids = text[start:end]
+            work.append(SequenceWork(tables[number], start, ids, len(ids), adapters[number]))
             chosen.append(number)
             done[number] = end
         if work:
@@ -172,7 +197,10 @@ def _read_in_pieces(
 
 
 def _tables(
-    runner: NativeRunner, texts: Sequence[Sequence[int]], numbers: random.Random
+    runner: NativeRunner,
+    texts: Sequence[Sequence[int]],
+    adapters: Sequence[int],
+    numbers: random.Random,
 ) -> tuple[list[list[int]], list[int]]:
     """A table for each text, and the position from which on it does not share the blocks of one before."""
     size = runner.block_size
@@ -186,7 +214,7 @@ def _tables(
             pairs = zip(text[:-1], texts[other], strict=False)
             equal = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
             num_shared = equal // size
-            if num_shared and numbers.random() < 0.8:
+            if num_shared and adapters[number] == adapters[other] and numbers.random() < 0.8:
                 table[:num_shared], start = tables[other][:num_shared], num_shared * size
                 break
         tables.append(table)

@@ -70,15 +70,24 @@ int main(int, char** arguments) {
     } else if (name == 'r') {
       const auto *frequencies = tape.array<float>(), *scaling = tape.array<float>();
       decoder_add_rotary(decoder, frequencies, tape.number(), *scaling);
+    } else if (name == 'a') {
+      const int number = tape.number();
+      decoder_add_adapter(decoder, number, tape.number());
+    } else if (name == 'm') {
+      const int number = tape.number(), layer = tape.number(), which = tape.number();
+      const auto *down = tape.array<float>(), *up = tape.array<float>();
+      const auto *first_ranks = tape.array<int32_t>(), *ranks = tape.array<int32_t>();
+      const int num_ranks = tape.number(), most_ranks = tape.number();
+      decoder_set_low_rank(decoder, number, layer, which, down, up, first_ranks, ranks, num_ranks, most_ranks);
     } else if (name == 'f') {
       const int num_tokens = tape.number();
       const auto *ids = tape.array<int32_t>(), *sequences = tape.array<int32_t>();
       const auto *positions = tape.array<int32_t>(), *starts = tape.array<int32_t>();
-      const auto* block_ids = tape.array<int32_t>();
+      const auto *block_ids = tape.array<int32_t>(), *adapters = tape.array<int32_t>();
       const int num_rows = tape.number();
       const auto* rows = tape.array<int32_t>();
       std::vector<float> logits(static_cast<size_t>(num_rows) * shape.vocab_size);
-      decoder_forward(decoder, num_tokens, ids, sequences, positions, starts, block_ids, num_rows, rows,
+      decoder_forward(decoder, num_tokens, ids, sequences, positions, starts, block_ids, adapters, num_rows, rows,
                       logits.data());
       std::fwrite(logits.data(), 4, logits.size(), stdout);
     } else {

@@ -23,6 +23,7 @@ from full_stack_transformer.generation.runners.native.decoder import (
 )
 from full_stack_transformer.generation.runners.torch import SequenceWork
 from full_stack_transformer.machine import instruction_sets
+from tests.generation.small_adapters import adapter_weights, linear_names
 from tests.generation.small_models import varied_backbone
 
 ISAS = tuple(isa for isa in instruction_sets() if isa in library.targets())
@@ -119,16 +120,30 @@ def _logits(backbone: Backbone, isa: str, dtype: WeightsDtype, kv_dtype: KvDtype
     """Logits of texts of all lengths, read at once, and of further tokens, one by one."""
     runner = _runner(backbone, isa, dtype, kv_dtype, num_texts=len(LENGTHS))
     assert runner.isa == isa
+    _add_adapters(runner, backbone)
     return _logits_of_texts(runner)
+
+
+def _add_adapters(runner: NativeRunner, backbone: Backbone) -> None:
+    """Two: of some layers and the head, with ranks that fill nothing; of all others."""
+    first = linear_names(backbone)[0].rpartition(".")[2]
+    head = next(
+        name for name, part in backbone.named_modules() if part is backbone.get_output_embeddings()
+    )
+    runner.add_adapter(1, adapter_weights(backbone, endings=[first, head], rank=5, seed=1))
+    runner.add_adapter(2, adapter_weights(backbone, rank=8, seed=2))
 
 
 def _logits_of_texts(runner: NativeRunner) -> Tensor:
     texts = [[(7 * place + 3 * length) % 70 + 3 for place in range(length)] for length in LENGTHS]
-    work = [SequenceWork(_table(number), 0, ids, len(ids)) for number, ids in enumerate(texts)]
+    work = [
+        SequenceWork(_table(number), 0, ids, len(ids), number % 3)
+        for number, ids in enumerate(texts)
+    ]
     rows = [runner.run(work)]
     for step in range(3):
         work = [
-            SequenceWork(_table(number), len(ids) + step, [9 + step])
+            SequenceWork(_table(number), len(ids) + step, [9 + step], adapter=number % 3)
             for number, ids in enumerate(texts)
         ]
         rows.append(runner.run(work))
@@ -198,6 +213,7 @@ class _Tape:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
 
     def _write(self, name: str, *values: int | tuple[Any, int]) -> None:
         self._file.write(name.encode())
@@ -219,11 +235,13 @@ class _Tape:
     def decoder_set_linear(
         self, _: int, layer: int, name: int, weights: Any, bias: Any, rows: int, columns: int
     ) -> bool:
+        self._sizes[layer, name] = columns, rows
         self._write("l", layer, name, (weights, rows * columns), (bias, rows), rows, columns)
         return True
 
     def decoder_set_codes(self, _: int, layer: int, name: int, *arrays: Any) -> bool:
         codes, group_scales, zeros, scales, bias, rows, columns = arrays
+        self._sizes[layer, name] = columns, rows
         num_bytes = rows * columns // (2 if group_scales else 1)
         num_groups = rows * columns // 32
         self._write("c", layer, name, (codes, num_bytes // 4), (group_scales, num_groups // 4))
@@ -248,15 +266,30 @@ class _Tape:
         scaling_pointer = ctypes.pointer(ctypes.c_float(scaling))
         self._write("r", (frequencies, half), (scaling_pointer, 1), half)
 
+    def decoder_add_adapter(self, _: int, number: int, num_bytes: int) -> bool:
+        self._write("a", number, num_bytes)
+        return True
+
+    def decoder_set_low_rank(
+        self, _: int, number: int, layer: int, name: int, *arguments: Any
+    ) -> bool:
+        down, up, first_ranks, ranks, num_ranks, most_ranks = arguments
+        num_inputs, num_outputs = self._sizes[layer, name]
+        self._write("m", number, layer, name, (down, num_ranks * num_inputs))
+        self._write("", (up, num_outputs * most_ranks), (first_ranks, num_outputs))
+        self._write("", (ranks, num_outputs), num_ranks, most_ranks)
+        return True
+
     def decoder_forward(
         self,
         *arguments: Any,
     ) -> bool:
-        _, num_tokens, *by_token, starts, block_ids, num_rows, rows, _ = arguments
+        _, num_tokens, *by_token, starts, block_ids, adapters, num_rows, rows, _ = arguments
         arrays = [(array, num_tokens) for array in by_token]
         num_sequences = by_token[1][num_tokens - 1] + 1
         self._write("f", num_tokens, *arrays, (starts, num_sequences + 1))
-        self._write("", (block_ids, starts[num_sequences]), num_rows, (rows, num_rows))
+        self._write("", (block_ids, starts[num_sequences]), (adapters, num_tokens))
+        self._write("", num_rows, (rows, num_rows))
         return True
 
     def decoder_delete(self, _: int) -> None:
@@ -293,6 +326,7 @@ def test_logits_of_an_arm_processor_have_the_same_bits(
     expected = _logits(_backbone(kind), "plain", dtype, kv_dtype)
     monkeypatch.setattr(decoder, "load_library", lambda _: _Tape(tmp_path / "tape"))
     runner = _runner(_backbone(kind), None, dtype, kv_dtype, num_texts=len(LENGTHS), num_threads=2)
+    _add_adapters(runner, _backbone(kind))
     _logits_of_texts(runner)
     done = subprocess.run([*arm_replay, str(tmp_path / "tape")], capture_output=True, check=True)
     found = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)

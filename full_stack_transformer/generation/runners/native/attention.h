@@ -33,6 +33,7 @@ struct Reading {
   int num_tokens = 0;
   const int32_t *ids = nullptr, *sequences = nullptr, *positions = nullptr;  // (tokens)
   const int32_t *table_starts = nullptr, *block_ids = nullptr;  // the tables of the sequences, one after another
+  const int32_t* adapters = nullptr;  // (tokens), 0 for none; null where none has one
 
   const int32_t* table(int token) const { return block_ids + table_starts[sequences[token]]; }
 };

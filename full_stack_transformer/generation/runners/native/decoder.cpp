@@ -17,6 +17,8 @@
 //   key_values.h           keys and values in blocks
 //   attention_products.h   queries, keys and values, multiplied in tiles
 //   attention.h            who sees what
+//   low_rank.h             small matrices beside linear layers
+//   adapters.h             which tokens have which of them
 //   model.h                layers
 //   sampler.h              what a draw needs of the scores that come out
 //   this file              what Python calls
@@ -130,10 +132,27 @@ void decoder_add_rotary(Decoder* decoder, const float* frequencies, int half, fl
   }
 }
 
+// Before its matrices are set.
+bool decoder_add_adapter(Decoder* decoder, int number, int64_t num_bytes) {
+  return succeeds([&] { decoder->adapters_.add(number, num_bytes, decoder->num_linears()); });
+}
+
+void decoder_remove_adapter(Decoder* decoder, int number) { decoder->adapters_.remove(number); }
+
+// The matrices beside a linear layer, as LowRankSource says; layer -1 is the head.
+bool decoder_set_low_rank(Decoder* decoder, int number, int layer, int name, const float* down, const float* up,
+                          const int32_t* first_ranks, const int32_t* ranks, int num_ranks, int most_ranks) {
+  const Linear& linear = layer < 0 ? decoder->head_ : decoder->layers_[layer].linears[name];
+  const bool is_pair = layer >= 0 && name == kMlpIn && decoder->shape_.is_gated;
+  const LowRankSource source{down, up, first_ranks, ranks, num_ranks, most_ranks};
+  return succeeds([&] { decoder->adapters_.set(number, linear, source, is_pair); });
+}
+
+// adapters: of each token, 0 for none; null where no token has one.
 bool decoder_forward(Decoder* decoder, int num_tokens, const int32_t* ids, const int32_t* sequences,
                      const int32_t* positions, const int32_t* table_starts, const int32_t* block_ids,
-                     int num_rows, const int32_t* rows, float* logits) {
-  const Reading reading{num_tokens, ids, sequences, positions, table_starts, block_ids};
+                     const int32_t* adapters, int num_rows, const int32_t* rows, float* logits) {
+  const Reading reading{num_tokens, ids, sequences, positions, table_starts, block_ids, adapters};
   return succeeds([&] { decoder->forward(reading, num_rows, rows, logits); });
 }
 

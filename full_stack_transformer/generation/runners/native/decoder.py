@@ -22,9 +22,17 @@ from full_stack_transformer.generation.runners.native.library import (
     load_library,
     why_not,
 )
+from full_stack_transformer.generation.runners.native.low_rank import (
+    Joined,
+    Place,
+    joined,
+    num_numbers,
+    places_of,
+)
 from full_stack_transformer.generation.runners.native.parts import Linear, Norm, Parts, parts_of
 from full_stack_transformer.generation.runners.native.shape import shape_of, why_not_family
 from full_stack_transformer.generation.runners.torch import SequenceWork
+from full_stack_transformer.machine import check_free_memory, memory_for
 from full_stack_transformer.modelling.adapter_weights import AdapterWeights
 from full_stack_transformer.modelling.backbones import context_length
 from full_stack_transformer.quantization.codes import Codes, CodesDtype
@@ -36,6 +44,9 @@ _Ids = np.ndarray[Any, np.dtype[np.int32]]
 # Before anybody tells PyTorch to use fewer, as `open_runner` does.
 _NUM_THREADS = torch.get_num_threads()
 _TYPES: dict[WeightsDtype | KvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}
+# Of an adapter's numbers, with a scale for each rank. Each step reads them all, so they are as short as the
+# weights allow: their rounding is well below that of the weights.
+_ADAPTER_BITS: dict[WeightsDtype, int] = {"float32": 16, "bfloat16": 16, "int8": 8, "int4": 8}
 _BLOCK_SIZES = (16, 32, 64)
 _ATTENTION_IN, _ATTENTION_OUT, _MLP_IN, _MLP_OUT = range(4)
 _LAST = -1  # the layer that head and last norm are said to belong to
@@ -97,6 +108,8 @@ class NativeRunner:
         self._library = load_library(isa)
         self.isa = self._library.isa
         self.name = f"C++ ({self.isa}), {weights_dtype} weights, {self.num_threads} threads"
+        self._adapter_bits = _ADAPTER_BITS[weights_dtype]
+        self._adapters: set[int] = set()
         shape = DecoderShape(
             **shape_of(backbone),
             vocab_size=self.vocab_size,
@@ -106,6 +119,7 @@ class NativeRunner:
             weights_type=_TYPES[weights_dtype],
             kv_type=_TYPES[kv_dtype],
             num_threads=self.num_threads,
+            adapter_bits=self._adapter_bits,
         )
         self._decoder = self._library.decoder_new(ctypes.byref(shape))
         if not self._decoder:
@@ -116,7 +130,9 @@ class NativeRunner:
         self._is_int4 = weights_dtype == "int4"
         self._has_codes = weights_dtype in ("int8", "int4")
         with torch.no_grad():
-            self._pack(parts_of(backbone))
+            parts = parts_of(backbone)
+            self._pack(parts)
+            self._places = places_of(parts, backbone)
 
     def run(self, work: Sequence[SequenceWork]) -> Tensor:
         """Logits (sum of num_logits, vocabulary), in the order of the work."""
@@ -140,11 +156,39 @@ class NativeRunner:
         return states
 
     def add_adapter(self, number: int, adapter: AdapterWeights) -> None:
-        """Let work name an adapter by this number."""
-        raise ModelError("the C++ decoder computes no adapters yet; merge them: fst merge")
+        """Let work name an adapter by this number.
+
+        Raises:
+            ModelError: it changes layers that the decoder does not have.
+            MachineError: memory is short.
+        """
+        num_bytes = self._adapter_bits // 8 * num_numbers(adapter, self._places)
+        what = f"the adapter {adapter.directory}"
+        check_free_memory(num_bytes, what, torch.device("cpu"))
+        with memory_for(what):
+            _need_memory(self._library.decoder_add_adapter(self._decoder, number, num_bytes))
+            try:
+                for place, one in joined(adapter, self._places):
+                    self._set_low_rank(number, place, one)
+            except BaseException:
+                self.remove_adapter(number)
+                raise
+        self._adapters.add(number)
+
+    def _set_low_rank(self, number: int, place: Place, one: Joined) -> None:
+        _need_memory(
+            self._library.decoder_set_low_rank(
+                *(self._decoder, number, place.layer, place.name),
+                *(_values(one.down), _values(one.up)),
+                *(_ids(one.first_ranks.numpy()), _ids(one.ranks.numpy())),
+                *(len(one.down), one.up.shape[1]),
+            )
+        )
 
     def remove_adapter(self, number: int) -> None:
         """Give back the memory of an adapter."""
+        self._adapters.discard(number)
+        self._library.decoder_remove_adapter(self._decoder, number)
 
     def _forward(self, work: Sequence[SequenceWork], rows: _Ids, logits: Tensor) -> int:
         """Read the work and write the logits of some rows of it; returns its number of tokens."""
@@ -163,10 +207,14 @@ class NativeRunner:
         # The decoder reads and writes wherever it is told to.
         assert ids.min(initial=0) >= 0 and ids.max(initial=0) < self.vocab_size
         assert block_ids.min(initial=0) >= 0 and block_ids.max(initial=0) < self.num_blocks
+        numbers = [one.adapter for one in work]
+        assert self._adapters.issuperset(set(numbers) - {0})
+        adapters = np.repeat(np.asarray(numbers, np.int32), lengths) if any(numbers) else None
         _need_memory(
             self._library.decoder_forward(
                 *(self._decoder, len(ids), _ids(ids), _ids(sequences), _ids(positions)),
-                *(_ids(starts), _ids(block_ids), len(rows), _ids(rows), _values(logits)),
+                *(_ids(starts), _ids(block_ids), _ids(adapters)),
+                *(len(rows), _ids(rows), _values(logits)),
             )
         )
         return len(ids)
@@ -264,5 +312,5 @@ def _bytes(tensor: Tensor | None) -> Any:
     return ctypes.cast(tensor.data_ptr(), POINTER(c_uint8))
 
 
-def _ids(array: np.ndarray[Any, np.dtype[np.int32]]) -> Any:
-    return array.ctypes.data_as(POINTER(c_int32))
+def _ids(array: _Ids | None) -> Any:
+    return None if array is None else array.ctypes.data_as(POINTER(c_int32))

@@ -32,6 +32,12 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 inline Vector from_bytes(const uint8_t* bytes) {
   return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
 }
+inline Vector from_integers(const int8_t* bytes) {
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
+}
+inline Vector from_integers(const int16_t* integers) {
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)integers)));
+}
 
 #ifdef __AVXVNNI__
 constexpr int kInt8Offset = 128;  // unsigned bytes of weights by signed bytes of inputs

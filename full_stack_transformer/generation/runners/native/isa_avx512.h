@@ -30,6 +30,12 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 inline Vector from_bytes(const uint8_t* bytes) {
   return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
 }
+inline Vector from_integers(const int8_t* bytes) {
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
+}
+inline Vector from_integers(const int16_t* integers) {
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)integers)));
+}
 
 #ifdef __AVX512VNNI__
 constexpr int kInt8Offset = 128;  // unsigned bytes of weights by signed bytes of inputs

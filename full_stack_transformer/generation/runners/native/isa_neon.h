@@ -49,6 +49,11 @@ inline Vector from_bytes(const uint8_t* bytes) {
   return Vector{static_cast<float>(bytes[0]), static_cast<float>(bytes[1]), static_cast<float>(bytes[2]),
                 static_cast<float>(bytes[3])};
 }
+template <class Integer>
+inline Vector from_integers(const Integer* integers) {
+  return Vector{static_cast<float>(integers[0]), static_cast<float>(integers[1]), static_cast<float>(integers[2]),
+                static_cast<float>(integers[3])};
+}
 
 constexpr bool kHasBFloat16Products = false;
 

@@ -79,6 +79,7 @@ inline Sums<Type> add_products(Sums<Type> sums, Weights weights, const int32_t* 
 // are stored with kInt8Offset added.
 struct Linear {
   WeightsType type = kFloat32;
+  int place = 0;  // which one of the decoder
   int num_outputs = 0, num_inputs = 0, num_panels = 0, num_groups = 0;
   uint8_t* panels = nullptr;
   uint8_t* group_scales = nullptr;  // int4 only, see int4.h
@@ -171,6 +172,7 @@ struct Inputs {
   const float* scales = nullptr;   // (T) for int8, (T, K / 32) for int4
   const int32_t* sums = nullptr;   // (T) of the quantized values, int8 only
   const float* group_sums = nullptr;  // (T, K / 32), int4 only
+  const float* plain = nullptr;       // (T, K) as they were
 };
 
 // In each pair of lanes `Half` apart the sum and the difference.
@@ -265,11 +267,13 @@ struct Tile {
   Ending ending;
   Activation activation;
   float scale, cap;  // of what is added and of scores; of scores, 0 for none
+  const float* const* biases;  // (T), of tokens with adapters; null where all have the layer's
 };
 
 template <WeightsType Type>
 inline Floats finish(const Tile& tile, const Sums<Type>* sums, int token, int panel) {
-  const Floats bias = load(tile.linear->bias.get() + panel * kLanes);
+  const float* biases = tile.biases ? tile.biases[token] : tile.linear->bias.get();
+  const Floats bias = load(biases + panel * kLanes);
   const Floats output_scales = load(tile.linear->scales.get() + panel * kLanes);
   if constexpr (Type == kInt8 || Type == kInt16) {
     // Takes back what was added to every weight.

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_bool, c_double, c_float, c_int, c_int32, c_uint8, c_void_p
+from ctypes import POINTER, c_bool, c_double, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class DecoderShape(ctypes.Structure):
                 *("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "head_size"),
                 *("intermediate_size", "vocab_size", "max_length", "num_blocks", "block_size"),
                 *("weights_type", "kv_type", "num_threads"),
-                *("activation", "is_gated", "is_parallel", "centers_in_norm"),
+                *("activation", "is_gated", "is_parallel", "centers_in_norm", "adapter_bits"),
             )
         ),
         *(
@@ -160,7 +160,13 @@ def _open(path: Path, isa: str) -> Library:
         "decoder_set_layer": ([c_void_p, c_int, c_int, c_int], None),
         "decoder_set_embeddings": ([c_void_p, values, values], c_bool),
         "decoder_add_rotary": ([c_void_p, values, c_int, c_float], None),
-        "decoder_forward": ([c_void_p, c_int, *[ids] * 5, c_int, ids, values], c_bool),
+        "decoder_add_adapter": ([c_void_p, c_int, c_int64], c_bool),
+        "decoder_remove_adapter": ([c_void_p, c_int], None),
+        "decoder_set_low_rank": (
+            [c_void_p, c_int, c_int, c_int, values, values, ids, ids, c_int, c_int],
+            c_bool,
+        ),
+        "decoder_forward": ([c_void_p, c_int, *[ids] * 6, c_int, ids, values], c_bool),
         "decoder_hidden_states": ([c_void_p, values], c_bool),
         "sampler_rank": ([values, c_int, c_float, c_int, values, ids, POINTER(c_double)], None),
         "sampler_draw": ([values, c_int, c_float, c_double], c_int),

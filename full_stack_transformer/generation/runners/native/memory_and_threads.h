@@ -88,10 +88,11 @@ class ZeroPages {
 // small pages delay by a tenth; so do those in which each piece would begin anew.
 class HugePages {
  public:
+  explicit HugePages(size_t chunk = size_t{32} << 20) : chunk_(chunk) {}
   uint8_t* take(size_t size) {
     size = (size + 63) / 64 * 64;
     if (size > size_left_) {
-      size_left_ = (std::max(size, kChunk) + kPage - 1) / kPage * kPage;
+      size_left_ = (std::max(size, chunk_) + kPage - 1) / kPage * kPage;
       chunks_.emplace_back().reserve(size_left_ + kPage);
       const auto address = reinterpret_cast<uintptr_t>(chunks_.back().get());
       place_ = chunks_.back().get() + (kPage - address % kPage) % kPage;
@@ -106,7 +107,8 @@ class HugePages {
   }
 
  private:
-  static constexpr size_t kPage = size_t{2} << 20, kChunk = size_t{32} << 20;
+  static constexpr size_t kPage = size_t{2} << 20;
+  const size_t chunk_;
   std::list<ZeroPages> chunks_;
   uint8_t* place_ = nullptr;
   size_t size_left_ = 0;

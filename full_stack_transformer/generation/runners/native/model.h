@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "adapters.h"
 #include "attention.h"
 #include "int4.h"
 #include "kernels.h"
@@ -29,6 +30,7 @@ struct DecoderShape {
   int32_t is_gated;         // activation(gate) * up, else activation(inner)
   int32_t is_parallel;      // an MLP reads what its layer's attention has read, not what that has written
   int32_t centers_in_norm;  // LayerNorm, else RMSNorm
+  int32_t adapter_bits;
   float norm_epsilon, attention_scale, embedding_scale, residual_scale, logit_scale;
   float attention_cap, logit_cap;  // 0 for none
 };
@@ -60,8 +62,13 @@ struct Layer {
 class Decoder {
  public:
   explicit Decoder(const DecoderShape& shape)
-      : shape_(shape), type_(type_of(shape)), layers_(shape.num_layers), attention_(attention_of(shape)),
-        pool_(shape.num_threads) {}
+      : shape_(shape), type_(type_of(shape)), layers_(shape.num_layers), adapters_(shape.adapter_bits),
+        attention_(attention_of(shape)), pool_(shape.num_threads) {
+    for (int layer = 0; layer < shape.num_layers; ++layer) {
+      for (int name = 0; name < kNumLinears; ++name) layers_[layer].linears[name].place = layer * kNumLinears + name;
+    }
+    head_.place = num_linears() - 1;
+  }
 
   DecoderShape shape_;
   WeightsType type_;
@@ -73,6 +80,9 @@ class Decoder {
   Buffer<float> position_embeddings_;    // (max_length, hidden), where the model has them
   bool has_positions_ = false;
   std::vector<Rotary> rotaries_;
+  Adapters adapters_;
+
+  int num_linears() const { return shape_.num_layers * kNumLinears + 1; }
 
   static WeightsType type_of(const DecoderShape& shape) {
     const auto type = static_cast<WeightsType>(shape.weights_type);
@@ -93,6 +103,7 @@ class Decoder {
     const int hidden = shape_.hidden_size, num_tokens = reading.num_tokens;
     reading_ = reading;
     attention_.begin(reading);
+    adapters_.begin(num_tokens, reading.adapters);
     hidden_.reserve(static_cast<size_t>(num_tokens) * hidden);
     each_token(num_tokens, [&](int token) { embed(token); });
     for (int layer = 0; layer < shape_.num_layers; ++layer) {
@@ -107,6 +118,11 @@ class Decoder {
     for (int row = 0; row < num_rows; ++row) {  // rows ascend, so nothing is overwritten before it is read
       std::memmove(hidden_.get() + static_cast<size_t>(row) * hidden,
                    hidden_.get() + static_cast<size_t>(rows[row]) * hidden, hidden * sizeof(float));
+    }
+    if (reading.adapters) {
+      std::vector<int32_t> of_rows(num_rows);
+      for (int row = 0; row < num_rows; ++row) of_rows[row] = reading.adapters[rows[row]];
+      adapters_.begin(num_rows, of_rows.data());
     }
     apply(head_, normalized(head_, last_norm_, num_rows), num_rows, logits, shape_.vocab_size,
           Ending::kScores);
@@ -185,7 +201,7 @@ class Decoder {
     const int num_values = linear.num_inputs;
     if (type == kFloat32 || type == kBFloat16) {
       if (norm) each_token(num_tokens, [&](int token) { normalize_hidden(*norm, token); });
-      return {reinterpret_cast<const int32_t*>(values)};
+      return {reinterpret_cast<const int32_t*>(values), nullptr, nullptr, nullptr, values};
     }
     const int num_words = type == kInt4 ? num_values / 4 : num_values / values_of_group(type) * words_of_group(type);
     const int num_groups = num_values / kGroupInputs;
@@ -210,14 +226,15 @@ class Decoder {
         round_to_bfloat16_pairs(in, num_values, out);
       }
     });
-    return {words, scales, sums, group_sums};
+    return {words, scales, sums, group_sums, values};
   }
 
   void apply(const Linear& linear, Inputs inputs, int num_tokens, float* outputs, int stride,
              Ending ending) {
     const float scale = ending == Ending::kScores ? shape_.logit_scale : shape_.residual_scale;
     const auto activation = static_cast<Activation>(shape_.activation);
-    const Tile tile{&linear, linear.panels, linear.num_groups, 0, inputs, outputs, stride, ending, activation, scale, shape_.logit_cap};
+    const Tile tile{&linear, linear.panels, linear.num_groups, 0, inputs, outputs, stride, ending, activation, scale,
+                    shape_.logit_cap, adapters_.biases(pool_, linear, inputs.plain, num_tokens)};
     // Pieces large enough for the widest tile. With many tokens, which take long, all threads get the same.
     const int num_pairs = linear.num_panels / 2, num_threads = shape_.num_threads;
     const int size = std::max(1, std::min(kPairsOfPiece, num_pairs / (2 * num_threads)));
