@@ -8,14 +8,12 @@ conversation is one sample, however long; `datasets.cuts` says what a context le
 
 import dataclasses
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -58,6 +56,7 @@ from full_stack_transformer.tokenization.document_tokenizer import (
     load_tokenizer,
     local_tokenizer,
 )
+from full_stack_transformer.tokenization.template_process import time_limit
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +224,7 @@ def _rendered(
         RowError: the template refuses it, or writes none of its answers.
     """
     try:
-        with _time_limit(_SECONDS_FOR_TEMPLATE):
+        with time_limit(_SECONDS_FOR_TEMPLATE):
             rendered = render_conversation(
                 template,
                 conversation.messages,
@@ -234,38 +233,13 @@ def _rendered(
                 only_last=only_last,
                 ignored=conversation.ignored,
             )
-    except (RequestError, _TooSlowError) as error:
+    except RequestError as error:
         raise RowError(f"{conversation.place}: {error}") from error
     if not rendered.learned[1:].any():
         raise RowError(
             f"{conversation.place}: nothing of it is learned: the chat template writes none of its answers"
         )
     return rendered
-
-
-class _TooSlowError(BaseException):
-    """A template takes too long; no Exception, which is what a template may raise and rendering catches."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TooSlowError in the body after so much processor time; no limit outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _TooSlowError(
-            f"the chat template takes more than {seconds:g} s for this conversation"
-        )
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _left_out(

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 
 from full_stack_transformer.errors import RequestError
 from full_stack_transformer.tokenization.chat import (
-    BLOCK_ENDS,
     ChatTemplate,
     render_with_blocks,
 )
 from full_stack_transformer.tokenization.control_tokens import Span
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 from full_stack_transformer.tokenization.marked_letters import marked_messages
+from full_stack_transformer.tokenization.templates import BLOCK_ENDS
 
 # For models that come without a template. The end token ends an answer, so that a model learns to stop.
 DOCUMENTED_TEMPLATE_NAME = "plain"

@@ -13,18 +13,14 @@ Knows nothing of models and of HTTP.
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
 from full_stack_transformer.errors import ModelError, RequestError
 from full_stack_transformer.storage import write_text
@@ -36,6 +32,13 @@ from full_stack_transformer.tokenization.control_tokens import (
     unused_characters,
 )
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
+from full_stack_transformer.tokenization.template_process import run
+from full_stack_transformer.tokenization.templates import (
+    BLOCK_ENDS,
+    Program,
+    program_of,
+    template_tree,
+)
 
 # For a base model that has never seen a chat: the form in which texts report a conversation.
 _PLAIN_TEMPLATE = (
@@ -45,8 +48,6 @@ _PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 _PLAIN_STOPS = ("\nUser:", "\nSystem:")
-# Around what a template calls generated, in a rendering that looks for it.
-BLOCK_ENDS = "\U000ffffc\U000ffffd"
 TEMPLATE_FILE_NAME, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _PROCESSOR_FILE_NAME = "chat_template.json"
 _CONFIG_FILE_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
@@ -145,7 +146,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "messages": [_normalized(message, tokenizer) for message in messages],
         }
-        return _render(_compiled(self.source), variables)
+        return _render(_program(self.source), variables)
 
     def rendered(
         self,
@@ -175,19 +176,17 @@ class ChatTemplate:
             **self.variables(tokenizer, tools),
             "add_generation_prompt": add_generation_prompt,
         }
-        rendered = _render(_compiled(self.source), {**variables, "messages": given}, end)
+        rendered = _render(_program(self.source), {**variables, "messages": given}, end)
         with_broken_texts = ""
         for alphabet in markup.alphabets:
-            breaking, template = broken_template(
-                _environment(), self.source, alphabet, private, words
-            )
+            breaking, program = broken_template(self.source, alphabet, private, words)
             with suppress(RequestError):  # where the template decides by what was broken
                 broken = {
                     **variables,
                     "messages": mapped(breaking.apply, given),
                     "tools": mapped(breaking.apply, list(tools)) or None,
                 }
-                with_broken_texts = _render(template, broken, end)
+                with_broken_texts = _render(program, broken, end)
             if breaking.undo(with_broken_texts) == rendered:
                 return rendered, markup.split(with_broken_texts)
         spans = markup.split(rendered)
@@ -232,7 +231,7 @@ def load_chat_template(directory: Path) -> ChatTemplate:
                 f"{directory}: chat_template should be one text, or several of which one has the name "
                 f"default; found {source!r:.60}"
             )
-        _compiled(source)
+        _program(source)
     except TemplateError as error:
         raise ModelError(f"{directory}: the chat template is not valid Jinja: {error}") from error
     tokens = {name: config.get(name) for name in _TOKEN_NAMES}
@@ -287,28 +286,6 @@ def _found_template(directory: Path, config: Mapping[str, Any]) -> Any:
 # ---------------------------------------------------------------------- rendering
 
 
-class _GenerationBlocks(Extension):
-    """`{% generation %} … {% endgeneration %}`: what a model learns to write; without effect here."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own attribute)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """A call of a macro with the block as its body, as in transformers: its variables are its own."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
-
-    def _written(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _BoundedBlocks(_GenerationBlocks):
-    """The same with a private character at both ends."""
-
-    def _written(self, caller: Callable[[], str]) -> str:
-        return f"{BLOCK_ENDS[0]}{caller()}{BLOCK_ENDS[1]}"
-
-
 def render_with_blocks(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
@@ -326,44 +303,21 @@ def render_with_blocks(
     if any(end in written for end in BLOCK_ENDS):
         return None
     variables = {**template.variables(tokenizer, tools), "add_generation_prompt": False}
-    return _render(_compiled(template.source, shows_blocks=True), {**variables, "messages": given})
-
-
-def template_tree(source: str) -> nodes.Template:
-    """The template as Jinja reads it."""
-    return _environment().parse(source)
-
-
-@lru_cache(maxsize=2)
-def _environment(*, shows_blocks: bool = False) -> ImmutableSandboxedEnvironment:
-    """As transformers sets it up, so that a template means the same there and here."""
-    blocks = _BoundedBlocks if shows_blocks else _GenerationBlocks
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[blocks, "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+    return _render(_program(template.source, shows_blocks=True), {**variables, "messages": given})
 
 
 @lru_cache(maxsize=8)
-def _compiled(source: str, *, shows_blocks: bool = False) -> Template:
-    return _environment(shows_blocks=shows_blocks).from_string(source)
+def _program(source: str, *, shows_blocks: bool = False) -> Program:
+    return program_of(template_tree(source), shows_blocks=shows_blocks)
 
 
-def _render(template: Template, variables: Mapping[str, Any], end: str = "") -> str:
+def _render(program: Program, variables: Mapping[str, Any], end: str = "") -> str:
     """What the template writes, up to `end`, which stands behind the message to be continued."""
+    text = run(program, variables)
     try:
-        text = template.render(variables)
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError("a message has half of a surrogate pair, which is no text") from error
-    # A template is a foreign program and can raise anything.
-    except Exception as error:
-        raise RequestError(f"the chat template refuses these messages: {error}") from error
     if end not in text:
         raise RequestError("the chat template leaves out the message that is to be continued")
     return text[: text.rindex(end)] if end else text
@@ -375,37 +329,13 @@ def _ids(spans: Sequence[Span]) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _markup(tokenizer: DocumentTokenizer, source: str) -> Markup:
-    return Markup(tokenizer, _environment().parse(source))
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().astimezone().strftime(pattern)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+    return Markup(tokenizer, template_tree(source))
 
 
 def _plain(messages: Sequence[ChatMessage], *, continues: bool) -> str:
     stripped = [{**message, "content": message["content"].strip()} for message in messages]
     text = _render(
-        _compiled(_PLAIN_TEMPLATE), {"messages": stripped, "add_generation_prompt": not continues}
+        _program(_PLAIN_TEMPLATE), {"messages": stripped, "add_generation_prompt": not continues}
     )
     if not continues:
         return text

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, Template, nodes
+from jinja2 import nodes
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
+from full_stack_transformer.tokenization.templates import Program, program_of, template_tree
 
 # Methods and filters that look for their first argument in a text, and do not write it.
 _SEARCHES = frozenset(
@@ -101,19 +102,18 @@ def mapped(change: Callable[[str], str], value: Any) -> Any:
 
 @lru_cache(maxsize=32)
 def broken_template(
-    environment: Environment, source: str, alphabet: Alphabet, private: str, words: frozenset[str]
-) -> tuple[Breaking, Template]:
+    source: str, alphabet: Alphabet, private: str, words: frozenset[str]
+) -> tuple[Breaking, Program]:
     """The template that looks for broken strings in texts where it looked for whole ones.
 
     Args:
-        environment: of Jinja.
         source: the template.
         alphabet: what is broken.
         private: the characters for it.
         words: names and roles of messages, which are never broken.
     """
     breaking = Breaking(alphabet, private)
-    tree = environment.parse(source)
+    tree = template_tree(source)
     constants = _named_constants(tree)
 
     def break_it(operand: Any) -> Any:
@@ -126,8 +126,7 @@ def broken_template(
         return nodes.Const(breaking.apply(value)).set_lineno(operand.lineno)
 
     _change_searched(tree, break_it)
-    code = environment.compile(tree)
-    return breaking, Template.from_code(environment, code, environment.make_globals(None))
+    return breaking, program_of(tree)
 
 
 def _named_constants(tree: nodes.Template) -> dict[str, str]:

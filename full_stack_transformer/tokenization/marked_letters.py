@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import nodes
 
-from full_stack_transformer.tokenization.chat import template_tree
 from full_stack_transformer.tokenization.control_tokens import mapped, unused_characters
+from full_stack_transformer.tokenization.templates import template_tree
 
 # What escaping (JSON, HTML) would change.
 _NEVER_MARKED = frozenset("\"'\\<>&/")
