@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from full_stack_transformer.conversations.files import (
 from full_stack_transformer.conversations.messages import ANSWERER, Conversation
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.bootstrap import bootstrap_intervals
+from full_stack_transformer.evaluation.interleaving import interleaved
 from full_stack_transformer.generation.requests import Piece
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.metrics.texts import normalized_answer
@@ -137,7 +139,7 @@ def answer(
         RequestError: a conversation does not fit into the model's context, or its template refuses it.
     """
 
-    def stream(conversation: Conversation) -> Iterator[tuple[int, Piece]]:
+    def start(conversation: Conversation) -> Iterator[tuple[int, Piece]]:
         messages: Any = conversation.messages[:-1]
         prompt_ids = generator.template.encode(messages, generator.model.tokenizer)
         return generator.pieces(
@@ -150,26 +152,15 @@ def answer(
         )
 
     texts = [""] * len(asked)
-    reasons: dict[int, str | None] = {}
-    waiting = list(range(len(asked)))[::-1]
-    running: dict[int, Iterator[tuple[int, Piece]]] = {}
+    reasons: list[str | None] = [None] * len(asked)
     told = time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            index = waiting.pop()
-            running[index] = stream(asked[index])
-        # All streams share the engine: each step of one is a step of all.
-        for index, pieces in list(running.items()):
-            found = next(pieces, None)
-            if found is None:
-                del running[index]
-            else:
-                texts[index] += found[1].text
-                reasons[index] = found[1].finish_reason
+    starts = [partial(start, one) for one in asked]
+    for index, (_, piece) in interleaved(starts, at_once=at_once):
+        texts[index] += piece.text
+        reasons[index] = piece.finish_reason
         if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            num_done = len(asked) - len(waiting) - len(running)
-            logger.info("%s of %s answers", f"{num_done:,}", f"{len(asked):,}")
+            logger.info("%s of %s answers", f"{sum(map(bool, reasons)):,}", f"{len(asked):,}")
     return [
         Answer(one, one.messages[-1]["content"], text.strip(), reasons[index] == "stop")
         for index, (one, text) in enumerate(zip(asked, texts, strict=True))

@@ -7,8 +7,9 @@ Overlap with the one true continuation is low for any model of free text; the me
 same texts, and show whether a model repeats itself. The expected texts are measured too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from full_stack_transformer.arguments.sampling import SamplingParameters, as_key
 from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.evaluation.bootstrap import Interval, bootstrap_intervals
+from full_stack_transformer.evaluation.interleaving import interleaved
 from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.metrics.texts import (
@@ -90,19 +92,10 @@ def continue_texts(
 ) -> list[str]:
     """The continuation of each prompt, several at once; each one as it would be alone."""
     texts = [""] * len(prompts)
-    waiting = list(range(len(prompts)))[::-1]
-    running: dict[int, Iterator[str]] = {}
-    while waiting or running:
-        while waiting and len(running) < _TEXTS_AT_ONCE:
-            index = waiting.pop()
-            running[index] = generator.stream(prompts[index], clips=True, **as_keywords(sampling))
-        # All streams share the engine: each step of one is a step of all.
-        for index, stream in list(running.items()):
-            piece = next(stream, None)
-            if piece is None:
-                del running[index]
-            else:
-                texts[index] += piece
+    keywords = as_keywords(sampling)
+    starts = [partial(generator.stream, prompt, clips=True, **keywords) for prompt in prompts]
+    for index, piece in interleaved(starts, at_once=_TEXTS_AT_ONCE):
+        texts[index] += piece
     return [generator.model.tokenizer.after_decoding(text) for text in texts]
 
 
