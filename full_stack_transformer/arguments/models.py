@@ -259,8 +259,8 @@ class EvaluateArguments(
     batch_size: int = 16
     """Samples per batch; the metrics do not depend on it."""
     compare: Path | None = None
-    """Model that MODEL was tuned from, or any other: measure both and print how much they differ. With
-    different tokenizers by bits per byte alone."""
+    """Model that MODEL was tuned from, or any other: measure both, or ask both the --conversations, and print
+    how much they differ. With different tokenizers by bits per byte alone."""
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
     weights_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
@@ -302,8 +302,12 @@ class EvaluateArguments(
                     f"{self.more_datasets[0]}"
                 )
             return
-        if self.dataset_dir is None:
-            raise UsageError("--compare measures two models on DATASET_DIR, which is missing")
+        if self.harness is not None:
+            raise UsageError(
+                "--compare measures two models on DATASET_DIR or --conversations; omit --harness"
+            )
+        if self.conversations:
+            return
         if self.generation or self.weights_dtype != "float32" or self.kv_dtype != "auto":
             raise UsageError(
                 "--compare measures losses with fp32 weights; omit --generation, --weights_dtype and "

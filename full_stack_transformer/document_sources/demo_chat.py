@@ -1,7 +1,7 @@
 """`fst demo --chat`: teach a pretrained model to answer questions, show what that changed, and talk to it.
 
-    collect_model, collect_documents -> prepare_dataset -> train (an adapter)
-        -> evaluate: held-out questions and general text, before and after -> serve
+    collect_model, collect_documents -> prepare_dataset -> train (an adapter, documents replayed)
+        -> evaluate --compare: held-out questions, and general text -> serve
 
 As in `demo`, each step is a command that can be run by hand, and finished ones are reused.
 """
@@ -9,7 +9,6 @@ As in `demo`, each step is a command that can be run by hand, and finished ones 
 import json
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +26,28 @@ from full_stack_transformer.tasks.catalogue import TASK_OF_KIND
 
 _MODEL = "smollm2"
 _TASK = TASK_OF_KIND["conversations"]
-_ROWS, _DATASET = f"python_docs_{_TASK}", "python_questions"
-_GENERAL = "package_descriptions"
+_QUESTIONS, _NAME = f"python_docs_{_TASK}", "python_questions"
+# Of many authors, and about neither what is learned nor what is replayed.
+_GENERAL_TEXT = "package_descriptions"
 _SUMMARY_FILE_NAME = "summary.json"
-_ANSWERS_FILE_NAME = "answers.jsonl"
+_SIDES = ("base", "tuned")
+_ANSWERS_FILE_NAMES = ("base_answers.jsonl", "answers.jsonl")
+_SHARES = {
+    "exact_match": "held-out questions answered right",
+    "contains_expected": "answers with the right one in them",
+    "ended_by_itself": "answers that end by themselves",
+}
 # Of an adapter, which takes two thirds of the time of training all weights, and forgets less. In these
 # minutes compiling would not pay.
 _TRAINING = (
     *("--lora_rank", "32", "--learning_rate", "1e-3", "--batch_size", "8"),
-    *("--compile", "never", "--num_generated_samples", "0"),
+    *("--compile", "never", "--num_generated_samples", "0", "--limit_val_batches", "6"),
 )
+# Part of the learned tokens. Without it the model unlearns to read prose.
+_REPLAY = 0.5
 _MAX_NEW_TOKENS = "32"
 _NUM_SHOWN = 10
 _MAX_SHOWN_CHARACTERS = 100
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A model on the held-out questions and on general text."""
-
-    figures: dict[str, Any]
-    answers: list[dict[str, Any]]
-    perplexity: float
 
 
 def main(arguments: DemoArguments) -> int:
@@ -63,17 +62,13 @@ def main(arguments: DemoArguments) -> int:
     model = root / "models" / _MODEL
     if not model.is_dir():
         run("collect_model", _MODEL, "--models_root", str(root / "models"))
-    rows = root / "documents" / _ROWS
-    if not rows.is_dir():
+    documents = _documents(root, model, "python_docs")
+    questions = root / "documents" / _QUESTIONS
+    if not questions.is_dir():
         place = ("--documents_root", str(root / "documents"))
         run("collect_documents", "python_docs", "--task", _TASK, *place)
-    dataset = _prepare(root, model, rows)
-    experiment = _train(arguments, model, dataset)
-    before, after = (
-        _measure(root, name, path, model, rows)
-        for name, path in (("before", model), ("after", experiment))
-    )
-    _show(before, after)
+    experiment = _train(arguments, model, _questions(root, model, questions), documents)
+    _compare(root, model, experiment, questions)
     minutes, seconds = divmod(time.perf_counter() - started, 60)
     say(f"\nAll of this took {minutes:.0f} min {seconds:.0f} s.\n")
     if not arguments.serve:
@@ -82,75 +77,79 @@ def main(arguments: DemoArguments) -> int:
     return _serve(experiment, port)
 
 
-def _prepare(root: Path, model: Path, rows: Path) -> Path:
-    datasets = root / "datasets"
-    if not versions(datasets, _DATASET):
+def _documents(root: Path, model: Path, source: str) -> Path:
+    """The dataset of a source of documents, in the tokens of the model."""
+    documents, name = root / "documents" / source, f"{source}_for_{_MODEL}"
+    if not documents.is_dir():
+        run("collect_documents", source, "--documents_root", str(root / "documents"))
+    if not versions(root / "datasets", name):
         run(
             "prepare_dataset",
-            *("--conversations", str(rows / "train.jsonl")),
-            *("--documents_valid_file", str(rows / "valid.jsonl")),
+            *("--documents_train_file", str(documents / "train.txt")),
+            *("--documents_valid_file", str(documents / "valid.txt")),
             *("--tokenizer_path", str(model)),
-            *("--datasets_root", str(datasets), "--dataset_name", _DATASET),
+            *("--datasets_root", str(root / "datasets"), "--dataset_name", name),
         )
-    return versions(datasets, _DATASET)[-1]
+    return versions(root / "datasets", name)[-1]
 
 
-def _train(arguments: DemoArguments, model: Path, dataset: Path) -> Path:
+def _questions(root: Path, model: Path, questions: Path) -> Path:
+    """The dataset of questions; the held-out ones are for validation."""
+    if not versions(root / "datasets", _NAME):
+        run(
+            "prepare_dataset",
+            *("--conversations", str(questions / "train.jsonl")),
+            *("--documents_valid_file", str(questions / "valid.jsonl")),
+            *("--tokenizer_path", str(model)),
+            *("--datasets_root", str(root / "datasets"), "--dataset_name", _NAME),
+        )
+    return versions(root / "datasets", _NAME)[-1]
+
+
+def _train(arguments: DemoArguments, model: Path, dataset: Path, documents: Path) -> Path:
     root = arguments.root / "experiments"
-    finished = [path for path in versions(root, _DATASET) if (path / _SUMMARY_FILE_NAME).is_file()]
+    finished = [path for path in versions(root, _NAME) if (path / _SUMMARY_FILE_NAME).is_file()]
     if finished and not arguments.fresh:
         say(f"\n{finished[-1]} is trained already (to train again: fst demo --chat --fresh)\n")
         return finished[-1]
     run(
         "train",
         *("--model_path", str(model), "--dataset_dir", str(dataset)),
-        *("--experiments_root", str(root), "--experiment_name", _DATASET),
-        *_TRAINING,
+        *("--experiments_root", str(root), "--experiment_name", _NAME),
+        *("--replay", f"{documents}:{_REPLAY}", *_TRAINING),
         *("--max_minutes", f"{arguments.minutes:g}"),
     )
-    return versions(root, _DATASET)[-1]
+    return versions(root, _NAME)[-1]
 
 
-def _measure(root: Path, name: str, path: Path, model: Path, rows: Path) -> _Measured:
-    """Ask the held-out questions, and predict a text that neither the model nor the training is about."""
-    place = root / "answers" / name
-    asked = ("--conversations", str(rows / "valid.jsonl"), "--output_dir", str(place))
+def _compare(root: Path, model: Path, experiment: Path, questions: Path) -> None:
+    """Ask both models the held-out questions, let both predict general text, and show what changed."""
+    place, compare = root / "answers", ("--compare", str(model))
     figures = run_for_json(
-        "evaluate", str(path), *asked, "--max_new_tokens", _MAX_NEW_TOKENS, "--num_resamples", "0"
+        *("evaluate", str(experiment), *compare),
+        *("--conversations", str(questions / "valid.jsonl"), "--output_dir", str(place)),
+        *("--max_new_tokens", _MAX_NEW_TOKENS, "--num_resamples", "0"),
     )
-    lines = (place / _ANSWERS_FILE_NAME).read_text(encoding="utf-8").splitlines()
-    general = run_for_json("evaluate", str(path), str(_general_text(root, model)))
-    return _Measured(figures, [json.loads(line) for line in lines], general["perplexity"])
+    general = str(_documents(root, model, _GENERAL_TEXT))
+    [text] = run_for_json("evaluate", str(experiment), general, *compare)["comparisons"]
+    say(f"\nSome answers to held-out questions, {_MODEL} before and after:\n")
+    before, after = (_read(place / name) for name in _ANSWERS_FILE_NAMES)
+    for index in range(0, len(before), max(1, len(before) // _NUM_SHOWN)):
+        say(_pair(before[index], after[index]))
+    say(f"\n{_table(figures, text)}")
 
 
-def _general_text(root: Path, model: Path) -> Path:
-    documents = root / "documents" / _GENERAL
-    if not documents.is_dir():
-        run("collect_documents", _GENERAL, "--documents_root", str(root / "documents"))
-    datasets = root / "datasets"
-    if not versions(datasets, _GENERAL):
-        run(
-            "prepare_dataset",
-            *("--documents_train_file", str(documents / "train.txt")),
-            *("--documents_valid_file", str(documents / "valid.txt")),
-            *("--tokenizer_path", str(model), "--max_sample_length", "512"),
-            *("--datasets_root", str(datasets), "--dataset_name", _GENERAL),
-        )
-    return versions(datasets, _GENERAL)[-1]
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _show(before: _Measured, after: _Measured) -> None:
-    say(f"\nAnswers to held-out questions, {_MODEL} before and after:\n")
-    pairs = list(zip(before.answers, after.answers, strict=True))
-    for index in range(0, len(pairs), max(1, len(pairs) // _NUM_SHOWN)):
-        old, new = pairs[index]
-        say(
-            f"\n  {old['messages'][-2]['content']}\n"
-            f"    before  {_shown(old)}\n"
-            f"    after   {_shown(new)}{'' if new['is_right'] else '   (wrong)'}\n"
-            f"    right   {old['expected']}\n"
-        )
-    say(f"\n{_table(before, after)}")
+def _pair(before: dict[str, Any], after: dict[str, Any]) -> str:
+    return (
+        f"\n  {before['messages'][-2]['content']}\n"
+        f"    before  {_shown(before)}\n"
+        f"    after   {_shown(after)}{'' if after['is_right'] else '   (wrong)'}\n"
+        f"    right   {before['expected']}\n"
+    )
 
 
 def _shown(answer: dict[str, Any]) -> str:
@@ -160,35 +159,17 @@ def _shown(answer: dict[str, Any]) -> str:
     return f"{text[:_MAX_SHOWN_CHARACTERS].rstrip()} …"
 
 
-def _table(before: _Measured, after: _Measured) -> str:
-    """Right answers by kind of question, and what else was measured."""
-
-    def row(name: str, number: object, *values: str) -> str:
-        return f"  {name:<34}{number:>9}" + "".join(f"{value:>10}" for value in values) + "\n"
-
-    def shares(name: str, key: str) -> str:
-        found = [one.figures for one in (before, after)]
-        values = (f"{100 * one[key]:.0f} %" for one in found)
-        return row(name, found[0]["number_of_answers"], *values)
-
-    lines = [row("right answers, by kind", "questions", "before", "after")]
-    for kind, old in before.figures["kinds"].items():
-        new = after.figures["kinds"][kind]
-        values = (f"{100 * one['exact_match']:.0f} %" for one in (old, new))
-        lines.append(row(f"  {kind}", old["number_of_answers"], *values))
-    lines += [
-        shares("all", "exact_match"),
-        shares("with the right answer in them", "contains_expected"),
-        shares("that end by themselves", "ended_by_itself"),
-        row(
-            "perplexity of general text",
-            "",
-            f"{before.perplexity:.2f}",
-            f"{after.perplexity:.2f}",
-            f"{100 * (after.perplexity / before.perplexity - 1):+.1f} %",
-        ),
-    ]
-    return "".join(lines)
+def _table(figures: dict[str, Any], text: dict[str, Any]) -> str:
+    """What changed, in a few lines."""
+    both = [figures[side] for side in _SIDES]
+    lines = [("", "before", "after", "")]
+    for key, name in _SHARES.items():
+        old, new = (100 * one[key] for one in both)
+        lines.append((name, f"{old:.1f} %", f"{new:.1f} %", f"{new - old:+.1f} points"))
+    old, new = (text[side]["perplexity"] for side in _SIDES)
+    change = f"{100 * (new / old - 1):+.1f} %"
+    lines.append(("perplexity of general text", f"{old:.2f}", f"{new:.2f}", change))
+    return "".join(f"  {a:<40}{b:>10}{c:>10}{d:>16}\n" for a, b, c, d in lines)
 
 
 def _serve(experiment: Path, port: int) -> int:

@@ -10,8 +10,8 @@ case, punctuation, the articles a, an and the, and with single spaces.
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Answer:
 
 
 def evaluate_answers(arguments: EvaluateArguments) -> dict[str, Any]:
-    """What `fst evaluate` prints of the answers of a model.
+    """What `fst evaluate` prints of the answers of a model, or of two.
 
     Raises:
         RowError: a conversation does not end with an answer of text.
@@ -77,6 +77,19 @@ def evaluate_answers(arguments: EvaluateArguments) -> dict[str, Any]:
         ModelError: there is no model.
     """
     asked = read_questions(arguments.conversations)
+    found = _figures_of(arguments, asked, ANSWERS_FILE_NAME)
+    if arguments.compare is None:
+        return found
+    base = replace(arguments, model=arguments.compare, base=None)
+    both = {"base": _figures_of(base, asked, f"base_{ANSWERS_FILE_NAME}"), "tuned": found}
+    logger.info("%s", _table(both))
+    return both
+
+
+def _figures_of(
+    arguments: EvaluateArguments, asked: Sequence[Conversation], file_name: str
+) -> dict[str, Any]:
+    """What one model answers; keeps its answers in --output_dir."""
     started = time.perf_counter()
     generator = TextGenerator.open(
         arguments.model,
@@ -93,11 +106,12 @@ def evaluate_answers(arguments: EvaluateArguments) -> dict[str, Any]:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
     )
-    logger.info("%s answers in %.1f s", f"{len(answers):,}", time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    logger.info("%s: %s answers in %.1f s", arguments.model, f"{len(answers):,}", seconds)
     if arguments.output_dir is not None:
         make_directories(arguments.output_dir)
         lines = [json.dumps(one.as_json(), ensure_ascii=False) for one in answers]
-        write_text(arguments.output_dir / ANSWERS_FILE_NAME, "".join(f"{line}\n" for line in lines))
+        write_text(arguments.output_dir / file_name, "".join(f"{line}\n" for line in lines))
     return figures(answers, num_resamples=arguments.num_resamples)
 
 
@@ -194,3 +208,19 @@ def _shares(answers: Sequence[Answer]) -> dict[str, float]:
         "contains_expected": sum(one.contains_it for one in answers) / len(answers),
         "ended_by_itself": sum(one.ended for one in answers) / len(answers),
     }
+
+
+def _table(both: Mapping[str, dict[str, Any]]) -> str:
+    """The shares of two models, side by side."""
+    lines = [f"{'':<30}{'answers':>9}{'base':>9}{'tuned':>9}"]
+
+    def add(name: str, key: str, found: Sequence[Mapping[str, Any]]) -> None:
+        shares = "".join(f"{100 * one[key]:7.1f} %" for one in found)
+        lines.append(f"{name:<30}{found[0]['number_of_answers']:9,}{shares}")
+
+    for key in ("exact_match", "contains_expected", "ended_by_itself"):
+        add(key.replace("_", " "), key, list(both.values()))
+    for kind in next(iter(both.values())).get("kinds", {}):
+        of_kind = [one["kinds"][kind] for one in both.values()]
+        add(f"  exact match of {kind}", "exact_match", of_kind)
+    return "\n".join(lines)

@@ -39,22 +39,23 @@ def test_the_demo_compares_a_model_before_and_after(
     monkeypatch.setattr(demo_chat, "run_for_json", run_here_for_json)
     make_chat_model(tmp_path / "models" / "smollm2", " ".join(f"What is {i}" for i in range(99)))
     rows = tmp_path / "documents" / "python_docs_supervised_fine_tuning"
-    general = tmp_path / "documents" / "package_descriptions"
-    for directory in (rows, general):
+    texts = [tmp_path / "documents" / name for name in ("python_docs", "package_descriptions")]
+    for directory in (rows, *texts):
         directory.mkdir(parents=True)
     for name, numbers in (("train", range(40)), ("valid", range(40, 52))):
-        lines = "".join(json.dumps(_row(number)) + "\n" for number in numbers)
-        (rows / f"{name}.jsonl").write_text(lines)
-        (general / f"{name}.txt").write_text("What is and is not a text?\n[END_OF_DOCUMENT]\n" * 9)
+        content = "".join(json.dumps(_row(number)) + "\n" for number in numbers)
+        (rows / f"{name}.jsonl").write_text(content)
+        for directory in texts:
+            text = "What is and is not a text?\n[END_OF_DOCUMENT]\n" * 40
+            (directory / f"{name}.txt").write_text(text)
     arguments = DemoArguments(root=tmp_path, serve=False, minutes=0.05)
     assert demo_chat.main(arguments) == 0
     assert list(dict.fromkeys(commands)) == ["prepare_dataset", "train", "evaluate"]
     shown = capsys.readouterr().out
-    assert "What is 40 and one?" in shown or "right   It is" in shown
-    [line] = [line for line in shown.splitlines() if line.startswith("  all ")]
-    assert line.split()[1] == "12"
-    [line] = [line for line in shown.splitlines() if "perplexity" in line]
-    assert line.endswith("%")
+    assert shown.count("\n    before  ") == shown.count("\n    right   It is ") == 12
+    lines = {line[2:42].strip(): line[42:].split() for line in shown.splitlines()}
+    assert lines["held-out questions answered right"][1] == "%"
+    assert lines["perplexity of general text"][-1] == "%"
 
     commands.clear()
     demo_chat.main(arguments)  # what is finished is used again

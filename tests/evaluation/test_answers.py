@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.conversations.messages import checked
 from full_stack_transformer.errors import RowError
 from full_stack_transformer.evaluation.answers import Answer, answer, figures, read_questions
+from full_stack_transformer.evaluation.run import measured
 from full_stack_transformer.generation.text_generator import TextGenerator
 from tests.chat_model import make_chat_model
 from tests.conftest import RunFst
@@ -91,6 +93,20 @@ def test_the_command_prints_figures_and_keeps_answers(
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["messages"][0]["content"] for line in lines] == list(QUESTIONS)
     assert all(line["expected"] == "Math." for line in lines)
+
+
+def test_two_models_are_asked_the_same(
+    model: Path, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = EvaluateArguments(
+        model, compare=model, conversations=(file,), output_dir=tmp_path, num_resamples=0
+    )
+    with caplog.at_level("INFO"):
+        found = measured(arguments)
+    assert found["base"] == found["tuned"]
+    texts = [(tmp_path / name).read_text() for name in ("answers.jsonl", "base_answers.jsonl")]
+    assert texts[0] == texts[1]
+    assert "exact match of why" in caplog.text
 
 
 def test_a_conversation_without_a_last_answer_is_refused(tmp_path: Path) -> None:
