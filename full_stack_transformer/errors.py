@@ -13,6 +13,7 @@
     ├── TrainingError                user who chose the training options: the training cannot continue
     ├── RequestError                 client of the service: the request is invalid
     │   ├── AccessError                no valid key, or a web page of another origin
+    │   │   └── AdminAccessError         the route is for who runs the service
     │   ├── UnknownModelError          the model is not served
     │   ├── ContextLengthError         the texts do not fit into the model's context
     │   ├── BodyTooLargeError          the body is too large
@@ -90,6 +91,10 @@ class RequestError(FullStackTransformerError):
 
 class AccessError(RequestError):
     """A request has no valid key, or comes from a web page of another origin."""
+
+
+class AdminAccessError(AccessError):
+    """A request for what only who runs the service may do."""
 
 
 class UnknownModelError(RequestError):

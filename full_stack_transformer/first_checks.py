@@ -30,7 +30,7 @@ from full_stack_transformer.modelling.model_files import (
     rounded_files,
     weight_files,
 )
-from full_stack_transformer.modelling.places import check_models
+from full_stack_transformer.modelling.places import adapter_directory, check_models
 from full_stack_transformer.tasks.catalogue import CORPUS_TASKS, TASKS
 
 _STANDARD_INPUT = "-"
@@ -160,6 +160,13 @@ def _check_quantizing(options: models.QuantizeArguments) -> None:
 
 def _check_serving(options: serving.ServeArguments) -> None:
     _check_readable(options.api_keys_file, "--api_keys_file")
+    _check_readable(options.admin_keys_file, "--admin_keys_file")
+    for word in options.adapters:
+        adapter_directory(Path(word.partition("=")[2]))
+    if options.adapters_root is not None and not options.adapters_root.is_dir():
+        raise UsageError(
+            f"--adapters_root {options.adapters_root} is no directory; name the one that holds the adapters"
+        )
     _check_port(options.host, options.port)
 
 

@@ -55,6 +55,9 @@ class AccessOptions:
     api_keys_file: Path | None = None
     """File with one key per line, or sha256: and its digest. The environment variable FST_API_KEYS adds
     keys, separated by commas. With keys, everything except /health and the page at / requires one."""
+    admin_keys_file: Path | None = None
+    """The same of keys that may also load and unload adapters, with the environment variable FST_ADMIN_KEYS.
+    Without any nobody may."""
     allowed_hosts: tuple[str, ...] = ()
     """Name by which clients reach the service, such as models.example.org, *.example.org, or * for any; may
     be repeated. Always allowed: localhost, --host, the hosts of --allowed_origins; with --host 0.0.0.0 also
@@ -83,10 +86,32 @@ class LimitOptions:
     """Seconds that running requests have to finish after SIGTERM; then they end with an error."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedAdapterOptions:
+    """Adapters (LoRA)."""
+
+    adapters: tuple[str, ...] = ()
+    """NAME=PATH of an adapter directory, or of an experiment that trained one, to serve beside its base as a
+    model of its own; BASE:NAME=PATH names the base, where several models are served; may be repeated."""
+    adapters_root: Path | None = None
+    """Directory below which POST /v1/load_lora_adapter finds adapters. Default: it loads none."""
+    max_adapters: int = 64
+    """Maximum adapters at once, up to 256."""
+
+    def check_adapters(self) -> None:
+        """Raise UsageError for values that can never work."""
+        between(self, 0, 256, "max_adapters")
+        for word in self.adapters:
+            name, _, path = word.partition("=")
+            if not name or not path:
+                raise UsageError(f"--adapters must be NAME=PATH, found {word!r}")
+
+
 @dataclass(frozen=True)
 class ServeArguments(
     EngineOptions,
     DraftOptions,
+    ServedAdapterOptions,
     AccessOptions,
     LimitOptions,
     OwnClassesOptions,
@@ -113,6 +138,7 @@ class ServeArguments(
         """Raise UsageError for values that can never work."""
         check_device(self)
         self.check_draft()
+        self.check_adapters()
         between(self, 0, 65535, "port")
         at_least(self, 1, "max_batch_size", "max_body_bytes")
         at_least(self, 0, "max_queue_size", "shutdown_seconds")

@@ -100,7 +100,7 @@ def _penalize_repetition(scores: Tensor, token_ids: Tensor, penalty: float) -> N
 def most_likely(scores: Tensor) -> Tensor:
     """The id (requests,) of the largest score (requests, vocabulary), or of a NaN, on the processor."""
     if scores.is_cpu:  # NumPy's is ten times as fast as PyTorch's
-        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+        return torch.from_numpy(scores.float().numpy().argmax(axis=-1))
     return scores.argmax(-1).cpu()
 
 

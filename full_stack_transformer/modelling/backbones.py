@@ -3,6 +3,7 @@
 Knows nothing of datasets and of training.
 """
 
+import copy
 import json
 import logging
 import re
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import MODEL_PRESETS
 from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.machine import check_free_memory
+from full_stack_transformer.quantization.codes import CODES_NAME
 
 # name -> (layers, hidden size, attention heads). Decoders with rotary positions, RMSNorm, SwiGLU and tied
 # embeddings: at the same number of parameters and tokens they reach a lower loss than GPT-2's shape.
@@ -145,6 +148,20 @@ def quieten_transformers() -> None:
 def is_causal(model_class: Any) -> bool:
     """Whether it opens models that continue texts."""
     return model_class is AutoModelForCausalLM
+
+
+def outline_of(backbone: Backbone) -> Backbone:
+    """The same layers and configuration without memory for weights."""
+    nowhere: dict[int, Any] = {}
+    for weights in backbone.parameters():
+        empty = torch.empty_like(weights, device="meta")
+        nowhere[id(weights)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in backbone.buffers():
+        nowhere[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for part in backbone.modules():  # the codes of rounded weights are no parameters
+        if hasattr(part, CODES_NAME):
+            nowhere[id(getattr(part, CODES_NAME))] = None
+    return copy.deepcopy(backbone, nowhere)
 
 
 def describe(model_class: Any) -> str:

@@ -9,18 +9,16 @@ import shutil
 from pathlib import Path
 
 from full_stack_transformer.arguments.models import MergeArguments
-from full_stack_transformer.errors import MachineError, ModelError, UsageError
+from full_stack_transformer.errors import MachineError, UsageError
 from full_stack_transformer.modelling.adapters import merge_adapter
 from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.model_card import BASE_KEY
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_DIRECTORY_NAME,
-    ADAPTER_FILE_NAME,
     MODEL_DIRECTORY_NAME,
-    found_at,
     json_of,
 )
-from full_stack_transformer.modelling.places import base_of
+from full_stack_transformer.modelling.places import adapter_directory, base_of
 from full_stack_transformer.modelling.pretrained import read_start
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
@@ -75,21 +73,6 @@ def main(arguments: MergeArguments) -> Path:
         "merged %s into %s; serve it: fst serve %s", directory, base, shlex.quote(str(name))
     )
     return target
-
-
-def adapter_directory(path: Path) -> Path:
-    """The adapter directory for a path: itself, or `adapter` of an experiment.
-
-    Raises:
-        ModelError: there is none.
-    """
-    for directory in (path, path / ADAPTER_DIRECTORY_NAME):
-        if (directory / ADAPTER_FILE_NAME).is_file():
-            return directory
-    raise ModelError(
-        f"{path} should be an adapter directory (with {ADAPTER_FILE_NAME}) or an experiment that trained "
-        f"one; found {found_at(path)}"
-    )
 
 
 def _default_target(directory: Path) -> Path:

@@ -30,6 +30,7 @@ from full_stack_transformer.modelling.other_files import (
     ADAPTER_FILE_NAME,
     CONFIG_FILE_NAME,
     MODEL_DIRECTORY_NAME,
+    found_at,
     json_of,
 )
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
@@ -117,6 +118,21 @@ def adapter_at(path: Path) -> Path | None:
         if (directory / ADAPTER_FILE_NAME).is_file():
             return None if (directory / CONFIG_FILE_NAME).is_file() else directory
     return None
+
+
+def adapter_directory(path: Path) -> Path:
+    """The adapter directory for a path: itself, or `adapter` of an experiment.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for directory in (path, path / ADAPTER_DIRECTORY_NAME):
+        if (directory / ADAPTER_FILE_NAME).is_file():
+            return directory
+    raise ModelError(
+        f"{path} should be an adapter directory (with {ADAPTER_FILE_NAME}) or an experiment that trained "
+        f"one; found {found_at(path)}"
+    )
 
 
 def base_of(directory: Path) -> str:

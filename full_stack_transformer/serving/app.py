@@ -5,7 +5,7 @@ import contextlib
 import gzip
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from full_stack_transformer import __version__
 from full_stack_transformer.errors import (
     AccessError,
+    AdminAccessError,
     BodyEncodingError,
     BodyTooLargeError,
     ContextLengthError,
@@ -41,6 +42,7 @@ from full_stack_transformer.serving.http.guard import (
     RequestFacts,
     error_response,
 )
+from full_stack_transformer.serving.routes.adapters import add_adapter_routes
 from full_stack_transformer.serving.routes.answering import ClientGoneError
 from full_stack_transformer.serving.routes.chats import add_chat_route
 from full_stack_transformer.serving.routes.completions import (
@@ -54,6 +56,7 @@ from full_stack_transformer.serving.schemas import (
     Readiness,
     Version,
 )
+from full_stack_transformer.serving.workers.adapters import Adapters
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, describe
 from full_stack_transformer.serving.workers.grammars import Grammars
 from full_stack_transformer.serving.workers.models import AnyServed, ServedModels
@@ -62,6 +65,7 @@ from full_stack_transformer.serving.workers.task_worker import TaskWorker
 
 # Every class of error that a request can end with, the most special first.
 STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = (
+    (AdminAccessError, 403, "permission_error"),
     (AccessError, 401, "authentication_error"),
     (UnknownModelError, 404, "not_found_error"),
     (BodyTooLargeError, 413, "invalid_request_error"),
@@ -72,7 +76,7 @@ STATUS_OF_ERROR: tuple[tuple[type[FullStackTransformerError], int, str], ...] = 
     (ServiceUnavailableError, 503, "server_error"),
     (FullStackTransformerError, 500, "server_error"),
 )
-_CODE_OF_STATUS = {404: "model_not_found", 429: "queue_full"}
+_CODE_OF_STATUS = {403: "admin_key_required", 404: "model_not_found", 429: "queue_full"}
 # Which field is too long for the context.
 _TEXT_OF_ROUTE = {
     "/v1/completions": "prompt",
@@ -110,6 +114,7 @@ class AppOptions:
     """Options of the application."""
 
     keys: ApiKeys
+    admin_keys: ApiKeys = field(default_factory=lambda: ApiKeys(frozenset()))
     host: str = "127.0.0.1"
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
@@ -118,6 +123,8 @@ class AppOptions:
     strict_fields: bool = False
     prefix_cache: Literal["shared", "per_key", "off"] = "per_key"
     watches: bool = False
+    adapters_root: Path | None = None
+    max_adapters: int = 0
 
 
 def make_app(
@@ -131,9 +138,11 @@ def make_app(
 ) -> ASGIApp:
     """The application around models and their workers; the server that runs it stops the workers."""
 
+    adapters = Adapters(models, worker, root=options.adapters_root, most=options.max_adapters)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(models.watch()) if options.watches else None
+        watching = asyncio.create_task(models.watch(adapters.follow)) if options.watches else None
         yield
         if watching is not None:
             watching.cancel()
@@ -157,14 +166,14 @@ def make_app(
     app.state.prefix_cache = options.prefix_cache
     metrics.watch_blocks(models)
     metrics.watch_guesses(models)
-    metrics.watch_worker(worker, [model.name for model in models.generating])
+    metrics.watch_worker(worker, models)
     app.add_exception_handler(FullStackTransformerError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_surprise)
     _add_operating_routes(app, models, registry)
     task_router = make_task_router(models)
-    routers = [make_native_router(models), task_router, _make_openai_router(models)]
+    routers = [make_native_router(models), task_router, _make_openai_router(models, adapters)]
     for router in (*routers, _make_playground_router()):
         app.include_router(router)
     task_paths = frozenset(route.path for route in task_router.routes if isinstance(route, Route))
@@ -176,6 +185,7 @@ def make_app(
     return Guard(
         app,
         keys=options.keys,
+        admin_keys=options.admin_keys,
         hosts=AllowedHosts(options.host, options.allowed_hosts, options.allowed_origins),
         allowed_origins=options.allowed_origins,
         open_paths=playground_files(),
@@ -208,9 +218,9 @@ def _make_early_answer(
     def early_answer(path: str, facts: RequestFacts) -> Response | None:
         """While every queue that a path may lead to is full: known before a body is read."""
         checks: list[Callable[[], None]] = []
-        if path not in task_paths:
+        if path not in task_paths and not path.endswith("load_lora_adapter"):
             checks += [
-                partial(worker.check_room, one.engine, 1, facts.client) for one in models.generating
+                partial(worker.check_room, one.engine, 1, facts.client) for one in models.bases
             ]
         # Vectors come from models of either kind.
         if path in task_paths or (path == "/v1/embeddings" and models.of_tasks):
@@ -235,6 +245,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "full_stack_transformer"
+    parent: str | None = None
+    """The base of an adapter, as vLLM names it."""
 
 
 class ModelList(BaseModel):
@@ -244,7 +256,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def _make_openai_router(models: ServedModels) -> APIRouter:
+def _make_openai_router(models: ServedModels, adapters: Adapters) -> APIRouter:
     """The routes below `/v1`."""
     router = APIRouter(prefix="/v1", tags=["OpenAI-compatible"])
 
@@ -261,11 +273,12 @@ def _make_openai_router(models: ServedModels) -> APIRouter:
     add_completion_route(router, models)
     add_chat_route(router, models)
     add_embedding_route(router, models)
+    add_adapter_routes(router, adapters)
     return router
 
 
 def _card(model: AnyServed) -> ModelCard:
-    return ModelCard(id=model.name, created=model.loaded_at)
+    return ModelCard(id=model.name, created=model.loaded_at, parent=model.parent)
 
 
 def _add_operating_routes(app: FastAPI, models: ServedModels, registry: CollectorRegistry) -> None:

@@ -23,7 +23,12 @@ from full_stack_transformer.machine import listen
 from full_stack_transformer.modelling.places import find_model
 from full_stack_transformer.serving.app import AppOptions, make_app
 from full_stack_transformer.serving.http.connections import protocol_with
-from full_stack_transformer.serving.http.guard import ApiKeys, read_api_keys
+from full_stack_transformer.serving.http.guard import (
+    ADMIN_KEYS_VARIABLE,
+    ApiKeys,
+    read_api_keys,
+)
+from full_stack_transformer.serving.workers.adapters import open_adapters
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
 from full_stack_transformer.serving.workers.grammars import Grammars
 from full_stack_transformer.serving.workers.models import (
@@ -61,8 +66,12 @@ def main(arguments: ServeArguments) -> int:
     # A wrong path or key file is reported before the port is taken.
     sources = _sources(arguments)
     keys = read_api_keys(arguments.api_keys_file)
+    admin_keys = read_api_keys(
+        arguments.admin_keys_file, variable=ADMIN_KEYS_VARIABLE, option="--admin_keys_file"
+    )
     listener = listen(arguments.host, arguments.port)
     models = _open_models(arguments, sources)
+    open_adapters(arguments.adapters, models, most=arguments.max_adapters)
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry)
     queue_size = arguments.max_queue_size
@@ -71,6 +80,7 @@ def main(arguments: ServeArguments) -> int:
     grammars = Grammars(max_queue_size=queue_size)
     options = AppOptions(
         keys=keys,
+        admin_keys=admin_keys,
         host=arguments.host,
         allowed_hosts=arguments.allowed_hosts,
         allowed_origins=arguments.allowed_origins,
@@ -79,6 +89,8 @@ def main(arguments: ServeArguments) -> int:
         strict_fields=arguments.strict_fields,
         prefix_cache=arguments.prefix_cache,
         watches=arguments.watch,
+        adapters_root=arguments.adapters_root,
+        max_adapters=arguments.max_adapters,
     )
     app = make_app(models, worker, task_worker, grammars, metrics, registry, options)
     # Its warnings are one for each malformed request: anybody could fill the disk with them.
@@ -196,12 +208,16 @@ def _announce(
             "anybody who reaches %s may use this service; set FST_API_KEYS or --api_keys_file", host
         )
     for model in models.all:
+        if model.parent is not None:
+            continue
         facts = model.facts
         logger.info(
             "%s: %s, step %s, context %d tokens, %d at once, %s",
             *(model.name, facts.task, facts.step, facts.context_tokens),
             *(_num_slots(model), facts.computed_by),
         )
+    for model in models.adapters:
+        logger.info("%s: adapter beside %s", model.name, model.parent)
     logger.info(
         "serving %s at %s (documentation: %s/docs; %s)",
         ", ".join(model.name for model in models.all),

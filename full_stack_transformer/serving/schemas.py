@@ -499,6 +499,38 @@ class EmbeddingRequest(TolerantBody):
     )
 
 
+AdapterName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$", min_length=1, max_length=128),
+]
+
+
+class LoadAdapterRequest(TolerantBody):
+    """Body of `POST /v1/load_lora_adapter`, as vLLM defines it."""
+
+    foreign: ClassVar[Mapping[str, Neutral]] = {"is_3d_lora_weight": (False,)}
+
+    lora_name: AdapterName = Field(description="Name of the new model.")
+    lora_path: ShortText = Field(
+        description="Its directory, below the one that --adapters_root names."
+    )
+    load_inplace: bool | None = Field(
+        default=False, description="Replace an adapter of this name, if there is one."
+    )
+    base_model_name: ShortText | None = Field(
+        default=None,
+        description="An addition: the model that it stands beside, where several are served.",
+    )
+
+
+class UnloadAdapterRequest(TolerantBody):
+    """Body of `POST /v1/unload_lora_adapter`, as vLLM defines it."""
+
+    foreign: ClassVar[Mapping[str, Neutral]] = _ignored("lora_int_id")
+
+    lora_name: AdapterName = Field(description="Name of the model.")
+
+
 class Health(BaseModel):
     """Answer of `GET /health`."""
 
@@ -517,6 +549,7 @@ class ServedModelFacts(BaseModel):
     """What is known of one model that is served."""
 
     model: str
+    parent: str | None = Field(default=None, description="The model that an adapter stands beside.")
     task: str = Field(default=DEFAULT_TASK, description="What the model was trained for.")
     checkpoint: str = Field(description="Name of the file or directory that was opened.")
     step: int | None

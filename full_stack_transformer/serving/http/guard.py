@@ -32,7 +32,7 @@ from full_stack_transformer.serving.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
-KEYS_VARIABLE = "FST_API_KEYS"
+KEYS_VARIABLE, ADMIN_KEYS_VARIABLE = "FST_API_KEYS", "FST_ADMIN_KEYS"
 _MIN_KEY_CHARACTERS, _MAX_KEY_CHARACTERS = 16, 512
 _MAX_FILE_BYTES = 1 << 20
 # A line of the file may hold the digest instead of the key: sha256:… of `printf %s KEY | sha256sum`.
@@ -99,15 +99,27 @@ class ApiKeys:
         return found if scheme.lower() == b"bearer" else None
 
 
-def read_api_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys:
+def read_api_keys(
+    file: Path | None,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    variable: str = KEYS_VARIABLE,
+    option: str = "--api_keys_file",
+) -> ApiKeys:
     """The keys of a file (one a line, # begins a comment) and of the environment (separated by commas).
+
+    Args:
+        file: names the keys; none for those of the environment alone.
+        environment: of the process.
+        variable: of it, that names keys.
+        option: that names the file, for errors.
 
     Raises:
         UsageError: the file cannot be read or holds no key, or a key is too short to be one.
     """
     digests = {
-        _digest(word.strip(), KEYS_VARIABLE)
-        for word in environment.get(KEYS_VARIABLE, "").split(",")
+        _digest(word.strip(), variable)
+        for word in environment.get(variable, "").split(",")
         if word.strip()
     }
     if file is not None:
@@ -116,12 +128,12 @@ def read_api_keys(file: Path | None, environment: Mapping[str, str] = os.environ
                 lines = opened.read(_MAX_FILE_BYTES).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
-            raise UsageError(f"--api_keys_file {file} cannot be read: {reason}") from None
+            raise UsageError(f"{option} {file} cannot be read: {reason}") from None
         keys = [key for line in lines if (key := line.partition("#")[0].strip())]
         if not keys:
             # An empty file must not open the service to everybody.
-            raise UsageError(f"--api_keys_file {file} holds no key; put one on each line")
-        digests |= {_digest(key, f"--api_keys_file {file}") for key in keys}
+            raise UsageError(f"{option} {file} holds no key; put one on each line")
+        digests |= {_digest(key, f"{option} {file}") for key in keys}
     return ApiKeys(frozenset(digests))
 
 
@@ -193,6 +205,8 @@ class RequestFacts:
     address: str = ""
     """Of the client; of all in its network, where that is IPv6."""
     key: str | None = None
+    is_admin: bool = False
+    """Whether it has an admin key."""
     status: int = 0
     num_bytes: int = 0
     error_kind: str | None = None
@@ -229,6 +243,7 @@ class Guard:
     Args:
         app: the application.
         keys: what opens it.
+        admin_keys: keys that open it too, and routes for who runs the service besides.
         hosts: names of the service.
         allowed_origins: sites whose pages may ask from a browser; "*" for all.
         open_paths: paths that need no key, in addition to /health.
@@ -244,6 +259,7 @@ class Guard:
         app: ASGIApp,
         *,
         keys: ApiKeys,
+        admin_keys: ApiKeys,
         hosts: AllowedHosts,
         allowed_origins: Sequence[str],
         open_paths: Iterable[str],
@@ -254,6 +270,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
         self._hosts = hosts
         self._open_paths = OPEN_PATHS.union(open_paths)
         self._origins = frozenset(allowed_origins)
@@ -330,11 +347,14 @@ class Guard:
             return error_response(
                 403, "permission_error", AccessError("pages of this site may not ask here")
             )
-        if self._keys.is_open:
-            return None
         # Several such headers are none: which of them counts would be a guess.
         given = headers.getlist("authorization")
-        facts.key = self._keys.find(given[0].encode("latin-1")) if len(given) == 1 else None
+        key = given[0].encode("latin-1") if len(given) == 1 else b""
+        admin = self._admin_keys.find(key)
+        facts.is_admin = admin is not None
+        if self._keys.is_open:
+            return None
+        facts.key = self._keys.find(key) or admin
         is_open = scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD")
         if is_open or facts.key is not None:
             return None

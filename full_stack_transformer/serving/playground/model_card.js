@@ -14,6 +14,7 @@ function factsOf(model, packageVersion) {
   const tokens = dataset.number_of_train_tokens;
   return [
     ["Model", model.model],
+    ["Adapter of", model.parent],
     ["Opened from", model.checkpoint],
     ["Task", model.task],
     ["Step", model.step?.toLocaleString("en")],

@@ -168,19 +168,21 @@ def submit(request: Request, model: ServedModel, wanted: Sequence[TokenRequest])
     """Queue continuations; the caller closes the exchange.
 
     Raises:
-        RequestError: one of them can never be generated.
+        RequestError: one of them can never be generated, or the adapter has been unloaded.
         ServiceUnavailableError: the queue is full or the service is stopping.
     """
     state = request.app.state
+    shares_with, adapter = sharing(request), model.adapter_number
+    wanted = [dataclasses.replace(one, shares_with=shares_with, adapter=adapter) for one in wanted]
     for one in wanted:
         model.engine.check(one)
-    mailbox, shares_with = Mailbox(), sharing(request)
+    mailbox = Mailbox()
     deadline = time.monotonic() + state.request_timeout_seconds
     tickets = [
         Ticket(
             model_name=model.name,
             engine=model.engine,
-            request=dataclasses.replace(one, shares_with=shares_with),
+            request=one,
             continuation=Continuation(model.tokenizer, one.sampling.stop),
             mailbox=mailbox,
             number=number,

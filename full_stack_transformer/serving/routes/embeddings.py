@@ -146,6 +146,7 @@ async def embed(
         client=client,
         summarize=mean,
         shares_with=sharing(request),
+        adapter=model.adapter_number,
     )
     means = await unless_gone(request.receive, work)
     return torch.stack(means), sum(map(len, token_ids))

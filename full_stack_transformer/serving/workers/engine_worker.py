@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from full_stack_transformer.serving.workers.thread import WorkerThread, call_on,
 
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
 _MODEL_FAILED = "the model failed on this request"
 
 
@@ -94,6 +95,7 @@ class _Reading:
     client: str
     summarize: Callable[[Sequence[int], Tensor], Tensor]
     shares_with: str | None
+    adapter: int
     states: list[Tensor] = field(default_factory=list)
 
 
@@ -119,6 +121,9 @@ class EngineWorker(WorkerThread):
         # The sequence that an engine reads now, by its id there.
         self._read_now: dict[Engine, tuple[int, _Reading]] = {}
         self._running: dict[tuple[Engine, int], Ticket] = {}
+        self._errands: deque[Callable[[], None]] = deque()
+        # Adapters that nothing new is asked of.
+        self._retired: list[tuple[Engine, int]] = []
         self._seconds_per_ticket = 1.0
         # Clients that wait and have had something started, the latest at the end.
         self._starts: list[str] = []
@@ -190,6 +195,7 @@ class EngineWorker(WorkerThread):
         client: str = "",
         summarize: Callable[[Sequence[int], Tensor], Tensor] = lambda ids, states: states,
         shares_with: str | None = None,
+        adapter: int = 0,
     ) -> list[Tensor]:
         """What the model makes of each token of each sequence, (tokens, hidden).
 
@@ -201,13 +207,15 @@ class EngineWorker(WorkerThread):
             client: who asks.
             summarize: what to keep of a sequence, out of its ids and states: all states of many are large.
             shares_with: as in `TokenRequest`.
+            adapter: as there.
 
         Raises:
             ServiceBusyError, ServiceUnavailableError, RequestError: as `check_room`, or the model failed.
         """
         answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
         reading = _Reading(
-            *(model_name, engine, sequences, answer, deadline, client, summarize, shares_with)
+            *(model_name, engine, sequences, answer, deadline, client, summarize, shares_with),
+            adapter=adapter,
         )
         with self._wake:
             self.check_room(engine, 1, client)
@@ -225,11 +233,44 @@ class EngineWorker(WorkerThread):
                 self._waiting = deque(waiting)
             self._wake.notify()
 
+    async def between_steps(self, call: Callable[[], _Result]) -> _Result:
+        """What `call` returns, in the thread that owns the engines; it should be short.
+
+        Raises:
+            ServiceUnavailableError: the service is stopping.
+            Exception: that of the call.
+        """
+        answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
+
+        def errand() -> None:
+            try:
+                result = call()
+            except Exception as error:
+                settle(answer, error)
+            else:
+                settle(answer, result)
+
+        with self._wake:
+            self.check_is_taking()
+            self._errands.append(errand)
+            self._wake.notify()
+        return await answer
+
+    def retire(self, engine: Engine, adapter: int) -> None:
+        """Remove an adapter of an engine when the last request for it has left the queue.
+
+        The engine keeps it until those in slots have ended. The caller submits no more of them.
+        """
+        with self._wake:
+            self._retired.append((engine, adapter))
+            self._wake.notify()
+
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
         while self._take_in():
             try:
+                self._run_errands()
                 self._end_readings()
                 self._start_readings()
                 self._step()
@@ -244,7 +285,9 @@ class EngineWorker(WorkerThread):
         """Wait for work, end what is cancelled or late, fill free slots; false when it is time to leave."""
         late: list[Ticket] = []
         with self._wake:
-            while not (self._waiting or self._running or self._readings):
+            while not (
+                self._waiting or self._running or self._readings or self._errands or self._retired
+            ):
                 if self._is_stopping:
                     return False
                 self._wake.wait()
@@ -263,6 +306,20 @@ class EngineWorker(WorkerThread):
             return True
         self._end_late(now, late)
         return True
+
+    def _run_errands(self) -> None:
+        """What others want between two steps, and the end of adapters that nothing waits for."""
+        while self._errands:
+            self._errands.popleft()()
+        if not self._retired:
+            return
+        with self._wake:
+            needed = {(one.engine, one.request.adapter) for one in self._waiting}
+            needed |= {(one.engine, one.adapter) for one in self._readings}
+            free = [one for one in self._retired if one not in needed]
+            self._retired = [one for one in self._retired if one in needed]
+        for engine, adapter in free:
+            engine.remove_adapter(adapter)
 
     def _fill_slots(self, now: float) -> None:
         """Start what waits: of the client with the fewest in slots, or whose last start is longest ago."""
@@ -315,7 +372,9 @@ class EngineWorker(WorkerThread):
                 continue
             sequence = reading.sequences[len(reading.states)]
             try:
-                request = TokenRequest.for_hidden_states(sequence, reading.shares_with)
+                request = TokenRequest.for_hidden_states(
+                    sequence, reading.shares_with, reading.adapter
+                )
                 self._read_now[engine] = (engine.add(request), reading)
             except Exception as error:
                 self._fail_reading(reading, error)

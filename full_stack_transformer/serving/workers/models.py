@@ -7,12 +7,13 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import NUMERIC, SamplingParameters
 from full_stack_transformer.errors import (
@@ -27,6 +28,8 @@ from full_stack_transformer.generation.open_engine import open_engine
 from full_stack_transformer.generation.requests import Conventions
 from full_stack_transformer.generation.runners.native.decoder import KvDtype, WeightsDtype
 from full_stack_transformer.generation.token_requests import TokenRequest
+from full_stack_transformer.modelling.adapters import ADAPTER_WEIGHTS_NAME
+from full_stack_transformer.modelling.backbones import outline_of
 from full_stack_transformer.modelling.model_directory import OpenedModel, name_of_model, open_model
 from full_stack_transformer.modelling.places import ModelPlace, find_model
 from full_stack_transformer.serving.schemas import ServedModelFacts
@@ -86,11 +89,17 @@ class _Served:
     loaded_at: int = field(default_factory=lambda: int(time.time()))
     num_swaps: int = 0
 
+    @property
+    def parent(self) -> str | None:
+        """The model that an adapter stands beside."""
+        return None
+
     def _facts(self, **others: Any) -> ServedModelFacts:
         """What `/version` says of it; `others` are the fields that depend on its kind."""
         description = self.description
         return ServedModelFacts(
             model=self.name,
+            parent=self.parent,
             checkpoint=self.path.name,
             step=_number(description.get("step"), int),
             validation_loss=_number(description.get("validation_loss"), float),
@@ -128,12 +137,47 @@ def _number(value: object, kind: type) -> Any:
     return value if isinstance(value, (int, kind)) and not isinstance(value, bool) else None
 
 
+@dataclass(eq=False)
+class ServedAdapter:
+    """What makes a model of a base."""
+
+    parent: str
+    """Name of the base."""
+    number: int = 0
+    """That of the base's engine."""
+    is_unloaded: bool = False
+    """Whether new requests are refused."""
+    refused: object = None
+    """Signature of a content of its directory that could not be served."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ServedModel(_Served):
-    """One model, ready to generate."""
+    """One model, ready to generate; with an adapter on the engine of its base."""
 
     engine: Engine
     conventions: Conventions
+    outline: Backbone
+    """The layers of the base, without weights, for adapters to be compared with."""
+    adapter: ServedAdapter | None = None
+
+    @property
+    def parent(self) -> str | None:
+        """The model that an adapter stands beside."""
+        return None if self.adapter is None else self.adapter.parent
+
+    @property
+    def adapter_number(self) -> int:
+        """What the engine knows the adapter by; 0 for the base.
+
+        Raises:
+            UnknownModelError: it has been unloaded since it was found.
+        """
+        if self.adapter is None:
+            return 0
+        if self.adapter.is_unloaded:
+            raise UnknownModelError("this adapter has just been unloaded")
+        return self.adapter.number
 
     @property
     def tokenizer(self) -> DocumentTokenizer:
@@ -228,6 +272,16 @@ class ServedModels:
         return [model for model in self.all if isinstance(model, ServedModel)]
 
     @property
+    def bases(self) -> list[ServedModel]:
+        """Those of them that are no adapters: one for each engine."""
+        return [model for model in self.generating if model.adapter is None]
+
+    @property
+    def adapters(self) -> list[ServedModel]:
+        """Adapters beside them."""
+        return [model for model in self.generating if model.adapter is not None]
+
+    @property
     def of_tasks(self) -> list[ServedTask]:
         """Those of other tasks."""
         return [model for model in self.all if isinstance(model, ServedTask)]
@@ -282,12 +336,24 @@ class ServedModels:
             )
         return found
 
-    async def watch(self) -> None:
-        """Replace models whose directory has changed, until cancelled."""
+    def add(self, model: ServedModel) -> None:
+        """Serve one more, or another one of the same name."""
+        self._models[model.name] = model
+
+    def remove(self, name: str) -> None:
+        """Serve it no longer."""
+        del self._models[name]
+
+    async def watch(self, follow: Callable[[], Awaitable[None]]) -> None:
+        """Replace models whose directory has changed, until cancelled.
+
+        Args:
+            follow: called after each look, for adapters.
+        """
         failed: dict[str, object] = {}
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
-            for model in self.all:
+            for model in (*self.bases, *self.of_tasks):
                 signature = _signature(model.path, self._options)
                 if signature in (model.signature, None) or failed.get(model.name) == signature:
                     continue
@@ -303,6 +369,7 @@ class ServedModels:
                     continue
                 self._models[model.name] = new = _as_successor(new, model.num_swaps + 1)
                 logger.info("now serving %s at step %s", new.name, new.facts.step)
+            await follow()
 
 
 def _as_successor(model: AnyServed, num_swaps: int) -> AnyServed:
@@ -389,6 +456,7 @@ def _open_once(
         description=opened.description,
         engine=engine,
         conventions=Conventions.of(opened, template),
+        outline=outline_of(opened.backbone),
     )
 
 
@@ -435,5 +503,14 @@ def _signature(path: Path, options: OpeningOptions) -> object:
         stats += [description.stat()] if description.is_file() else []
         stats += [path.stat()] if path.is_file() else []
     except (OSError, FullStackTransformerError):
+        return None
+    return tuple((one.st_ino, one.st_mtime_ns) for one in stats)
+
+
+def signature_of_adapter(directory: Path) -> object:
+    """The same of an adapter directory."""
+    try:
+        stats = [one.stat() for one in (directory, directory / ADAPTER_WEIGHTS_NAME)]
+    except OSError:
         return None
     return tuple((one.st_ino, one.st_mtime_ns) for one in stats)

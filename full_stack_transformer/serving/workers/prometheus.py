@@ -101,9 +101,9 @@ class WorkerMetrics:
         )
         self._last_token: dict[Ticket, float] = {}
 
-    def watch_worker(self, worker: EngineWorker, model_names: Sequence[str]) -> None:
+    def watch_worker(self, worker: EngineWorker, models: ServedModels) -> None:
         """Report its queues whenever the metrics are read."""
-        self._registry.register(_WorkerGauges(worker, model_names))
+        self._registry.register(_WorkerGauges(worker, models))
 
     def watch_blocks(self, models: ServedModels) -> None:
         """Report the memory of keys and values of each model whenever the metrics are read."""
@@ -155,9 +155,9 @@ class WorkerMetrics:
 
 
 class _WorkerGauges(Collector):
-    def __init__(self, worker: EngineWorker, model_names: Sequence[str]) -> None:
+    def __init__(self, worker: EngineWorker, models: ServedModels) -> None:
         self._worker = worker
-        self._model_names = model_names
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
         """Read at the moment of asking."""
@@ -169,9 +169,9 @@ class _WorkerGauges(Collector):
                 "vllm:num_requests_waiting", "What waits for a slot.", labels=["model_name"]
             ),
         ]
-        for name in self._model_names:
-            for gauge, number in zip(gauges, self._worker.count(name), strict=True):
-                gauge.add_metric([name], number)
+        for model in self._models.generating:
+            for gauge, number in zip(gauges, self._worker.count(model.name), strict=True):
+                gauge.add_metric([model.name], number)
         yield from gauges
         yield GaugeMetricFamily(
             "tgi_batch_current_size", "Texts in slots.", self._worker.num_running
@@ -208,7 +208,7 @@ class _BlockGauges(Collector):
         reused = CounterMetricFamily(
             "vllm:prefix_cache_hits", "Tokens of prompts not read again.", labels=labels
         )
-        for model in self._models.generating:
+        for model in self._models.bases:
             use, label = model.engine.block_use, [model.name]
             usage.add_metric(label, use.num_used / use.num_blocks)
             num_free = use.num_blocks - use.num_used - use.num_kept
@@ -245,7 +245,7 @@ class _GuessCounters(Collector):
             "1 where guesses cost more time than they save, with up to so many texts at once.",
             labels=[*labels, "num_texts"],
         )
-        for model in self._models.generating:
+        for model in self._models.bases:
             guesses = model.engine.guesses
             if guesses is None:
                 continue
