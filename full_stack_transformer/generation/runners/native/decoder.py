@@ -45,8 +45,8 @@ _Ids = np.ndarray[Any, np.dtype[np.int32]]
 _NUM_THREADS = torch.get_num_threads()
 _TYPES: dict[WeightsDtype | KvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 2}
 # Of an adapter's numbers, with a scale for each rank. Each step reads them all, so they are as short as the
-# weights allow: their rounding is well below that of the weights.
-_ADAPTER_BITS: dict[WeightsDtype, int] = {"float32": 16, "bfloat16": 16, "int8": 8, "int4": 8}
+# weights allow: see docs/benchmarks.md.
+_ADAPTER_BITS: dict[WeightsDtype, int] = {"float32": 16, "bfloat16": 8, "int8": 8, "int4": 8}
 _BLOCK_SIZES = (16, 32, 64)
 _ATTENTION_IN, _ATTENTION_OUT, _MLP_IN, _MLP_OUT = range(4)
 _LAST = -1  # the layer that head and last norm are said to belong to
