@@ -34,6 +34,7 @@ class LoggedProcess:
         self._reader: threading.Thread | None = None
         self._grown = threading.Condition()
         self._lines: list[str] = []
+        self._has_ended = False
 
     @property
     def log(self) -> str:
@@ -57,6 +58,7 @@ class LoggedProcess:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._has_ended = False
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         return self.wait_for_log(self._ready)
@@ -68,7 +70,8 @@ class LoggedProcess:
             return next((line for line in self._lines if words in line), None)
 
         with self._grown:
-            line = self._grown.wait_for(first, _TIMEOUT_SECONDS)
+            self._grown.wait_for(lambda: first() or self._has_ended, _TIMEOUT_SECONDS)
+            line = first()
         assert line is not None, f"no {words!r} in: {self.log}"
         return line
 
@@ -104,6 +107,9 @@ class LoggedProcess:
                 with self._grown:
                     self._lines.append(line)
                     self._grown.notify_all()
+        with self._grown:
+            self._has_ended = True
+            self._grown.notify_all()
 
 
 @contextmanager

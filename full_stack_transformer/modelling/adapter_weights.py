@@ -43,6 +43,10 @@ _MORE = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
+# What names of layers are written with in patterns: letters, any letter, and any number of them.
+_PATTERN = re.compile(r"(?:\w|\.\*|\\?\.)+")
+_STEP = re.compile(r"\.\*|\\?\.|\w")
+_MAX_PATTERN_CHARACTERS = 65_536
 # Ways to begin that take something out of the base's weights.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -147,17 +151,18 @@ def _more_than_matrices(config: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         yield f"its training changed the base (init_lora_weights is {start!r})"
     if not _has_numbers(config):
-        yield "its rank or its alpha is no number (r, lora_alpha, rank_pattern, alpha_pattern)"
+        yield (
+            "its rank or its alpha is no number, or named by another pattern than letters, . and .* (r, "
+            "lora_alpha, rank_pattern, alpha_pattern)"
+        )
 
 
 def _has_numbers(config: Mapping[str, Any]) -> bool:
     patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
     if not all(isinstance(pattern, dict) for pattern in patterns):
         return False
-    try:
-        for name in (name for pattern in patterns for name in pattern):
-            re.compile(name)
-    except re.error:
+    names = [name for pattern in patterns for name in pattern]
+    if sum(map(len, names)) > _MAX_PATTERN_CHARACTERS or not all(map(_PATTERN.fullmatch, names)):
         return False
     numbers = [config.get("r"), config.get("lora_alpha")]
     numbers += [number for pattern in patterns for number in pattern.values()]
@@ -256,6 +261,24 @@ def _read_layer(config: Mapping[str, Any], name: str, halves: Iterator[Tensor]) 
 def _of_layer(config: Mapping[str, Any], pattern: str, usual: str, name: str) -> float:
     """What a configuration says of a layer: the first pattern that its name ends with, or what all have."""
     for ending, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({ending})$", name):
+        if _ends_with(name, ending):
             return float(value)
     return float(config[usual])
+
+
+def _ends_with(name: str, pattern: str) -> bool:
+    """Whether a layer's name, or what follows a dot in it, matches a pattern.
+
+    As PEFT's regular expressions do, of which some would keep the interpreter for hours.
+    """
+    places = {0, *(place + 1 for place, letter in enumerate(name) if letter == ".")}
+    for step in _STEP.findall(pattern):
+        if step == ".*":
+            places = set(range(min(places), len(name) + 1))
+        else:
+            places = {
+                place + 1 for place in places if step == "." or name[place : place + 1] == step[-1]
+            }
+        if not places:
+            return False
+    return len(name) in places

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from full_stack_transformer.errors import MachineError, ModelError, RequestError
 from full_stack_transformer.generation import engine as engine_module
 from full_stack_transformer.generation.engine import Engine
 from full_stack_transformer.generation.runners.torch import Runner, SequenceWork, TorchRunner
-from full_stack_transformer.modelling.adapter_weights import AdapterWeights, read_adapter
+from full_stack_transformer.modelling.adapter_weights import (
+    AdapterWeights,
+    _ends_with,
+    read_adapter,
+)
 from tests.generation.small_adapters import ATTENTION, merged, random_adapter, write_adapter
 from tests.generation.small_models import (
     GREEDY,
@@ -36,6 +41,20 @@ def logits_of(runner: Runner, ids: list[int], adapter: int = 0) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------ what is read
+
+
+def test_patterns_name_the_layers_that_peft_means() -> None:
+    """PEFT matches names by regular expressions; here without what could take hours."""
+    numbers, parts = random.Random(0), ("layers", "0", ".*", ".", "\\.", "q_proj", "a", "b", "proj")
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj", "lm_head", "ab.ab.b")
+    num_right = 0
+    for _ in range(3000):
+        pattern = "".join(numbers.choices(parts, k=numbers.randint(1, 5)))
+        for name in names:
+            expected = re.match(rf"(.*\.)?({pattern})$", name) is not None
+            assert _ends_with(name, pattern) == expected, (name, pattern)
+            num_right += expected
+    assert num_right > 300
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
@@ -71,6 +90,7 @@ def test_an_adapter_computes_what_the_merged_model_does(tmp_path: Path, shape: s
         ({"init_lora_weights": "pissa_niter_4"}, "its training changed the base"),
         ({"alora_invocation_tokens": [1]}, "words that switch it on"),
         ({"rank_pattern": {"(": 1}}, "no number"),
+        ({"alpha_pattern": {"(m+)+x": 1}}, "another pattern than letters"),
         ({"r": "many"}, "no number"),
         ({"r": 5}, "have sizes [4, 64] and [64, 4], not [5, 64] and [64, 5]"),
         ({"rank": 300}, "its rank is 300"),

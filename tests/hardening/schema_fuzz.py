@@ -21,9 +21,10 @@ import httpx
 from tests.hardening.hostile import HostileReport
 from tests.hardening.near_misses import near_miss
 from tests.hardening.raw import ask_raw, post, quantile, watch_health
-from tests.hardening.service import Service, hardening_service
+from tests.hardening.service import ADMIN_KEY, Service, hardening_service
 
 _MAX_ANSWER_BYTES = 1024
+_AS_ADMIN = f"authorization: Bearer {ADMIN_KEY}"
 
 
 async def fuzz(
@@ -56,7 +57,7 @@ async def send_near_misses(service: Service, number: int) -> HostileReport:
         schema = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
         for seed in range(number):
             body = near_miss(schema, random.Random(f"{path} {seed}"))
-            answer = await ask_raw(service.address, post(path, body))
+            answer = await ask_raw(service.address, post(path, body, _AS_ADMIN))
             status = str(answer.status)
             report.num_requests += 1
             report.statuses[status] = report.statuses.get(status, 0) + 1

@@ -9,14 +9,22 @@ import pytest
 
 from tests.hardening import disconnects, hostile, memory, overload, schema_fuzz, sigterm, soak
 from tests.hardening.corpus import corpus
-from tests.hardening.service import Service, hardening_service
+from tests.hardening.service import (
+    Service,
+    adapter_options,
+    hardening_service,
+    write_small_adapter,
+)
 from tests.logged_process import running_service
 
 
 @pytest.fixture(scope="module")
-def service(model_dir: Path) -> Iterator[Service]:
+def service(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     # With its usual deadlines: on a busy machine a second may pass inside a client of these tests.
-    with running_service(model_dir, *overload.SERVICE_OPTIONS) as (url, process):
+    root = tmp_path_factory.mktemp("adapters")
+    write_small_adapter(root, model_dir)
+    options = adapter_options(root)
+    with running_service(model_dir, *overload.SERVICE_OPTIONS, *options) as (url, process):
         yield Service(url, process)
         assert process.stop() == 0
         assert "Traceback" not in process.log
