@@ -136,6 +136,4 @@ def test_scripts_write_texts_only_as_text() -> None:
             assert not re.findall(forbidden, script), path
             for module in re.findall(r'from "(.*?)"', file.body.decode()):
                 assert (DIRECTORY / module).is_file()
-        # The parser of Markdown names its makers, and makes links of words that begin so.
-        if path != "/playground/marked.js":
-            assert not re.findall(rb"https?://(?!www\.w3\.org/2000/svg)", file.body), path
+        assert not re.findall(rb"https?://(?!www\.w3\.org/2000/svg)", file.body), path

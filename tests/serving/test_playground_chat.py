@@ -236,6 +236,113 @@ def test_an_answer_is_markdown_as_another_parser_reads_it(tab: Visit) -> None:
     assert "noopener" in (link.get_attribute("rel") or "")
 
 
+# Markdown texts, each followed by a line of %%%%.
+SOURCES = Path(__file__).with_name("markdown_sources.txt").read_text("utf-8").split("\n%%%%\n")[:-1]
+READ = """async (texts) => {
+  const { Prose } = await import("/playground/markdown.js");
+  return texts.map((text) => {
+    const prose = new Prose();
+    prose.set(text);
+    const all = [...prose.element.querySelectorAll("*")];
+    for (const one of prose.element.querySelectorAll("figcaption")) one.remove();
+    return [all.map((one) => one.localName), prose.element.textContent];
+  });
+}"""
+
+
+def test_many_texts_are_read_as_by_another_parser(tab: Visit) -> None:
+    """Which elements there are, in order, and the text of them all."""
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(
+        ["table", "strikethrough"]
+    )
+    ours_only = {"figure", "figcaption", "button", "span", "div"}
+    names = {**{f"h{depth}": f"h{depth + 1}" for depth in range(1, 6)}, "s": "del", "img": "a"}
+    for source, (tags, text) in zip(SOURCES, tab.page.evaluate(READ, SOURCES), strict=True):
+        reading = _Reading(parser.render(source))
+        found = [one for one in tags if one not in ours_only]
+        assert found == [names.get(one, one) for one in reading.tags], source
+        if "![" not in source:
+            assert "".join(text.split()) == "".join(reading.text.split()), source
+
+
+def test_addresses_and_tasks_are_as_at_github(tab: Visit) -> None:
+    sources = [
+        "see http://a.b/c. And (www.a.org/x),",
+        "- [ ] todo\n- [x] done",
+        "a<br>b",
+        "~a~ ~~~c~~~",
+    ]
+    (links, _), (tasks, text), (lines, _), (gone, _) = tab.page.evaluate(READ, sources)
+    assert links == ["p", "a", "a"]
+    assert (tasks, text) == (["ul", "li", "span", "li", "span"], "☐ todo☑ done")
+    assert lines == ["p", "br"]
+    assert gone == ["p", "del"]
+
+
+def test_a_text_that_grows_keeps_what_stays(tab: Visit) -> None:
+    """Its first blocks are the same elements, and its end equals that of the whole text read at once."""
+    script = """async (text) => {
+      const { Prose } = await import("/playground/markdown.js");
+      const growing = new Prose(), whole = new Prose();
+      let first = null, numKept = 0;
+      for (let end = 1; end <= text.length; end += 1) {
+        growing.set(text.slice(0, end));
+        numKept += first !== null && growing.element.firstChild === first;
+        first = growing.element.firstChild;
+      }
+      whole.set(text);
+      return [growing.element.isEqualNode(whole.element), numKept];
+    }"""
+    is_equal, num_kept = tab.page.evaluate(script, MARKDOWN)
+    assert is_equal
+    assert num_kept > len(MARKDOWN) / 2
+
+
+def test_hostile_texts_take_as_long_as_they_are(tab: Visit) -> None:
+    """100 KB each; by an expression that backtracks they would take minutes."""
+    script = """async ([parts, size]) => {
+      const { lexer } = await import("/playground/markdown_blocks.js");
+      const texts = parts.map((part) => part.repeat(size / part.length));
+      const nested = (left, right, count) => left.repeat(size / count) + "a" + right.repeat(size / count);
+      texts.push(nested("![", "](u)", 6), nested("*a ", " a*", 6), nested("*", "*", 2), nested("[", "](", 4));
+      texts.push("|a".repeat(size / 5) + "\\n" + "|-".repeat(size / 5) + "\\n" + "x\\n".repeat(size / 10));
+      return texts.map((text) => {
+        const began = performance.now();
+        const raws = lexer(text).map((token) => token.raw).join("\\n");
+        return [performance.now() - began, raws === text];
+      });
+    }"""
+    parts = [
+        *"[]*_`>~(!<&#|\\\n\t",
+        "![",
+        "- ",
+        "* - ",
+        "*a ",
+        "_a_ ",
+        "[a](",
+        '[]( "',
+        "[a]: b\n",
+        "[a][a]",
+        "` `` ",
+    ]
+    parts += [
+        "> - ",
+        ">\n",
+        "- a\n",
+        "http://",
+        "<a:",
+        "**a*b_",
+        "a|b\n-|-\n",
+        "```\n",
+        "\\\n",
+        "# #",
+        "<a@b.",
+    ]
+    for seconds, is_whole in tab.page.evaluate(script, [parts, 100_000]):
+        assert is_whole
+        assert seconds / 1000 < 5
+
+
 def test_links_to_programs_are_no_links(tab: Visit) -> None:
     wrong = "[a](javascript:alert(1)) [b](data:text/html,x) ![c](https://example.org/x.png) [d](/x)"
     _answer_with(tab, wrong + "\n\n[e]: javascript:alert(1)\n[e] <javascript:alert(1)>")

@@ -1,8 +1,8 @@
-// Markdown -> elements. The parser is marked (marked.js, MIT), which only says what is where: the elements
-// are made here, one by one, and texts go in as texts. So no text can become markup, whatever it holds.
+// Markdown -> elements. The parser (markdown_blocks.js) only says what is where: the elements are made here, one by
+// one, and texts go in as texts. So no text can become markup, whatever it holds.
 
 import { make } from "./elements.js";
-import { lexer } from "./marked.js";
+import { lexer } from "./markdown_blocks.js";
 
 const PROTOCOLS = new Set(["http:", "https:", "mailto:"]);
 const COPIED_MILLISECONDS = 1500;
@@ -39,12 +39,10 @@ const INLINE = {
   // Nothing is loaded from elsewhere: a picture is a link to it.
   image: (token) => link(token, [token.text || token.href]),
   escape: (token) => token.text,
-  html: (token) => (/^<br\s*\/?>$/i.test(token.raw) ? make("br") : token.raw),
-  checkbox: (token) => (token.checked ? "☑ " : "☐ "),
-  text: (token) => (token.tokens ? make("span", {}, ...inline(token.tokens)) : decoded(token.text)),
+  text: (token) => decoded(token.text),
 };
 
-const inline = (tokens) => tokens.map((token) => (INLINE[token.type] ?? (() => token.raw))(token));
+const inline = (tokens) => tokens.map((token) => INLINE[token.type](token));
 
 function cells(tag, row) {
   return make("tr", {}, ...row.map((cell) =>
@@ -72,15 +70,13 @@ function code(token) {
 
 function list(token) {
   const items = token.items.map((item) => make("li", { className: item.task ? "task-item" : "" },
-    ...(item.task && !item.tokens.some((one) => one.type === "checkbox" || one.tokens?.[0]?.type === "checkbox")
-      ? [item.checked ? "☑ " : "☐ "] : []), ...blocks(item.tokens)));
+    ...(item.task ? [item.checked ? "☑ " : "☐ "] : []), ...blocks(item.tokens)));
   return token.ordered ? make("ol", { start: Number(token.start) || 1 }, ...items) : make("ul", {}, ...items);
 }
 
 const BLOCK = {
-  ...INLINE,
   space: () => "",
-  def: () => "",
+  text: (token) => make("span", {}, ...inline(token.tokens)),
   hr: () => make("hr"),
   code,
   list,
@@ -89,10 +85,9 @@ const BLOCK = {
   blockquote: (token) => make("blockquote", {}, ...blocks(token.tokens)),
   table: (token) => make("div", { className: "wide" }, make("table", {},
     make("thead", {}, cells("th", token.header)), make("tbody", {}, ...token.rows.map((row) => cells("td", row))))),
-  html: (token) => make("p", { className: "as-it-is" }, token.raw.trimEnd()),
 };
 
-const blocks = (tokens) => tokens.map((token) => (BLOCK[token.type] ?? (() => token.raw))(token));
+const blocks = (tokens) => tokens.map((token) => BLOCK[token.type](token));
 
 // A text that may grow: only the blocks that have changed are made anew, so a selection in the others stays.
 export class Prose {
@@ -103,7 +98,7 @@ export class Prose {
   }
 
   set(text) {
-    const tokens = lexer(text, { gfm: true, breaks: true });
+    const tokens = lexer(text);
     const links = JSON.stringify(tokens.links);
     let same = 0;
     if (links === this.links) {
