@@ -30,6 +30,7 @@ def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(
         *("--max_epochs", "-1", "--max_steps", "6", "--val_check_interval", "4"),
         *("--batch_size", "4", "--num_warmup_steps", "2", "--learning_rate", "5e-3"),
         *("--num_generated_samples", "0", "--log_every_n_steps", "1", "--compile", "never"),
+        *("--replay", f"{dataset_dir}:0.2"),
     )
     assert done.returncode == 0, done.stderr
     two = tmp_path / "two" / "0"
@@ -39,9 +40,16 @@ def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(
 
     training = TrainingHere(dataset_dir, tmp_path)
     one = training.to_the_end(
-        model_config=str(config), batch_size=8, max_steps=6, val_check_interval=4.0
+        model_config=str(config),
+        batch_size=8,
+        max_steps=6,
+        val_check_interval=4.0,
+        replay=(f"{dataset_dir}:0.2",),
     )
-    for name in (metric_names.TRAIN_LOSS, metric_names.VALID_LOSS, metric_names.GRADIENT_NORM):
+    for name in (
+        *(metric_names.TRAIN_LOSS, metric_names.TRAIN_REPLAY_LOSS),
+        *(metric_names.VALID_LOSS, metric_names.GRADIENT_NORM),
+    ):
         expected, found = curve_of(one, name), curve_of(two, name)
         assert [step for step, _ in found] == [step for step, _ in expected]
         assert [value for _, value in found] == pytest.approx(
