@@ -37,10 +37,11 @@ from full_stack_transformer import interruption
 from full_stack_transformer.arguments.serving import TelegramBotArguments
 from full_stack_transformer.errors import InputError, MachineError, ServiceError
 from full_stack_transformer.serving.client import ServiceClient
-from full_stack_transformer.telegram.conversation.answers import Answers, Writer
+from full_stack_transformer.telegram.conversation.answers import Answers
 from full_stack_transformer.telegram.conversation.commands import Commands, OwnMessages
 from full_stack_transformer.telegram.conversation.lanes import Handler, Lanes
 from full_stack_transformer.telegram.conversation.requests import Policy, Requests
+from full_stack_transformer.telegram.conversation.writing import Writer
 from full_stack_transformer.telegram.monitoring import Metrics, serve_monitoring
 from full_stack_transformer.telegram.sending.delivery import Courier, RateLimiter, SafeSession
 from full_stack_transformer.telegram.sending.display import Display

@@ -15,8 +15,9 @@ from aiogram.methods import SendDocument
 from aiogram.types import BufferedInputFile, InlineKeyboardMarkup
 
 from full_stack_transformer.errors import ServiceError
-from full_stack_transformer.telegram.conversation.answers import Answers, Writer
+from full_stack_transformer.telegram.conversation.answers import Answers
 from full_stack_transformer.telegram.conversation.requests import Policy, Requests, UserRequest
+from full_stack_transformer.telegram.conversation.writing import Writer
 from full_stack_transformer.telegram.sending.delivery import Courier, MessageGoneError
 from full_stack_transformer.telegram.sending.display import Display
 from full_stack_transformer.telegram.sending.formatting import (

@@ -9,7 +9,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from full_stack_transformer.telegram.conversation.answers import Answers, Writer
+from full_stack_transformer.telegram.conversation.answers import Answers
+from full_stack_transformer.telegram.conversation.writing import Writer
 from full_stack_transformer.telegram.sending.formatting import settings_keyboard
 from full_stack_transformer.telegram.state.settings import Settings
 from full_stack_transformer.telegram.state.store import Reply, Store

@@ -16,9 +16,10 @@ from aiogram.methods import AnswerCallbackQuery
 from aiogram.types import CallbackQuery, InaccessibleMessage, Message, Update, User
 from pydantic import ValidationError
 
-from full_stack_transformer.telegram.conversation.answers import Answers, Writer
+from full_stack_transformer.telegram.conversation.answers import Answers
 from full_stack_transformer.telegram.conversation.commands import Commands
 from full_stack_transformer.telegram.conversation.requests import Policy, Requests, UserRequest
+from full_stack_transformer.telegram.conversation.writing import Writer
 from full_stack_transformer.telegram.monitoring import Metrics
 from full_stack_transformer.telegram.sending.formatting import (
     ForgetButton,

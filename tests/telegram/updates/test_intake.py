@@ -12,9 +12,10 @@ from aiogram.methods import AnswerCallbackQuery
 from aiogram.types import User
 
 from full_stack_transformer.serving.client import ServiceClient
-from full_stack_transformer.telegram.conversation.answers import Answers, Writer
+from full_stack_transformer.telegram.conversation.answers import Answers
 from full_stack_transformer.telegram.conversation.commands import Commands
 from full_stack_transformer.telegram.conversation.requests import MAX_WAITING, Policy, Requests
+from full_stack_transformer.telegram.conversation.writing import Writer
 from full_stack_transformer.telegram.monitoring import Metrics
 from full_stack_transformer.telegram.state.settings import Settings
 from full_stack_transformer.telegram.state.store import Store

@@ -1,7 +1,7 @@
 """How a request becomes shorter until the service takes it."""
 
 from full_stack_transformer.serving.client import Turn, WantedAnswer
-from full_stack_transformer.telegram.conversation.answers import Wanted, _shortened
+from full_stack_transformer.telegram.conversation.writing import Wanted, _shortened
 
 
 def test_a_very_long_answer_becomes_shorter_before_earlier_turns_are_forgotten() -> None:
