@@ -5,25 +5,22 @@ import json
 import logging
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import ARGUMENTS_FILE_NAME, TrainArguments
 from full_stack_transformer.arguments.typed import command_started
-from full_stack_transformer.errors import MachineError, UsageError
+from full_stack_transformer.errors import MachineError
 from full_stack_transformer.machine import (
     check_free_memory,
     is_out_of_memory,
-    multiplies_bfloat16,
 )
 from full_stack_transformer.modelling.acceleration import (
     compile_layers,
@@ -31,7 +28,7 @@ from full_stack_transformer.modelling.acceleration import (
     pays_to_compile,
 )
 from full_stack_transformer.modelling.adapters import has_adapter
-from full_stack_transformer.modelling.backbones import num_parameters, quieten_transformers
+from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_DIRECTORY_NAME,
     MODEL_DIRECTORY_NAME,
@@ -39,7 +36,6 @@ from full_stack_transformer.modelling.other_files import (
 from full_stack_transformer.storage import read_json, readable, write_json
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.control import (
-    NEVER,
     CatchSignals,
     FollowPlan,
     InterruptedBySignalError,
@@ -49,14 +45,12 @@ from full_stack_transformer.training.callbacks.control import (
 from full_stack_transformer.training.callbacks.export import ExportModel
 from full_stack_transformer.training.callbacks.meter import Meter
 from full_stack_transformer.training.callbacks.moving_average import AveragedWeights
-from full_stack_transformer.training.callbacks.profiling import StepProfiler
 from full_stack_transformer.training.callbacks.progress import (
     SUMMARY_FILE_NAME,
     Progress,
     RecordCurves,
     summarize,
 )
-from full_stack_transformer.training.checkpoints import DurableCheckpointIO
 from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.experiments import (
     CHECKPOINTS_DIRECTORY_NAME,
@@ -65,6 +59,7 @@ from full_stack_transformer.training.experiments import (
     open_experiment,
     write_arguments,
 )
+from full_stack_transformer.training.lightning_trainer import make_trainer, quieten_libraries
 from full_stack_transformer.training.module import unknown_metric
 from full_stack_transformer.training.optimization import Plan
 from full_stack_transformer.training.results import write_results
@@ -73,7 +68,6 @@ from full_stack_transformer.training.tuning import tune
 
 logger = logging.getLogger(__name__)
 
-_LIGHTNING_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 # A shell reports this plus the number of the signal that ended a process.
 _EXIT_CODE_OF_SIGNAL = 128
 
@@ -100,7 +94,7 @@ def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> 
         callbacks: of Lightning, in addition to ours.
     """
     started = command_started()
-    _quieten_libraries()
+    quieten_libraries()
     with open_experiment(setup.arguments, setup.data) as experiment:
         if experiment.is_finished:
             logger.info("%s is already finished", experiment.directory)
@@ -143,7 +137,7 @@ def _set_up(
     backbone = setup.make_backbone()
     _check_metric(arguments.metric_for_best_model, setup, backbone)
     if arguments.find_batch_size or arguments.find_learning_rate:
-        arguments = tune(arguments, setup, backbone, _make_trainer(experiment))
+        arguments = tune(arguments, setup, backbone, make_trainer(experiment))
         experiment = dataclasses.replace(experiment, arguments=arguments)
         write_arguments(experiment)
     return _Training(experiment, setup, backbone, callbacks)
@@ -182,7 +176,7 @@ class _Training:
         self._meter = Meter(num_context_tokens=setup.data.num_context_tokens)
         self._export = _make_export(experiment, setup)
         self._data = setup.make_data(experiment.arguments)
-        self._trainer = _make_trainer(
+        self._trainer = make_trainer(
             experiment,
             [*callbacks, *self._callbacks()],
             measures_start=setup.measures_start and experiment.checkpoint is None,
@@ -360,68 +354,6 @@ def _make_export(experiment: Experiment, setup: TrainingSetup) -> ExportModel:
     )
 
 
-def _make_trainer(
-    experiment: Experiment,
-    callbacks: Sequence[pl.Callback] = (),
-    *,
-    measures_start: bool = False,
-) -> pl.Trainer:
-    """A trainer with one long epoch and no limits: the plan decides when to validate and to end."""
-    arguments = experiment.arguments
-    try:
-        trainer = pl.Trainer(
-            accelerator=arguments.accelerator,
-            devices=int(arguments.devices) if arguments.devices.isdecimal() else arguments.devices,
-            strategy=arguments.strategy,
-            num_nodes=arguments.num_nodes,
-            precision=_LIGHTNING_PRECISIONS[_resolve_precision(arguments)],  # type: ignore[arg-type]
-            max_epochs=1,
-            check_val_every_n_epoch=None,
-            val_check_interval=NEVER,
-            accumulate_grad_batches=arguments.accumulate_grad_batches,
-            gradient_clip_val=arguments.gradient_clip_val,
-            log_every_n_steps=arguments.log_every_n_steps,
-            deterministic=arguments.deterministic or None,
-            # Before the first step, where the model can do the task already.
-            num_sanity_val_steps=-1 if measures_start else 0,
-            use_distributed_sampler=False,
-            callbacks=list(callbacks),
-            # Ours is among the callbacks; without callbacks Lightning would add its own.
-            enable_checkpointing=bool(callbacks),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            logger=_make_tensorboard(experiment),
-            profiler=StepProfiler(experiment.directory) if arguments.profile else None,
-            plugins=[DurableCheckpointIO()],
-        )
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise UsageError(
-            f"--accelerator {arguments.accelerator} --devices {arguments.devices} --strategy "
-            f"{arguments.strategy}: {error}"
-        ) from error
-    # Reading what was never written would be a bug of ours; filling it with NaN costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    checkpoint = experiment.checkpoint
-    if checkpoint is not None and checkpoint.world_size != trainer.world_size:
-        raise UsageError(
-            f"--devices {arguments.devices} --num_nodes {arguments.num_nodes} are "
-            f"{trainer.world_size} processes; {experiment.directory} was started with "
-            f"{checkpoint.world_size}, and another number would change the batches"
-        )
-    return trainer
-
-
-def _make_tensorboard(experiment: Experiment) -> TensorBoardLogger:
-    return TensorBoardLogger(
-        experiment.directory,
-        name="",
-        version="",
-        default_hp_metric=False,
-        # Hide what killed runs wrote after the checkpoint.
-        purge_step=experiment.first_repeated_step if experiment.is_resumed else None,
-    )
-
-
 def _write_texts(trainer: pl.Trainer, experiment: Experiment, setup: TrainingSetup) -> None:
     """Write the options and the description of the dataset for TensorBoard."""
     assert isinstance(trainer.logger, TensorBoardLogger)
@@ -431,49 +363,6 @@ def _write_texts(trainer: pl.Trainer, experiment: Experiment, setup: TrainingSet
     writer.add_text(metric_names.DATASET_TEXT, _as_markdown(setup.data.description))
 
 
-def _resolve_precision(arguments: TrainArguments) -> str:
-    """The precision for `auto` on this machine."""
-    if arguments.precision != "auto":
-        _warn_if_emulated(arguments)
-        return arguments.precision
-    if arguments.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16" if multiplies_bfloat16(torch.device("cuda")) else "32"
-    if arguments.accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        return "bf16" if multiplies_bfloat16(torch.device("cpu")) else "32"
-    return "32"
-
-
-def _warn_if_emulated(arguments: TrainArguments) -> None:
-    on_processor = arguments.accelerator == "cpu" or not torch.cuda.is_available()
-    if (
-        arguments.precision == "bf16"
-        and on_processor
-        and is_main_process()
-        and not multiplies_bfloat16(torch.device("cpu"))
-    ):
-        logger.warning(
-            "this processor has no bf16 instructions: --precision bf16 takes some ten times as long as 32"
-        )
-
-
 def _as_markdown(content: dict[str, Any]) -> str:
     text = readable(json.dumps(content, indent=2, ensure_ascii=False))
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def _quieten_libraries() -> None:
-    """Silence libraries: their advice on workers is wrong here, and our log lines say the rest."""
-    for name in (
-        "pytorch_lightning",
-        "lightning.pytorch",
-        "lightning_fabric",
-        "pytorch_lightning.utilities.rank_zero",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    quieten_transformers()
-    warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings(
-        "ignore", ".*number of training batches.*smaller than the logging interval.*"
-    )

@@ -61,9 +61,9 @@ def _ours(job: dict[str, Any]) -> None:
     """The real step, loader and Lightning loop of fst train."""
     import pytorch_lightning as pl
 
-    from full_stack_transformer.training.run import _quieten_libraries
+    from full_stack_transformer.training.lightning_trainer import quieten_libraries
 
-    _quieten_libraries()
+    quieten_libraries()
 
     class Block(pl.Callback):
         def __init__(self) -> None:

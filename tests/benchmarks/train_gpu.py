@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by its path
 
 from full_stack_transformer.machine import free_memory_bytes, measure_matmul_peak
-from full_stack_transformer.training.run import _quieten_libraries
+from full_stack_transformer.training.lightning_trainer import quieten_libraries
 from tests.benchmarks.train_peers import SHAPES, _data_and_task, _Model, _padded_batches
 
 # layers, width, heads, vocabulary, rows, tokens; nanoGPT pads the vocabulary to a multiple of 64.
@@ -99,7 +99,7 @@ class _Timed(pl.Callback):
 
 def train_ours(job: dict[str, Any], device: torch.device, clock: Clock) -> None:
     """The loop of `fst train`."""
-    _quieten_libraries()
+    quieten_libraries()
     with tempfile.TemporaryDirectory() as directory:
         data, task = _data_and_task(job, directory)
         trainer = pl.Trainer(
