@@ -40,6 +40,8 @@ _MAX_SECONDS_BY_THE_CLOCK = 300.0
 _MAX_PROGRAMS = 64
 # Of the environment; the rest, such as keys, is not for a template.
 _VARIABLES = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
+# As much as Linux gives; a long conversation then goes through at once.
+_PIPE_BYTES = 1 << 20
 _PROGRAM, _RENDER = 0, 1
 _LENGTH = struct.Struct("<Q")
 
@@ -135,6 +137,7 @@ class _Processes:
                 words,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                pipesize=_PIPE_BYTES,
                 stderr=subprocess.DEVNULL,
                 env={**kept, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is for this one
@@ -186,7 +189,7 @@ def _read_answer(pipe: Any) -> dict[str, Any]:
         EOFError: the process ended, or does not answer.
     """
     end = time.monotonic() + _MAX_SECONDS_BY_THE_CLOCK
-    content, length = b"", _LENGTH.size
+    content, length = bytearray(), _LENGTH.size
     has_length = False
     while len(content) < length:
         ready, _, _ = select.select([pipe], [], [], max(0.0, end - time.monotonic()))
@@ -196,7 +199,7 @@ def _read_answer(pipe: Any) -> dict[str, Any]:
         content += part
         if not has_length and len(content) == length:
             has_length, length = True, _LENGTH.unpack(content)[0]
-            content = b""
+            content.clear()
     found: dict[str, Any] = json.loads(content)
     return found
 
