@@ -137,6 +137,7 @@ class _Processes:
                 words,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                bufsize=0,  # a fork has no part of what is being written
                 pipesize=_PIPE_BYTES,
                 stderr=subprocess.DEVNULL,
                 env={**kept, "PYTHONPATH": path},
@@ -178,7 +179,9 @@ def _too_slow(seconds: float) -> RequestError:
 
 
 def _write(pipe: Any, content: bytes) -> None:
-    pipe.write(_LENGTH.pack(len(content)) + content)
+    rest = memoryview(_LENGTH.pack(len(content)) + content)
+    while rest:
+        rest = rest[pipe.write(rest) :]
     pipe.flush()
 
 
