@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from full_stack_transformer import interruption
 
-_TRAINING_COMMANDS = ("train", "run_experiment")
+_TRAINING_COMMANDS = ("train", "run_experiment", "plan")
 # With one of them nothing is trained.
 _SHOWS_OPTIONS = {"--help", "-h", "--show_all_args"}
 

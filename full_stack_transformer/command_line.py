@@ -22,7 +22,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from full_stack_transformer import __version__, interruption
-from full_stack_transformer.arguments import data, models, serving, training
+from full_stack_transformer.arguments import data, models, planning, serving, training
 from full_stack_transformer.arguments.checks import check_texts
 from full_stack_transformer.arguments.familiar_options import RENAMED, translate
 from full_stack_transformer.arguments.typed import CommandLine, running
@@ -63,6 +63,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("tensorboard", training.TensorboardArguments, "training.tensorboard"),
     ("demo", data.DemoArguments, "document_sources.demo"),
     ("doctor", training.DoctorArguments, "doctor"),
+    ("plan", planning.PlanArguments, "planning.command"),
 )
 
 # With any command: print its options and their values, and run nothing.

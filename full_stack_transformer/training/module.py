@@ -252,8 +252,11 @@ class TrainingModule(pl.LightningModule):
         )
 
     def count_time_from(self, moment: float) -> None:
-        """Start the clock of --max_minutes at a value of time.monotonic(), such as the command's start."""
-        self._began = moment
+        """Start the clock of --max_minutes at a value of time.monotonic(), such as the command's start.
+
+        While it trains, the clock is set anew.
+        """
+        self._began = self._started = moment
 
     def on_train_start(self) -> None:
         """Add the time of earlier runs."""

@@ -1,0 +1,1 @@
+"""`fst plan`: time, cost, memory and disk of a training before it runs."""
