@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.plan --minutes 10
 
-Plans one pass over Python's documentation, then as many passes as fill the minutes, and runs the commands that
-this plan prints. Prints both times of each stage, wall clock, and exits with 1 if the sums differ by more than
-a quarter. For a quiet machine: other work counts, so the load before and after is printed.
+Plans one pass over Python's documentation, then as many passes as fill the minutes, and runs the commands
+that this plan prints. Prints both times of each stage, wall clock, and exits with 1 if the sums differ by
+than a quarter. For a quiet machine: other work counts, so the load before and after is printed.
 """
 
 import argparse
