@@ -8,7 +8,8 @@ python tests/benchmarks/adapters.py --short
 SmolLM2-135M-Instruct's own weights where they are in the cache, else random ones of its shape. Steps that
 make a token for every request are timed, in processor time of one thread, because neighbours take turns with
 us. Prints as its last line the medians of the ratios and what they are to be; higher is better. Also with all
-requests on one adapter, which has no aim.
+requests on one adapter, which has no aim, and with --peft relative to PEFT, which has batches of several
+adapters in transformers' generate (fp32).
 """
 
 import argparse
@@ -121,10 +122,35 @@ def measure(
     return rates
 
 
+def peft_rate(backbone: Backbone) -> float:
+    """Tokens a second of PEFT, by the difference between texts of two lengths; its adapters do nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, target_modules="all-linear")
+    names = [f"adapter-{number}" for number in range(NUM_STREAMS)]
+    model = get_peft_model(backbone, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    ids = torch.arange(NUM_STREAMS * NUM_PROMPT).view(NUM_STREAMS, NUM_PROMPT) + 100
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "adapter_names": names}
+
+    def seconds(num_new: int) -> float:
+        before = time.process_time()
+        lengths = {"min_new_tokens": num_new, "max_new_tokens": num_new}
+        model.eval().generate(**inputs, **lengths, do_sample=False)
+        return time.process_time() - before
+
+    seconds(2)
+    num_more = 4
+    steps = [(seconds(2 + num_more) - seconds(2)) / num_more for _ in range(3)]
+    return NUM_STREAMS / statistics.median(steps)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--short", action="store_true", help="under a minute")
+    parser.add_argument("--peft", action="store_true", help="compare with PEFT, too")
     parser.add_argument("--tokens", type=int, help="new ones of each request (64, short 10)")
     parser.add_argument("--rounds", type=int, help="of each way (6, short 3)")
     options = parser.parse_args()
@@ -135,15 +161,22 @@ def main() -> None:
         f"{processor_name()}, one thread, {name}, commit {commit()}, load {os.getloadavg()[0]:.1f}"
     )
     results: dict[str, dict[str, float]] = {"ratios": {}, "aims": {}}
+    ours = {}
     for dtype in DTYPES:
         rates = measure(backbone, dtype, options)
         line = ", ".join(f"{way} {statistics.median(some):,.0f}" for way, some in rates.items())
         print(f"{dtype}: tokens/s {line}")
+        ours[dtype] = statistics.median(rates[MANY])
         for way, label in ((MANY, f"{NUM_STREAMS} adapters"), (ONE, "one adapter")):
             pairs = zip(rates[way], rates[BASE], strict=True)
             ratio = round(statistics.median(one / other for one, other in pairs), 2)
             results["ratios"][f"{dtype}, {label}"] = ratio
         results["aims"][f"{dtype}, {NUM_STREAMS} adapters"] = AIM
+    if options.peft:  # the last one: it changes the backbone
+        theirs = peft_rate(backbone)
+        print(f"PEFT: tokens/s {theirs:,.0f}")
+        results["ratios"]["float32, PEFT"] = round(ours["float32"] / theirs, 1)
+        results["aims"]["float32, PEFT"] = 1.0
     print(json.dumps({"benchmark": "adapters", **results}))
 
 
