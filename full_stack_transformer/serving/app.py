@@ -59,8 +59,9 @@ from full_stack_transformer.serving.schemas import (
 from full_stack_transformer.serving.workers.adapters import Adapters
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, describe
 from full_stack_transformer.serving.workers.grammars import Grammars
-from full_stack_transformer.serving.workers.models import AnyServed, ServedModels
+from full_stack_transformer.serving.workers.models import ServedModels
 from full_stack_transformer.serving.workers.prometheus import WorkerMetrics
+from full_stack_transformer.serving.workers.served import AnyServed
 from full_stack_transformer.serving.workers.task_worker import TaskWorker
 
 # Every class of error that a request can end with, the most special first.

@@ -31,14 +31,10 @@ from full_stack_transformer.serving.http.guard import (
 from full_stack_transformer.serving.workers.adapters import open_adapters
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
 from full_stack_transformer.serving.workers.grammars import Grammars
-from full_stack_transformer.serving.workers.models import (
-    OpeningOptions,
-    ServedModel,
-    ServedModels,
-    ServedTask,
-    open_served,
-)
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.opening import OpeningOptions, open_served
 from full_stack_transformer.serving.workers.prometheus import WorkerMetrics
+from full_stack_transformer.serving.workers.served import ServedModel, ServedTask
 from full_stack_transformer.serving.workers.task_worker import MAX_BATCH_ROWS, TaskWorker
 
 logger = logging.getLogger(__name__)

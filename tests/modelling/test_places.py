@@ -21,7 +21,7 @@ from full_stack_transformer.generation.text_generator import TextGenerator
 from full_stack_transformer.model_sources.names import with_imported_models
 from full_stack_transformer.modelling.merging import main as merge
 from full_stack_transformer.modelling.places import IMPORTED_KEY, find_model
-from full_stack_transformer.serving.workers.models import OpeningOptions, open_served
+from full_stack_transformer.serving.workers.opening import OpeningOptions, open_served
 from full_stack_transformer.storage import write_json
 from full_stack_transformer.telegram import run as telegram
 from tests.generation.small_adapters import write_adapter

@@ -19,16 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from full_stack_transformer.errors import ModelError, RequestError
 from full_stack_transformer.generation.text_generator import TextGenerator
+from full_stack_transformer.serving.client import ServiceClient
 from full_stack_transformer.serving.workers.adapters import Adapters, open_adapters
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
-from full_stack_transformer.serving.workers.models import (
-    OpeningOptions,
-    ServedModel,
-    ServedModels,
-    open_served,
-)
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.opening import OpeningOptions, open_served
+from full_stack_transformer.serving.workers.served import ServedModel
 from tests.generation.small_adapters import write_adapter
 from tests.logged_process import LoggedProcess, running_service
+from tests.serving.browser import running_browser, visit
 from tests.serving.conftest import KEY, KeyedService
 from tests.serving.tiny_model import make_tiny_model, one_core
 
@@ -201,6 +200,14 @@ def test_an_adapter_brings_its_chat_template(
     assert shelf.unload("talker").text == "Success: LoRA adapter 'talker' removed successfully."
 
 
+def test_the_bot_is_told_of_adapters(shelf: Shelf) -> None:
+    async def described() -> list[str]:
+        async with ServiceClient(str(shelf.http.base_url), api_key=KEY) as client:
+            return [one.model for one in await client.describe_models()]
+
+    assert asyncio.run(described()) == ["tiny-model", "first"]
+
+
 def test_streams_of_different_adapters_are_as_if_alone(shelf: Shelf) -> None:
     assert shelf.load("second", "b").text == "Success: LoRA adapter 'second' added successfully."
     wanted = [
@@ -325,6 +332,30 @@ def test_names_and_numbers_are_bounded(shelf: Shelf, root: Path) -> None:
     answer = shelf.load("fourth", "a")
     assert (answer.status_code, "--max_adapters" in answer.text) == (400, True)
     assert shelf.unload("second").status_code == shelf.unload("third").status_code == 200
+
+
+def test_the_playground_chooses_adapters_and_sees_them_come_and_go(shelf: Shelf) -> None:
+    with running_browser() as browser, visit(browser, str(shelf.http.base_url)) as tab:
+        tab.page.goto(tab.url)
+        dialog = tab.page.get_by_role("dialog", name="This service wants a key")
+        dialog.get_by_label("Key", exact=True).fill(KEY)
+        dialog.get_by_role("button").click()
+        tab.wait_until_ready()
+        models, area = tab.page.locator("#model"), tab.page.get_by_label("Text to continue")
+        assert models.locator("option").all_inner_texts() == ["tiny-model", "first"]
+        models.select_option("first")
+        area.fill("The reader")
+        tab.set_parameters(max_tokens=40, temperature=1, seed=3)
+        area.press("Control+Enter")
+        tab.wait_until_idle()
+        assert area.input_value() == "The reader" + shelf.text("first")
+        assert shelf.load("late", "c").status_code == 200
+        models.locator("option", has_text="late").wait_for(state="attached")
+        models.select_option("late")
+        assert shelf.unload("late").status_code == 200
+        models.locator("option", has_text="late").wait_for(state="detached")
+        assert models.input_value() == "tiny-model"
+        tab.problems[:] = [one for one in tab.problems if "401" not in one]
 
 
 # ------------------------------------------------------------------ beside which model

@@ -39,7 +39,7 @@ from full_stack_transformer.serving.schemas import (
 )
 from full_stack_transformer.serving.workers.constraints import Grammar, any_of, grammar_of
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker, Mailbox, Ticket
-from full_stack_transformer.serving.workers.models import ServedModel
+from full_stack_transformer.serving.workers.served import ServedModel
 
 # Shorter texts are tokenized at once: a hop to another thread would take longer.
 _MAX_CHARACTERS_AT_ONCE = 4096

@@ -14,7 +14,8 @@ from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_sc
 from full_stack_transformer.serving.routes.answering import OpenAIAnswer, Usage, check_room
 from full_stack_transformer.serving.routes.log_probabilities import chat_logprobs
 from full_stack_transformer.serving.schemas import ChatCompletionRequest
-from full_stack_transformer.serving.workers.models import ServedModel, ServedModels
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.served import ServedModel
 from full_stack_transformer.tokenization import chat as templates
 
 

@@ -27,7 +27,8 @@ from full_stack_transformer.serving.schemas import (
     GeneratedTextsRequest,
     GeneratedTextsResponse,
 )
-from full_stack_transformer.serving.workers.models import ServedModel, ServedModels
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.served import ServedModel
 
 
 class CompletionLogprobs(BaseModel):

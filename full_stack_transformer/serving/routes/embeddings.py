@@ -20,7 +20,8 @@ from full_stack_transformer.errors import ContextLengthError, RequestError
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
 from full_stack_transformer.serving.routes.answering import encode, naming, sharing, unless_gone
 from full_stack_transformer.serving.schemas import EmbeddingRequest
-from full_stack_transformer.serving.workers.models import AnyServed, ServedModels, ServedTask
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.served import AnyServed, ServedTask
 from full_stack_transformer.tasks.catalogue import EMBEDDING_TASK
 
 _MAX_NUMBERS_AT_ONCE = 32_768

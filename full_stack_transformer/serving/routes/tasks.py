@@ -14,7 +14,8 @@ from full_stack_transformer.errors import ModelError
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, body_schema, parse_body
 from full_stack_transformer.serving.routes.answering import unless_gone
 from full_stack_transformer.serving.routes.embeddings import embed, find_embedding
-from full_stack_transformer.serving.workers.models import ServedModels, ServedTask
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.served import ServedTask
 from full_stack_transformer.serving.workers.task_worker import Predicted
 from full_stack_transformer.tasks.catalogue import TASKS
 from full_stack_transformer.tasks.opening import task_class

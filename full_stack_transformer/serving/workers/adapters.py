@@ -27,12 +27,9 @@ from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.modelling.other_files import ADAPTER_FILE_NAME, json_of
 from full_stack_transformer.modelling.places import IMPORTED_KEY, adapter_directory, find_model
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
-from full_stack_transformer.serving.workers.models import (
-    ServedAdapter,
-    ServedModel,
-    ServedModels,
-    signature_of_adapter,
-)
+from full_stack_transformer.serving.workers.models import ServedModels
+from full_stack_transformer.serving.workers.opening import signature_of_adapter
+from full_stack_transformer.serving.workers.served import ServedAdapter, ServedModel
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME
 from full_stack_transformer.tokenization.chat import load_chat_template
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer

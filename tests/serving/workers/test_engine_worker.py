@@ -20,7 +20,8 @@ from full_stack_transformer.serving.workers.engine_worker import (
     Mailbox,
     Ticket,
 )
-from full_stack_transformer.serving.workers.models import OpeningOptions, ServedModel, open_served
+from full_stack_transformer.serving.workers.opening import OpeningOptions, open_served
+from full_stack_transformer.serving.workers.served import ServedModel
 from tests.serving.tiny_model import one_core
 
 SLOTS, QUEUE = 2, 3

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from full_stack_transformer.errors import ModelError
-from full_stack_transformer.serving.workers.models import OpeningOptions, open_served
+from full_stack_transformer.serving.workers.opening import OpeningOptions, open_served
 from full_stack_transformer.storage import read_json, replace_directory, write_json
 from tests.conftest import RunFst
 from tests.hardening.service import Service
