@@ -7,6 +7,7 @@ Jinja's sandbox keeps a template from files and from Python, but not from taking
 """
 
 import atexit
+import fcntl
 import json
 import os
 import pickle
@@ -138,11 +139,15 @@ class _Processes:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,  # a fork has no part of what is being written
-                pipesize=_PIPE_BYTES,
                 stderr=subprocess.DEVNULL,
                 env={**kept, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is for this one
             )
+            for pipe in (self._process.stdin, self._process.stdout):
+                # Another system has no such call, and a user may have too many pipes.
+                with suppress(OSError, AttributeError):
+                    assert pipe is not None
+                    fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         return self._process
 
     def stop(self) -> None:
@@ -228,8 +233,10 @@ def _serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
         variables, seconds = words
         began = time.process_time()
         # The system ends the process, also inside of a function of C. It counts whole seconds.
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(began + max(seconds, 0.0)) + 1, most))
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        most = int(began + max(seconds, 0.0)) + 1
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
         answer = _rendered(programs, key, variables)
         answer["seconds"] = time.process_time()
         _write(stdout, json.dumps(answer).encode())
@@ -253,9 +260,17 @@ def _rendered(
         return {"error": f"{error!s:.1000}"}
 
 
+def _limit(kind: int, most: int) -> None:
+    """Not above what this process may have; nothing where the system has no such limit."""
+    _, hard = resource.getrlimit(kind)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(kind, (most, most))
+
+
 def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_BYTES, _MAX_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_AS, _MAX_BYTES)
+    _limit(resource.RLIMIT_CORE, 0)
     _serve(sys.stdin.buffer, sys.stdout.buffer)
 
 

@@ -106,6 +106,18 @@ def test_models_with_different_tokenizers_compare_by_bits_per_byte(
         assert bits == pytest.approx(expected, rel=1e-4)
 
 
+def test_an_adapter_is_compared_with_its_base(
+    model_dir: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    adapter = TrainingHere(dataset_dir, tmp_path).to_the_end(
+        max_steps=4, model_path=str(model_dir), lora_rank=2, learning_rate=0.02
+    )
+    content = measured(EvaluateArguments(adapter, dataset_dir, compare=model_dir, device="cpu"))
+    (found,) = content["comparisons"]
+    assert found["base"] == measured(EvaluateArguments(model_dir, dataset_dir, device="cpu"))
+    assert found["change_in_percent"]["loss"] < -1
+
+
 def test_what_does_not_compare_is_refused(
     other: tuple[Path, Path], model_dir: Path, dataset_dir: Path, tmp_path: Path
 ) -> None:
