@@ -5,11 +5,10 @@ ADAPTER DIRECTORY + base ──> MODEL DIRECTORY      EXPERIMENT/adapter + base 
 
 import logging
 import shlex
-import shutil
 from pathlib import Path
 
 from full_stack_transformer.arguments.models import MergeArguments
-from full_stack_transformer.errors import MachineError, UsageError
+from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.adapters import merge_adapter
 from full_stack_transformer.modelling.backbones import num_parameters
 from full_stack_transformer.modelling.model_card import BASE_KEY
@@ -20,13 +19,8 @@ from full_stack_transformer.modelling.other_files import (
 )
 from full_stack_transformer.modelling.places import adapter_directory, base_of
 from full_stack_transformer.modelling.pretrained import read_start
-from full_stack_transformer.storage import (
-    DESCRIPTION_FILE_NAME,
-    make_directories,
-    replace_directory,
-    why_not_written,
-    write_json,
-)
+from full_stack_transformer.modelling.writing import written_whole
+from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, write_json
 from full_stack_transformer.tokenization.document_tokenizer import copy_tokenizer_files
 from full_stack_transformer.tokenization.transformers_tokenizer import open_tokenizer
 
@@ -57,17 +51,10 @@ def main(arguments: MergeArguments) -> Path:
         "num_parameters": num_parameters(backbone),
         _MERGED_KEY: {"adapter": str(directory.resolve()), "base": base},
     }
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        make_directories(target.absolute().parent)
+    with written_whole(target, "the merged model") as partial:
         read_start(base).save(backbone, partial)
         _copy_tokenizer(directory, base, partial)
         write_json(partial / DESCRIPTION_FILE_NAME, description)
-        replace_directory(partial, target)
-    except (OSError, MachineError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MachineError(f"writing {target} failed: {why_not_written(error)}") from error
     name = directory.parent if target == directory.parent / MODEL_DIRECTORY_NAME else target
     logger.info(
         "merged %s into %s; serve it: fst serve %s", directory, base, shlex.quote(str(name))

@@ -112,11 +112,17 @@ def check_models(options: object) -> None:
 
 def adapter_at(path: Path) -> Path | None:
     """The adapter that a path names where no whole model is: itself, or `adapter` of an experiment."""
-    if (path / MODEL_DIRECTORY_NAME / CONFIG_FILE_NAME).is_file():
+    directory = adapter_in(path)
+    if directory is None or (path / MODEL_DIRECTORY_NAME / CONFIG_FILE_NAME).is_file():
         return None
+    return None if (directory / CONFIG_FILE_NAME).is_file() else directory
+
+
+def adapter_in(path: Path) -> Path | None:
+    """The adapter directory for a path, whether a whole model is there too."""
     for directory in (path, path / ADAPTER_DIRECTORY_NAME):
         if (directory / ADAPTER_FILE_NAME).is_file():
-            return None if (directory / CONFIG_FILE_NAME).is_file() else directory
+            return directory
     return None
 
 
@@ -126,9 +132,9 @@ def adapter_directory(path: Path) -> Path:
     Raises:
         ModelError: there is none.
     """
-    for directory in (path, path / ADAPTER_DIRECTORY_NAME):
-        if (directory / ADAPTER_FILE_NAME).is_file():
-            return directory
+    directory = adapter_in(path)
+    if directory is not None:
+        return directory
     raise ModelError(
         f"{path} should be an adapter directory (with {ADAPTER_FILE_NAME}) or an experiment that trained "
         f"one; found {found_at(path)}"

@@ -31,8 +31,9 @@ def written_whole(target: Path, what: str) -> Iterator[Path]:
         yield partial
         replace_directory(partial, target)
     except (OSError, SafetensorError, MachineError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         kept = "; the previous one is intact" if target.exists() else ""
         raise MachineError(
             f"writing {what} {target} failed: {why_not_written(error)}{kept}"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

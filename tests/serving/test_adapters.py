@@ -65,7 +65,17 @@ def root(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _spoil(root: Path, model_dir: Path) -> None:
     """Adapters that cannot be served, for one reason each."""
     weights, config = "adapter_model.safetensors", "adapter_config.json"
-    for name in ("cut", "pickled", "dora", "nan", "linked", "other_words", "half"):
+    for name in (
+        "cut",
+        "pickled",
+        "dora",
+        "nan",
+        "linked",
+        "other_words",
+        "half",
+        "pipe",
+        "bad_words",
+    ):
         shutil.copytree(root / "a", root / name)
     content = (root / "a" / weights).read_bytes()
     (root / "cut" / weights).write_bytes(content[:-100])
@@ -78,6 +88,10 @@ def _spoil(root: Path, model_dir: Path) -> None:
     (root / "linked" / weights).symlink_to(root / ".." / "outside" / weights)
     (root / "half" / config).write_text(json.dumps(said)[:40])
     (root / "away").symlink_to(root.parent / "outside")
+    (root / "circle").symlink_to(root / "circle")
+    os.mkfifo(root / "pipe" / "description.json")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (root / "bad_words" / file).write_text("{")
     other = make_tiny_model(root.parent / "others", name="other", preset="micro")
     write_adapter(root / "of_other", AutoModelForCausalLM.from_pretrained(other), seed=9)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -296,7 +310,11 @@ _REFUSED: dict[str, tuple[str, int, str]] = {
     "/etc": ("absolute", 400, "must lie below the directory"),
     "away": ("a link", 400, "must lie below the directory"),
     "linked": ("a linked file", 400, "a link to a file outside"),
-    "a\0": ("null byte", 400, "must lie below the directory"),
+    "a\0": ("null byte", 400, "cannot be read below the directory"),
+    "circle": ("a circle of links", 400, "cannot be read below the directory"),
+    "y" * 200: ("a long name", 404, "there is no adapter directory"),
+    "pipe": ("a pipe", 400, "neither file nor directory"),
+    "bad_words": ("a broken tokenizer", 400, "lora_path"),
     "missing": ("missing", 404, "there is no adapter directory"),
     ".": ("the root itself", 404, "there is no adapter directory"),
     "a/adapter_config.json": ("a file", 404, "there is no adapter directory"),

@@ -38,7 +38,7 @@ def add_adapter_routes(router: APIRouter, adapters: Adapters) -> None:
         """Refuse new requests for an adapter; those under way end as they would have."""
         _check_admin(request)
         body = await parse_body(request, UnloadAdapterRequest)
-        adapters.unload(body.lora_name)
+        await adapters.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from full_stack_transformer.errors import (
     FullStackTransformerError,
+    InputError,
     MachineError,
     ModelError,
     RequestError,
@@ -25,7 +26,12 @@ from full_stack_transformer.generation.requests import Conventions
 from full_stack_transformer.modelling.adapter_weights import AdapterWeights, read_adapter
 from full_stack_transformer.modelling.model_directory import OpenedModel
 from full_stack_transformer.modelling.other_files import ADAPTER_FILE_NAME, json_of
-from full_stack_transformer.modelling.places import IMPORTED_KEY, adapter_directory, find_model
+from full_stack_transformer.modelling.places import (
+    IMPORTED_KEY,
+    adapter_directory,
+    adapter_in,
+    find_model,
+)
 from full_stack_transformer.serving.workers.engine_worker import EngineWorker
 from full_stack_transformer.serving.workers.models import ServedModels
 from full_stack_transformer.serving.workers.opening import signature_of_adapter
@@ -204,23 +210,24 @@ class Adapters:
             try:
                 base = base_for(self._models, directory, base_name)
                 await self._serve(name, directory, base)
-            except (ModelError, MachineError) as error:
+            except (InputError, MachineError, OSError) as error:
                 # Clients know the path that they sent, not where it lies.
                 said = str(error).replace(str(directory), "lora_path")
-                kind = RequestError if isinstance(error, ModelError) else ServiceUnavailableError
+                kind = ServiceUnavailableError if isinstance(error, MachineError) else RequestError
                 raise kind(said) from error
             if before is not None:
                 self._retire(before)
         logger.info("serving the adapter %s beside %s", name, base.name)
 
-    def unload(self, name: str) -> None:
+    async def unload(self, name: str) -> None:
         """Take no new requests for an adapter; those under way end as they would have.
 
         Raises:
             UnknownModelError: there is no adapter of this name.
         """
-        self._retire(self._find_adapter(name))
-        self._models.remove(name)
+        async with self._turn:
+            self._retire(self._find_adapter(name))
+            self._models.remove(name)
         logger.info("unloaded the adapter %s", name)
 
     async def follow(self) -> None:
@@ -228,24 +235,29 @@ class Adapters:
 
         What cannot be served now is unloaded where its base was replaced, else it stays as it was.
         """
-        for model in self._models.adapters:
-            assert model.adapter is not None
-            base = next(one for one in self._models.bases if one.name == model.adapter.parent)
-            signature = signature_of_adapter(model.path)
-            is_stale = base.engine is not model.engine
-            if not is_stale and signature in (model.signature, model.adapter.refused, None):
-                continue
+        for name in [one.name for one in self._models.adapters]:
             async with self._turn:
-                try:
-                    await self._serve(model.name, model.path, base, num_swaps=model.num_swaps + 1)
-                except FullStackTransformerError as error:
-                    logger.warning("the adapter %s cannot be served: %s", model.name, error)
-                    model.adapter.refused = signature
-                    if is_stale:
-                        self._models.remove(model.name)
-                else:
-                    logger.info("now serving the adapter %s as it is in its directory", model.name)
-                    self._retire(model)
+                await self._follow(name)
+
+    async def _follow(self, name: str) -> None:
+        model = next((one for one in self._models.adapters if one.name == name), None)
+        if model is None or model.adapter is None:  # unloaded meanwhile
+            return
+        base = next(one for one in self._models.bases if one.name == model.parent)
+        signature = signature_of_adapter(model.path)
+        is_stale = base.engine is not model.engine
+        if not is_stale and signature in (model.signature, model.adapter.refused, None):
+            return
+        try:
+            await self._serve(name, model.path, base, num_swaps=model.num_swaps + 1)
+        except (FullStackTransformerError, OSError) as error:
+            logger.warning("the adapter %s cannot be served: %s", name, error)
+            model.adapter.refused = signature
+            if is_stale:
+                self._models.remove(name)
+        else:
+            logger.info("now serving the adapter %s as it is in its directory", name)
+            self._retire(model)
 
     async def _serve(
         self, name: str, directory: Path, base: ServedModel, *, num_swaps: int = 0
@@ -283,25 +295,31 @@ class Adapters:
             RequestError: it lies elsewhere.
             UnknownModelError: there is none.
         """
-        assert self._root is not None
         try:
-            found = (self._root / path).resolve()
-        except (OSError, ValueError, RuntimeError):  # a loop of links, a null byte
-            found = Path("/")
+            return self._find_below(path)
+        except (OSError, ValueError, RuntimeError):  # no permission, a loop of links, a null byte
+            raise RequestError(
+                "lora_path: cannot be read below the directory that --adapters_root names"
+            ) from None
+
+    def _find_below(self, path: str) -> Path:
+        assert self._root is not None
+        found = (self._root / path).resolve()
         if not found.is_relative_to(self._root):
             raise RequestError("lora_path: must lie below the directory that --adapters_root names")
-        try:
-            directory = adapter_directory(found)
-        except (ModelError, OSError):
+        directory = adapter_in(found)
+        if directory is None:
             raise UnknownModelError(
                 f"lora_path: there is no adapter directory (with {ADAPTER_FILE_NAME}) of this name below the "
                 "directory that --adapters_root names"
-            ) from None
+            )
         for file in directory.iterdir():
             if not file.resolve().is_relative_to(self._root):
                 raise RequestError(
                     "lora_path: has a link to a file outside the directory that --adapters_root names"
                 )
+            if not (file.is_file() or file.is_dir()):  # a pipe would keep its reader forever
+                raise RequestError("lora_path: holds something that is neither file nor directory")
         return directory
 
     def _find_adapter(self, name: str) -> ServedModel:
@@ -311,6 +329,6 @@ class Adapters:
         return found
 
     def _retire(self, model: ServedModel) -> None:
-        assert model.adapter is not None
+        assert model.adapter is not None and not model.adapter.is_unloaded
         model.adapter.is_unloaded = True
         self._worker.retire(model.engine, model.adapter.number)
