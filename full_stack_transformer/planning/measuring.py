@@ -30,6 +30,7 @@ from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.arguments.typed import CommandLine, running
 from full_stack_transformer.errors import MachineError
 from full_stack_transformer.planning.shapes import Shape, shape_of_size
+from full_stack_transformer.planning.spent import Spent, now
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ _VOCABULARY_WITHOUT_MERGES = 260
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What was found, in seconds, bytes and tokens per second."""
+    """What was found."""
 
     shape: Shape
     """Of the model that was tried."""
@@ -71,26 +72,29 @@ class Measurement:
     """Of the text that was measured with."""
     bytes_per_token: float
     tokens_per_sample: float
-    prepare_start_seconds: float
-    prepare_bytes_per_second: float
-    counting_seconds: float
+    prepare_start: Spent
+    prepare_byte: Spent
+    """For each byte of text."""
+    counting: Spent
     """To count the words of the sample for a new tokenizer."""
-    merging_seconds: float
+    merging: Spent
     """To merge them into tokens."""
-    train_start_seconds: float
+    train_start: Spent
     """From the command to its first step."""
-    train_tokens_per_second: float
+    train_token: Spent
+    """For each input token, uncompiled."""
     num_steps: int
     """That were measured."""
     tokens_per_step: float
-    validation_tokens_per_second: float
-    validation_seconds: float
-    """Of each validation, without its forward passes: text samples and files."""
-    checkpoint_seconds: float
+    validation_token: Spent
+    validation: Spent
+    """Each, without its forward passes: text samples and files."""
+    checkpoint: Spent
+    """Each."""
     checkpoint_bytes: int
-    train_end_seconds: float
-    generate_start_seconds: float
-    generate_tokens_per_second: float
+    train_end: Spent
+    generate_start: Spent
+    generate_token: Spent
     peak_bytes: int
     """Memory of the process, with all libraries."""
     load: float
@@ -111,19 +115,19 @@ def measure(arguments: PlanArguments, shape: Shape, max_length: int) -> Measurem
         DocumentsError: the documents cannot be read.
         MachineError: memory is short for any training.
     """
-    started = time.perf_counter()
-    python_seconds = time.process_time()  # until here, mostly the command line
+    started = now()
+    python = Spent(time.process_time(), time.process_time())  # until here: the command line
     with (
         tempfile.TemporaryDirectory(prefix="fst-plan-") as name,
         _quiet(),
         running(CommandLine()),
     ):
-        measuring = _Measuring(arguments, shape, max_length, Path(name), python_seconds)
+        measuring = _Measuring(arguments, shape, max_length, Path(name), python)
         measuring.prepare()
         measuring.train()
         measuring.generate()
         found = measuring.found()
-    return replace(found, seconds=time.perf_counter() - started)
+    return replace(found, seconds=(now() - started).seconds)
 
 
 class _Measuring:
@@ -135,22 +139,22 @@ class _Measuring:
         shape: Shape,
         max_length: int,
         root: Path,
-        python_seconds: float,
+        python: Spent,
     ) -> None:
         self._arguments = arguments
         self._planned = self._shape = shape
         self._max_length = max_length
         self._root = root
-        self._python_seconds = python_seconds
+        self._python = python
 
     def prepare(self) -> None:
         """The dataset: of the sample, or the given one."""
         _say("preparing a sample of the documents")
-        started = time.perf_counter()
+        started = now()
         from full_stack_transformer.preparation.prepare import main as prepare_dataset
         from full_stack_transformer.tokenization.document_tokenizer import TrainedTokenizer
 
-        self._import_prepare = time.perf_counter() - started
+        self._import_prepare = now() - started
         file, self._sample_bytes = self._write_sample()
         options = PrepareDatasetArguments(
             documents_train_file=(file,),
@@ -165,14 +169,13 @@ class _Measuring:
         tokenizer = str(self._dataset / "tokenizer")
         again = replace(options, dataset_name="again", tokenizer_path=tokenizer)
         short, _ = _timed(lambda: prepare_dataset(again))
-        self._tokenizer_seconds = max(0.0, with_tokenizer - short)
+        self._tokenizer = with_tokenizer - short
         texts = file.read_text(encoding="utf-8").split(f"{_END_OF_DOCUMENT}\n")
-        self._counting_seconds, _ = _timed(
+        self._counting, _ = _timed(
             lambda: TrainedTokenizer.train(texts, vocab_size=_VOCABULARY_WITHOUT_MERGES)
         )
-        self._prepare_rate = self._sample_bytes / short
-        self._prepare_start = 0.0
-        if short < _SHORT_SECONDS:
+        self._prepare_byte, self._prepare_start = short / self._sample_bytes, Spent()
+        if short.seconds < _SHORT_SECONDS:
             with file.open("rb") as source, (self._root / "long.txt").open("wb") as target:
                 for _ in range(_NUM_COPIES):
                     source.seek(0)
@@ -181,9 +184,8 @@ class _Measuring:
                 again, dataset_name="long", documents_train_file=(self._root / "long.txt",)
             )
             long, _ = _timed(lambda: prepare_dataset(more))
-            gained = max(long - short, 0.02 * long)
-            self._prepare_rate = (_NUM_COPIES - 1) * self._sample_bytes / gained
-            self._prepare_start = max(0.0, short - self._sample_bytes / self._prepare_rate)
+            self._prepare_byte = (long - short) / ((_NUM_COPIES - 1) * self._sample_bytes)
+            self._prepare_start = short - self._prepare_byte * self._sample_bytes
         from full_stack_transformer.datasets.corpus import open_dataset
 
         description = open_dataset(self._dataset).description
@@ -211,16 +213,16 @@ class _Measuring:
 
     def train(self) -> None:
         """The training: of the planned model, or of one that is small enough."""
-        started = time.perf_counter()
+        started = now()
         # What generation imports, then the rest of training.
         importlib.import_module("full_stack_transformer.generation.text_generator")
 
-        self._import_generate = time.perf_counter() - started
+        self._import_generate = now() - started
         from full_stack_transformer.training.callbacks.stopwatch import MINUTES, Stopwatch
         from full_stack_transformer.training.run import train_setup
         from full_stack_transformer.training.setup import open_setup
 
-        self._import_train = time.perf_counter() - started
+        self._import_train = now() - started
         arguments = self._arguments
         self._batch_size = arguments.batch_size or 16
         self._device = _device()
@@ -248,7 +250,7 @@ class _Measuring:
         if not isinstance(directory, Path):
             raise KeyboardInterrupt
         self._experiment = directory
-        self._train_end = time.perf_counter() - self._watch.ended
+        self._train_end = now() - self._watch.ended
         self._peak_bytes = machine.peak_resident_bytes()
 
     def _affordable(self) -> Shape:
@@ -298,22 +300,22 @@ class _Measuring:
         from full_stack_transformer.generation.text_generator import TextGenerator
 
         _say("generating a text")
-        self._open_seconds, generator = _timed(lambda: TextGenerator.open(self._experiment))
+        self._open, generator = _timed(lambda: TextGenerator.open(self._experiment))
         num_tokens = min(
             self._arguments.num_generated_tokens, _MEASURED_GENERATED_TOKENS, self._max_length - 2
         )
         given = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "seed": 1}
         first, _ = _timed(lambda: generator.generate("", **given))  # type: ignore[arg-type]
-        seconds, _ = _timed(lambda: generator.generate("", **given))  # type: ignore[arg-type]
-        self._generate_rate = num_tokens / seconds
-        self._open_seconds += max(0.0, first - seconds)
+        second, _ = _timed(lambda: generator.generate("", **given))  # type: ignore[arg-type]
+        self._generate_token = second / num_tokens
+        self._open += first - second
 
     def found(self) -> Measurement:
         """All of it."""
         watch = self._watch
-        seconds, tokens, steps = watch.step_seconds, watch.step_tokens, watch.num_steps - 1
+        spent, tokens, steps = watch.steps, watch.step_tokens, watch.num_steps - 1
         if not tokens:  # the time was enough for one step
-            seconds, tokens, steps = watch.first_step_seconds, watch.first_step_tokens, 1
+            spent, tokens, steps = watch.first_step, watch.first_step_tokens, 1
         last = watch.validations[-1]
         checkpoints = self._experiment / "checkpoints"
         return Measurement(
@@ -324,25 +326,21 @@ class _Measuring:
             sample_bytes=self._sample_bytes,
             bytes_per_token=self._bytes_per_token,
             tokens_per_sample=self._tokens_per_sample,
-            prepare_start_seconds=self._python_seconds + self._import_prepare + self._prepare_start,
-            prepare_bytes_per_second=self._prepare_rate,
-            counting_seconds=self._counting_seconds,
-            merging_seconds=max(0.0, self._tokenizer_seconds - self._counting_seconds),
-            train_start_seconds=self._python_seconds
-            + self._import_train
-            + watch.seconds_to_first_step,
-            train_tokens_per_second=tokens / seconds,
+            prepare_start=self._python + self._import_prepare + self._prepare_start,
+            prepare_byte=self._prepare_byte,
+            counting=self._counting,
+            merging=self._tokenizer - self._counting,
+            train_start=self._python + self._import_train + watch.to_first_step,
+            train_token=spent / tokens,
             num_steps=steps,
             tokens_per_step=tokens / steps,
-            validation_tokens_per_second=last.num_tokens / last.forward_seconds,
-            validation_seconds=last.after_seconds,
-            checkpoint_seconds=last.before_seconds,
+            validation_token=last.forward / last.num_tokens,
+            validation=last.after,
+            checkpoint=last.before,
             checkpoint_bytes=(checkpoints / "last.ckpt").stat().st_size,
-            train_end_seconds=self._train_end,
-            generate_start_seconds=self._python_seconds
-            + self._import_generate
-            + self._open_seconds,
-            generate_tokens_per_second=self._generate_rate,
+            train_end=self._train_end,
+            generate_start=self._python + self._import_generate + self._open,
+            generate_token=self._generate_token,
             peak_bytes=self._peak_bytes,
             load=os.getloadavg()[0],
             seconds=0.0,
@@ -385,10 +383,10 @@ def _given_texts(paths: tuple[Path, ...]) -> Iterator[str]:
                     yield from document_format.documents(block).texts
 
 
-def _timed(work: Callable[[], _Result]) -> tuple[float, _Result]:
-    started = time.perf_counter()
+def _timed(work: Callable[[], _Result]) -> tuple[Spent, _Result]:
+    started = now()
     result = work()
-    return time.perf_counter() - started, result
+    return now() - started, result
 
 
 def _say(what: str) -> None:

@@ -26,6 +26,7 @@ from full_stack_transformer.planning.needs import (
     model_bytes,
     serving_memory,
 )
+from full_stack_transformer.planning.spent import Spent
 from full_stack_transformer.planning.words import SECONDS_OF_A_YEAR, count, duration, size
 
 # Of the peak, on one GPU. Published for large models: 0.46 (PaLM 540B, Chowdhery et al. 2022), 0.38 to 0.43
@@ -65,6 +66,8 @@ class Stage:
     name: str
     seconds: float | None = None
     """None: it is a part of another stage."""
+    processor_seconds: float | None = None
+    """Of all cores, where it was measured."""
     cost: float | None = None
     memory_bytes: float | None = None
     """Of one device, or of the machine where that computes."""
@@ -127,41 +130,36 @@ def _measured_plan(arguments: PlanArguments, job: Job) -> Plan:
     scale = job.shape.flops_per_token(context) / found.shape.flops_per_token(context)
     larger = job.shape.num_parameters / found.shape.num_parameters
     speed = _COMPILED_SPEED[found.bfloat16] if compiles else 1.0
-    steps = job.num_tokens * scale / found.train_tokens_per_second / speed
-    checkpoint = found.checkpoint_seconds * larger
+    steps = found.train_token * (job.num_tokens * scale / speed)
     validation = (
-        job.validation_tokens * scale / found.validation_tokens_per_second
-        + found.validation_seconds * larger
+        found.validation_token * (job.validation_tokens * scale) + found.validation * larger
     )
-    num_checkpoints = job.num_validations + int(steps / 60 / job.checkpoint_minutes)
-    train = (
-        *(found.train_start_seconds, found.train_end_seconds, steps),
-        *(job.num_validations * validation, num_checkpoints * checkpoint),
-        _COMPILE_SECONDS if compiles else 0.0,
-    )
-    generate = found.generate_start_seconds + (
-        job.num_generated_tokens * larger / found.generate_tokens_per_second
-    )
-    price = arguments.price_per_hour
+    num_checkpoints = job.num_validations + int(steps.seconds / 60 / job.checkpoint_minutes)
+    train = found.train_start + found.train_end + steps + validation * job.num_validations
+    train += found.checkpoint * (larger * num_checkpoints)
+    if compiles:
+        train += Spent(_COMPILE_SECONDS, _COMPILE_SECONDS)
+    token = found.generate_token * larger
     prepare, text = _measured_preparation(job, found)
+    price = arguments.price_per_hour
     stages = _stages(
         job,
-        seconds=(prepare, sum(train), generate),
+        spent=(prepare, train, found.generate_start + token * job.num_generated_tokens),
         price=(price, price, price),
         memory=(_PREPARE_MEMORY_BYTES, needed, LIBRARY_BYTES + model_bytes(job.shape)),
         text_bytes=text,
         tokens_per_sample=found.tokens_per_sample,
         remarks=(
-            f"{found.prepare_bytes_per_second / 1e6:.0f} MB/s",
-            f"{job.num_tokens / steps:,.0f} tokens/s",
-            f"{found.generate_tokens_per_second / larger:,.3g} tokens/s, one text at a time",
+            f"{size(1 / found.prepare_byte.seconds)}/s" if found.prepare_byte.seconds else "",
+            f"{count(job.num_tokens / steps.seconds)} tokens/s",
+            f"{count(1 / token.seconds)} tokens/s, one text at a time",
         ),
     )
     return Plan(
         job=job,
         stages=stages,
         memory_limit_bytes=limit,
-        assumptions=[*_measured_assumptions(job, found)],
+        assumptions=[*_measured_assumptions(job, found, stages)],
         warnings=[*_warnings(job, stages, needed, limit)],
         measurement=found,
     )
@@ -177,14 +175,14 @@ def _compiles(job: Job, found: Measurement) -> bool:
     return pays_to_compile(torch.device(found.device), flops=flops, minutes=None)
 
 
-def _measured_preparation(job: Job, found: Measurement) -> tuple[float, float]:
-    """Seconds, and bytes of the documents; nothing of both for a dataset that is there."""
+def _measured_preparation(job: Job, found: Measurement) -> tuple[Spent, float]:
+    """Its time, and bytes of the documents; nothing of both for a dataset that is there."""
     text = job.corpus_tokens * found.bytes_per_token
     if job.has_dataset:
-        return 0.0, 0.0
+        return Spent(), 0.0
     part = text / found.sample_bytes
-    tokenizer = found.counting_seconds * part + found.merging_seconds * part**_HEAPS
-    return found.prepare_start_seconds + text / found.prepare_bytes_per_second + tokenizer, text
+    tokenizer = found.counting * part + found.merging * part**_HEAPS
+    return found.prepare_start + found.prepare_byte * text + tokenizer, text
 
 
 def _memory_limit(found: Measurement) -> float | None:
@@ -196,12 +194,18 @@ def _memory_limit(found: Measurement) -> float | None:
     return None if total is None else float(total)
 
 
-def _measured_assumptions(job: Job, found: Measurement) -> Iterator[str]:
+def _measured_assumptions(job: Job, found: Measurement, stages: list[Stage]) -> Iterator[str]:
     cores = machine.num_cores()
     yield (
         f"measured here in {found.seconds:.0f} s with the commands' own code on {found.device}, {cores} "
         f"cores, load {found.load:.1f}: other work on the machine slows the job as it slowed this"
     )
+    if found.load > cores:
+        processor = sum(stage.processor_seconds or 0.0 for stage in stages)
+        yield (
+            f"the load is above the cores: the processor time of the job is {duration(processor)}, and with "
+            "nothing else on the machine it would take that time divided by the cores in use"
+        )
     if not found.is_same_shape:
         yield (
             f"a smaller model was tried ({found.shape.num_parameters:,} parameters), and its times "
@@ -240,10 +244,10 @@ def _published_plan(arguments: PlanArguments, job: Job, gpu: Gpu) -> Plan:
     needed = memory_of(job).total
     stages = _stages(
         job,
-        seconds=(
-            text / PREPARE_BYTES_PER_SECOND,
-            train,
-            GPU_START_SECONDS + job.num_generated_tokens / tokens_per_second,
+        spent=(
+            Spent(text / PREPARE_BYTES_PER_SECOND),
+            Spent(train),
+            Spent(GPU_START_SECONDS + job.num_generated_tokens / tokens_per_second),
         ),
         price=(None, price * machines.num_devices, price),
         memory=(_PREPARE_MEMORY_BYTES, needed, serving.weights + LIBRARY_BYTES),
@@ -282,7 +286,7 @@ def _published_plan(arguments: PlanArguments, job: Job, gpu: Gpu) -> Plan:
 def _stages(
     job: Job,
     *,
-    seconds: tuple[float, float, float],
+    spent: tuple[Spent, Spent, Spent],
     price: tuple[float | None, float | None, float | None],
     memory: tuple[float, float, float],
     text_bytes: float,
@@ -291,15 +295,16 @@ def _stages(
 ) -> list[Stage]:
     """The rows; tuples are of preparation, training and generation, prices those of an hour."""
     cost = [
-        None if one is None else taken / 3600 * one
-        for taken, one in zip(seconds, price, strict=True)
+        None if one is None else taken.seconds / 3600 * one
+        for taken, one in zip(spent, price, strict=True)
     ]
     dataset = dataset_bytes(job.corpus_tokens, job.shape.vocab_size, tokens_per_sample)
     one = checkpoint_bytes(job.shape, job.optimizer)
     cache = cache_bytes_per_token(job.shape) / 1e3
     prepare = Stage(
         name="prepare",
-        seconds=seconds[0],
+        seconds=spent[0].seconds,
+        processor_seconds=spent[0].processor_seconds or None,
         cost=cost[0],
         memory_bytes=memory[0],
         disk_bytes=text_bytes + dataset,
@@ -309,7 +314,8 @@ def _stages(
         *([] if job.has_dataset else [prepare]),
         Stage(
             name="train",
-            seconds=seconds[1],
+            seconds=spent[1].seconds,
+            processor_seconds=spent[1].processor_seconds or None,
             cost=cost[1],
             memory_bytes=memory[1],
             disk_bytes=model_bytes(job.shape),
@@ -322,7 +328,8 @@ def _stages(
         ),
         Stage(
             name="generate",
-            seconds=seconds[2],
+            seconds=spent[2].seconds,
+            processor_seconds=spent[2].processor_seconds or None,
             cost=cost[2],
             memory_bytes=memory[2],
             remark=f"{remarks[2]}; {cache:.3g} KB of keys and values a token",

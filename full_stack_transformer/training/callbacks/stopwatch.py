@@ -8,12 +8,13 @@ It sets the clock of --max_minutes, which must be `MINUTES`: a validation follow
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 
 from full_stack_transformer.datasets.collators import Batch
+from full_stack_transformer.planning.spent import Spent, now
 from full_stack_transformer.training.callbacks.meter import num_input_tokens
 from full_stack_transformer.training.module import TrainingModule
 
@@ -24,13 +25,13 @@ _EARLY, _OVER = 0.5, 1.0
 
 @dataclass
 class TimedValidation:
-    """Seconds of a validation."""
+    """A validation."""
 
     num_tokens: int = 0
-    before_seconds: float = 0.0
+    before: Spent = field(default_factory=Spent)
     """The checkpoint that is written before it, and getting ready."""
-    forward_seconds: float = 0.0
-    after_seconds: float = 0.0
+    forward: Spent = field(default_factory=Spent)
+    after: Spent = field(default_factory=Spent)
     """Text samples, the exported model, links of checkpoints."""
 
 
@@ -43,26 +44,26 @@ class Stopwatch(pl.Callback):
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.seconds_to_first_step = 0.0
+        self.to_first_step = Spent()
         """From the creation to the end of the first step."""
         self.num_steps = 0
-        self.step_seconds = 0.0
+        self.steps = Spent()
         """Of all batches but the first, with all that happens between them."""
         self.step_tokens = 0
         """Input tokens of these batches that are not padding."""
         self.first_step_tokens = 0
-        self.first_step_seconds = 0.0
+        self.first_step = Spent()
         self.validations: list[TimedValidation] = []
-        self.ended = 0.0
-        """When the training ended, by time.perf_counter()."""
-        self._created = self._mark = time.perf_counter()
+        self.ended = Spent()
+        """When the training ended, by `spent.now`."""
+        self._created = self._mark = now()
         self._in_validation = False
 
     def on_train_batch_start(self, *_: Any) -> None:
         """The first batch, or the end of a validation."""
         if self._in_validation or not self.num_steps:
             self._end_validation()
-            self._mark = time.perf_counter()
+            self._mark = now()
 
     def on_train_batch_end(
         self,
@@ -74,15 +75,15 @@ class Stopwatch(pl.Callback):
     ) -> None:
         """A batch is done; reading its tokens waits for the device."""
         num_tokens = int(num_input_tokens(batch))
-        now = time.perf_counter()
+        moment = now()
         if self.num_steps:
             self.step_tokens += num_tokens
-            self.step_seconds += now - self._mark
+            self.steps += moment - self._mark
         else:
-            self.first_step_tokens, self.first_step_seconds = num_tokens, now - self._mark
-            self.seconds_to_first_step = now - self._created
+            self.first_step_tokens, self.first_step = num_tokens, moment - self._mark
+            self.to_first_step = moment - self._created
         self.num_steps += 1
-        self._mark = now
+        self._mark = moment
         self._set_clock(pl_module)
 
     def _set_clock(self, module: pl.LightningModule) -> None:
@@ -90,24 +91,24 @@ class Stopwatch(pl.Callback):
         part = 0.0
         if not self.validations:
             part = _EARLY
-        elif self.step_seconds >= self._seconds:
+        elif self.steps.seconds >= self._seconds:
             part = _OVER
         module.count_time_from(time.monotonic() - part * 60 * MINUTES)
 
     def on_validation_start(self, *_: Any) -> None:
         """A validation begins, after the step before it."""
-        now = time.perf_counter()
+        moment = now()
         if self.num_steps > 1:
-            self.step_seconds += now - self._mark
+            self.steps += moment - self._mark
         self.validations.append(TimedValidation())
-        self._in_validation, self._mark = True, now
+        self._in_validation, self._mark = True, moment
 
     def on_validation_batch_start(self, *_: Any) -> None:
         """The first one ends what comes before."""
-        now = time.perf_counter()
         if not self.validations[-1].num_tokens:
-            self.validations[-1].before_seconds = now - self._mark
-            self._mark = now
+            moment = now()
+            self.validations[-1].before = moment - self._mark
+            self._mark = moment
 
     def on_validation_batch_end(
         self,
@@ -123,16 +124,16 @@ class Stopwatch(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What follows are samples and files."""
         self._set_clock(pl_module)  # without the time of the validation
-        now = time.perf_counter()
-        self.validations[-1].forward_seconds = now - self._mark
-        self._mark = now
+        moment = now()
+        self.validations[-1].forward = moment - self._mark
+        self._mark = moment
 
     def on_train_end(self, *_: Any) -> None:
         """The last validation has ended."""
         self._end_validation()
-        self.ended = time.perf_counter()
+        self.ended = now()
 
     def _end_validation(self) -> None:
         if self._in_validation:
-            self.validations[-1].after_seconds = time.perf_counter() - self._mark
+            self.validations[-1].after = now() - self._mark
             self._in_validation = False
