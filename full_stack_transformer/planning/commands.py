@@ -38,15 +38,13 @@ def commands(arguments: PlanArguments, job: Job) -> list[str]:
 
 
 def _prepare(arguments: PlanArguments, job: Job) -> Iterator[str]:
-    files = (
-        " ".join(shlex.quote(str(path)) for path in arguments.documents_train_file) or "DOCUMENTS"
-    )
-    named = " ".join(f"--documents_train_file {file}" for file in files.split())
+    files = [shlex.quote(str(path)) for path in arguments.documents_train_file] or ["DOCUMENTS"]
+    named = " ".join(f"--documents_train_file {file}" for file in files)
     length = f"--max_sample_length {job.max_sample_length}"
     tokenizer = f"--vocab_size {job.shape.vocab_size}"
     if job.corpus_tokens > _LARGE_CORPUS_TOKENS:
         yield (
-            f"fst prepare_dataset --documents_train_file PART_OF_{files.split()[0]} --dataset_name part "
+            f"fst prepare_dataset --documents_train_file PART_OF_THEM --dataset_name part "
             f"{tokenizer} {length} --validation_fraction 0.01"
         )
         tokenizer = "--tokenizer_path data/datasets/part/0/tokenizer"

@@ -244,7 +244,7 @@ class _Measuring:
             compile="never",
             enable_progress_bar=False,
         )
-        with running(CommandLine(given={"task", "max_epochs", "batch_size", "learning_rate"})):
+        with running(CommandLine(given={"max_epochs", "batch_size", "learning_rate"})):
             self._watch = Stopwatch(arguments.seconds)
             directory = train_setup(open_setup(options), callbacks=[self._watch])
         if not isinstance(directory, Path):
