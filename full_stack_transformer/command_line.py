@@ -35,6 +35,7 @@ from full_stack_transformer.errors import (
 from full_stack_transformer.first_checks import check_first
 from full_stack_transformer.model_sources.names import with_imported_models
 from full_stack_transformer.own_classes import trust_options
+from full_stack_transformer.processes import is_main_process, may_speak, quieten_others
 from full_stack_transformer.storage import not_utf_8, readable, why_not_written
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code; no traceback for a user's mistake."""
     # One line per record, and only here: importing a module configures nothing.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quieten_others()
     for noisy in ("httpx", "httpcore", "aiogram.event", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # A broken pipe (fst generate … | head) ends the program quietly.
@@ -157,7 +159,8 @@ def _print_path(path: Path) -> None:
 
 
 def _complain(message: str, exit_code: int) -> int:
-    sys.stderr.write(f"fst: {readable(message)}\n")
+    if may_speak():
+        sys.stderr.write(f"fst: {readable(message)}\n")
     return exit_code
 
 
@@ -286,7 +289,8 @@ def _runner(options: type, module_name: str) -> Callable[..., Any]:
         given = options() if given is None else given
         check_texts(given)
         given = with_imported_models(given)
-        check_first(given)
+        if is_main_process():
+            check_first(given)
         module = importlib.import_module(f"full_stack_transformer.{module_name}")
         trust_options(given)
         interruption.raise_where_safe()

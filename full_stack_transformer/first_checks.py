@@ -51,7 +51,7 @@ def check_first(options: object) -> None:
 
 
 def _check_training(options: training.TrainArguments) -> None:
-    if options.resume is not None:  # its saved options decide
+    if options.resume not in (None, training.RESUME_AUTO):  # its saved options decide
         options.directory_to_resume()
         return
     _check_writable(options.experiments_root, "--experiments_root")

@@ -53,6 +53,8 @@ def test_every_command_line_is_valid() -> None:
         if words[0] == "python" and "/scripts/" in words[1]:
             assert (REPOSITORY / words[1]).is_file()
             words = ["fst", Path(words[1]).stem, *words[2:]]
+        if words[0] == "torchrun":
+            words = ["fst", *words[words.index("full_stack_transformer") + 1 :]]
         if words[0] != "fst":
             assert words[0] in ("make", "curl", "source", "docker", "export")
             continue

@@ -21,7 +21,7 @@ _ACCELERATOR = re.compile("auto|cpu|gpu|cuda|mps|tpu|hpu|xpu")
 _DEVICES = re.compile(r"auto|-1|\[?\s*[0-9]+(\s*,\s*[0-9]+)*\s*,?\s*\]?")
 # The options of a run, in its experiment directory.
 ARGUMENTS_FILE_NAME = "arguments.json"
-RESUME_LAST = "last"
+RESUME_LAST, RESUME_AUTO = "last", "auto"
 # Defaults of the optimization, from scratch and from --model_path. SmolLM2-135M-Instruct on Python's
 # documentation, validation loss 3.63 at the start: after 150 steps 4.62 with 1e-3, 3.33 with 5e-5.
 _LEARNING_RATE, _TUNING_LEARNING_RATE = 1e-3, 5e-5
@@ -151,11 +151,12 @@ class HardwareOptions:
     accelerator: str = "auto"
     """Lightning accelerator: auto, cpu, gpu or mps."""
     devices: str = "auto"
-    """Number of devices, or a list of them such as 0,1."""
+    """Number of devices, or a list of them such as 0,1. auto: one for each process of torchrun or srun."""
     num_nodes: int = 1
-    """Number of machines that train together."""
+    """Number of machines that train together; torchrun and srun tell it."""
     strategy: str = "auto"
-    """Lightning strategy: auto, ddp or fsdp."""
+    """How several processes share the work. auto: ddp, each has the whole model. fsdp: each keeps a part of
+    all weights, gradients and optimizer states (FSDP2). Or another strategy of Lightning."""
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
     """Precision of the forward and backward pass; weights stay in fp32. auto: bf16 if the hardware
     supports it."""
@@ -263,8 +264,8 @@ class TrainArguments(
     model_path: str | None = None
     """Model directory or hub name to start from, instead of from scratch; also --model_name_or_path."""
     batch_size: int = 16
-    """Samples per batch and device; with --batching packed or concatenated, rows of max_sample_length
-    tokens."""
+    """Samples per batch and process; with --batching packed or concatenated, rows of max_sample_length
+    tokens. An optimizer step learns batch_size x processes x accumulate_grad_batches of them."""
     learning_rate: float | None = None
     """Peak learning rate. Default: 1e-3; with --model_path 5e-5, as what a model has learned is soon lost;
     some tasks, and adapters, have their own."""
@@ -275,9 +276,9 @@ class TrainArguments(
     seed: int = 0
     """Seed of weights, dropout and the order of samples."""
     resume: str | None = None
-    """Resume an interrupted training: last for the newest one of --experiment_name, or an experiment
-    directory. Its saved options are used; of those that you type, limits, hardware, output and places of
-    data may differ from them."""
+    """Resume an interrupted training: last for the newest one of --experiment_name, auto for the same if it
+    is not finished and else a new one, or an experiment directory. Its saved options are used; of those that
+    you type, limits, hardware, output and places of data may differ from them."""
 
     @property
     def peak_learning_rate(self) -> float:
@@ -337,8 +338,8 @@ class TrainArguments(
                 directory = directory.resolve()
             if not (directory / ARGUMENTS_FILE_NAME).is_file():
                 raise UsageError(
-                    f"--resume must be {RESUME_LAST} or an experiment directory; {directory} has no "
-                    f"{ARGUMENTS_FILE_NAME}"
+                    f"--resume must be {RESUME_LAST}, {RESUME_AUTO} or an experiment directory; {directory} "
+                    f"has no {ARGUMENTS_FILE_NAME}"
                 )
             return directory
         found = versions(self.experiments_root, self.experiment_name)

@@ -172,6 +172,12 @@ class BatchPlan(ABC):
     @abstractmethod
     def _make_window(self, epoch: int, index: int) -> _Window: ...
 
+    def _filler(self, index: NDArray[np.int64], epoch: int) -> BatchSpans:
+        """The first token of a sample, given by its index (1,)."""
+        start = self._samples.spans(index)[0]
+        length, row = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        return BatchSpans(start, length, row, 1, epoch, is_filler=True)
+
     def _sorted_window(
         self, indices: NDArray[np.int64], batch_order: NDArray[np.int64] | None
     ) -> _Window:
@@ -199,7 +205,7 @@ class LengthBatches(BatchPlan):
     """Samples of similar length share a batch; each sample once an epoch.
 
     The shuffled samples are cut into windows; each is sorted by length and cut into batches, which are
-    shuffled again. The last batch of an epoch may be smaller; with fewer samples than ranks it is left out.
+    shuffled again. The last batch of an epoch may be smaller; a rank without a sample in it gets a filler.
     """
 
     def __init__(
@@ -213,14 +219,17 @@ class LengthBatches(BatchPlan):
     ) -> None:
         super().__init__(samples, batch_size=batch_size, rank=rank, world_size=world_size)
         self._seed = seed
-        rest = len(samples) % self._global_size
-        self._num_used = len(samples) - (rest if rest < world_size else 0)
-        self.num_batches_per_epoch = -(-self._num_used // self._global_size)
+        self.num_batches_per_epoch = -(-len(samples) // self._global_size)
+
+    def batch(self, epoch: int, position: int) -> BatchSpans:
+        """This rank's part of a batch."""
+        spans = super().batch(epoch, position)
+        return spans if len(spans.starts) else self._filler(np.zeros(1, dtype=np.int64), epoch)
 
     def _make_window(self, epoch: int, index: int) -> _Window:
         size = _WINDOW_BATCHES * self._global_size
         first = index * size
-        positions = np.arange(first, min(first + size, self._num_used))
+        positions = np.arange(first, min(first + size, len(self._samples)))
         indices = KeyedPermutation(len(self._samples), self._seed, epoch)[positions]
         num_batches = -(-len(indices) // self._global_size)
         batch_order = shuffled(num_batches, make_key(self._seed, epoch, index))
@@ -256,9 +265,7 @@ class SortedBatches(BatchPlan):
         window, _ = self._find(0, position)
         if len(window.starts):
             return super().batch(0, position)
-        start = self._samples.spans(self._sample_indices(position)[:1])[0]
-        length, row = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-        return BatchSpans(start, length, row, 1, is_filler=True)
+        return self._filler(self._sample_indices(position)[:1], 0)
 
     def num_targets(self, epoch: int, position: int) -> int:
         """Predicted tokens of a batch over all ranks: all but the first of each sample."""

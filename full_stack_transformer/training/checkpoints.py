@@ -32,6 +32,8 @@ BEST_FILE_NAME = "best.ckpt"
 VALIDATION_IS_DUE_KEY = "validation_is_due"
 # Key in a checkpoint: the id of its experiment; checkpoints from before there were ids have none.
 EXPERIMENT_ID_KEY = "experiment_id"
+# Key in a checkpoint: samples or rows of a batch over all processes.
+ROWS_PER_BATCH_KEY = "rows_per_batch"
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -149,6 +151,8 @@ class FoundCheckpoint:
     """Whether the validation of this step is still to be done."""
     world_size: int
     """Processes that trained together."""
+    rows_per_batch: int | None
+    """Samples or rows of a batch, over all of them; None in a checkpoint of an older version."""
 
 
 def find_checkpoint(
@@ -194,4 +198,5 @@ def _verified(path: Path, experiment_id: str | None) -> FoundCheckpoint:
         step=content["global_step"],
         validation_is_due=content[VALIDATION_IS_DUE_KEY],
         world_size=content["world_size"],
+        rows_per_batch=content.get(ROWS_PER_BATCH_KEY),
     )

@@ -28,22 +28,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_fabric.utilities.rank_zero import rank_zero_only
-
 from full_stack_transformer.arguments.familiar_options import RENAMED
 from full_stack_transformer.arguments.fine_tuning import parsed_replay
 from full_stack_transformer.arguments.training import (
     ARGUMENTS_FILE_NAME,
+    RESUME_AUTO,
     RunExperimentArguments,
     TrainArguments,
 )
 from full_stack_transformer.arguments.typed import given_options
 from full_stack_transformer.errors import DatasetError, InputError, UsageError
 from full_stack_transformer.own_classes import check_trusted, trust_options
+from full_stack_transformer.processes import agreed, is_main_process, launch
 from full_stack_transformer.storage import (
     claim_version,
     read_json,
     sync_directory,
+    versions,
     write_json,
 )
 from full_stack_transformer.training.callbacks.progress import SUMMARY_FILE_NAME
@@ -69,6 +70,7 @@ _LIMITS = {"max_epochs", "max_steps", "max_minutes", "early_stopping_patience"}
 # Options that a resumed training may change; the others decide what its weights become.
 _CHANGEABLE = _LIMITS | {
     *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
+    "batch_size",  # as long as all processes together read the same: `with_same_batches`
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
 }
 # Where the data are. Each run may name them anew, as those of --replay; their content is compared by the
@@ -89,12 +91,6 @@ _NOT_COMPARED = {
     "replay",
     *_ACTIONS,
 }
-
-
-def is_main_process() -> bool:
-    """Whether this process writes; known before Lightning has connected the processes."""
-    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return bool(rank_zero_only.rank == 0 and node == "0")  # type: ignore[attr-defined]
 
 
 class ExperimentData(Protocol):
@@ -125,6 +121,8 @@ class Experiment:
     """Whether an earlier run wrote into the directory."""
     is_finished: bool = False
     """Whether there is nothing left to do."""
+    saved_batch_size: int | None = None
+    """--batch_size of the run before; None for a new training."""
 
     @property
     def name(self) -> str:
@@ -144,8 +142,12 @@ class Experiment:
         Options are those of the run, so it names the directory, and classes, whose code runs only if a
         command line names them.
         """
-        arguments = self.arguments
-        words = ["fst", "run_experiment" if is_own_experiment(arguments) else "train"]
+        arguments, launched = self.arguments, launch()
+        words = ["fst"]
+        if launched is not None and launched.is_torchrun:
+            words = ["torchrun", "--nproc_per_node", str(launched.num_on_this_machine)]
+            words += ["-m", "full_stack_transformer"]
+        words.append("run_experiment" if is_own_experiment(arguments) else "train")
         modules = [module.split(".")[0] for module in arguments.allow_code_from]
         for name in _CLASSES:
             value = getattr(arguments, name, "")
@@ -169,6 +171,25 @@ def is_own_experiment(arguments: TrainArguments) -> bool:
     return isinstance(arguments, RunExperimentArguments)
 
 
+def with_found_run(given: TrainArguments) -> TrainArguments:
+    """With --resume auto, and where torchrun has started the processes anew: what they go on with.
+
+    That is the newest run of --experiment_name unless it is finished; `resume` is None for a new one.
+    """
+    launched = launch()
+    is_restarted = launched is not None and launched.num_restarts > 0
+    if given.resume != RESUME_AUTO and not (is_restarted and given.resume is None):
+        return given
+    return dataclasses.replace(given, resume=agreed("run", lambda: _unfinished(given)) or None)
+
+
+def _unfinished(given: TrainArguments) -> str:
+    found = versions(given.experiments_root, given.experiment_name)
+    if not found or not (found[-1] / ARGUMENTS_FILE_NAME).is_file():
+        return ""
+    return "" if (found[-1] / SUMMARY_FILE_NAME).is_file() else str(found[-1])
+
+
 def with_saved_options(given: TrainArguments) -> TrainArguments:
     """With --resume: the options of that run, and of the given ones those that it may change.
 
@@ -188,23 +209,24 @@ def with_saved_options(given: TrainArguments) -> TrainArguments:
 def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator[Experiment]:
     """A new experiment directory, or with --resume that of an interrupted training.
 
-    The directory is locked inside the `with`. Only the main process writes; the others learn the name of a
-    new directory later.
+    The directory is locked inside the `with`. Only the main process writes.
 
     Raises:
         UsageError: there is nothing to resume, or the options differ from those at the start.
         DatasetError: the dataset differs from the one at the start.
         TrainingError: none of its checkpoints can be read.
     """
-    if arguments.resume is not None:
+    is_new = arguments.resume is None
+    if is_new:
+        root, name = arguments.experiments_root, arguments.experiment_name
+        directory = Path(
+            agreed("directory", lambda: str(claim_version(root, name)), otherwise=str(root / name))
+        )
+    else:
         directory = arguments.directory_to_resume()
         arguments = dataclasses.replace(arguments, resume=None)
-    elif is_main_process():
-        directory = claim_version(arguments.experiments_root, arguments.experiment_name)
-    else:
-        directory = arguments.experiments_root / arguments.experiment_name
     if not is_main_process():
-        yield _found(directory, arguments, work)
+        yield Experiment(directory, arguments) if is_new else _found(directory, arguments, work)
         return
     with _locked(directory):
         experiment = _found(directory, arguments, work)
@@ -262,7 +284,47 @@ def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Expe
     checkpoint, skipped = find_checkpoint(directory / CHECKPOINTS_DIRECTORY_NAME, own_id)
     for path, reason in skipped.items():
         logger.warning("%s cannot be used (%s): resuming from an earlier one", path, reason)
-    return Experiment(directory, arguments, own_id or uuid.uuid4().hex, checkpoint, is_resumed=True)
+    found = Experiment(
+        directory, arguments, own_id or uuid.uuid4().hex, checkpoint, is_resumed=True
+    )
+    if checkpoint is not None and checkpoint.rows_per_batch is None:  # of an older version
+        rows_per_batch = checkpoint.world_size * saved.batch_size
+        checkpoint = dataclasses.replace(checkpoint, rows_per_batch=rows_per_batch)
+    return dataclasses.replace(found, checkpoint=checkpoint, saved_batch_size=saved.batch_size)
+
+
+def with_same_batches(experiment: Experiment, num_processes: int) -> Experiment:
+    """With the --batch_size by which so many processes go on with the batches of the checkpoint.
+
+    Raises:
+        UsageError: another one was given, or they cannot share them evenly.
+    """
+    checkpoint, arguments = experiment.checkpoint, experiment.arguments
+    if checkpoint is None or checkpoint.rows_per_batch is None:
+        return experiment
+    needed, rest = divmod(checkpoint.rows_per_batch, num_processes)
+    given = arguments.batch_size
+    if rest or given not in (needed, experiment.saved_batch_size):
+        remedy = (
+            f"train with a number of processes that divides {checkpoint.rows_per_batch}"
+            if rest
+            else f"pass --batch_size {needed}, or leave it out"
+        )
+        raise UsageError(
+            f"all processes of the training in {experiment.directory} together read "
+            f"{checkpoint.rows_per_batch} samples a batch; {num_processes} with --batch_size {given} would "
+            f"read {num_processes * given}: {remedy}"
+        )
+    if needed == given:
+        return experiment
+    if is_main_process():
+        logger.info(
+            "--batch_size is now %s: the batches of %s processes for %s",
+            *(needed, checkpoint.world_size, num_processes),
+        )
+    return dataclasses.replace(
+        experiment, arguments=dataclasses.replace(arguments, batch_size=needed)
+    )
 
 
 def _facts(directory: Path) -> dict[str, Any]:

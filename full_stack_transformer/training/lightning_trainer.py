@@ -13,10 +13,12 @@ from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.machine import multiplies_bfloat16
 from full_stack_transformer.modelling.backbones import quieten_transformers
+from full_stack_transformer.processes import is_main_process, launch
 from full_stack_transformer.training.callbacks.control import NEVER
 from full_stack_transformer.training.callbacks.profiling import StepProfiler
 from full_stack_transformer.training.checkpoints import DurableCheckpointIO
-from full_stack_transformer.training.experiments import Experiment, is_main_process
+from full_stack_transformer.training.experiments import Experiment
+from full_stack_transformer.training.sharding import ShardedStrategy, strategy_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +32,23 @@ def make_trainer(
     measures_start: bool = False,
 ) -> pl.Trainer:
     """A trainer with one long epoch and no limits: the plan decides when to validate and to end."""
-    arguments = experiment.arguments
+    arguments, launched = experiment.arguments, launch()
+    devices, num_nodes = arguments.devices, arguments.num_nodes
+    if launched is not None:
+        devices = str(launched.num_on_this_machine) if devices == "auto" else devices
+        num_nodes = launched.num_machines if num_nodes == 1 else num_nodes
+    strategy = strategy_of(arguments.strategy, is_alone=devices == "1" and num_nodes == 1)
+    if arguments.histograms and isinstance(strategy, ShardedStrategy):
+        raise UsageError(
+            f"--histograms needs whole weights on each device, which --strategy {arguments.strategy} does "
+            "not keep; use --strategy ddp, or no --histograms"
+        )
     try:
         trainer = pl.Trainer(
             accelerator=arguments.accelerator,
-            devices=int(arguments.devices) if arguments.devices.isdecimal() else arguments.devices,
-            strategy=arguments.strategy,
-            num_nodes=arguments.num_nodes,
+            devices=int(devices) if devices.isdecimal() else devices,
+            strategy=strategy,
+            num_nodes=num_nodes,
             precision=_LIGHTNING_PRECISIONS[_resolve_precision(arguments)],  # type: ignore[arg-type]
             max_epochs=1,
             check_val_every_n_epoch=None,
@@ -64,13 +76,6 @@ def make_trainer(
         ) from error
     # Reading what was never written would be a bug of ours; filling it with NaN costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    checkpoint = experiment.checkpoint
-    if checkpoint is not None and checkpoint.world_size != trainer.world_size:
-        raise UsageError(
-            f"--devices {arguments.devices} --num_nodes {arguments.num_nodes} are "
-            f"{trainer.world_size} processes; {experiment.directory} was started with "
-            f"{checkpoint.world_size}, and another number would change the batches"
-        )
     return trainer
 
 
@@ -121,6 +126,8 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     quieten_transformers()
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    # Nothing is added in place to what a sharded model returns.
+    warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings(

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import TrainArguments
@@ -33,6 +31,13 @@ from full_stack_transformer.training.callbacks.profiling import FORWARD, LOSS
 from full_stack_transformer.training.data.batches import EpochDataModule
 from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.optimization import Plan, make_optimizer, make_schedule
+from full_stack_transformer.training.sharding import (
+    filled,
+    is_sharded,
+    shard,
+    whole_norm,
+    whole_weights,
+)
 
 # Key in a checkpoint of an adapter: what tells the weights of its base.
 BASE_KEY = "base_sha256"
@@ -78,6 +83,23 @@ class TrainingModule(pl.LightningModule):
         self._loss_of_step = torch.zeros(())
         self._validation_sums: dict[str, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
+        self._skeletons: list[Backbone] = []  # in a list, so that it is no part of the module
+
+    def configure_model(self) -> None:
+        """Keep this process's part of the weights, where the strategy shards them."""
+        if is_sharded(self.trainer) and not self._skeletons:
+            if has_adapter(self.backbone):
+                _ = self._base_fingerprint  # of whole weights
+            mesh = self.device_mesh
+            assert mesh is not None
+            self._skeletons = [shard(self.backbone, mesh["data_parallel"])]
+
+    def whole_backbone(self) -> Backbone | None:
+        """The backbone with whole weights, in the main process; all processes must call it."""
+        if not self._skeletons:
+            return self.backbone if self.trainer.is_global_zero else None
+        weights = whole_weights(self.backbone)
+        return filled(self._skeletons[0], weights) if self.trainer.is_global_zero else None
 
     def setup(self, stage: str) -> None:
         """Make the plan, now that the number of processes is known."""
@@ -113,6 +135,8 @@ class TrainingModule(pl.LightningModule):
             scores = self.task.forward(self.backbone, batch)
         with self.profiled(LOSS):
             loss_sum, shown_sum = self.task.training_losses(scores, batch)
+        if "is_filler" in batch:  # computed, since all processes compute together
+            loss_sum, shown_sum = loss_sum * 0.0, shown_sum * 0.0
         num_targets = batch["num_targets"]
         if "num_replay_targets" not in batch:  # in the whole optimizer step
             return loss_sum / num_targets, {
@@ -222,11 +246,7 @@ class TrainingModule(pl.LightningModule):
         Lightning's own refuses a fused optimizer with bf16 (Lightning issue #21435).
         """
         limit = self._arguments.gradient_clip_val or math.inf
-        if isinstance(self.trainer.strategy, FSDPStrategy):  # each process holds a part of it
-            assert isinstance(self.trainer.model, FullyShardedDataParallel)
-            self.gradient_norm = self.trainer.model.clip_grad_norm_(limit)
-        else:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.gradient_norm = whole_norm(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
         self._stop_unless_finite()
         # AdamW's, which is what --learning_rate means; with Muon its own comes first.
         self.learning_rate = optimizer.param_groups[-1]["lr"]
@@ -290,8 +310,9 @@ class TrainingModule(pl.LightningModule):
         checkpoint["seconds"] = self._seconds
         if has_adapter(self.backbone):
             trained = self._names_of_trained()
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: state[name] for name in trained}
+            checkpoint["state_dict"] = {
+                name: value for name, value in checkpoint["state_dict"].items() if name in trained
+            }
             checkpoint[BASE_KEY] = self._base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -132,7 +133,10 @@ class BatchedMuon(Muon):
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Update matrices with the same sides, whichever of them is the longer one."""
         directions = torch.stack(
-            [_wide(self._direction(parameter, group["momentum"])) for parameter in parameters]
+            [
+                _wide(_whole_matrix(self._direction(parameter, group["momentum"])))
+                for parameter in parameters
+            ]
         )
         if multiplies_bfloat16(directions.device):
             directions = directions.bfloat16()
@@ -141,7 +145,7 @@ class BatchedMuon(Muon):
             rows, columns = parameter.shape
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(
-                direction.mT if rows > columns else direction,
+                _part_of(direction.mT if rows > columns else direction, parameter),
                 alpha=-group["lr"] * math.sqrt(max(1, rows / columns)),
             )
 
@@ -153,6 +157,19 @@ class BatchedMuon(Muon):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         mean: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         return gradient.lerp(mean, momentum)
+
+
+def _whole_matrix(matrix: Tensor) -> Tensor:
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _part_of(matrix: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What this process has of a matrix that all have computed."""
+    if not isinstance(parameter, DTensor):
+        return matrix
+    whole = matrix.to(parameter.dtype).contiguous()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 def _wide(matrix: Tensor) -> Tensor:

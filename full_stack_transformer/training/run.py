@@ -33,6 +33,7 @@ from full_stack_transformer.modelling.other_files import (
     ADAPTER_DIRECTORY_NAME,
     MODEL_DIRECTORY_NAME,
 )
+from full_stack_transformer.processes import is_lost_peer, is_main_process
 from full_stack_transformer.storage import read_json, readable, write_json
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.callbacks.control import (
@@ -55,8 +56,8 @@ from full_stack_transformer.training.data.rows import BaseDataModule
 from full_stack_transformer.training.experiments import (
     CHECKPOINTS_DIRECTORY_NAME,
     Experiment,
-    is_main_process,
     open_experiment,
+    with_same_batches,
     write_arguments,
 )
 from full_stack_transformer.training.lightning_trainer import make_trainer, quieten_libraries
@@ -108,9 +109,11 @@ def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> 
             # Lightning kills the main process if another process exits with an error.
             return training.log_resume_command(interruption) if is_main_process() else 0
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise training.memory_is_short() from error
+            if is_out_of_memory(error):
+                raise training.memory_is_short() from error
+            if is_lost_peer(error):
+                raise training.peer_is_lost(error) from error
+            raise
         if not is_main_process():
             return 0
         training.finish(time.monotonic() - started)
@@ -131,6 +134,8 @@ def _after(setup: TrainingSetup, experiment: Experiment) -> Path:
 def _set_up(
     experiment: Experiment, setup: TrainingSetup, callbacks: Sequence[pl.Callback]
 ) -> "_Training":
+    if experiment.checkpoint is not None:
+        experiment = with_same_batches(experiment, make_trainer(experiment).world_size)
     arguments = experiment.arguments
     torch.manual_seed(arguments.seed)
     setup.begin(experiment.directory if is_main_process() else None)
@@ -293,6 +298,14 @@ class _Training:
             "--precision bf16 or a smaller model; --find_batch_size finds a size that fits"
         )
 
+    def peer_is_lost(self, error: BaseException) -> MachineError:
+        """The error where another process has ended, so that this one cannot go on."""
+        first_line = str(error).partition("\n")[0]
+        return MachineError(
+            f"another process of this training has ended, or cannot be reached ({first_line}): what is saved "
+            f"is intact; resume with: {self._experiment.resume_command()}"
+        )
+
     def finish(self, seconds_taken: float) -> Path:
         """Write the summary, and return the experiment directory."""
         summary = summarize(
@@ -328,6 +341,7 @@ class _Training:
                 directory / CHECKPOINTS_DIRECTORY_NAME,
                 minutes_between=arguments.checkpoint_every_n_minutes,
                 signals=self._signals,
+                batch_size=arguments.batch_size,
                 experiment_id=self._experiment.id,
             ),
         ]

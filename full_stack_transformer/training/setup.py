@@ -27,6 +27,7 @@ from full_stack_transformer.modelling.pretrained import (
 )
 from full_stack_transformer.modelling.vocabulary import exchange_vocabulary
 from full_stack_transformer.own_classes import class_of_option, trust_options
+from full_stack_transformer.processes import is_main_process
 from full_stack_transformer.tasks.catalogue import TASK_OF_KIND, TASKS, TEACHER_TASK
 from full_stack_transformer.tasks.opening import (
     is_own,
@@ -46,7 +47,7 @@ from full_stack_transformer.training.data.corpus import CorpusDataModule
 from full_stack_transformer.training.data.rows import BaseDataModule, FileRows
 from full_stack_transformer.training.experiments import (
     TOKENIZER_DIRECTORY_NAME,
-    is_main_process,
+    with_found_run,
     with_saved_options,
 )
 from full_stack_transformer.training.module import TrainingModule
@@ -199,7 +200,8 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
         RowError: there are no rows to learn from, or to validate on.
     """
     trust_options(arguments)
-    given, arguments = arguments, with_saved_options(arguments)
+    given = with_found_run(arguments)
+    arguments = with_saved_options(given)
     is_new = arguments is given  # and not resumed
     if isinstance(arguments, RunExperimentArguments):
         return _open_own(_settled(arguments))

@@ -20,6 +20,7 @@ from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.modelling.model_files import find_model_directory
 from full_stack_transformer.own_classes import trust
+from full_stack_transformer.processes import is_main_process
 from full_stack_transformer.rows.fields import Row
 from full_stack_transformer.rows.splits import Split
 from full_stack_transformer.storage import make_directories, replace_directory, write_json
@@ -27,7 +28,7 @@ from full_stack_transformer.tasks.opening import OpenedTask, open_task
 from full_stack_transformer.tasks.task import Prediction, RowTask
 from full_stack_transformer.training.data.batches import BatchLoader, ValidationLoader
 from full_stack_transformer.training.data.rows import BaseDataModule
-from full_stack_transformer.training.experiments import is_main_process, with_saved_options
+from full_stack_transformer.training.experiments import with_found_run, with_saved_options
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.run import train_setup
 from full_stack_transformer.training.setup import TrainingSetup, open_setup, rows_setup
@@ -53,7 +54,7 @@ class Trainer:
     ) -> None:
         if task_class is not None:
             trust([task_class.__module__])
-        self.arguments = arguments = with_saved_options(arguments)
+        self.arguments = arguments = with_saved_options(with_found_run(arguments))
         self.callbacks = list(callbacks)
         self.setup: TrainingSetup
         if data is None:

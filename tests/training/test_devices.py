@@ -55,14 +55,14 @@ def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(
         assert [value for _, value in found] == pytest.approx(
             [value for _, value in expected], abs=1e-5
         )
-    with pytest.raises(UsageError, match="was started with 2, and another number"):
-        training(resume=str(two), model_config=str(config), batch_size=4, max_steps=8)
+    with pytest.raises(UsageError, match="1 with --batch_size 5 would read 5: pass --batch_size 8"):
+        training(resume=str(two), model_config=str(config), batch_size=5, max_steps=8)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "fsdp"}, "--strategy fsdp: .*GPU"),
+        ({"strategy": "zigzag"}, "--strategy zigzag: .*"),
         ({"accelerator": "warp"}, "--accelerator must be .*warp"),
         ({"devices": "many"}, "--devices must be .*many"),
         ({"devices": "0"}, "--devices 0"),

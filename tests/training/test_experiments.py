@@ -117,20 +117,20 @@ def test_other_options_are_refused_by_name(opening: _Opening) -> None:
     opening(learning_rate=0.5, batch_size=4)
     with pytest.raises(
         UsageError,
-        match=r"change: --batch_size 8 \(was 4\); --learning_rate 0.25 \(was 0.5\); leave",
+        match=r"change: --accumulate_grad_batches 2 \(was 1\); --learning_rate 0.25 \(was 0.5\); leave",
     ):
-        opening(resume="last", learning_rate=0.25, batch_size=8, max_epochs=3)
+        opening(resume="last", learning_rate=0.25, accumulate_grad_batches=2, max_epochs=3)
 
 
 def test_a_typed_option_is_never_ignored(opening: _Opening) -> None:
     """Also where its value is the default of the command."""
-    opening(batch_size=8, max_steps=5)
-    line = CommandLine(given={"batch_size", "resume"})
+    opening(batch_size=8, learning_rate=0.5, max_steps=5)
+    line = CommandLine(given={"learning_rate", "resume"})
     with (
         running(line),
-        pytest.raises(UsageError, match=r"change: --batch_size 16 \(was 8\); leave"),
+        pytest.raises(UsageError, match=r"change: --learning_rate 0.001 \(was 0.5\); leave"),
     ):
-        opening(resume="last", batch_size=16)
+        opening(resume="last", learning_rate=0.001)
     with running(CommandLine(given={"max_steps", "resume"})):
         assert opening(resume="last", max_steps=-1).arguments.max_steps == -1
     with running(CommandLine(given={"resume"})):
@@ -239,7 +239,7 @@ def test_a_finished_training_is_only_gone_on_with_under_other_limits(opening: _O
 def test_nothing_to_resume_is_said(opening: _Opening) -> None:
     with pytest.raises(UsageError, match="--resume last: there is no experiment in"):
         opening(resume="last")
-    with pytest.raises(UsageError, match=r"--resume must be last or an experiment directory"):
+    with pytest.raises(UsageError, match=r"--resume must be last, auto or an experiment directory"):
         opening(resume=str(opening.root))
 
 

@@ -43,6 +43,7 @@ from full_stack_transformer.training.checkpoints import (
     BEST_FILE_NAME,
     EXPERIMENT_ID_KEY,
     LAST_FILE_NAME,
+    ROWS_PER_BATCH_KEY,
     VALIDATION_IS_DUE_KEY,
     link_checkpoint,
 )
@@ -51,6 +52,7 @@ from full_stack_transformer.training.module import (
     greatest,
     validation_metrics,
 )
+from full_stack_transformer.training.sharding import own_part
 
 logger = logging.getLogger(__name__)
 
@@ -281,6 +283,7 @@ class SaveCheckpoints(Checkpoint):
         directory: where to write.
         minutes_between: minutes between two checkpoints; 0 for one after every step.
         signals: after a signal a checkpoint is written and InterruptedBySignalError raised.
+        batch_size: of each process; kept in each checkpoint, times their number.
         experiment_id: kept in each checkpoint.
     """
 
@@ -290,9 +293,11 @@ class SaveCheckpoints(Checkpoint):
         *,
         minutes_between: float,
         signals: CatchSignals,
+        batch_size: int = 1,
         experiment_id: str = "",
     ) -> None:
         self._directory = directory
+        self._batch_size = batch_size
         self._experiment_id = experiment_id
         self._seconds_between = 60 * minutes_between
         self._signals = signals
@@ -355,6 +360,7 @@ class SaveCheckpoints(Checkpoint):
         is_due = validation_is_due(trainer)
         checkpoint[VALIDATION_IS_DUE_KEY] = is_due
         checkpoint["world_size"] = trainer.world_size
+        checkpoint[ROWS_PER_BATCH_KEY] = trainer.world_size * self._batch_size
         checkpoint[EXPERIMENT_ID_KEY] = self._experiment_id
         loops = checkpoint["loops"]["fit_loop"]
         # What Lightning takes for a validation that was interrupted in its first batch.
@@ -375,12 +381,16 @@ class SaveCheckpoints(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved_at = time.monotonic()
         assert trainer.lightning_module is not None
-        for name, parameter in trainer.lightning_module.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise TrainingError(
-                    f"weights of {name} are no longer finite after step {trainer.global_step}; earlier "
-                    "checkpoints are intact: lower --learning_rate"
-                )
+        damaged = [
+            name
+            for name, parameter in trainer.lightning_module.named_parameters()
+            if not torch.isfinite(own_part(parameter)).all()
+        ]
+        if greatest(trainer, float(len(damaged))):
+            raise TrainingError(
+                f"weights of {damaged[0] if damaged else 'the model'} are no longer finite after step "
+                f"{trainer.global_step}; earlier checkpoints are intact: lower --learning_rate"
+            )
         path = self._directory / LAST_FILE_NAME
         try:
             trainer.save_checkpoint(path)

@@ -13,10 +13,7 @@ from full_stack_transformer.errors import ModelError
 from full_stack_transformer.modelling.adapters import has_adapter, save_adapter
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
 from full_stack_transformer.modelling.model_card import BASE_KEY, model_card
-from full_stack_transformer.modelling.model_directory import (
-    CHECKPOINT_BACKBONE_PREFIX,
-    save_model_directory,
-)
+from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.modelling.pretrained import StartFacts
 from full_stack_transformer.tasks.task import Task
 from full_stack_transformer.training.module import (
@@ -119,8 +116,8 @@ class ExportModel(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         # In every process: each that has a part of the weights sends it to the one that writes.
-        weights = trainer.strategy.lightning_module_state_dict()
-        if not trainer.is_global_zero:
+        backbone = pl_module.whole_backbone()
+        if backbone is None:
             return
         description = {
             "task": self._task.saved_as or self._task.name,
@@ -132,14 +129,9 @@ class ExportModel(pl.Callback):
             **self._fields,
             "dataset": dict(self._dataset_description),
         }
-        task, backbone = self._task, pl_module.backbone
+        task = self._task
         if has_adapter(backbone):
             description[BASE_KEY] = self._arguments["model_path"]
-        weights = {
-            name.removeprefix(CHECKPOINT_BACKBONE_PREFIX): weight
-            for name, weight in weights.items()
-            if name.startswith(CHECKPOINT_BACKBONE_PREFIX)
-        }
         card = model_card(description, self._arguments, self.curve, task.card)
         if has_adapter(backbone):
             save_adapter(
@@ -148,7 +140,6 @@ class ExportModel(pl.Callback):
                 tokenizer_directory=self._tokenizer_directory,
                 description=description,
                 card=card,
-                weights=weights,
             )
             return
         save_model_directory(
@@ -158,6 +149,5 @@ class ExportModel(pl.Callback):
             description=description,
             start=self._start,
             card=card,
-            weights=weights,
             finish=lambda directory: task.finish_directory(directory, backbone.config),
         )

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.training.sharding import is_sharded
 
 # Key in a checkpoint: the trained weights by name. `state_dict` holds the average, so that a reader of the
 # checkpoint finds the weights that were validated.
@@ -45,7 +45,7 @@ class AveragedWeights(pl.Callback):
         Raises:
             UsageError: each process holds a part of each weight.
         """
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if is_sharded(trainer):
             raise UsageError(
                 "--ema_decay needs whole weights on each device, which --strategy fsdp does not keep; "
                 "use --strategy ddp, or no --ema_decay"

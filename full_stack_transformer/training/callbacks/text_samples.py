@@ -16,8 +16,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.sampling import (
     FOR_SMALL_MODELS,
@@ -34,6 +34,7 @@ from full_stack_transformer.storage import read_json, write_text
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer
 from full_stack_transformer.training import metric_names
 from full_stack_transformer.training.module import TrainingModule
+from full_stack_transformer.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,6 @@ PARAMETERS_FILE_NAME = "text_generator_params.json"
 _MAX_LOGGED_CHARACTERS = 200
 _COLUMNS_IN_TENSORBOARD = 100
 _MAX_SLOTS = 8
-# Each process holds a part of each weight: one process alone would wait for the others for ever.
-_SHARDED_STRATEGIES = (FSDPStrategy, ModelParallelStrategy)
 
 _MAX_SAMPLES = 64
 # Sampling parameters in the file to edit and in each sample; others only where they are not neutral.
@@ -106,21 +105,19 @@ class SampleTexts(pl.Callback):
         self._is_active = trainer.is_global_zero
         if not self._is_active:
             return
-        if isinstance(trainer.strategy, _SHARDED_STRATEGIES):
-            logger.warning("no text samples: no device has all weights of the model")
-            self._is_active = False
-        elif not self._parameters_file.exists():
+        if not self._parameters_file.exists():
             write_parameters(self._parameters_file, self._parameters)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write samples of the current model."""
-        if not self._is_active:
-            return
         assert isinstance(pl_module, TrainingModule)
+        backbone = pl_module.whole_backbone() if is_sharded(trainer) else pl_module.backbone
+        if not self._is_active or backbone is None:
+            return
         self._read_parameters()
         try:
-            with evaluating(pl_module):
-                samples = self._generate(pl_module)
+            with evaluating(backbone):
+                samples = self._generate(backbone)
             if samples:
                 self._write(trainer, samples)
         except Exception as error:  # an error in a sample must not end the training
@@ -132,11 +129,11 @@ class SampleTexts(pl.Callback):
         except FullStackTransformerError as error:
             logger.warning("%s; the text samples keep the previous parameters", error)
 
-    def _generate(self, module: TrainingModule) -> list[Sample]:
+    def _generate(self, backbone: Backbone) -> list[Sample]:
         parameters = self._parameters
         if parameters.num_samples == 0:
             return []
-        model = OpenedModel("training", module.backbone, self._tokenizer, {})
+        model = OpenedModel("training", backbone, self._tokenizer, {})
         generator = TextGenerator(model, num_slots=min(parameters.num_samples, _MAX_SLOTS))
         texts = {
             prompt: generator.generate(

@@ -27,7 +27,7 @@ class BatchLoader:
     too. `num_targets` of a batch is a scalar, float32: the targets of its whole optimizer step, over all
     batches of the step and all ranks; `num_replay_targets` are those of them that are replayed, if any. Steps
     of several batches go on over the end of an epoch; the last step of a training has the batches that are
-    left.
+    left. A rank without a sample where others have some gets a batch with `is_filler`, which does not count.
 
     Args:
         plan: which samples form a batch.
@@ -80,6 +80,9 @@ class BatchLoader:
             if self._replay is not None:
                 replayed, num_replayed = self._replay.batch(number)
                 batch, num_tokens = {**batch, **replayed}, num_tokens + num_replayed
+            if spans.is_filler:
+                batch = {**batch, "is_filler": torch.tensor(True)}
+                num_tokens -= int(spans.lengths.sum())
             self._num_handed_out = number + 1
             yield {**batch, **counts, "num_tokens": torch.tensor(num_tokens)}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from full_stack_transformer.datasets.corpus import DatasetDirectory
@@ -131,6 +131,6 @@ def test_a_checkpoint_shows_the_average_to_who_opens_it(
 
 def test_parts_of_weights_are_refused() -> None:
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.__class__ = FSDPStrategy
+    trainer.strategy.__class__ = ModelParallelStrategy
     with pytest.raises(UsageError, match=r"--ema_decay.*--strategy fsdp"):
         AveragedWeights(decay=0.9).setup(trainer, pl.LightningModule(), "fit")

@@ -1,5 +1,7 @@
 """The loader hands out each batch of each epoch once, wherever it goes on, with its step's targets."""
 
+import itertools
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from full_stack_transformer.errors import UsageError
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 from full_stack_transformer.training.data.batches import (
     UNLIMITED_NUM_BATCHES,
+    BatchLoader,
 )
 from full_stack_transformer.training.data.corpus import CorpusDataModule
 from tests.datasets.corpora import PAD_ID, write_corpus
@@ -86,6 +89,35 @@ def test_loading_goes_on_where_it_was(small: DatasetDirectory, batching: str) ->
             assert _content(next(iterator)) == batches[number]
             assert resumed.state_dict() == {"num_batches": number + 1}
         assert len(resumed) == len(batches)
+
+
+@each_batching
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_number_of_processes_goes_on_with_the_samples_that_are_left(
+    small: DatasetDirectory, batching: str, world_size: int
+) -> None:
+    """The same batches of all of them together, after two have handed out the first five."""
+    alone = [_samples_in(batch) for batch in _loader(small, batching, 0, 1)]
+    loaders = [_loader(small, batching, rank, world_size) for rank in range(world_size)]
+    for loader in loaders:
+        loader.load_state_dict({"num_batches": 5})
+    left = [sum(map(_samples_in, batches), Counter()) for batches in zip(*loaders, strict=True)]
+    two = zip(*(_loader(small, batching, rank, 2) for rank in range(2)), strict=True)
+    before = [sum(map(_samples_in, batches), Counter()) for batches in itertools.islice(two, 5)]
+    assert before + left == alone
+
+
+def _loader(dataset: DatasetDirectory, batching: str, rank: int, world_size: int) -> BatchLoader:
+    data = _data(
+        dataset, rank=rank, world_size=world_size, batching=batching, batch_size=8 // world_size
+    )
+    return data.train_dataloader()
+
+
+def _samples_in(batch: Batch) -> Counter[tuple[int, ...]]:
+    """The learned tokens of each row that has some."""
+    rows = [tuple(one for one in row if one != IGNORED_LABEL) for row in batch["labels"].tolist()]
+    return Counter() if "is_filler" in batch else Counter(row for row in rows if row)
 
 
 @each_batching

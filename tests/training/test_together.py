@@ -1,0 +1,193 @@
+"""Processes of torchrun train as one process does, in whatever way they share the work."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from full_stack_transformer.errors import UsageError
+from full_stack_transformer.training import metric_names
+from tests.training.small_conversations import write_conversations
+from tests.training.together import torchrun, train_together
+from tests.training.training_here import (
+    GPT2_WITH_DROPOUT,
+    TrainingHere,
+    checkpoint_of,
+    curve_of,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
+
+# Options beside those of `_options`; {talks} and {model} are directories of the tests.
+_TRAININGS: dict[str, dict[str, Any]] = {
+    "documents, ddp": {"num_generated_samples": 1},
+    "documents in packed rows, fsdp": {
+        "strategy": "fsdp",
+        "batching": "packed",
+        "num_generated_samples": 1,
+    },
+    "conversations, ddp": {"task": "supervised_fine_tuning", "accumulate_grad_batches": 2},
+    "conversations with an adapter, fsdp": {
+        "task": "supervised_fine_tuning",
+        "strategy": "fsdp",
+        "lora_rank": 4,
+        "num_generated_samples": 1,
+    },
+    "hidden tokens, fsdp": {"task": "masked_lm", "strategy": "fsdp"},
+    "documents by muon, fsdp": {"strategy": "fsdp", "optimizer": "muon", "max_steps": 3},
+}
+# Muon orthogonalises in bf16 where the processor multiplies it, and a last digit becomes a thousandth.
+_TOLERANCE = {"adamw": 1e-5, "muon": 1e-2}
+_CURVES = (metric_names.TRAIN_LOSS, metric_names.VALID_LOSS, metric_names.GRADIENT_NORM)
+
+
+class Together:
+    """Trainings of two processes, and the options of each for other numbers of them."""
+
+    def __init__(self, root: Path, dataset_dir: Path, model_dir: Path) -> None:
+        self.root = root
+        self._dataset_dir, self._model_dir = dataset_dir, model_dir
+        self._talks = write_conversations(root / "talks" / "0", model_dir)
+        config = {n: 0.0 if n.endswith("_pdrop") else v for n, v in GPT2_WITH_DROPOUT.items()}
+        self.config = root / "without_dropout.json"
+        self.config.write_text(json.dumps(config))
+
+    def options(self, name: str, experiment: str, num_processes: int) -> dict[str, Any]:
+        """Eight samples in a batch of all processes."""
+        chosen = dict(_TRAININGS[name])
+        is_talk = chosen.get("task") == "supervised_fine_tuning"
+        if is_talk:
+            chosen["model_path"] = str(self._model_dir)
+        if num_processes == 1:
+            chosen.pop("strategy", None)
+        return {
+            "dataset_dir": self._talks if is_talk else self._dataset_dir,
+            "experiments_root": self.root,
+            "experiment_name": experiment,
+            "model_config": "tiny" if chosen.get("task") == "masked_lm" else str(self.config),
+            "batch_size": 8 // num_processes,
+            "max_epochs": -1,
+            "max_steps": 6,
+            "val_check_interval": 4.0,
+            "num_warmup_steps": 2,
+            "learning_rate": 5e-3,
+            "lr_schedule": "constant",
+            "accelerator": "cpu",
+            "precision": "32",
+            "compile": "never",
+            "num_generated_samples": 0,
+            "log_every_n_steps": 1,
+            **chosen,
+        }
+
+    def directory(self, name: str) -> Path:
+        """The experiment of the two processes."""
+        return self.root / _identifier(name) / "0"
+
+    def alone(self, name: str) -> Path:
+        """The same training in this process."""
+        return self.here(**self.options(name, f"{_identifier(name)}_alone", 1))
+
+    def here(self, **options: Any) -> Path:
+        """Train in this process."""
+        return TrainingHere(self._dataset_dir, self.root).to_the_end(**options)
+
+
+def _identifier(name: str) -> str:
+    return name.replace(",", "").replace(" ", "_")
+
+
+@pytest.fixture(scope="module")
+def together(
+    dataset_dir: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Together:
+    """All trainings, by two processes."""
+    found = Together(tmp_path_factory.mktemp("together"), dataset_dir, model_dir)
+    done = train_together(
+        [found.options(name, _identifier(name), num_processes=2) for name in _TRAININGS]
+    )
+    assert done.returncode == 0, done.stderr
+    directories = [str(found.directory(name)) for name in _TRAININGS]
+    assert done.stdout.splitlines() == directories, "one process speaks for both"
+    assert done.stderr.count("best validation loss") == len(_TRAININGS)
+    assert "Warning" not in done.stderr
+    return found
+
+
+@pytest.mark.parametrize("name", _TRAININGS)
+def test_two_processes_learn_what_one_learns(name: str, together: Together) -> None:
+    """Within 1e-5 in fp32: the sums of a gradient have another order."""
+    tolerance = _TOLERANCE[_TRAININGS[name].get("optimizer", "adamw")]
+    one, two = together.alone(name), together.directory(name)
+    for curve in _CURVES:
+        expected, found = curve_of(one, curve), curve_of(two, curve)
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx(
+            [value for _, value in expected], abs=tolerance
+        )
+    (weights,) = one.glob("*/*.safetensors")
+    expected_weights = load_file(weights)
+    found_weights = load_file(two / weights.relative_to(one))
+    assert found_weights.keys() == expected_weights.keys()
+    for key, value in expected_weights.items():
+        torch.testing.assert_close(found_weights[key], value, atol=2 * tolerance, rtol=1e-3)
+    for file in ("config.json", "adapter_config.json"):
+        found_file = two / weights.relative_to(one).with_name(file)
+        assert found_file.is_file() == weights.with_name(file).is_file()
+        if found_file.is_file():
+            assert found_file.read_text() == weights.with_name(file).read_text()
+    if _TRAININGS[name].get("num_generated_samples"):
+        written = [(one / "generated.jsonl").read_text(), (two / "generated.jsonl").read_text()]
+        assert written[0] == written[1]
+    assert checkpoint_of(one).keys() == checkpoint_of(two).keys(), "one form of checkpoints"
+
+
+@pytest.mark.parametrize("name", ["documents, ddp", "documents in packed rows, fsdp"])
+def test_one_process_goes_on_where_two_were(name: str, together: Together, tmp_path: Path) -> None:
+    """What they have read together is not read again: --batch_size follows the number of processes."""
+    whole = together.here(
+        **{**together.options(name, f"{_identifier(name)}_whole", 1), "max_steps": 9}
+    )
+    copied = shutil.copytree(together.directory(name), tmp_path / "copied" / "0")
+    options = {"resume": str(copied), "max_steps": 9, "model_config": str(together.config)}
+    with pytest.raises(UsageError, match="would read 3: pass --batch_size 8, or leave it out"):
+        together.here(**options, batch_size=3)
+    resumed = together.here(**options)
+    assert checkpoint_of(resumed)["world_size"] == 1
+    assert checkpoint_of(resumed)["rows_per_batch"] == 8
+    expected, found = curve_of(whole), curve_of(resumed)
+    tolerance = 2 * _TOLERANCE[_TRAININGS[name].get("optimizer", "adamw")]
+    assert found[-1] == pytest.approx(expected[-1], abs=tolerance)
+
+
+def test_a_mistake_is_told_once(dataset_dir: Path, tmp_path: Path) -> None:
+    done = torchrun(
+        *("full_stack_transformer", "train", "--dataset_dir", dataset_dir, "--batch_size", "4"),
+        *("--experiments_root", tmp_path, "--model_config", "enormous"),
+    )
+    told = [line for line in done.stderr.splitlines() if line.startswith("fst: ")]
+    assert len(told) == 1
+    assert "--model_config must be one of" in told[0]
+    assert done.returncode == 1
+    assert not (tmp_path / "experiment").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_kill_to_the_same_bits(together: Together) -> None:
+    name = "documents, ddp"
+    options = {**together.options(name, "killed", 2), "checkpoint_every_n_minutes": 0}
+    done = train_together([options], kill=(1, 3))
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 3" in done.stderr
+    killed = together.root / "killed" / "0"
+    assert not (together.root / "killed" / "1").exists()
+    expected, found = checkpoint_of(together.directory(name)), checkpoint_of(killed)
+    for key, value in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][key], value)

@@ -1,0 +1,104 @@
+"""Real processes of torchrun for tests: `python -m tests.training.together` trains inside of one of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from full_stack_transformer import machine
+from full_stack_transformer.command_line import run
+from full_stack_transformer.processes import launch
+
+# Rank and batch of a process that ends there as by kill -9, the first time.
+_KILL = "TOGETHER_KILL"
+
+
+def torchrun(
+    *words: str | Path,
+    num_processes: int = 2,
+    max_restarts: int = 0,
+    env: Mapping[str, str] | None = None,
+) -> "subprocess.CompletedProcess[str]":
+    """Run a module and its arguments in so many processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts"]
+    command += [str(max_restarts), "--nproc_per_node", str(num_processes), "-m"]
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    return subprocess.run(
+        [*command, *map(str, words)],
+        env={**os.environ, **own, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options as the command line has them."""
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}={value}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
+def train_together(
+    trainings: Sequence[Mapping[str, Any]],
+    *,
+    num_processes: int = 2,
+    kill: tuple[int, int] | None = None,
+) -> "subprocess.CompletedProcess[str]":
+    """Train one after the other in the same processes, which spares their start.
+
+    Args:
+        trainings: options of each.
+        num_processes: of torchrun.
+        kill: rank and batch where a process is killed; torchrun then starts all of them once more.
+    """
+    return torchrun(
+        "tests.training.together",
+        json.dumps([words_of(options) for options in trainings]),
+        num_processes=num_processes,
+        max_restarts=int(kill is not None),
+        env={} if kill is None else {_KILL: json.dumps(kill)},
+    )
+
+
+def _arm() -> None:
+    from full_stack_transformer.training.module import TrainingModule
+
+    found = launch()
+    assert found is not None
+    rank, batch = json.loads(os.environ[_KILL])
+    training_step = TrainingModule.training_step
+
+    def train_or_die(module: TrainingModule, given: Any, batch_index: int) -> Any:
+        if batch_index == batch and found.rank == rank and not found.num_restarts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(module, given, batch_index)
+
+    mock.patch.object(TrainingModule, "training_step", train_or_die).start()
+
+
+def main() -> int:
+    """Train as the arguments say."""
+    if _KILL in os.environ:
+        _arm()
+    with mock.patch.object(machine, "_SECONDS_PER_SIDE", 1e-3):
+        for words in json.loads(sys.argv[1]):
+            exit_code = run(["train", *words])
+            if exit_code:
+                return exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
