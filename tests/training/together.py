@@ -23,6 +23,7 @@ def torchrun(
     num_processes: int = 2,
     max_restarts: int = 0,
     env: Mapping[str, str] | None = None,
+    timeout: float = 300,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a module and its arguments in so many processes of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts"]
@@ -37,7 +38,7 @@ def torchrun(
         env={**os.environ, **own, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
 
