@@ -56,7 +56,8 @@ def _prepare(arguments: PlanArguments, job: Job) -> Iterator[str]:
 
 def _train(job: Job, option: str, dataset: str) -> str:
     machines = job.machines
-    words = [f"fst train --dataset_dir {dataset} --experiment_name {_NAME} --model_config {option}"]
+    words = [f"{_launcher(job)} train --dataset_dir {dataset} --experiment_name {_NAME}"]
+    words.append(f"--model_config {option}")
     words.append(f"--batch_size {job.batch_size}")
     if job.accumulate_grad_batches > 1:
         words.append(f"--accumulate_grad_batches {job.accumulate_grad_batches}")
@@ -70,9 +71,20 @@ def _train(job: Job, option: str, dataset: str) -> str:
         words.append("--accelerator gpu --precision bf16 --batching packed")
         words.append(f"--checkpoint_every_n_minutes {job.checkpoint_minutes:g}")
         if machines.num_devices > 1:
-            words.append(f"--devices {machines.devices_per_machine} --strategy {job.strategy}")
-        if machines.num_machines > 1:
-            words.append(f"--num_nodes {machines.num_machines}")
+            words.append(f"--strategy {job.strategy}")
+    return " ".join(words)
+
+
+def _launcher(job: Job) -> str:
+    """What starts a process for each device."""
+    machines = job.machines
+    if machines.num_devices == 1:
+        return "fst"
+    words = ["torchrun"]
+    if machines.num_machines > 1:
+        words.append(f"--nnodes {machines.num_machines}")
+        words.append("--rdzv_backend c10d --rdzv_endpoint HOST:29400")
+    words.append(f"--nproc_per_node {machines.devices_per_machine} -m full_stack_transformer")
     return " ".join(words)
 
 
@@ -89,7 +101,7 @@ def planned(job: Job) -> list[str]:
     if machines.num_machines > 1:
         found.append(
             "training on several machines is written and was not tried on any: run the command on each of "
-            "them with MASTER_ADDR, MASTER_PORT and NODE_RANK set"
+            "them, with the name of the first as HOST, the same directories on all"
         )
     if job.corpus_tokens > _LONG_CORPUS_TOKENS and not job.has_dataset:
         found.append(

@@ -27,6 +27,9 @@ def _check_commands(commands: list[str]) -> list[str]:
         if words[0] == "echo":
             json.loads(words[1])
             continue
+        if words[0] == "torchrun":
+            words = words[words.index("full_stack_transformer") :]
+            words[0] = "fst"
         assert words[0] == "fst"
         _make_app().parse_args(_normalize(words[1:]), exit_on_error=False, print_error=False)
         names.append(words[1])
@@ -120,7 +123,9 @@ def test_the_page_says_what_it_rests_on(capsys: pytest.CaptureFixture[str]) -> N
         "in all",
     ):
         assert part in page
-    assert "--devices 8 --strategy fsdp --num_nodes 64" in page
+    assert "torchrun --nnodes 64 " in page
+    assert "--nproc_per_node 8 -m full_stack_transformer train " in page
+    assert "--strategy fsdp" in page
 
 
 @pytest.mark.parametrize(
