@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
-# Options beside those of `_options`; {talks} and {model} are directories of the tests.
+# Options beside those that all trainings have.
 _TRAININGS: dict[str, dict[str, Any]] = {
     "documents, ddp": {"num_generated_samples": 1},
     "documents in packed rows, fsdp": {
@@ -40,6 +40,7 @@ _TRAININGS: dict[str, dict[str, Any]] = {
         "lora_rank": 4,
         "num_generated_samples": 1,
     },
+    "preferences, fsdp": {"task": "dpo", "strategy": "fsdp", "max_steps": 3},
     "hidden tokens, fsdp": {"task": "masked_lm", "strategy": "fsdp"},
     "documents by muon, fsdp": {"strategy": "fsdp", "optimizer": "muon", "max_steps": 3},
 }
@@ -54,7 +55,10 @@ class Together:
     def __init__(self, root: Path, dataset_dir: Path, model_dir: Path) -> None:
         self.root = root
         self._dataset_dir, self._model_dir = dataset_dir, model_dir
-        self._talks = write_conversations(root / "talks" / "0", model_dir)
+        self._datasets = {
+            "supervised_fine_tuning": write_conversations(root / "talks" / "0", model_dir),
+            "dpo": write_conversations(root / "choices" / "0", model_dir, kind="preferences"),
+        }
         config = {n: 0.0 if n.endswith("_pdrop") else v for n, v in GPT2_WITH_DROPOUT.items()}
         self.config = root / "without_dropout.json"
         self.config.write_text(json.dumps(config))
@@ -62,13 +66,13 @@ class Together:
     def options(self, name: str, experiment: str, num_processes: int) -> dict[str, Any]:
         """Eight samples in a batch of all processes."""
         chosen = dict(_TRAININGS[name])
-        is_talk = chosen.get("task") == "supervised_fine_tuning"
-        if is_talk:
+        tuned = self._datasets.get(chosen.get("task", ""))
+        if tuned is not None:
             chosen["model_path"] = str(self._model_dir)
         if num_processes == 1:
             chosen.pop("strategy", None)
         return {
-            "dataset_dir": self._talks if is_talk else self._dataset_dir,
+            "dataset_dir": self._dataset_dir if tuned is None else tuned,
             "experiments_root": self.root,
             "experiment_name": experiment,
             "model_config": "tiny" if chosen.get("task") == "masked_lm" else str(self.config),
@@ -116,7 +120,7 @@ def together(
     assert done.returncode == 0, done.stderr
     directories = [str(found.directory(name)) for name in _TRAININGS]
     assert done.stdout.splitlines() == directories, "one process speaks for both"
-    assert done.stderr.count("best validation loss") == len(_TRAININGS)
+    assert done.stderr.count("serve it: fst serve") == len(_TRAININGS)
     assert "Warning" not in done.stderr
     return found
 
