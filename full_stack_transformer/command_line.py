@@ -4,7 +4,6 @@ Results (paths, texts, metrics) go to standard output, logs and progress to stan
 Exit codes: 0 success, 1 an error explained by the message, 2 wrong usage, 130 interrupted.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import logging
@@ -306,9 +305,12 @@ def _runner(options: type, module_name: str) -> Callable[..., Any]:
     runner.__annotations__["given"] = Annotated[options, Parameter(name="*")]
     if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(options)):
         # cyclopts needs a default if no single option is required; __post_init__ may require one of several.
-        with contextlib.suppress(UsageError):
-            runner.__defaults__ = (None,)
+        try:
             runner.__defaults__ = (options(),)
+        except UsageError:
+            # Where pydantic is imported, cyclopts has it check the default too.
+            runner.__annotations__["given"] = Annotated[options | None, Parameter(name="*")]
+            runner.__defaults__ = (None,)
     return runner
 
 

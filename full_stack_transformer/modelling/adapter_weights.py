@@ -47,6 +47,8 @@ _MORE = {
 _PATTERN = re.compile(r"(?:\w|\.\*|\\?\.)+")
 _STEP = re.compile(r"\.\*|\\?\.|\w")
 _MAX_PATTERN_CHARACTERS = 65_536
+# Of a rank or an alpha.
+_MOST = 1e9
 # Ways to begin that take something out of the base's weights.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -166,7 +168,11 @@ def _has_numbers(config: Mapping[str, Any]) -> bool:
         return False
     numbers = [config.get("r"), config.get("lora_alpha")]
     numbers += [number for pattern in patterns for number in pattern.values()]
-    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers)
+    # NaN and infinity are what Python's JSON reads, too.
+    return all(
+        isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < _MOST
+        for one in numbers
+    )
 
 
 def _layer_names(directory: Path, names: Mapping[str, Sequence[int]]) -> list[str]:
@@ -255,7 +261,10 @@ def _read_layer(config: Mapping[str, Any], name: str, halves: Iterator[Tensor]) 
     rank = len(down)
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     scaling = _of_layer(config, "alpha_pattern", "lora_alpha", name) / divisor
-    return LowRank(down.float().contiguous(), (up.float() * scaling).contiguous())
+    # A copy: what is mapped would change with its file.
+    return LowRank(
+        down.to(torch.float32, copy=True).contiguous(), (up.float() * scaling).contiguous()
+    )
 
 
 def _of_layer(config: Mapping[str, Any], pattern: str, usual: str, name: str) -> float:

@@ -255,6 +255,6 @@ def start_of(path: Path, num_bytes: int) -> bytes:
 def json_of(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from jinja2 import Template
 
-from full_stack_transformer.errors import RequestError
+from full_stack_transformer.errors import RequestError, ServiceBusyError
 from full_stack_transformer.tokenization.templates import Program, compiled
 
 # Of the process, with the interpreter's own 50 MB. A conversation of a million characters takes 60 MB.
@@ -37,6 +37,8 @@ _MAX_CHARACTERS = 1 << 24
 _MAX_SECONDS = 20.0
 # As long as the processor is busy with other work, the clock runs on.
 _MAX_SECONDS_BY_THE_CLOCK = 300.0
+# For those of other threads.
+_MAX_SECONDS_OF_WAITING = 60.0
 # That a process keeps.
 _MAX_PROGRAMS = 64
 # Of the environment; the rest, such as keys, is not for a template.
@@ -55,6 +57,7 @@ def run(program: Program, variables: Mapping[str, Any]) -> str:
 
     Raises:
         RequestError: it refuses the variables, is wrong, or takes too much memory or time.
+        ServiceBusyError: those of other threads take long.
     """
     return _processes.run(program, variables)
 
@@ -86,12 +89,18 @@ class _Processes:
         """See the function `run`."""
         left = _seconds_left.get() or [_MAX_SECONDS, _MAX_SECONDS]
         content = pickle.dumps((_RENDER, program.key, variables, left[0]))
-        with self._lock:
+        if not self._lock.acquire(timeout=_MAX_SECONDS_OF_WAITING):
+            raise ServiceBusyError(
+                "the chat templates of other requests take long; try again later"
+            )
+        try:
             before = self._seconds
             answer = self._ask(program, content, left[1])
             self._seconds = answer["seconds"]
             # A difference of totals: some systems count in hundredths.
             left[0] -= self._seconds - min(before, self._seconds)
+        finally:
+            self._lock.release()
         if left[0] <= 0:
             raise _too_slow(left[1])
         if "error" in answer:
@@ -199,8 +208,12 @@ def _read_answer(pipe: Any) -> dict[str, Any]:
     end = time.monotonic() + _MAX_SECONDS_BY_THE_CLOCK
     content, length = bytearray(), _LENGTH.size
     has_length = False
+    poll = (
+        select.poll()
+    )  # select knows no descriptors above 1,023, which a service with many clients has
+    poll.register(pipe, select.POLLIN)
     while len(content) < length:
-        ready, _, _ = select.select([pipe], [], [], max(0.0, end - time.monotonic()))
+        ready = poll.poll(1000 * max(0.0, end - time.monotonic()))
         part = os.read(pipe.fileno(), length - len(content)) if ready else b""
         if not part:
             raise EOFError

@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 BLOCK_ENDS = "\U000ffffc\U000ffffd"
 # Of a template's file; the longest of known models has 23,000.
 MAX_SOURCE_CHARACTERS = 1 << 20
+_MAX_REASON_CHARACTERS = 200
 
 
 class _GenerationBlocks(Extension):
@@ -92,7 +93,13 @@ def template_tree(source: str) -> nodes.Template:
     try:
         return _environment().parse(source)
     except RecursionError as error:
-        raise TemplateSyntaxError("its expressions are nested too deeply", 1) from error
+        raise _too_deep() from error
+    except ValueError as error:  # a number of thousands of digits
+        raise TemplateSyntaxError(str(error)[:_MAX_REASON_CHARACTERS], 1) from error
+
+
+def _too_deep() -> TemplateSyntaxError:
+    return TemplateSyntaxError("its expressions are nested too deeply", 1)
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,16 @@ class Program:
 
 
 def program_of(tree: nodes.Template, *, shows_blocks: bool = False) -> Program:
-    """The tree as a program; the tree is not to be used any more."""
+    """The tree as a program; the tree is not to be used any more.
+
+    Raises:
+        TemplateError: its expressions are nested too deeply.
+    """
     tree.set_environment(None)  # type: ignore[arg-type]
-    return Program(pickle.dumps(tree), shows_blocks)
+    try:
+        return Program(pickle.dumps(tree), shows_blocks)
+    except RecursionError as error:  # long sums are parsed by a loop
+        raise _too_deep() from error
 
 
 def compiled(tree: bytes, *, shows_blocks: bool) -> Template:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pydantic  # noqa: F401 - where it is imported, cyclopts checks defaults, too
 import pytest
 
 from full_stack_transformer.arguments.planning import PlanArguments

@@ -70,7 +70,9 @@ def _spoil(root: Path, model_dir: Path) -> None:
         "pickled",
         "dora",
         "nan",
+        "endless",
         "linked",
+        "linked_below",
         "other_words",
         "half",
         "pipe",
@@ -84,6 +86,10 @@ def _spoil(root: Path, model_dir: Path) -> None:
     said = json.loads((root / "a" / config).read_text())
     (root / "dora" / config).write_text(json.dumps({**said, "use_dora": True}))
     (root / "nan" / config).write_text(json.dumps({**said, "lora_alpha": float("nan")}))
+    (root / "endless" / config).write_text(json.dumps({**said, "r": float("inf")}))
+    (root / "linked_below" / "additional_chat_templates").mkdir()
+    below = root / "linked_below" / "additional_chat_templates" / "default.jinja"
+    below.symlink_to(root / ".." / "outside" / weights)
     (root / "linked" / weights).unlink()
     (root / "linked" / weights).symlink_to(root / ".." / "outside" / weights)
     (root / "half" / config).write_text(json.dumps(said)[:40])
@@ -322,7 +328,9 @@ _REFUSED: dict[str, tuple[str, int, str]] = {
     "half": ("half a config", 400, "lora_path is no adapter"),
     "pickled": ("pickled", 400, "has no adapter_model.safetensors"),
     "dora": ("DoRA", 400, "merge the two instead: fst merge"),
-    "nan": ("NaN", 400, "NaN or infinite"),
+    "nan": ("NaN", 400, "its alpha is no number"),
+    "endless": ("an infinite rank", 400, "its rank or its alpha is no number"),
+    "linked_below": ("a linked file below it", 400, "a link to a file outside"),
     "of_other": ("another base", 400, "the adapter lora_path does not fit"),
     "other_words": ("another tokenizer", 400, "has a tokenizer of"),
 }

@@ -1,12 +1,15 @@
 """Templates that take all memory or time are refused in a sentence, and the next one runs."""
 
 import os
+import resource
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from full_stack_transformer.errors import ModelError, RequestError
 from full_stack_transformer.tokenization import template_process
@@ -48,6 +51,27 @@ def test_a_template_that_takes_all_memory_is_refused(name: str) -> None:
     with pytest.raises(RequestError, match=r"the chat template .* memory"):
         _run(_TAKE_MEMORY[name])
     assert _run("{{ messages|length }}") == "1"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ " + "1+" * 20_000 + "1 }}", "{{ a" + ".b" * 5_000 + " }}", "{{ " + "1" * 5_000 + " }}"],
+    ids=["a long sum", "a long path", "a long number"],
+)
+def test_a_template_that_cannot_be_read_is_refused(source: str) -> None:
+    with pytest.raises(TemplateError):
+        program_of(template_tree(source))
+
+
+def test_templates_run_beside_a_thousand_connections() -> None:
+    template_process._processes.stop()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4_096)), hard))
+    with ExitStack() as stack:
+        for _ in range(1_030):
+            stack.enter_context(Path(os.devnull).open())
+        assert _run("{{ messages|length }}") == "1"
+    template_process._processes.stop()
 
 
 @pytest.mark.parametrize("name", _TAKE_TIME)

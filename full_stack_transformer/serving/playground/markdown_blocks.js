@@ -16,8 +16,8 @@ import { inlineTokens, labelOf, unescaped } from "./markdown_inline.js";
 const MAX_DEPTH = 16;
 // A header of thousands of columns must not make millions of cells.
 const MAX_FILLED = 10_000;
-const FENCE = /^( {0,3})(`{3,}|~{3,})(.*)$/;
-const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
+const FENCE = /^( {0,3})(`{3,}|~{3,})([^]*)$/;
+const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+([^]*))?$/;
 const QUOTE = /^ {0,3}>/;
 const ITEM = /^( {0,3})([*+-]|\d{1,9}[.)])(?=[ \t]|$)/;
 const UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;

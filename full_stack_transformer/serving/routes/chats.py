@@ -17,6 +17,10 @@ from full_stack_transformer.serving.schemas import ChatCompletionRequest
 from full_stack_transformer.serving.workers.models import ServedModels
 from full_stack_transformer.serving.workers.served import ServedModel
 from full_stack_transformer.tokenization import chat as templates
+from full_stack_transformer.tokenization.template_process import time_limit
+
+# A long conversation takes a hundredth of a second, and other chats wait for it.
+_SECONDS_FOR_TEMPLATE = 5.0
 
 
 class TokenLogprob(BaseModel):
@@ -84,12 +88,7 @@ def add_chat_route(router: APIRouter, models: ServedModels) -> None:
         _check(body)
         check_room(request, model, body.num_choices)
         # A template is a program; it must not hold up the event loop.
-        prompt_ids = await asyncio.to_thread(
-            model.conventions.template.encode,
-            _messages(body),
-            model.tokenizer,
-            continues=body.continue_final_message,
-        )
+        prompt_ids = await asyncio.to_thread(_prompt_ids, body, model)
         wanted = model.conventions.requests(
             prompt_ids,
             body.given(),
@@ -108,6 +107,14 @@ def _check(body: ChatCompletionRequest) -> None:
         raise InvalidBodyError(
             "continue_final_message: the last message must be the assistant's",
             "continue_final_message",
+        )
+
+
+def _prompt_ids(body: ChatCompletionRequest, model: ServedModel) -> list[int]:
+    """What the model's template makes of a chat."""
+    with time_limit(_SECONDS_FOR_TEMPLATE):
+        return model.conventions.template.encode(
+            _messages(body), model.tokenizer, continues=body.continue_final_message
         )
 
 

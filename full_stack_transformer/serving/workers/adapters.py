@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from full_stack_transformer.errors import (
-    FullStackTransformerError,
     InputError,
     MachineError,
     ModelError,
@@ -208,7 +207,7 @@ class Adapters:
             before = self._check_name(name, replaces=replaces)
             directory = await asyncio.to_thread(self._find, path)
             try:
-                base = base_for(self._models, directory, base_name)
+                base = await asyncio.to_thread(base_for, self._models, directory, base_name)
                 await self._serve(name, directory, base)
             except (InputError, MachineError, OSError) as error:
                 # Clients know the path that they sent, not where it lies.
@@ -243,14 +242,20 @@ class Adapters:
         model = next((one for one in self._models.adapters if one.name == name), None)
         if model is None or model.adapter is None:  # unloaded meanwhile
             return
-        base = next(one for one in self._models.bases if one.name == model.parent)
+        base = next((one for one in self._models.bases if one.name == model.parent), None)
+        if base is None:
+            logger.warning("the adapter %s is unloaded: its base generates no texts now", name)
+            self._models.remove(name)
+            return
         signature = signature_of_adapter(model.path)
         is_stale = base.engine is not model.engine
         if not is_stale and signature in (model.signature, model.adapter.refused, None):
             return
         try:
+            if self._root is not None and model.path.is_relative_to(self._root):
+                await asyncio.to_thread(self._check_files, model.path)
             await self._serve(name, model.path, base, num_swaps=model.num_swaps + 1)
-        except (FullStackTransformerError, OSError) as error:
+        except Exception as error:  # the old one goes on, whatever is wrong with the new one
             logger.warning("the adapter %s cannot be served: %s", name, error)
             model.adapter.refused = signature
             if is_stale:
@@ -313,14 +318,21 @@ class Adapters:
                 f"lora_path: there is no adapter directory (with {ADAPTER_FILE_NAME}) of this name below the "
                 "directory that --adapters_root names"
             )
-        for file in directory.iterdir():
+        self._check_files(directory)
+        return directory
+
+    def _check_files(self, directory: Path) -> None:
+        """Refuse what lies elsewhere or is no file; templates lie in a directory below the adapter's."""
+        assert self._root is not None
+        for file in directory.rglob("*"):
             if not file.resolve().is_relative_to(self._root):
                 raise RequestError(
                     "lora_path: has a link to a file outside the directory that --adapters_root names"
                 )
+            if file.is_symlink() and file.is_dir():
+                raise RequestError("lora_path: has a link to a directory")
             if not (file.is_file() or file.is_dir()):  # a pipe would keep its reader forever
                 raise RequestError("lora_path: holds something that is neither file nor directory")
-        return directory
 
     def _find_adapter(self, name: str) -> ServedModel:
         found = next((one for one in self._models.adapters if one.name == name), None)
