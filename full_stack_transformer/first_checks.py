@@ -191,7 +191,8 @@ def _check_demo(options: data.DemoArguments) -> None:
     _check_writable(options.root, "--root")
     if options.serve:
         _check_port("127.0.0.1", options.port)
-        _check_port("127.0.0.1", options.tensorboard_port, "--tensorboard_port")
+        if not options.chat:
+            _check_port("127.0.0.1", options.tensorboard_port, "--tensorboard_port")
 
 
 def _check_tokenizer(name: str | None) -> None:

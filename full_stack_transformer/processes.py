@@ -66,7 +66,9 @@ def launch() -> Launch | None:
         return Launch(
             rank=int(found.get("SLURM_PROCID", 0)),
             num_processes=num_tasks,
-            num_on_this_machine=int(per_machine) if per_machine else num_tasks,
+            num_on_this_machine=int(per_machine)
+            if per_machine
+            else max(1, num_tasks // int(found.get("SLURM_NNODES", 1))),
             is_torchrun=False,
         )
     return None
@@ -93,15 +95,18 @@ def agreed(name: str, decide: Callable[[], str], *, otherwise: str = "") -> str:
     """
     found, key = launch(), f"{name}/{next(_decisions)}"
     if is_main_process():
+        # Opened before the decision: should that fail, those who wait hear of the end.
+        store = _store() if found is not None and found.num_processes > 1 else None
         decision = decide()
         os.environ[_TOLD + name] = decision  # for those that Lightning starts
-        if found is not None and found.num_processes > 1:
-            _store().set(key, decision)
+        if store is not None:
+            store.set(key, decision)
         return decision
     if found is None:
         return os.environ.get(_TOLD + name, otherwise)
+    store = _store()
     try:
-        heard: bytes = _store().get(key)
+        heard: bytes = store.get(key)
     except RuntimeError as error:  # also those of torch.distributed
         raise MachineError(f"the main process has ended, or cannot be reached: {error}") from error
     return heard.decode()
@@ -121,7 +126,11 @@ def _store() -> Any:
         environment = SLURMEnvironment()  # sets the variables by which torch finds the main process
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
-    store, _, _ = next(rendezvous("env://", found.rank, found.num_processes, timeout=_LONGEST_WAIT))
+    try:
+        places = rendezvous("env://", found.rank, found.num_processes, timeout=_LONGEST_WAIT)
+        store, _, _ = next(places)
+    except RuntimeError as error:
+        raise MachineError(f"the other processes cannot be reached: {error}") from error
     return PrefixStore("fst", store)
 
 

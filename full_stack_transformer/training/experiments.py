@@ -146,7 +146,12 @@ class Experiment:
         words = ["fst"]
         if launched is not None and launched.is_torchrun:
             words = ["torchrun", "--nproc_per_node", str(launched.num_on_this_machine)]
+            if launched.num_machines > 1:
+                words += ["--nnodes", str(launched.num_machines), "--rdzv_backend", "c10d"]
+                words += ["--rdzv_endpoint", "HOST:29400"]
             words += ["-m", "full_stack_transformer"]
+        elif launched is not None:
+            words = ["srun", "--ntasks-per-node", str(launched.num_on_this_machine), "fst"]
         words.append("run_experiment" if is_own_experiment(arguments) else "train")
         modules = [module.split(".")[0] for module in arguments.allow_code_from]
         for name in _CLASSES:

@@ -101,7 +101,7 @@ def train_setup(setup: TrainingSetup, callbacks: Sequence[pl.Callback] = ()) -> 
             logger.info("%s is already finished", experiment.directory)
             return _after(setup, experiment) if is_main_process() else 0
         if not setup.arguments.trains:
-            return _after(setup, experiment)
+            return _after(setup, experiment) if is_main_process() else 0
         training = _set_up(experiment, setup, callbacks)
         try:
             training.fit(started)
