@@ -3,8 +3,9 @@
     python -m tests.benchmarks.scaling [--short] [--strategy ddp|fsdp]
 
 Runs of one and of two processes take turns (A B A B), tokens/s are those of summary.json, without start and
-validation; the last line is JSON with the medians, the ratios and the aims. It needs two cores that nothing
-else uses: other load slows two processes twice, since each waits for the other.
+validation; the last line is JSON with the part of twice the speed that is reached, and the aims. It needs two
+cores that nothing else uses: other load slows two processes twice, since each waits for the other. --short has
+a tiny model, in which the processes wait for each other most of the time.
 """
 
 import argparse
@@ -15,8 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
+from full_stack_transformer.machine import processor_name
 from full_stack_transformer.preparation.prepare import main as prepare_dataset
+from tests.benchmarks.machine import commit
 from tests.conftest import write_documents
 from tests.training.together import torchrun, words_of
 
@@ -40,18 +45,12 @@ def main() -> None:
                 found.append(_tokens_per_second(root, dataset, name, is_short=given.short))
                 print(f"{name}: {found[-1]:,.0f} tokens/s", flush=True)
     medians = {name: statistics.median(found) for name, found in rates.items()}
+    print(f"{processor_name()}, torch {torch.__version__}, commit {commit()}")
+    for name in strategies:
+        print(f"{name}: {medians[name] / medians['one']:.2f} times the tokens/s of one process")
     efficiency = {name: round(medians[name] / medians["one"] / 2, 3) for name in strategies}
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": medians,
-                "speedup": {name: 2 * value for name, value in efficiency.items()},
-                "efficiency": efficiency,
-                "aims": {name: _AIMS[name] for name in strategies},
-                "short": given.short,
-            }
-        )
-    )
+    aims = {name: _AIMS[name] for name in strategies}
+    print(json.dumps({"benchmark": "scaling", "ratios": efficiency, "aims": aims}))
 
 
 def _dataset(root: Path, *, num_documents: int) -> Path:
