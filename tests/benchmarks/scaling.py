@@ -4,8 +4,8 @@
 
 Runs of one and of two processes take turns (A B A B), tokens/s are those of summary.json, without start and
 validation; the last line is JSON with the part of twice the speed that is reached, and the aims. It needs two
-cores that nothing else uses: other load slows two processes twice, since each waits for the other. --short has
-a tiny model, in which the processes wait for each other most of the time.
+cores that nothing else uses: other load slows two processes twice, since each waits for the other. --short
+has a tiny model, in which the processes wait for each other most of the time.
 """
 
 import argparse
