@@ -62,13 +62,12 @@ def launch() -> Launch | None:
         )
     if "SLURM_NTASKS" in found and found.get("SLURM_JOB_NAME") not in _SHELLS_OF_SLURM:
         num_tasks = int(found["SLURM_NTASKS"])
-        per_machine = found.get("SLURM_NTASKS_PER_NODE")
+        # How many each machine has is told only where --ntasks-per-node was given.
+        each = num_tasks // int(found.get("SLURM_NNODES", 1))
         return Launch(
             rank=int(found.get("SLURM_PROCID", 0)),
             num_processes=num_tasks,
-            num_on_this_machine=int(per_machine)
-            if per_machine
-            else max(1, num_tasks // int(found.get("SLURM_NNODES", 1))),
+            num_on_this_machine=int(found.get("SLURM_NTASKS_PER_NODE") or max(1, each)),
             is_torchrun=False,
         )
     return None

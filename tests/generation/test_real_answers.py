@@ -45,6 +45,10 @@ QUESTIONS = (
     "¿Dónde está Madrid? 🙂",
 )
 NUM_TOKENS = 40
+GREEDY = (
+    *("--temperature", "0", "--weights_dtype", "float32"),
+    *("--max_new_tokens", str(NUM_TOKENS)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +79,8 @@ def test_the_command_answers_as_transformers(
     smollm2: Path, expected: list[list[int]], run_fst: RunFst
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    words = (
-        "--temperature",
-        "0",
-        "--weights_dtype",
-        "float32",
-        "--max_new_tokens",
-        str(NUM_TOKENS),
-    )
     for question, ids in zip(QUESTIONS, expected, strict=True):
-        done = run_fst("generate", smollm2, "-p", question, *words, "--log_probabilities", "0")
+        done = run_fst("generate", smollm2, "-p", question, *GREEDY, "--log_probabilities", "0")
         found = [json.loads(line)["token_id"] for line in done.stdout.splitlines()]
         assert found in (ids, [*ids, tokenizer.eos_token_id]), (question, done.stderr)
 
@@ -93,16 +89,8 @@ def test_the_chat_answers_as_transformers(
     smollm2: Path, expected: list[list[int]], run_fst: RunFst
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    words = (
-        "--temperature",
-        "0",
-        "--weights_dtype",
-        "float32",
-        "--max_new_tokens",
-        str(NUM_TOKENS),
-    )
     lines = "".join(f"{question}\n/clear\n" for question in QUESTIONS)
-    done = run_fst("chat", smollm2, *words, stdin=lines)
+    done = run_fst("chat", smollm2, *GREEDY, stdin=lines)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert done.stdout == "".join(f"{text}\n" for text in texts), done.stderr
 
