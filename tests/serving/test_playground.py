@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from playwright.sync_api import expect
 
 from full_stack_transformer.command_line import _make_app, _normalize
 from tests.logged_process import running_service
@@ -246,10 +247,8 @@ def test_regenerate_takes_the_last_answer_back(tab: Visit) -> None:
     tab.open()
     before = _continue(tab, "The reader", temperature=4, min_tokens=24)
     tab.page.get_by_role("button", name="Regenerate").click()
-    tab.page.wait_for_function(
-        "before => document.querySelector('.area').value !== before && !document.body.matches('.running')",
-        arg=before,
-    )
+    expect(tab.page.locator(".area").first).not_to_have_value(before)
+    tab.page.locator("body:not(.running)").wait_for()
     seed = tab.page.locator("#state").inner_text()
     assert "seed 3 " not in seed
     tab.page.get_by_role("button", name="Use this seed").click()
@@ -269,7 +268,7 @@ def test_a_reload_keeps_the_history(tab: Visit, browser: Any, tmp_path: Path) ->
     assert tab.page.locator("#parameter-top_k").input_value() == "7"
 
     tab.page.get_by_role("button", name="New").click()
-    tab.page.wait_for_function("area => area.value === ''", arg=area.element_handle())
+    expect(area).to_have_value("")
     _write(tab, "A second one " + HOSTILE)
     tab.wait_until_saved()
     tab.page.get_by_role("button", name="History").click()

@@ -1,6 +1,7 @@
 """The chat of the page in a real browser, against the real service."""
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from markdown_it import MarkdownIt
+from playwright.sync_api import expect
 
 from tests.logged_process import running_service
 from tests.serving.browser import Visit, give_chat_template, running_browser, visit
@@ -400,9 +402,7 @@ def test_an_answer_goes_on_and_its_tokens_branch(tab: Visit, url: str) -> None:
     _parameters(tab)
     first = _send(tab, "Who reads?")
     tab.page.get_by_role("button", name="Continue", exact=True).click()
-    tab.page.wait_for_function(
-        "text => document.querySelectorAll('#messages .area')[1].value !== text", arg=first
-    )
+    expect(tab.page.locator("#messages .area").nth(1)).not_to_have_value(first)
     _wait(tab)
     body = {"system": "", "continue_final_message": True}
     assert _texts(tab)[1] == first + _ask(url, "Who reads?", first, **body)  # type: ignore[arg-type]
@@ -438,9 +438,7 @@ def test_a_text_file_becomes_a_part_of_the_message(tab: Visit, tmp_path: Path) -
     composer.fill("About this: ")
     tab.page.locator("#text-file").set_input_files(file)
     expected = "About this: ````my_notes.md\nA ```fence``` in it\nand a line\n````\n"
-    tab.page.wait_for_function(
-        "text => document.querySelector('#message').value === text", arg=expected
-    )
+    expect(composer).to_have_value(expected)
     # Dropped anywhere on the page.
     drop = """text => {
       const files = new DataTransfer();
@@ -451,9 +449,7 @@ def test_a_text_file_becomes_a_part_of_the_message(tab: Visit, tmp_path: Path) -
       }
     }"""
     tab.page.evaluate(drop, "one more")
-    tab.page.wait_for_function(
-        "document.querySelector('#message').value.includes('```dropped.txt\\none more\\n```')"
-    )
+    expect(composer).to_have_value(re.compile("```dropped.txt\none more\n```"))
     (tmp_path / "x.bin").write_bytes(b"\xff\x00\x01")
     tab.page.locator("#text-file").set_input_files(tmp_path / "x.bin")
     tab.page.get_by_text("x.bin is not a text in UTF-8.").wait_for()

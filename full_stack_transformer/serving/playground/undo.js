@@ -13,14 +13,14 @@ export class Undo {
   clear() {
     this.past = [];
     this.future = [];
-    this.typedAt = 0;
+    this.typedAt = -Infinity;
   }
 
   remember() {
     this.past.push(this.take());
     if (this.past.length > MAX_STEPS) this.past.shift();
     this.future = [];
-    this.typedAt = 0;
+    this.typedAt = -Infinity;
     this.onChange();
   }
 
@@ -43,6 +43,6 @@ export class Undo {
     if (!from.length) return;
     to.push(this.take());
     this.put(from.pop());
-    this.typedAt = 0;
+    this.typedAt = -Infinity;
   }
 }
