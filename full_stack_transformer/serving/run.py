@@ -151,6 +151,7 @@ def _config(app: ASGIApp, arguments: ServeArguments) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=protocol,  # on h11: httptools accepts headers of any size
+        loop="asyncio",  # uvloop, where another package brought it, was never measured
         ws="none",
         log_config=None,
         access_log=False,
