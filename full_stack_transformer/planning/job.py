@@ -35,6 +35,9 @@ _BYTES_PER_TOKEN = 4.0
 _NUM_VALIDATIONS = 10
 _MOST_VALIDATION_TOKENS = 1e6
 _VALIDATION_FRACTION = 0.01
+# Whole documents are chosen: of a short corpus a hundredth may be none.
+_FEWEST_VALIDATION_TOKENS = 2e4
+_LARGEST_VALIDATION_FRACTION = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,10 @@ class Job:
 
     @property
     def validation_fraction(self) -> float:
-        """Of the corpus: a hundredth, and a million tokens at most."""
-        fraction = min(_VALIDATION_FRACTION, _MOST_VALIDATION_TOKENS / self.corpus_tokens)
+        """Of the corpus: a hundredth, more of a short one, and a million tokens at most."""
+        fewest = min(_LARGEST_VALIDATION_FRACTION, _FEWEST_VALIDATION_TOKENS / self.corpus_tokens)
+        most = _MOST_VALIDATION_TOKENS / self.corpus_tokens
+        fraction = min(max(_VALIDATION_FRACTION, fewest), most)
         return float(f"{fraction:.1g}")
 
     @property
@@ -86,6 +91,12 @@ class Job:
     def num_validations(self) -> int:
         """Of the training."""
         return _NUM_VALIDATIONS if self.max_epochs == 1 else self.max_epochs
+
+    def num_validations_in(self, num_steps: float) -> int:
+        """Of a training of so many steps: with few, `--val_check_interval` of a part is rounded down."""
+        if self.max_epochs > 1:
+            return self.num_validations
+        return int(num_steps) // max(1, int(num_steps / _NUM_VALIDATIONS))
 
     @property
     def checkpoint_minutes(self) -> float:

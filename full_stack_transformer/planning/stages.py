@@ -134,8 +134,10 @@ def _measured_plan(arguments: PlanArguments, job: Job) -> Plan:
     validation = (
         found.validation_token * (job.validation_tokens * scale) + found.validation * larger
     )
-    num_checkpoints = job.num_validations + int(steps.seconds / 60 / job.checkpoint_minutes)
-    train = found.train_start + found.train_end + steps + validation * job.num_validations
+    part = 1.0 if job.has_dataset else 1 - job.validation_fraction
+    num_validations = job.num_validations_in(job.num_tokens * part / found.tokens_per_step)
+    num_checkpoints = num_validations + int(steps.seconds / 60 / job.checkpoint_minutes)
+    train = found.train_start + found.train_end + steps + validation * num_validations
     train += found.checkpoint * (larger * num_checkpoints)
     if compiles:
         train += Spent(_COMPILE_SECONDS, _COMPILE_SECONDS)
