@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from full_stack_transformer.modelling.backbones import new_backbone
 from full_stack_transformer.modelling.model_directory import save_model_directory
 from full_stack_transformer.preparation.prepare import main as prepare_dataset
 from full_stack_transformer.tokenization.document_tokenizer import open_saved_tokenizer
+
+if TYPE_CHECKING:
+    from tests.object_store import S3Server
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -63,6 +67,24 @@ def decoder() -> None:
     problem = library.why_not()
     if problem is not None:
         pytest.skip(f"no C++ decoder here: {problem}")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator["S3Server"]:
+    """One server of S3 for all tests."""
+    from tests.object_store import serve_s3  # moto takes a second to import
+
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, s3_server: "S3Server") -> Iterator["S3Server"]:
+    """An empty bucket, without faults yet."""
+    from tests.object_store import s3_of_test
+
+    with s3_of_test(monkeypatch, s3_server) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

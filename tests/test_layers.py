@@ -31,7 +31,10 @@ ALL = {_room(module) for module in MODULES} - {
     "first_checks",
     "scripts",
 }
-BASE = {"arguments", "errors", "interruption", "storage", "machine", "own_classes", "processes"}
+BASE = {
+    *{"arguments", "errors", "interruption", "storage", "machine", "own_classes", "processes"},
+    *{"object_storage", "object_cache"},
+}
 # Names without code behind them: the command line and the documents' side may know which tasks there are.
 CATALOGUE = f"{NAME}.tasks.catalogue"
 # Third-party packages that belong to one room.
