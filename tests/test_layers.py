@@ -33,7 +33,7 @@ ALL = {_room(module) for module in MODULES} - {
 }
 BASE = {
     *{"arguments", "errors", "interruption", "storage", "machine", "own_classes", "processes"},
-    *{"object_storage", "object_cache"},
+    *{"object_storage", "object_cache", "ray_cluster"},
 }
 # Names without code behind them: the command line and the documents' side may know which tasks there are.
 CATALOGUE = f"{NAME}.tasks.catalogue"
@@ -147,6 +147,14 @@ def test_a_folder_imports_only_what_it_may(folder: str) -> None:
             inside = imported.removeprefix(f"{NAME}.")
             for forbidden in FORBIDDEN_FOLDERS[folder]:
                 assert not f"{inside}.".startswith(f"{forbidden}."), f"{module} imports {imported}"
+
+
+def test_ray_is_imported_only_where_the_name_says_so() -> None:
+    """`ray_cluster` imports it for all; what uses it is named for it, such as `preparation.ray_workers`."""
+    for module, path in MODULES.items():
+        if not module.rpartition(".")[2].startswith("ray_"):
+            imported = {name.split(".")[0] for name in _imports(path)}
+            assert "ray" not in imported, f"{module} imports ray"
 
 
 def test_there_are_no_cycles() -> None:

@@ -1,4 +1,4 @@
-"""What options of several commands share: the one that trusts code, and checks, which raise UsageError."""
+"""What options of several commands share: own code, the cluster, and checks, which raise UsageError."""
 
 import math
 import re
@@ -9,6 +9,7 @@ from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import not_utf_8
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):(?P<port>\d{1,5})", re.ASCII)
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 
 
@@ -19,6 +20,28 @@ class OwnClassesOptions:
     allow_code_from: tuple[str, ...] = ()
     """Python module that you trust: classes that a model, dataset or file of options names in it may be
     imported, also from the working directory; may be repeated. Modules of typed options are trusted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """Cluster."""
+
+    ray_address: str | None = None
+    """Run on a cluster of Ray: auto for the one that this machine is a node of, HOST:PORT for the one with
+    this head, local for one of this machine that ends with the command. Default: without Ray."""
+
+
+def check_ray_address(options: ClusterOptions) -> None:
+    """Refuse a --ray_address that is none."""
+    address = options.ray_address
+    if address is None or address in ("auto", "local"):
+        return
+    found = _HOST_AND_PORT.fullmatch(address)
+    if found is None or not 0 < int(found["port"]) < 1 << 16:
+        raise UsageError(
+            f"--ray_address must be auto, local, or HOST:PORT of the head, such as 10.0.0.1:6379; found "
+            f"{address!r}"
+        )
 
 
 def at_least(options: object, least: float, *names: str) -> None:
