@@ -439,8 +439,14 @@ def peak_resident_bytes() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
+def listen(host: str, port: int, flag: str = "--port", *, shares: bool = False) -> socket.socket:
     """A socket that listens; `port` 0 is any free one.
+
+    Args:
+        host: address.
+        port: number.
+        flag: that names the port, for errors.
+        shares: whether other processes of this user, which share it too, may have the same port.
 
     Raises:
         MachineError: the port is in use or forbidden, or the address is not one of this machine.
@@ -448,6 +454,8 @@ def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shares:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
         listener.listen(2048)

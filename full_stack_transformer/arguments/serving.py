@@ -45,7 +45,8 @@ class EngineOptions:
     device: str = "auto"
     """Device: auto, cpu, cuda or mps."""
     workers: int = 1
-    """Always 1: one process owns the device. For more, run several services behind a load balancer."""
+    """Always 1: one process owns the device. For more use --replicas, or several services behind a load
+    balancer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,50 @@ class LimitOptions:
     them in the header X-Ignored-Fields and once in the log."""
     shutdown_seconds: float = 20.0
     """Seconds that running requests have to finish after SIGTERM; then they end with an error."""
+    shutdown_delay_seconds: float = 0.0
+    """Seconds after SIGTERM in which /ready answers 503 and new requests are still taken, so that a load
+    balancer stops sending them first. Default: 0, for a service without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions:
+    """Replicas on a Ray cluster."""
+
+    ray_address: str | None = None
+    """Serve with replicas on Ray: auto or HOST:PORT for a running cluster, local for one on this machine.
+    The model must have the same path on every node. Default: serve in this process."""
+    replicas: str = "1"
+    """Number of replicas, each with models of its own; MIN:MAX for as many as the load needs."""
+    cpus_per_replica: int = 1
+    """CPU cores that a replica reserves and computes with."""
+    gpus_per_replica: float | None = None
+    """GPUs that a replica reserves. Default: 1 if the cluster has any and --device allows it."""
+
+    @property
+    def replica_bounds(self) -> tuple[int, int]:
+        """Fewest and most replicas.
+
+        Raises:
+            UsageError: --replicas is neither N nor MIN:MAX.
+        """
+        found = re.fullmatch(r"([0-9]{1,4})(?::([0-9]{1,4}))?", self.replicas)
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= low <= high:
+            raise UsageError(
+                f"--replicas must be N or MIN:MAX, with 1 <= MIN <= MAX, found {self.replicas!r}"
+            )
+        return low, high
+
+    def check_replicas(self) -> None:
+        """Raise UsageError for values that can never work."""
+        at_least(self, 1, "cpus_per_replica")
+        if self.gpus_per_replica is not None:
+            at_least(self, 0, "gpus_per_replica")
+        if self.replica_bounds != (1, 1) and self.ray_address is None:
+            raise UsageError(
+                "--replicas needs --ray_address, such as --ray_address local; without Ray run several "
+                "services behind a load balancer"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +159,7 @@ class ServeArguments(
     ServedAdapterOptions,
     AccessOptions,
     LimitOptions,
+    ReplicaOptions,
     OwnClassesOptions,
     AdapterArguments,
     ModelArguments,
@@ -139,9 +185,10 @@ class ServeArguments(
         check_device(self)
         self.check_draft()
         self.check_adapters()
+        self.check_replicas()
         between(self, 0, 65535, "port")
         at_least(self, 1, "max_batch_size", "max_body_bytes")
-        at_least(self, 0, "max_queue_size", "shutdown_seconds")
+        at_least(self, 0, "max_queue_size", "shutdown_seconds", "shutdown_delay_seconds")
         at_least(self, 0.01, "request_timeout_seconds", "header_timeout_seconds")
         at_least(self, 0.01, "body_timeout_seconds")
         if self.max_length is not None:
@@ -157,11 +204,16 @@ class ServeArguments(
             name, _, path = word.partition("=")
             if not name or not path:
                 raise UsageError(f"--more_models must be NAME=PATH, found {word!r}")
+        if self.ray_address is not None and self.adapters_root is not None:
+            raise UsageError(
+                "--adapters_root cannot be used with --ray_address: a request that loads an adapter would "
+                "reach one replica only; name the adapters with --adapters"
+            )
         if self.workers != 1:
             raise UsageError(
                 f"--workers {self.workers}: one process owns the device and generates for all requests "
-                "together, so a second one would only compete with it; run one service per device, each with "
-                "its own --port, behind a load balancer"
+                "together, so a second one would only compete with it; use --replicas with --ray_address, or "
+                "run one service per device, each with its own --port, behind a load balancer"
             )
 
 

@@ -36,12 +36,12 @@ from full_stack_transformer.errors import (
 from full_stack_transformer.serving.http.bodies import InvalidBodyError, UnknownFields
 from full_stack_transformer.serving.http.guard import (
     AllowedHosts,
-    ApiKeys,
     Guard,
     HttpMetrics,
     RequestFacts,
     error_response,
 )
+from full_stack_transformer.serving.http.keys import ApiKeys
 from full_stack_transformer.serving.routes.adapters import add_adapter_routes
 from full_stack_transformer.serving.routes.answering import ClientGoneError
 from full_stack_transformer.serving.routes.chats import add_chat_route
@@ -126,6 +126,8 @@ class AppOptions:
     watches: bool = False
     adapters_root: Path | None = None
     max_adapters: int = 0
+    is_leaving: Callable[[], bool] = lambda: False
+    """Whether balancers should send no more requests, though they are still taken."""
 
 
 def make_app(
@@ -172,7 +174,7 @@ def make_app(
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_surprise)
-    _add_operating_routes(app, models, registry)
+    _add_operating_routes(app, models, registry, options.is_leaving)
     task_router = make_task_router(models)
     routers = [make_native_router(models), task_router, _make_openai_router(models, adapters)]
     for router in (*routers, _make_playground_router()):
@@ -194,6 +196,7 @@ def make_app(
         at_end=at_end,
         early_answer=_make_early_answer(models, worker, task_worker, task_paths),
         known_path=_make_known_path([app.router, *routers]),
+        is_leaving=options.is_leaving,
     )
 
 
@@ -282,7 +285,12 @@ def _card(model: AnyServed) -> ModelCard:
     return ModelCard(id=model.name, created=model.loaded_at, parent=model.parent)
 
 
-def _add_operating_routes(app: FastAPI, models: ServedModels, registry: CollectorRegistry) -> None:
+def _add_operating_routes(
+    app: FastAPI,
+    models: ServedModels,
+    registry: CollectorRegistry,
+    is_leaving: Callable[[], bool],
+) -> None:
     worker: EngineWorker = app.state.worker
     task_worker: TaskWorker = app.state.task_worker
 
@@ -295,9 +303,10 @@ def _add_operating_routes(app: FastAPI, models: ServedModels, registry: Collecto
     @app.get("/ready", tags=["operations"])
     async def ready(response: Response) -> Readiness:
         """Whether new requests are taken, and how many there are; 503 while the service stops."""
-        response.status_code = 503 if worker.is_stopping else 200
+        is_stopping = worker.is_stopping or is_leaving()
+        response.status_code = 503 if is_stopping else 200
         return Readiness(
-            status="stopping" if worker.is_stopping else "ready",
+            status="stopping" if is_stopping else "ready",
             num_running=worker.num_running + task_worker.num_running,
             num_waiting=worker.num_waiting + task_worker.num_waiting,
         )

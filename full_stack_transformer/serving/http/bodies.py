@@ -77,7 +77,7 @@ async def parse_body(request: Request, schema: type[_Body]) -> _Body:
         BodyEncodingError: it is compressed.
         InvalidBodyError: it is not JSON, or does not fit the schema.
     """
-    raw = await _read(request, request.app.state.max_body_bytes)
+    raw = await read_body(request, request.app.state.max_body_bytes)
     unknown: UnknownFields = request.app.state.unknown_fields
     try:
         body = schema.model_validate_json(raw, extra="forbid" if unknown.refuses else "allow")
@@ -117,7 +117,14 @@ def _ignored(part: BaseModel, place: str = "") -> Iterator[str]:
                 yield from _ignored(one, f"{place}{name}[{index}].")
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The bytes of a body.
+
+    Raises:
+        BodyTooLargeError: it has more.
+        BodyEncodingError: it is compressed.
+        RequestError: it did not arrive.
+    """
     message = f"the body must not be larger than {max_bytes:,} bytes"
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdecimal() and int(announced[:15]) > max_bytes:

@@ -7,18 +7,14 @@ Denies by default: what is open without a key is a list of exact paths. Logs siz
 texts. Pure ASGI, so that streams pass through it piece by piece.
 """
 
-import hashlib
-import hmac
 import ipaddress
 import logging
-import os
 import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -27,16 +23,11 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from full_stack_transformer.errors import AccessError, UsageError
+from full_stack_transformer.errors import AccessError
+from full_stack_transformer.serving.http.keys import ApiKeys
 from full_stack_transformer.serving.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
-
-KEYS_VARIABLE, ADMIN_KEYS_VARIABLE = "FST_API_KEYS", "FST_ADMIN_KEYS"
-_MIN_KEY_CHARACTERS, _MAX_KEY_CHARACTERS = 16, 512
-_MAX_FILE_BYTES = 1 << 20
-# A line of the file may hold the digest instead of the key: sha256:… of `printf %s KEY | sha256sum`.
-_DIGEST_LINE = re.compile(r"sha256:([0-9a-f]{64})")
 
 OPEN_PATHS = frozenset(("/health",))
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -63,91 +54,6 @@ _PAGE_POLICY = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     b"img-src 'self' data:; frame-ancestors 'none'",
 )
-
-
-class ApiKeys:
-    """The keys that open the service, kept as digests and compared in constant time.
-
-    Args:
-        digests: SHA-256 of each key; none leaves the service open.
-    """
-
-    def __init__(self, digests: frozenset[bytes]) -> None:
-        self._digests = sorted(digests)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether everybody may ask."""
-        return not self._digests
-
-    @property
-    def num_keys(self) -> int:
-        """Number of different keys."""
-        return len(self._digests)
-
-    def find(self, authorization: bytes) -> str | None:
-        """A short name of the key in an Authorization header; none when it opens nothing.
-
-        Every digest is compared, in constant time, so that no timing tells how near a guess was.
-        """
-        scheme, _, key = authorization.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        found = None
-        for known in self._digests:
-            if hmac.compare_digest(digest, known):
-                found = known.hex()[:8]
-        return found if scheme.lower() == b"bearer" else None
-
-
-def read_api_keys(
-    file: Path | None,
-    environment: Mapping[str, str] = os.environ,
-    *,
-    variable: str = KEYS_VARIABLE,
-    option: str = "--api_keys_file",
-) -> ApiKeys:
-    """The keys of a file (one a line, # begins a comment) and of the environment (separated by commas).
-
-    Args:
-        file: names the keys; none for those of the environment alone.
-        environment: of the process.
-        variable: of it, that names keys.
-        option: that names the file, for errors.
-
-    Raises:
-        UsageError: the file cannot be read or holds no key, or a key is too short to be one.
-    """
-    digests = {
-        _digest(word.strip(), variable)
-        for word in environment.get(variable, "").split(",")
-        if word.strip()
-    }
-    if file is not None:
-        try:
-            with file.open(encoding="utf-8") as opened:
-                lines = opened.read(_MAX_FILE_BYTES).splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
-            raise UsageError(f"{option} {file} cannot be read: {reason}") from None
-        keys = [key for line in lines if (key := line.partition("#")[0].strip())]
-        if not keys:
-            # An empty file must not open the service to everybody.
-            raise UsageError(f"{option} {file} holds no key; put one on each line")
-        digests |= {_digest(key, f"{option} {file}") for key in keys}
-    return ApiKeys(frozenset(digests))
-
-
-def _digest(key: str, source: str) -> bytes:
-    if given := _DIGEST_LINE.fullmatch(key):
-        return bytes.fromhex(given.group(1))
-    is_plain = key.isascii() and key.isprintable() and " " not in key
-    if not is_plain or not _MIN_KEY_CHARACTERS <= len(key) <= _MAX_KEY_CHARACTERS:
-        # Without the key itself: it may be a real one with a slip.
-        raise UsageError(
-            f"{source}: a key must have {_MIN_KEY_CHARACTERS} to {_MAX_KEY_CHARACTERS} plain characters "
-            "without spaces; make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        )
-    return hashlib.sha256(key.encode()).digest()
 
 
 class AllowedHosts:
@@ -224,17 +130,22 @@ class RequestFacts:
 class HttpMetrics:
     """Prometheus metrics of requests and answers."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, prefix: str = "fst") -> None:
         self.answers = Counter(
-            "fst_http_requests",
+            f"{prefix}_http_requests",
             "Answers by route and status.",
             ["route", "status"],
             registry=registry,
         )
         self.errors = Counter(
-            "fst_errors", "Answers that were errors, by their kind.", ["kind"], registry=registry
+            f"{prefix}_errors",
+            "Answers that were errors, by their kind.",
+            ["kind"],
+            registry=registry,
         )
-        self.under_way = Gauge("fst_http_tasks", "HTTP requests under way.", registry=registry)
+        self.under_way = Gauge(
+            f"{prefix}_http_tasks", "HTTP requests under way.", registry=registry
+        )
 
 
 class Guard:
@@ -252,6 +163,7 @@ class Guard:
         early_answer: an answer to a POST to a path while nothing can be taken there; what it costs decides
             how many requests too many the service stands.
         known_path: the spelling of a path that a route has, with or without a slash at its end.
+        is_leaving: whether each connection ends with the answer, so that its client finds another service.
     """
 
     def __init__(
@@ -267,6 +179,7 @@ class Guard:
         at_end: Callable[[list[Any]], dict[str, Any]],
         early_answer: Callable[[str, RequestFacts], Response | None],
         known_path: Callable[[str], str],
+        is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._keys = keys
@@ -278,6 +191,7 @@ class Guard:
         self._at_end = at_end
         self._early_answer = early_answer
         self._known_path = known_path
+        self._is_leaving = is_leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -309,6 +223,8 @@ class Guard:
                     (b"x-request-id", facts.request_id.encode()),
                     *cross_origin,
                 ]
+                if self._is_leaving():
+                    message["headers"].append((b"connection", b"close"))
                 if facts.ignored_fields:
                     ignored = facts.ignored_fields.encode()
                     message["headers"].append((b"x-ignored-fields", ignored))

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from full_stack_transformer.errors import UsageError
-from full_stack_transformer.serving.http.guard import read_api_keys
+from full_stack_transformer.serving.http.keys import read_api_keys
 from tests.conftest import RunFst
 from tests.serving.conftest import KeyedService
 
