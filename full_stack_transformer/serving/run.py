@@ -3,7 +3,6 @@
 import logging
 import signal
 import socket
-import sys
 import threading
 from typing import Any
 
@@ -19,9 +18,6 @@ from full_stack_transformer.serving.workers.served import ServedModel, ServedTas
 from full_stack_transformer.serving.workers.task_worker import MAX_BATCH_ROWS
 
 logger = logging.getLogger(__name__)
-
-# The engine's thread holds the interpreter for milliseconds; others must not wait for Python's usual five.
-SECONDS_OF_INTERPRETER = 0.001
 
 
 def main(arguments: ServeArguments) -> int:
@@ -46,7 +42,6 @@ def main(arguments: ServeArguments) -> int:
     listener = listen(arguments.host, arguments.port)
     leaving = threading.Event()
     service = open_service(arguments, sources, keys, is_leaving=leaving.is_set)
-    sys.setswitchinterval(SECONDS_OF_INTERPRETER)
     server = Server(service.app, arguments, leaving=leaving, drain=service.drain)
     _announce(listener, service.models, keys.clients, arguments)
     # uvicorn shuts down on both signals and then raises them again, for the handlers before its own.

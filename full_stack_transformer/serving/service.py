@@ -3,6 +3,7 @@
 One process has one of it: `fst serve`, and each replica of a cluster. Knows no socket and no signal.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from full_stack_transformer.serving.workers.models import ServedModels
 from full_stack_transformer.serving.workers.opening import OpeningOptions, open_served
 from full_stack_transformer.serving.workers.prometheus import WorkerMetrics
 from full_stack_transformer.serving.workers.task_worker import TaskWorker
+
+# The engine's thread holds the interpreter for milliseconds; others must not wait for Python's usual five.
+_SECONDS_OF_INTERPRETER = 0.001
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def open_service(
     Raises:
         ModelError: a model cannot be served.
     """
+    sys.setswitchinterval(_SECONDS_OF_INTERPRETER)
     models = _open_models(arguments, sources)
     open_adapters(arguments.adapters, models, most=arguments.max_adapters)
     registry = CollectorRegistry()

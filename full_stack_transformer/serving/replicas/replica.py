@@ -5,7 +5,6 @@ ForwardedRequest ──> scope, receive ──> application ──send──> ba
 
 import asyncio
 import logging
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,7 +14,6 @@ from starlette.types import ASGIApp, Message
 from full_stack_transformer.arguments.serving import ServeArguments
 from full_stack_transformer.serving.replicas.nodes import ReplicaState, read_same_keys, whereabouts
 from full_stack_transformer.serving.replicas.requests import ForwardedRequest
-from full_stack_transformer.serving.run import SECONDS_OF_INTERPRETER
 from full_stack_transformer.serving.service import find_sources, open_service
 
 logger = logging.getLogger(__name__)
@@ -35,7 +33,6 @@ class Replica:
     def __init__(self, arguments: ServeArguments, num_keys: tuple[int, int]) -> None:
         keys = read_same_keys(arguments, num_keys)
         self._service = open_service(arguments, find_sources(arguments), keys)
-        sys.setswitchinterval(SECONDS_OF_INTERPRETER)
         self._lifespan: asyncio.Task[None] | None = None
 
     async def __call__(self, request: ForwardedRequest) -> AsyncIterator[list[Message]]:
