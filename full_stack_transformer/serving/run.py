@@ -9,6 +9,7 @@ from typing import Any
 from full_stack_transformer import __version__
 from full_stack_transformer.arguments.serving import ServeArguments
 from full_stack_transformer.machine import listen
+from full_stack_transformer.ray_cluster import imported_ray
 from full_stack_transformer.serving.http.keys import ApiKeys, Keys
 from full_stack_transformer.serving.http.server import Server
 from full_stack_transformer.serving.logs import log_json_lines
@@ -36,6 +37,7 @@ def main(arguments: ServeArguments) -> int:
     keys = Keys.read(arguments)
     if arguments.ray_address is not None:
         # Here, because Ray takes 0.7 s to import and belongs to an extra.
+        imported_ray()
         from full_stack_transformer.serving.replicas.run import serve_replicas
 
         return serve_replicas(arguments, keys)
