@@ -277,7 +277,8 @@ class TelegramBotArguments(
     token_file: Path | None = None
     """File with the bot's token; without it the environment variable TELEGRAM_BOT_TOKEN is read."""
     database: Path = Path("data/telegram_bot.sqlite3")
-    """SQLite file for pending replies, settings and conversations; each bot needs its own."""
+    """SQLite file for pending replies, settings and conversations; a second process of the bot
+    with the same file stands by."""
     mode: Literal["auto", "continue", "chat"] = "auto"
     """Default mode of a chat: continue a message, or answer it. auto: chat if the service reports a chat
     template, else continue."""

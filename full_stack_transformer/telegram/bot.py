@@ -10,28 +10,12 @@ import contextlib
 import logging
 import signal
 import sqlite3
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from urllib.parse import urlsplit
 
 from aiogram import Bot
 from aiogram.client.telegram import TelegramAPIServer
-from aiogram.exceptions import (
-    TelegramAPIError,
-    TelegramNetworkError,
-    TelegramNotFound,
-    TelegramServerError,
-    TelegramUnauthorizedError,
-)
-from aiogram.types import (
-    BotCommand,
-    BotCommandScopeAllGroupChats,
-    BotCommandScopeAllPrivateChats,
-    BotCommandScopeChat,
-    BotCommandScopeDefault,
-    BotCommandScopeUnion,
-    User,
-)
+from aiogram.exceptions import TelegramAPIError
+from aiogram.types import User
 
 from full_stack_transformer import interruption
 from full_stack_transformer.arguments.serving import TelegramBotArguments
@@ -42,25 +26,25 @@ from full_stack_transformer.telegram.conversation.commands import Commands, OwnM
 from full_stack_transformer.telegram.conversation.lanes import Handler, Lanes
 from full_stack_transformer.telegram.conversation.requests import Policy, Requests
 from full_stack_transformer.telegram.conversation.writing import Writer
+from full_stack_transformer.telegram.introduction import introduce, known_user, present
 from full_stack_transformer.telegram.monitoring import Metrics, serve_monitoring
 from full_stack_transformer.telegram.sending.delivery import Courier, RateLimiter, SafeSession
 from full_stack_transformer.telegram.sending.display import Display
 from full_stack_transformer.telegram.state.database import DatabaseLostError
+from full_stack_transformer.telegram.state.leading import open_when_free
 from full_stack_transformer.telegram.state.settings import Settings
 from full_stack_transformer.telegram.state.store import LANES, Lane, Store
-from full_stack_transformer.telegram.texts import LANGUAGES
 from full_stack_transformer.telegram.updates.intake import Intake
 from full_stack_transformer.telegram.updates.receiving import (
     ALLOWED_UPDATES,
     UNAUTHORIZED,
+    Webhook,
     poll,
-    serve_webhook,
 )
 
 logger = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_SECONDS = 20.0
-_INTRODUCTION_PAUSES_SECONDS = (0.3, 0.6, 1.2)
 _SERVICE_CHECK_SECONDS = 10.0
 _SERVICE_CHECK_INTERVAL_SECONDS = 30.0
 _DATABASE_CHECK_INTERVAL_SECONDS = 1.0
@@ -68,8 +52,6 @@ _DATABASE_CHECK_INTERVAL_SECONDS = 1.0
 # continues what was cut short.
 _MAX_FINISH_SECONDS = 60.0
 _MAX_BACKGROUND_SECONDS = 2.0
-# Commands that make no sense in a group's menu; they work there all the same.
-_PRIVATE_COMMANDS = ("start", "export")
 
 
 async def run(
@@ -82,6 +64,8 @@ async def run(
     service_api_key: str | None,
 ) -> int:
     """Answer until SIGTERM or SIGINT, then finish the texts that are being written; returns the signal.
+
+    Where another process of the bot uses the database, stand by first, until it ends.
 
     Args:
         arguments: the options, checked.
@@ -98,17 +82,29 @@ async def run(
     signals = _Signals()
     try:
         async with AsyncExitStack() as stack:
-            store = Store(arguments.database, int(token.partition(":")[0]))
-            stack.callback(store.close)
+            metrics = Metrics()
+            webhook = await _listen(arguments, metrics, webhook_secret, stack)
             api = TelegramAPIServer.from_base(arguments.telegram_api_base)
             session = SafeSession(api=api, timeout=_CALL_TIMEOUT_SECONDS)
             bot = await stack.enter_async_context(Bot(token, session=session))
+
+            async def begin_standing_by() -> None:
+                await known_user(bot, arguments)  # a wrong token is told now, not at the take-over
+                metrics.state = "standing by"
+
+            bot_id = int(token.partition(":")[0])
+            store = await open_when_free(arguments.database, bot_id, begin_standing_by)
+            metrics.state = "starting"
+            stack.callback(store.close)
+            stack.callback(metrics.end)
             service_url = await stack.enter_async_context(service)
             client = ServiceClient(service_url, api_key=service_api_key)
             await stack.enter_async_context(client)
-            me = await _introduce(bot, arguments)
-            process = _Process(arguments, default_settings, store, bot, me, client, service_url)
-            await process.run(signals, webhook_secret, stack)
+            me = await introduce(bot, arguments)
+            process = _Process(
+                *(arguments, default_settings, store, bot, me, client, service_url, metrics)
+            )
+            await process.run(signals, webhook, webhook_secret, stack)
     except asyncio.CancelledError:
         if not signals.number:
             raise
@@ -150,13 +146,14 @@ class _Process:
         me: User,
         client: ServiceClient,
         service_url: str,
+        metrics: Metrics,
     ) -> None:
         self._arguments = arguments
         self._store = store
         self._bot = bot
         self._me = me
         self._service_url = service_url
-        self._metrics = metrics = Metrics()
+        self._metrics = metrics
         ending = asyncio.Event()
         self._courier = courier = Courier(bot, store, RateLimiter(), ending)
         display = Display(store, courier)
@@ -184,14 +181,16 @@ class _Process:
             *(metrics, me, courier.attempt_soon),
         )
 
-    async def run(self, signals: _Signals, webhook_secret: str, stack: AsyncExitStack) -> None:
+    async def run(
+        self, signals: _Signals, webhook: Webhook | None, secret: str, stack: AsyncExitStack
+    ) -> None:
         """Take updates until the end.
 
         Raises:
             InputError, MachineError: as `run` below the imports.
         """
         try:
-            await self._run(signals, webhook_secret, stack)
+            await self._run(signals, webhook, secret, stack)
             self._store.check()
         except DatabaseLostError:
             raise MachineError(self._store.rescue()) from None
@@ -201,11 +200,12 @@ class _Process:
                 "move it away, and start again: Telegram still has the updates since then"
             ) from None
 
-    async def _run(self, signals: _Signals, webhook_secret: str, stack: AsyncExitStack) -> None:
+    async def _run(
+        self, signals: _Signals, webhook: Webhook | None, secret: str, stack: AsyncExitStack
+    ) -> None:
         await self._greet_service()
-        if self._arguments.monitoring_port is not None:
-            await self._serve_monitoring(self._arguments.monitoring_port, stack)
-        receiving = await self._receive(webhook_secret, stack)
+        receiving = await self._receive(webhook, secret, stack)
+        self._metrics.begin(lambda: {lane: self._store.num_jobs(lane=lane) for lane in LANES})
         num_pending = self._store.num_jobs() + self._store.num_jobs(lane="words")
         if num_pending:
             logger.info("continuing %d jobs of an earlier process", num_pending)
@@ -213,7 +213,7 @@ class _Process:
         watching = asyncio.create_task(self._watch_database())
         background = {
             asyncio.create_task(self._watch_service()),
-            asyncio.create_task(_present(self._bot, self._arguments.admin_ids)),
+            asyncio.create_task(present(self._bot, self._arguments.admin_ids)),
         }
         logger.info("answering as @%s", self._me.username)
         try:
@@ -226,39 +226,21 @@ class _Process:
             # Gathered, so that no second error is logged as one that nobody has seen.
             await asyncio.gather(*background, return_exceptions=True)
 
-    async def _serve_monitoring(self, port: int, stack: AsyncExitStack) -> None:
-        runner = await serve_monitoring(
-            self._metrics,
-            lambda: {lane: self._store.num_jobs(lane=lane) for lane in LANES},
-            port,
-            always_healthy=self._arguments.webhook_url is not None,
-        )
-        stack.push_async_callback(runner.cleanup)
-        logger.info("monitoring at http://127.0.0.1:%d", runner.addresses[0][1])
-
-    async def _receive(self, webhook_secret: str, stack: AsyncExitStack) -> asyncio.Task[None]:
+    async def _receive(
+        self, webhook: Webhook | None, secret: str, stack: AsyncExitStack
+    ) -> asyncio.Task[None]:
         """Start to take updates; the task ends with an error only."""
-        take, options = self._intake.take, self._arguments
-        if options.webhook_url is None:
-            return asyncio.create_task(poll(self._bot, take, self._store.report, self._metrics))
-        host, port = options.webhook_host, options.webhook_port
-        runner = await serve_webhook(
-            *(
-                take,
-                self._store.report,
-                self._metrics,
-                webhook_secret,
-                options.webhook_url,
-                host,
-                port,
-            )
-        )
-        stack.push_async_callback(runner.cleanup)
-        logger.info("webhook at http://%s:%d", host, runner.addresses[0][1])
+        take, report = self._intake.take, self._store.report
+        if webhook is None:
+            return asyncio.create_task(poll(self._bot, take, report, self._metrics))
+        webhook.begin(take, report)
+        stack.callback(webhook.end)
+        url = self._arguments.webhook_url
+        assert url is not None
         try:
             await self._bot.set_webhook(
-                options.webhook_url,
-                secret_token=webhook_secret,
+                url,
+                secret_token=secret,
                 allowed_updates=list(ALLOWED_UPDATES),
             )
         except TelegramAPIError as error:
@@ -328,70 +310,23 @@ async def _wait_for_ever() -> None:
     await asyncio.Event().wait()
 
 
-async def _introduce(bot: Bot, arguments: TelegramBotArguments) -> User:
-    """The bot's own user, as Telegram knows it."""
-    host = urlsplit(arguments.telegram_api_base).netloc.rpartition("@")[2]
-    for pause_seconds in (*_INTRODUCTION_PAUSES_SECONDS, None):
-        try:
-            me = await bot.me()
-            if arguments.webhook_url is None:
-                # With a webhook that an earlier program set, every poll would fail with 409.
-                await bot.delete_webhook()
-            return me
-        except (TelegramUnauthorizedError, TelegramNotFound):
-            raise InputError(
-                f"{host} does not know the bot's token; copy it again from @BotFather, "
-                "and check --telegram_api_base"
-            ) from None
-        except (TelegramNetworkError, TelegramServerError) as error:
-            if pause_seconds is None:
-                raise MachineError(
-                    f"Telegram cannot be reached at {host} ({error.message}); "
-                    "check the network and --telegram_api_base"
-                ) from None
-            await asyncio.sleep(pause_seconds)
-        except TelegramAPIError as error:
-            raise MachineError(
-                f"{host} does not answer as Telegram does ({error.message}); "
-                "try again later, and check --telegram_api_base"
-            ) from None
-    raise AssertionError("the last attempt returns or raises")
-
-
-async def _present(bot: Bot, admin_ids: Iterable[int]) -> None:
-    """Set what Telegram shows of the bot: its description and its menus of commands."""
-    for language, words in LANGUAGES.items():
-        code = None if language == "en" else language
-        try:
-            await bot.set_my_description(words.description, language_code=code)
-            await bot.set_my_short_description(words.short_description, language_code=code)
-        except TelegramAPIError as error:
-            logger.warning("the bot's description was not set: %s", type(error).__name__)
-    await _set_menus(bot, admin_ids)
-
-
-async def _set_menus(bot: Bot, admin_ids: Iterable[int]) -> None:
-    """Set the menu of commands in every scope and language; commands work without it, too."""
-    for language, words in LANGUAGES.items():
-        # Users of all other languages see English.
-        code = None if language == "en" else language
-        private = _menu(words.commands)
-        group = [command for command in private if command.command not in _PRIVATE_COMMANDS]
-        scopes: list[tuple[BotCommandScopeUnion, list[BotCommand]]] = [
-            (BotCommandScopeDefault(), private),
-            (BotCommandScopeAllPrivateChats(), private),
-            (BotCommandScopeAllGroupChats(), group),
-        ]
-        scopes += [
-            (BotCommandScopeChat(chat_id=admin_id), private + _menu(words.admin_commands))
-            for admin_id in sorted(admin_ids)
-        ]
-        for scope, commands in scopes:
-            try:
-                await bot.set_my_commands(commands, scope=scope, language_code=code)
-            except TelegramAPIError as error:  # such as an admin who never wrote to the bot
-                logger.warning("a menu of commands was not set: %s", type(error).__name__)
-
-
-def _menu(commands: Mapping[str, str]) -> list[BotCommand]:
-    return [BotCommand(command=name, description=text) for name, text in commands.items()]
+async def _listen(
+    arguments: TelegramBotArguments, metrics: Metrics, secret: str, stack: AsyncExitStack
+) -> Webhook | None:
+    """Open the ports, also of a process that stands by; the webhook, if there is one."""
+    if arguments.monitoring_port is not None:
+        runner = await serve_monitoring(
+            metrics,
+            arguments.monitoring_port,
+            always_healthy=arguments.webhook_url is not None,
+        )
+        stack.push_async_callback(runner.cleanup)
+        logger.info("monitoring at http://127.0.0.1:%d", runner.addresses[0][1])
+    if arguments.webhook_url is None:
+        return None
+    webhook = Webhook(metrics, secret)
+    host = arguments.webhook_host
+    runner = await webhook.listen(arguments.webhook_url, host, arguments.webhook_port)
+    stack.push_async_callback(runner.cleanup)
+    logger.info("webhook at http://%s:%d", host, runner.addresses[0][1])
+    return webhook

@@ -5,6 +5,7 @@ The metrics name no chats and no users.
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -47,7 +48,33 @@ class Metrics:
             "telegram_bot_failures", "Errors of the bot itself", registry=self.registry
         )
         self.jobs = Gauge("telegram_bot_jobs", "Pending jobs", ["lane"], registry=self.registry)
+        self.is_answering = Gauge(
+            "telegram_bot_is_answering",
+            "1 for the process that answers, 0 for one that starts or stands by",
+            registry=self.registry,
+        )
+        self.state: Literal["starting", "standing by", "ok", "ending"] = "starting"
+        self._count_jobs: Callable[[], dict[str, int]] = dict
         self._last_contact = time.monotonic()
+
+    def begin(self, count_jobs: Callable[[], dict[str, int]]) -> None:
+        """From now on this process answers; `count_jobs` gives the number of pending jobs by lane."""
+        self._count_jobs = count_jobs
+        self.state = "ok"
+        self.is_answering.set(1)
+        self.contact()
+
+    def end(self) -> None:
+        """The database is closed after this."""
+        self._count_jobs = dict
+        self.state = "ending"
+        self.is_answering.set(0)
+
+    def read(self) -> bytes:
+        """Everything, as Prometheus reads it."""
+        for lane, count in self._count_jobs().items():
+            self.jobs.labels(lane).set(count)
+        return generate_latest(self.registry)
 
     def contact(self) -> None:
         """Telegram answered, or sent an update."""
@@ -55,18 +82,26 @@ class Metrics:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether there was contact with Telegram lately."""
-        return time.monotonic() - self._last_contact < _MAX_SILENCE_SECONDS
+        """Whether there was contact with Telegram lately; one that stands by has none."""
+        return self.state != "ok" or time.monotonic() - self._last_contact < _MAX_SILENCE_SECONDS
 
 
-async def serve_monitoring(
-    metrics: Metrics, count_jobs: Callable[[], dict[str, int]], port: int, *, always_healthy: bool
-) -> web.AppRunner:
-    """Listen on 127.0.0.1 for `/health` and `/metrics`.
+def ready_route(metrics: Metrics) -> web.RouteDef:
+    """`/ready`: 200 from the process that answers and 503 from one that stands by, as balancers expect."""
+
+    async def ready(request: web.Request) -> web.Response:
+        return web.json_response(
+            {"status": metrics.state}, status=200 if metrics.state == "ok" else 503
+        )
+
+    return web.get("/ready", ready)
+
+
+async def serve_monitoring(metrics: Metrics, port: int, *, always_healthy: bool) -> web.AppRunner:
+    """Listen on 127.0.0.1 for `/health`, `/ready` and `/metrics`.
 
     Args:
         metrics: what `/metrics` shows.
-        count_jobs: number of pending jobs by lane.
         port: 0 for any free one.
         always_healthy: for webhooks, where silence only means that nobody writes.
 
@@ -76,19 +111,19 @@ async def serve_monitoring(
 
     async def health(request: web.Request) -> web.Response:
         healthy = always_healthy or metrics.is_healthy
-        status = {"status": "ok" if healthy else "telegram is silent"}
+        status = {"status": metrics.state if healthy else "telegram is silent"}
         return web.json_response(status, status=200 if healthy else 503)
 
     async def read_metrics(request: web.Request) -> web.Response:
-        for lane, count in count_jobs().items():
-            metrics.jobs.labels(lane).set(count)
         return web.Response(
-            body=generate_latest(metrics.registry),
+            body=metrics.read(),
             headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 
     app = web.Application()
-    app.add_routes([web.get("/health", health), web.get("/metrics", read_metrics)])
+    app.add_routes(
+        [web.get("/health", health), ready_route(metrics), web.get("/metrics", read_metrics)]
+    )
     return await listen(app, "127.0.0.1", port, "--monitoring_port")
 
 

@@ -29,8 +29,12 @@ from tests.telegram.stand_in_service import serving
 from tests.tiny_model import make_tiny_model
 
 
-def run_schedules(num_schedules: int, first_seed: int) -> Counter[str]:
+def run_schedules(
+    num_schedules: int, first_seed: int, *, with_stand_by: bool = False
+) -> Counter[str]:
     """Run schedules one after the other; counts of what happened.
+
+    With a second bot that stands by, it takes over instead of a new start.
 
     Raises:
         BrokenGuaranteeError: the first broken guarantee, with its schedule's seed and log.
@@ -46,7 +50,9 @@ def run_schedules(num_schedules: int, first_seed: int) -> Counter[str]:
         url, _ = stack.enter_context(running_service(make_tiny_model(directory)))
         for seed in range(first_seed, first_seed + num_schedules):
             service: Service = RealService(url) if seed % 2 else slow
-            counts += Schedule(seed, telegram, forks, service, directory).run()
+            counts += Schedule(
+                *(seed, telegram, forks, service, directory), with_stand_by=with_stand_by
+            ).run()
             print(f"schedule {seed}: all guarantees kept", file=sys.stderr)
         counts["429 of a chat's limit"] = telegram.state()["num_limited"]
     return counts
@@ -57,10 +63,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Random schedules for the bot")
     parser.add_argument("--schedules", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
+    parser.add_argument("--stand_by", action="store_true", help="a second bot takes over")
     options = parser.parse_args()
     started = time.monotonic()
     try:
-        counts = run_schedules(options.schedules, options.seed)
+        counts = run_schedules(options.schedules, options.seed, with_stand_by=options.stand_by)
     except BrokenGuaranteeError as error:
         print(error)
         return 1

@@ -112,6 +112,8 @@ class Schedule:
         forks: BotForks,
         service: "Service",
         directory: Path,
+        *,
+        with_stand_by: bool = False,
     ) -> None:
         self.seed = seed
         self.random = random.Random(seed)
@@ -121,7 +123,9 @@ class Schedule:
         base = 1_000_000 + seed * 10
         self.chats = [base, base + 1, -(base + 2)]
         command = bot_command(service.url, telegram.url, "--database", str(self.database))
-        self.bot: ForkedBot = forks.bot([*command, "--max_new_tokens", "40"], telegram.token)
+        command += ["--max_new_tokens", "40"]
+        self.bot: ForkedBot = forks.bot(command, telegram.token)
+        self.stand_by = forks.bot(command, telegram.token) if with_stand_by else None
         self.prompts: list[tuple[int, int, str]] = []
         """(chat, message, text) of every prompt."""
         self.num_repeats: Counter[tuple[int, int]] = Counter()
@@ -135,19 +139,23 @@ class Schedule:
         """
         try:
             self._start()
+            self._start_stand_by()
             for _ in range(self.random.randint(6, 12)):
                 self._act()
                 time.sleep(self.random.choice((0.0, 0.02, 0.1, 0.3)))
             self.telegram.clear_faults()
             if not self.bot.is_running:
-                self._start()
+                self._go_on()
             self._wait_until_quiet()
             self._check()
+            if self.stand_by is not None and self.stand_by.stop() != 0:
+                self._fail("SIGTERM did not end the bot that stood by with 0")
             if self.bot.stop() != 0:
                 self._fail("SIGTERM did not end the bot with 0")
             self._check_secrets()
         finally:
-            self.bot.kill()
+            for bot in filter(None, (self.bot, self.stand_by)):
+                bot.kill()
             self.telegram.clear_faults()
         return self.counts
 
@@ -164,6 +172,37 @@ class Schedule:
                 self.bot.wait()
                 self.counts["started again"] += 1
         self._fail("the bot does not start")
+
+    def _start_stand_by(self) -> None:
+        """Start the second bot, again if Telegram is away."""
+        if self.stand_by is None:
+            return
+        for _ in range(20):
+            self.stand_by.begin()
+            try:
+                self.stand_by.wait_for_log("standing by")
+                return
+            except AssertionError:
+                if self.stand_by.is_running:
+                    raise
+                self.stand_by.wait()
+        self._fail("the second bot does not stand by")
+
+    def _go_on(self) -> None:
+        """Start the bot that has ended, or let the other one take over."""
+        if self.stand_by is None:
+            self._start()
+            return
+        self.bot, self.stand_by = self.stand_by, self.bot
+        try:
+            self.bot.wait_for_log("answering as @")
+            self.counts["taken over"] += 1
+        except AssertionError:  # Telegram was away at the take-over
+            if self.bot.is_running:
+                raise
+            self.bot.wait()
+            self._start()
+        self._start_stand_by()
 
     def _act(self) -> None:
         acts = {
@@ -231,17 +270,15 @@ class Schedule:
 
     def _kill(self) -> None:
         self.bot.kill()
-        if self.random.random() < 0.7:
-            self._start()
-        else:  # people write meanwhile
+        if self.random.random() >= 0.7:  # people write meanwhile
             self._write()
-            self._start()
+        self._go_on()
 
     def _terminate(self) -> None:
         self.bot.send_signal(signal.SIGTERM)
         if self.bot.wait() != 0:
             self._fail("SIGTERM did not end the bot with 0")
-        self._start()
+        self._go_on()
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)
@@ -325,12 +362,13 @@ class Schedule:
 
     def _check_secrets(self) -> None:
         token = self.telegram.token.encode()
+        log = self.bot.log + (self.stand_by.log if self.stand_by else "")
         files = [*self.database.parent.glob(self.database.name + "*")]
-        if token in self.bot.log.encode() or any(token in path.read_bytes() for path in files):
+        if token in log.encode() or any(token in path.read_bytes() for path in files):
             self._fail("the token was written down")
         for words in ("Traceback", "failed:", "looks for"):
-            if words in self.bot.log:
-                self._fail(f"the log holds {words!r}:\n{self.bot.log}")
+            if words in log:
+                self._fail(f"the log holds {words!r}:\n{log}")
 
     def _fail(self, words: str) -> None:
         raise BrokenGuaranteeError(f"schedule {self.seed}: {words}\nlog:\n{self.bot.log[-6000:]}")

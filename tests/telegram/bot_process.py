@@ -1,6 +1,9 @@
 """The real bot, `fst telegram_bot`, as its own process whose log can be awaited."""
 
+import contextlib
+import itertools
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,6 +52,14 @@ def run_to_the_end(
         timeout=_TIMEOUT_SECONDS,
         check=False,
     )
+
+
+def unused_port(above: int = 0) -> int:
+    """A port above another one, below the system's range for port 0: no other test gets it meanwhile."""
+    for port in itertools.count(max(above + 1, 20_000 + os.getpid() % 10_000)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
 
 
 class BotProcess(LoggedProcess):

@@ -210,13 +210,15 @@ def test_one_database_is_used_by_one_bot_under_all_its_names(
         names = ("symbolic", "hard", "linked/bot.sqlite3", "linked/linked/symbolic")
         relative = os.path.relpath(database)
         for name in (*(str(folder / name) for name in names), relative):
-            second = forks.bot(
-                bot_command(NOWHERE, telegram.url, "--database", name), telegram.token
-            )
-            second.begin()
-            assert second.wait() == 1
-            (line,) = second.log.splitlines()
-            assert line.startswith(f"fst: --database {name} is used by another bot process")
+            with pytest.raises(MachineError, match="is used by another bot process"):
+                Store(Path(name), 42)
+        # A stand-by would look for the log beside its own name.
+        hard = str(folder / "hard")
+        second = forks.bot(bot_command(NOWHERE, telegram.url, "--database", hard), telegram.token)
+        second.begin()
+        assert second.wait() == 1
+        (line,) = second.log.splitlines()
+        assert line.startswith(f"fst: --database {hard} is used by another bot process and has 2")
         assert own_bot.stop() == 0
     finally:
         own_bot.kill()

@@ -1,13 +1,9 @@
 """How the real bot process starts, stops, is killed, and continues."""
 
-import contextlib
-import itertools
 import json
-import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +16,7 @@ from full_stack_transformer.command_line import run
 from full_stack_transformer.telegram.texts import ENGLISH
 from tests.fake_bot_api.process import FakeBotApi
 from tests.telegram.bot_forks import BotForks, ForkedBot
-from tests.telegram.bot_process import BotProcess, bot_command, run_to_the_end
+from tests.telegram.bot_process import BotProcess, bot_command, run_to_the_end, unused_port
 from tests.telegram.stand_in_service import StandInService, bound_socket, serving, url_of
 from tests.telegram.watching import finals, words_of
 
@@ -186,7 +182,7 @@ def test_users_who_are_not_allowed_or_have_no_tokens_left_are_told_so(
 def test_updates_come_by_webhook_with_the_secret_only(
     telegram: FakeBotApi, forks: BotForks, chat_id: int
 ) -> None:
-    port = _unused_port()
+    port = unused_port()
     address = f"http://127.0.0.1:{port}/updates"
     options = ("--webhook_url", address, "--webhook_port", str(port), "--monitoring_port", "0")
     with (
@@ -216,14 +212,6 @@ def test_updates_come_by_webhook_with_the_secret_only(
         assert bot.stop() == 0
         assert SECRET not in bot.log
     telegram.http.post(f"/bot{telegram.token}/deleteWebhook")
-
-
-def _unused_port() -> int:
-    """A port below the system's range for port 0, so that no other test gets it meanwhile."""
-    for port in itertools.count(20_000 + os.getpid() % 10_000):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError
 
 
 def test_a_model_is_served_by_the_bot_itself_and_its_lines_give_the_same_bytes(
@@ -257,25 +245,6 @@ def test_a_model_is_served_by_the_bot_itself_and_its_lines_give_the_same_bytes(
     assert url is not None
     with pytest.raises(httpx.ConnectError):
         httpx.get(url.group())
-
-
-def test_two_bots_do_not_share_a_database(
-    telegram: FakeBotApi, forks: BotForks, quick_path: Path
-) -> None:
-    database = ("--database", str(quick_path / "bot.sqlite3"))
-    with (
-        stopped_bot(forks, NOWHERE, telegram, *database) as first,
-        stopped_bot(forks, NOWHERE, telegram, *database) as second,
-    ):
-        first.start()
-        second.begin()
-        assert second.wait() == 1
-        assert "is used by another bot process" in second.log
-        assert first.stop() == 0
-    other = forks.bot(bot_command(NOWHERE, telegram.url, *database), "43:another-bot")
-    other.begin()
-    assert other.wait() == 2
-    assert "belongs to bot 42" in other.log
 
 
 def test_the_real_command_answers_and_ends(telegram: FakeBotApi, chat_id: int) -> None:

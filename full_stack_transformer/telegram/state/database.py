@@ -79,17 +79,26 @@ def is_fault(error: BaseException) -> bool:
 class Database:
     """The file of one bot; its methods are quick and are called from the event loop's thread.
 
+    Args:
+        path: of the file.
+        bot_id: of the bot.
+        file: the same file, where this process has locked it already.
+
     Raises:
         MachineError: another process uses the file, or it cannot be written.
         UsageError: the file belongs to another bot or another version.
     """
 
-    def __init__(self, path: Path, bot_id: int) -> None:
+    def __init__(self, path: Path, bot_id: int, file: DatabaseFile | None = None) -> None:
         self._has_deleted = False
         self.is_failing = False
         """Whether the last attempt to write failed, such as on a full disk."""
-        self._file = DatabaseFile(path)
+        self._file = file or DatabaseFile(path)
         try:
+            if file is None and not self._file.lock():
+                raise MachineError(
+                    f"--database {path} is used by another bot process; stop it, or pass another file"
+                )
             self._connection = self._open(path, bot_id)
         except BaseException:
             self._file.close()
@@ -105,12 +114,7 @@ class Database:
             connection.executescript(_SCHEMA)
             for name, value in (("format", _FORMAT_VERSION), ("bot", bot_id)):
                 connection.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, str(value)))
-            facts = dict(connection.execute("SELECT name, value FROM facts").fetchall())
-            if facts["bot"] != str(bot_id) or facts["format"] != str(_FORMAT_VERSION):
-                raise UsageError(
-                    f"--database {path} belongs to bot {facts['bot']} (format {facts['format']}), this "
-                    f"is bot {bot_id} (format {_FORMAT_VERSION}); pass another file"
-                )
+            _check_owner(connection, path, bot_id)
             _prune(connection)
             version = secrets.randbelow(2**31)
             connection.execute(f"PRAGMA user_version={version}")
@@ -234,6 +238,27 @@ class Database:
             with contextlib.suppress(sqlite3.OperationalError):  # then the next call does it
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._has_deleted = False
+
+
+def check_owner(path: Path, bot_id: int) -> None:
+    """Refuse the file of another bot while another process uses it; changes nothing.
+
+    Raises:
+        UsageError: it belongs to another bot or another version.
+        sqlite3.Error: it cannot be read, such as one in which nothing stands yet.
+    """
+    address = f"{path.resolve().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=1.0)) as connection:
+        _check_owner(connection, path, bot_id)
+
+
+def _check_owner(connection: sqlite3.Connection, path: Path, bot_id: int) -> None:
+    facts = dict(connection.execute("SELECT name, value FROM facts").fetchall())
+    if facts.get("bot") != str(bot_id) or facts.get("format") != str(_FORMAT_VERSION):
+        raise UsageError(
+            f"--database {path} belongs to bot {facts.get('bot')} (format {facts.get('format')}), this is "
+            f"bot {bot_id} (format {_FORMAT_VERSION}); pass another file"
+        )
 
 
 def _prune(connection: sqlite3.Connection) -> None:

@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from full_stack_transformer.errors import MachineError
 
@@ -30,11 +31,12 @@ _VERSION_OFFSET, _VERSION_BYTES = 60, 4
 class DatabaseFile:
     """The file at the path of a database: private, locked for one process, and watched.
 
-    The lock belongs to the file, not to its name: it is the same through links and other paths. The
-    descriptor stays open until SQLite has closed its own: closing it would end SQLite's locks.
+    The lock belongs to the file, not to its name: it is the same through links and other paths. The kernel
+    ends it with the process, however that ends. The descriptor stays open until SQLite has closed its own:
+    closing it would end SQLite's locks.
 
     Raises:
-        MachineError: another process uses the file, or it cannot be opened or made private.
+        MachineError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,12 +51,7 @@ class DatabaseFile:
             raise MachineError(
                 f"--database {path} cannot be written: {error.strerror}; pass another file"
             ) from None
-        try:
-            self._lock()
-            self._make_private()
-        except BaseException:
-            self.close()
-            raise
+        self._lock_file: TextIO | None = None
         self._identities: dict[Path, tuple[int, int] | None] = {}
         self._version: bytes | None = None
 
@@ -62,21 +59,42 @@ class DatabaseFile:
         """A file beside the database; SQLite puts its log beside what a symbolic link points to."""
         return self.real_path.with_name(self.real_path.name + ending)
 
-    def _lock(self) -> None:
+    def lock(self) -> bool:
+        """Make the file that of this process and private; false while another process has it.
+
+        Raises:
+            MachineError: the file cannot be locked or made private, or is not at its path any more.
+        """
         try:
             if hasattr(fcntl, "F_OFD_SETLK"):
                 fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _ONE_BYTE_LOCK)
             else:  # not Linux: a lock of the name, links to which are followed
-                self._lock_file = self.sibling(".lock").open("w")
+                self._lock_file = self._lock_file or self.sibling(".lock").open("w")
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise MachineError(
-                f"--database {self.path} is used by another bot process; stop it, or pass another file"
-            ) from None
+            return False
         except OSError as error:
             raise MachineError(
                 f"--database {self.path} cannot be locked: {error.strerror}; put it on a local disk"
             ) from None
+        if _identity(self.path) != self._own_identity:
+            # What the process before wrote is elsewhere now, and its last words say where.
+            raise MachineError(
+                f"--database {self.path} was deleted, moved or replaced while this process stood by; read "
+                "the last line of the process that used it, and start again"
+            )
+        self._make_private()
+        return True
+
+    @property
+    def num_names(self) -> int:
+        """Hard links; SQLite's log belongs to one of them."""
+        return os.fstat(self._descriptor).st_nlink
+
+    @property
+    def _own_identity(self) -> tuple[int, int]:
+        found = os.fstat(self._descriptor)
+        return found.st_dev, found.st_ino
 
     def _make_private(self) -> None:
         """Let nobody else read users' texts, whatever the umask; SQLite's log gets the same mode."""
@@ -101,18 +119,17 @@ class DatabaseFile:
                 "--database %s could be read by other users (mode %04o); now only by its owner (0600)",
                 *(self.path, mode),
             )
-        if found.st_nlink > 1:
+        if self.num_names > 1:
             logger.warning(
                 "--database %s has %d names (hard links); always start the bot with this one, as "
                 "SQLite's log belongs to one name",
-                *(self.path, found.st_nlink),
+                *(self.path, self.num_names),
             )
 
     def watch(self, version: int | None) -> None:
         """Remember what the file and its log are now; `version` is in the header, if known."""
         self._version = None if version is None else version.to_bytes(_VERSION_BYTES, "big")
-        found, log = os.fstat(self._descriptor), self.sibling("-wal")
-        own = (found.st_dev, found.st_ino)
+        own, log = self._own_identity, self.sibling("-wal")
         self._identities = {self.path: own, self.real_path: own, log: _identity(log)}
 
     @property
@@ -159,6 +176,8 @@ class DatabaseFile:
     def close(self) -> None:
         """Release the lock."""
         os.close(self._descriptor)
+        if self._lock_file is not None:
+            self._lock_file.close()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

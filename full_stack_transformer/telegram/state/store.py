@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from full_stack_transformer.telegram.state.database import Database, day_of
+from full_stack_transformer.telegram.state.database_file import DatabaseFile
 from full_stack_transformer.telegram.state.settings import Settings
 
 # Tables whose rows belong to a chat, and are deleted with it.
@@ -76,8 +77,8 @@ class Job:
 class Store(Database):
     """The rows of one bot; methods raise sqlite3.Error where the file cannot be written."""
 
-    def __init__(self, path: Path, bot_id: int) -> None:
-        super().__init__(path, bot_id)
+    def __init__(self, path: Path, bot_id: int, file: DatabaseFile | None = None) -> None:
+        super().__init__(path, bot_id, file)
         self.has_new_jobs = asyncio.Event()
         """Set when a job is added or moved to another chat; cleared by whoever does the jobs."""
 

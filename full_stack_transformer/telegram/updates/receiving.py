@@ -28,7 +28,7 @@ from aiogram.methods import TelegramMethod
 from aiohttp import web
 
 from full_stack_transformer.errors import InputError, MachineError
-from full_stack_transformer.telegram.monitoring import Metrics, listen
+from full_stack_transformer.telegram.monitoring import Metrics, listen, ready_route
 from full_stack_transformer.telegram.state.database import DatabaseLostError
 
 logger = logging.getLogger(__name__)
@@ -131,19 +131,38 @@ def _next_offset(updates: list[Any], offset: int | None) -> int | None:
     return max(valid) + 1 if valid else offset
 
 
-async def serve_webhook(
-    take: Take, report: Report, metrics: Metrics, secret: str, url: str, host: str, port: int
-) -> web.AppRunner:
-    """Listen for updates at the path of `url`.
+class Webhook:
+    """Listens for updates; one that stands by, or only starts, answers 503, and they are sent again."""
 
-    Raises:
-        MachineError: the port is in use.
-    """
+    def __init__(self, metrics: Metrics, secret: str) -> None:
+        self._metrics = metrics
+        self._secret = secret
+        self._take: Take | None = None
+        self._report: Report = _ignore
 
-    async def receive(request: web.Request) -> web.Response:
+    async def listen(self, url: str, host: str, port: int) -> web.AppRunner:
+        """Listen at the path of `url`, and for `/ready`.
+
+        Raises:
+            MachineError: the port is in use.
+        """
+        app = web.Application(client_max_size=_MAX_BODY_BYTES)
+        app.router.add_post(urlsplit(url).path or "/", self._receive)
+        app.add_routes([ready_route(self._metrics)])
+        return await listen(app, host, port, "--webhook_port")
+
+    def begin(self, take: Take, report: Report) -> None:
+        """From now on record updates."""
+        self._take, self._report = take, report
+
+    def end(self) -> None:
+        """Record no more; the database is closed after this."""
+        self._take = None
+
+    async def _receive(self, request: web.Request) -> web.Response:
         given = request.headers.get(_SECRET_HEADER, "")
         # As bytes: compare_digest rejects non-ASCII text.
-        if not secrets.compare_digest(given.encode("utf-8", "replace"), secret.encode()):
+        if not secrets.compare_digest(given.encode("utf-8", "replace"), self._secret.encode()):
             return web.Response(status=401)
         try:
             update = json.loads(await request.read())
@@ -151,16 +170,18 @@ async def serve_webhook(
             return web.Response(status=400)
         if not isinstance(update, dict):
             return web.Response(status=400)
-        metrics.contact()
+        if self._take is None:
+            return web.Response(status=503)
+        self._metrics.contact()
         try:
-            take([update])
+            self._take([update])
         except sqlite3.Error as error:
-            report(error)
+            self._report(error)
             return web.Response(status=500)  # Telegram sends it again
         except DatabaseLostError:
             return web.Response(status=500)  # the process ends; the next one is sent it again
         return web.Response()
 
-    app = web.Application(client_max_size=_MAX_BODY_BYTES)
-    app.router.add_post(urlsplit(url).path or "/", receive)
-    return await listen(app, host, port, "--webhook_port")
+
+def _ignore(error: sqlite3.Error) -> None:
+    pass
