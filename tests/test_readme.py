@@ -193,7 +193,7 @@ def test_every_option_that_a_page_names_exists(name: str) -> None:
     everywhere = {"--config", "--show_all_args", "--help"}
     known = set().union(*OPTIONS.values(), everywhere, (f"--{old}" for old in [*SAME, *INSTEAD]))
     # One negation, and options of scripts in tests/.
-    known |= {"--no_header", "--gpus", "--peer_python", "--schedules"}
+    known |= {"--no_header", "--gpus", "--peer_python", "--schedules", "--stand_by"}
     # Of docker, up to the first hyphen.
     known |= {"--build", "--format", "--userns", "--stop", "--memory"}
     text = re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
