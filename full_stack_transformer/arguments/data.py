@@ -4,13 +4,15 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
+from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between, num_bytes
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
 
 # The part of conversations that is for validation if nothing else is said.
 _VALIDATION_OF_CONVERSATIONS = 0.05
+# A page; less is a typing error.
+_MIN_SHARD_BYTES = 4096
 # What --delimiter may be called.
 _DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "\\t": "\t"}
 
@@ -187,6 +189,16 @@ class PrepareDatasetArguments(
     """Name of the dataset, a folder in --datasets_root."""
     datasets_root: Path = Path("data/datasets")
     """Directory of all datasets."""
+    max_shard_bytes: str | None = None
+    """Write shards of at most this size, such as 500MB, instead of one file per array: for datasets that are
+    copied, cached or read from elsewhere in parts."""
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """--max_shard_bytes as a number; None for the single form."""
+        if self.max_shard_bytes is None:
+            return None
+        return num_bytes(self.max_shard_bytes, "max_shard_bytes")
 
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
@@ -197,6 +209,10 @@ class PrepareDatasetArguments(
         at_least(self, 260, "vocab_size")
         at_least(self, 0, "num_workers")
         between(self, 0, 0.5, "validation_fraction")
+        if self.shard_bytes is not None and self.shard_bytes < _MIN_SHARD_BYTES:
+            raise UsageError(
+                f"--max_shard_bytes must be at least {_MIN_SHARD_BYTES:,}, found {self.max_shard_bytes!r}"
+            )
         if bool(self.documents_valid_file) == bool(self.validation_fraction):
             raise UsageError(
                 "validation samples need either --documents_valid_file or --validation_fraction above 0; "

@@ -16,7 +16,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from full_stack_transformer.datasets.order import KeyedPermutation, make_key, pack, shuffled
+from full_stack_transformer.datasets.order import (
+    ShardedPermutation,
+    ShardLayout,
+    make_key,
+    order_of,
+    pack,
+    shuffled,
+)
 
 # Batches whose samples are sorted by length together. On documents of mean 41 tokens 1.2 % of a batch of
 # 16 is padding; with 128 batches 2.4 %, with 64 5 %, in random order 63 %.
@@ -36,6 +43,11 @@ class Samples(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of all samples together."""
+        ...
+
+    @property
+    def layout(self) -> ShardLayout | None:
+        """Which samples are in which shard; None where there are no shards."""
         ...
 
     def __len__(self) -> int: ...
@@ -67,6 +79,8 @@ class ConcatenatedSamples:
 
     num_corpus_tokens: int
     row_length: int
+    layout: ShardLayout | None = None
+    """Of the pieces: one that crosses a border is of the shard where it begins."""
 
     @property
     def num_tokens(self) -> int:
@@ -172,6 +186,17 @@ class BatchPlan(ABC):
     @abstractmethod
     def _make_window(self, epoch: int, index: int) -> _Window: ...
 
+    def _indices(self, seed: int, epoch: int, first: int, end: int) -> NDArray[np.int64]:
+        """The samples at positions [first, end) of an epoch; the shards that follow are fetched ahead."""
+        layout = self._samples.layout
+        order = order_of(len(self._samples), layout, seed, epoch)
+        indices = order[np.arange(first, end)]
+        if layout is not None and isinstance(order, ShardedPermutation):
+            if end == len(order):
+                order, end = ShardedPermutation(layout.borders, seed, epoch + 1), 0
+            layout.fetch_ahead(order.shards_from(end))
+        return indices
+
     def _filler(self, index: NDArray[np.int64], epoch: int) -> BatchSpans:
         """The first token of a sample, given by its index (1,)."""
         start = self._samples.spans(index)[0]
@@ -229,8 +254,8 @@ class LengthBatches(BatchPlan):
     def _make_window(self, epoch: int, index: int) -> _Window:
         size = _WINDOW_BATCHES * self._global_size
         first = index * size
-        positions = np.arange(first, min(first + size, len(self._samples)))
-        indices = KeyedPermutation(len(self._samples), self._seed, epoch)[positions]
+        end = min(first + size, len(self._samples))
+        indices = self._indices(self._seed, epoch, first, end)
         num_batches = -(-len(indices) // self._global_size)
         batch_order = shuffled(num_batches, make_key(self._seed, epoch, index))
         return self._sorted_window(indices, batch_order)
@@ -335,7 +360,7 @@ class PackedBatches(BatchPlan):
         is_last = index == self._num_windows - 1
         first = index * self._window_samples
         end = len(self._samples) if is_last else first + self._window_samples
-        indices = KeyedPermutation(len(self._samples), self._seed, epoch)[np.arange(first, end)]
+        indices = self._indices(self._seed, epoch, first, end)
         starts, lengths = self._samples.spans(indices)
         packing = pack(lengths, self._row_length)
         starts, lengths = starts[packing.samples], lengths[packing.samples]
@@ -371,8 +396,8 @@ class _WindowSize:
 
     @classmethod
     def by_trial(cls, samples: Samples, row_length: int) -> "_WindowSize":
-        """Measured on some samples, the same for every seed."""
-        order = KeyedPermutation(len(samples), 0, 0)
+        """Measured on some samples, the same for every seed; of shards only a few are read."""
+        order = order_of(len(samples), samples.layout, 0, 0)
         _, lengths = samples.spans(order[np.arange(min(_PACKED_SAMPLES, len(samples)))])
         return cls(
             mean_tokens=samples.num_tokens / len(samples),

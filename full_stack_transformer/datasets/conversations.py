@@ -14,6 +14,7 @@ from full_stack_transformer.datasets.batches import BatchSpans
 from full_stack_transformer.datasets.collators import Batch, PaddedCollator
 from full_stack_transformer.datasets.corpus import Corpus
 from full_stack_transformer.datasets.cuts import cut_after_answers
+from full_stack_transformer.datasets.order import ShardLayout
 from full_stack_transformer.errors import DatasetError
 
 
@@ -36,8 +37,9 @@ class Conversations:
                 f"{corpus.directory}: no conversation has an answer that ends within {max_length:,} tokens; "
                 "train with a longer context"
             )
-        self._starts, self._lengths = corpus.start_positions[kept], lengths[kept]
+        self._starts, self._lengths = corpus.start_positions.take(kept), lengths[kept]
         self._num_targets = num_targets[kept]
+        self.layout = layout_of(corpus, kept)
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +88,7 @@ class PreferencePairs:
                 "longer context"
             )
         self.num_left_out = len(lengths) - len(self._kept)
+        self.layout = layout_of(corpus, 2 * self._kept)
 
     @property
     def num_tokens(self) -> int:
@@ -123,7 +126,13 @@ class PairCollator:
         if spans.is_filler:
             both = np.concatenate([spans.starts, spans.starts]), np.ones(2, dtype=np.int64)
         else:
-            chosen = np.searchsorted(self._corpus.start_positions, spans.starts)
+            chosen = self._corpus.samples_at(spans.starts)
             both = self._corpus.spans(np.concatenate([chosen, chosen + 1]))
         rows = np.arange(len(both[0]))
         return self._padded(BatchSpans(*both, rows, len(rows), spans.epoch, spans.is_filler))
+
+
+def layout_of(corpus: Corpus, kept: NDArray[np.int64]) -> ShardLayout | None:
+    """The shards of a corpus in those samples that are kept, by their ascending indices (n,)."""
+    layout = corpus.layout
+    return layout and layout.with_borders(np.searchsorted(kept, layout.borders))

@@ -5,13 +5,14 @@
     train/learned.npy                 (tokens,)   uint8, of conversations: 1 where the token is an answer's
 
 Little-endian, in NumPy's own file format. Reading is memory-mapped: a corpus may be larger than memory.
-Knows nothing of text.
+`shards` describes the other form, of several such files. Knows nothing of text.
 """
 
 import copy
 import os
 import shlex
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +22,28 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from full_stack_transformer.datasets.order import ShardLayout
+from full_stack_transformer.datasets.shards import (
+    JoinedArray,
+    OpenedArray,
+    ShardCounts,
+    borders_of,
+    described_shards,
+    shard_file_name,
+)
 from full_stack_transformer.errors import DatasetError, InputError
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
 
 FORMAT_VERSION = 1
+# Of datasets in shards: releases that do not know them refuse the number.
+SHARDED_FORMAT_VERSION = 2
 CORPUS_FILE_NAME = "corpus.npy"
 POSITIONS_FILE_NAME = "sample_start_positions.npy"
 LEARNED_FILE_NAME = "learned.npy"
 POSITION_DTYPE = np.dtype("<i8")
 LEARNED_DTYPE = np.dtype("|u1")
+
+SPLITS = ("train", "valid")
 
 Kind = Literal["documents", "conversations", "preferences"]
 KINDS: tuple[Kind, ...] = ("documents", "conversations", "preferences")
@@ -122,6 +136,7 @@ class CorpusWriter:
         num_tokens: that are there already.
         num_samples: that are there already.
         has_answers: whether it is said of each token if it is learned.
+        shard: number of the shard; None in the single form.
     """
 
     def __init__(
@@ -132,13 +147,16 @@ class CorpusWriter:
         num_tokens: int = 0,
         num_samples: int = 0,
         has_answers: bool = False,
+        shard: int | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._corpus = ArrayFile(directory / CORPUS_FILE_NAME, token_dtype(vocab_size))
-        self._positions = ArrayFile(directory / POSITIONS_FILE_NAME, POSITION_DTYPE)
-        self._learned = (
-            ArrayFile(directory / LEARNED_FILE_NAME, LEARNED_DTYPE) if has_answers else None
+        corpus, positions, learned = (
+            directory / (file_name if shard is None else shard_file_name(file_name, shard))
+            for file_name in (CORPUS_FILE_NAME, POSITIONS_FILE_NAME, LEARNED_FILE_NAME)
         )
+        self._corpus = ArrayFile(corpus, token_dtype(vocab_size))
+        self._positions = ArrayFile(positions, POSITION_DTYPE)
+        self._learned = ArrayFile(learned, LEARNED_DTYPE) if has_answers else None
         self.cut(num_tokens=num_tokens, num_samples=num_samples)
 
     @property
@@ -184,6 +202,16 @@ class CorpusWriter:
         for file in self._files:
             file.flush()
 
+    def close(self) -> None:
+        """Complete the files."""
+        for file in self._files:
+            file.close()
+
+    def abandon(self) -> None:
+        """Close the files without completing them."""
+        for file in self._files:
+            file.abandon()
+
     @property
     def _files(self) -> list[ArrayFile]:
         files = (self._corpus, self._positions, self._learned)
@@ -198,12 +226,11 @@ class CorpusWriter:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for file in self._files:
-            file.close() if exception_type is None else file.abandon()
+        self.close() if exception_type is None else self.abandon()
 
 
 class Corpus:
-    """Samples of one split of a dataset directory, memory-mapped.
+    """Samples of one split of a dataset directory, memory-mapped; `of_shards` opens the other form.
 
     Raises:
         DatasetError: a file is missing or damaged, or its size differs from the description.
@@ -216,15 +243,67 @@ class Corpus:
         self._num_ids = 1 << 32
         # Plain arrays over the maps: np.memmap adds a microsecond to each indexing.
         self.tokens: NDArray[np.integer] = np.asarray(
-            _open_array(directory / CORPUS_FILE_NAME, num_tokens, ("<u2", "<u4"))
+            open_array(directory / CORPUS_FILE_NAME, num_tokens, ("<u2", "<u4"))
         )
         self.start_positions: NDArray[np.int64] = np.asarray(
-            _open_array(directory / POSITIONS_FILE_NAME, num_samples, ("<i8",))
+            open_array(directory / POSITIONS_FILE_NAME, num_samples, ("<i8",))
         )
         self.learned: NDArray[np.integer] | None = None
         if has_answers:
-            learned = _open_array(directory / LEARNED_FILE_NAME, num_tokens, (LEARNED_DTYPE.str,))
+            learned = open_array(directory / LEARNED_FILE_NAME, num_tokens, (LEARNED_DTYPE.str,))
             self.learned = np.asarray(learned)
+
+    layout: ShardLayout | None = None
+    """Which samples are in which shard; None in the single form."""
+    _token_borders: NDArray[np.int64]
+    """(shards + 1,) where each shard begins in the corpus."""
+
+    @classmethod
+    def of_shards(
+        cls,
+        directory: Path,
+        shards: Sequence[ShardCounts],
+        *,
+        dtype: np.dtype[Any],
+        has_answers: bool,
+        files: "ShardFiles",
+    ) -> Self:
+        """The samples of all shards of a split; the arrays are opened when they are read."""
+        corpus = cls.__new__(cls)
+        corpus.directory, corpus._num_ids = directory, 1 << 32
+        token_borders = borders_of([shard.num_tokens for shard in shards])
+        sample_borders = borders_of([shard.num_samples for shard in shards])
+
+        def joined(
+            file_name: str, borders: NDArray[np.int64], dtype: np.dtype[Any], offsets: Any = None
+        ) -> Any:
+            def open_array(index: int) -> OpenedArray:
+                name = f"{directory.name}/{shard_file_name(file_name, index)}"
+                return files.open(name, int(np.diff(borders)[index]), (dtype.str,))
+
+            return JoinedArray(borders, dtype, open_array, offsets)
+
+        corpus.tokens = joined(CORPUS_FILE_NAME, token_borders, dtype)
+        corpus.start_positions = joined(
+            POSITIONS_FILE_NAME, sample_borders, POSITION_DTYPE, token_borders[:-1]
+        )
+        corpus.learned = (
+            joined(LEARNED_FILE_NAME, token_borders, LEARNED_DTYPE) if has_answers else None
+        )
+        corpus._token_borders = token_borders
+        file_names = (CORPUS_FILE_NAME, POSITIONS_FILE_NAME, *([LEARNED_FILE_NAME] * has_answers))
+
+        def fetch_ahead(indices: Sequence[int]) -> None:
+            files.fetch_ahead(
+                [
+                    f"{directory.name}/{shard_file_name(file_name, index)}"
+                    for index in indices
+                    for file_name in file_names
+                ]
+            )
+
+        corpus.layout = ShardLayout(sample_borders, fetch_ahead)
+        return corpus
 
     @property
     def num_tokens(self) -> int:
@@ -269,6 +348,8 @@ class Corpus:
         One indexing of a view whose rows overlap: 7 us for 16 rows of 41 tokens, 12 us for a loop over
         the rows, 9 us for one index per token.
         """
+        if self.layout is not None:
+            return self.take(starts[:, None] + np.arange(width))
         num_windows = len(self.tokens) - width + 1
         if num_windows <= int(starts.max()):
             return self.take(starts[:, None] + np.arange(width))
@@ -307,12 +388,50 @@ class Corpus:
         """Start in the corpus and number of tokens of each of the samples (n,)."""
         starts = self.start_positions.take(indices)
         following = indices + 1
+        if self.layout is not None:
+            return starts, self._ends_in_shards(following) - starts
         ends = self.start_positions.take(following, mode="clip")
         ends[following == len(self)] = len(self.tokens)
         return starts, ends - starts
 
+    def _ends_in_shards(self, following: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the samples before these end: at the end of its shard, nothing of the next is read."""
+        assert self.layout is not None, "a corpus in shards"
+        shard = np.searchsorted(self.layout.borders, following)
+        is_last = self.layout.borders[shard] == following
+        ends = np.empty_like(following)
+        ends[is_last] = self._token_borders[shard[is_last]]
+        ends[~is_last] = self.start_positions.take(following[~is_last])
+        return ends
+
+    def samples_at(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples (n,) that start at these positions of the corpus."""
+        if self.layout is None:
+            return np.searchsorted(self.start_positions, starts)
+        found = np.empty_like(starts)
+        shards = np.searchsorted(self._token_borders, starts, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            first, end = self.layout.borders[shard : shard + 2].tolist()
+            here = shards == shard
+            found[here] = first + np.searchsorted(self.start_positions[first:end], starts[here])
+        return found
+
+    def layout_of_pieces(self, row_length: int) -> ShardLayout | None:
+        """The shards of pieces of one length, which are cut across the borders of samples."""
+        if self.layout is None:
+            return None
+        borders = -(-self._token_borders // row_length)
+        borders[-1] = self.num_tokens // row_length
+        return self.layout.with_borders(np.minimum(borders, borders[-1]))
+
     def without_first(self, token_id: int) -> Self:
         """A copy in memory whose samples do not begin with this token."""
+        if self.layout is not None:
+            plain = copy.copy(self)
+            plain.layout, plain.learned = None, None
+            plain.tokens = np.asarray(self.tokens)
+            plain.start_positions = np.asarray(self.start_positions)
+            return plain.without_first(token_id)
         firsts = self.start_positions[self.tokens[self.start_positions] == token_id]
         changed = copy.copy(self)
         changed.tokens = np.delete(self.tokens, firsts)
@@ -328,7 +447,37 @@ class Corpus:
         return lengths - 1
 
 
-def _open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.integer]:
+class ShardFiles(ABC):
+    """The files of a dataset in shards, by their names in it."""
+
+    @abstractmethod
+    def open(self, name: str, length: int, dtypes: Sequence[str]) -> OpenedArray:
+        """The array of a file, memory-mapped.
+
+        Raises:
+            DatasetError: it is missing or damaged, or differs from the description.
+        """
+
+    @abstractmethod
+    def fetch_ahead(self, names: Sequence[str]) -> None:
+        """Make these files quick to open, without waiting for them."""
+
+
+class FilesOnDisk(ShardFiles):
+    """The files of a dataset directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def open(self, name: str, length: int, dtypes: Sequence[str]) -> OpenedArray:
+        """The array of a file."""
+        return OpenedArray(open_array(self._directory / name, length, dtypes), lambda: None)
+
+    def fetch_ahead(self, names: Sequence[str]) -> None:
+        """Nothing: the system reads a mapped file ahead."""
+
+
+def open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.integer]:
     advice = "prepare the dataset again"
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -422,24 +571,61 @@ def open_dataset(path: Path) -> DatasetDirectory:
         raise DatasetError(
             f"{path} is not a dataset directory: {error}; make one with fst prepare_dataset"
         ) from error
-    if description.get("format_version") != FORMAT_VERSION:
-        raise DatasetError(
-            f"{directory} has format version {description.get('format_version')!r}, expected "
-            f"{FORMAT_VERSION}; prepare the dataset again"
-        )
+    check_format(description, directory)
     kind = description.get("kind", "documents")
     if kind not in KINDS:
         raise DatasetError(
             f"{directory} holds {kind!r}, which this release does not know ({', '.join(KINDS)}); prepare "
             "the dataset again"
         )
-    train, valid = (
-        Corpus(
+    train, valid = (open_split(directory, description, split) for split in SPLITS)
+    return DatasetDirectory(directory, description, train, valid)
+
+
+def check_format(description: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a description of another format.
+
+    Raises:
+        DatasetError: it is.
+    """
+    expected = SHARDED_FORMAT_VERSION if "shards" in description else FORMAT_VERSION
+    if description.get("format_version") != expected:
+        raise DatasetError(
+            f"{directory} has format version {description.get('format_version')!r}, expected "
+            f"{expected}; prepare the dataset again"
+        )
+
+
+def open_split(
+    directory: Path, description: Mapping[str, Any], split: str, files: ShardFiles | None = None
+) -> Corpus:
+    """The samples of a split, in either form.
+
+    Args:
+        directory: of the dataset.
+        description: of the dataset.
+        split: train or valid.
+        files: of a dataset in shards; by default those of the directory.
+
+    Raises:
+        DatasetError: a file is missing or damaged, or differs from the description.
+    """
+    has_answers = description.get("kind", "documents") != "documents"
+    try:
+        shards = described_shards(description, split)
+    except DatasetError as error:
+        raise DatasetError(f"{directory}: {error}; prepare the dataset again") from error
+    if shards is None:
+        return Corpus(
             directory / split,
             num_samples=description[f"number_of_{split}_samples"],
             num_tokens=description[f"number_of_{split}_tokens"],
-            has_answers=kind != "documents",
+            has_answers=has_answers,
         )
-        for split in ("train", "valid")
+    return Corpus.of_shards(
+        directory / split,
+        shards,
+        dtype=token_dtype(description["vocab_size"]),
+        has_answers=has_answers,
+        files=files or FilesOnDisk(directory),
     )
-    return DatasetDirectory(directory, description, train, valid)

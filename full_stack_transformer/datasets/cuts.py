@@ -43,7 +43,7 @@ def cut_after_answers(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], LeftOut]:
     """Tokens (samples,) and learned ones (samples,) of each conversation up to its cut; what is left out."""
     assert corpus.learned is not None, "a corpus of conversations"
-    starts, lengths = corpus.start_positions, corpus.lengths()
+    starts, lengths = np.asarray(corpus.start_positions), corpus.lengths()
     cut_lengths, num_targets = np.zeros_like(lengths), np.zeros_like(lengths)
     num_cut = num_answers = num_tokens = 0
     for first, end in _parts(lengths):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from full_stack_transformer.datasets.batches import BatchSpans
 from full_stack_transformer.datasets.corpus import Corpus
+from full_stack_transformer.datasets.order import ShardLayout
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL, DocumentTokenizer
 
 _PART_MASKED, _PART_REPLACED = 0.8, 0.1
@@ -52,6 +53,11 @@ class MaskedSamples:
     def num_tokens(self) -> int:
         """Tokens of all samples together."""
         return self.corpus.num_tokens
+
+    @property
+    def layout(self) -> ShardLayout | None:
+        """Those of the corpus."""
+        return self.corpus.layout
 
     def __len__(self) -> int:
         return len(self.corpus)

@@ -2,8 +2,13 @@
 
 Shuffling a billion indices takes a minute and 8 GB. A keyed permutation computes any position in constant
 time and memory, so that an epoch starts, or resumes, at once whatever its size. Knows nothing of tokens.
+
+A permutation of all samples reads from every shard in each batch. In the sharded form the shards are
+shuffled, and then the samples of a few consecutive shards together, as in MosaicML's streaming (its `py1br`
+shuffles blocks of samples after the shards) and WebDataset (a buffer after shuffled shards).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +21,10 @@ _SECOND_MULTIPLIER = 0x94D049BB133111EB
 _64_BITS = (1 << 64) - 1
 # Four rounds are enough for large domains (Luby and Rackoff 1988); small ones need more.
 _NUM_ROUNDS = 8
+# Shards whose samples are mixed: a batch reads from so many, and as many are fetched ahead. Shards hold
+# documents in the order of the input, so one alone would be a source or a topic. No option, since a resumed
+# training must find the same order.
+SHARDS_TOGETHER = 4
 # Halves of at least three bits: with fewer, the orders of a few indices are not equally likely.
 _MIN_BITS = 6
 
@@ -75,6 +84,75 @@ class KeyedPermutation:
             side = round_index % 2
             halves[side] ^= _mix(halves[1 - side], key) & self._masks[side]
         return halves[0] << self._low_bits | halves[1]
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Which samples are in which shard."""
+
+    borders: NDArray[np.int64]
+    """(shards + 1,) the first sample of each shard, and the number of samples."""
+    fetch_ahead: Callable[[Sequence[int]], None]
+    """Makes these shards quick to read, without waiting for them."""
+
+    def with_borders(self, borders: NDArray[np.int64]) -> "ShardLayout":
+        """The same shards in other samples."""
+        return ShardLayout(borders, self.fetch_ahead)
+
+
+class ShardedPermutation:
+    """The indices of all samples, each once, in an order given by seed and epoch, a few shards at a time.
+
+    The shards are shuffled; consecutive `SHARDS_TOGETHER` of them are a group, whose samples are permuted.
+    Time and memory of the start grow with the number of shards, not of samples.
+    """
+
+    def __init__(self, borders: NDArray[np.int64], seed: int, epoch: int) -> None:
+        self._borders = borders
+        self._key = make_key(seed, epoch)
+        self._shards = shuffled(len(borders) - 1, self._key)
+        self._sizes = np.diff(borders)[self._shards]
+        ends = np.cumsum(self._sizes)
+        last = np.arange(len(ends)) % SHARDS_TOGETHER == SHARDS_TOGETHER - 1
+        last[-1:] = True
+        self._group_borders = np.concatenate([np.zeros(1, np.int64), ends[last]])
+
+    def __len__(self) -> int:
+        return int(self._group_borders[-1])
+
+    def __getitem__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices at the positions (n,)."""
+        groups = np.searchsorted(self._group_borders, positions, side="right") - 1
+        indices = np.empty(len(positions), dtype=np.int64)
+        for group in np.unique(groups).tolist():
+            here = np.flatnonzero(groups == group)
+            shards, sizes = self._of_group(self._shards, group), self._of_group(self._sizes, group)
+            ends = np.cumsum(sizes)
+            order = KeyedPermutation(int(ends[-1]), self._key, group)
+            places = order[positions[here] - self._group_borders[group]]
+            member = np.searchsorted(ends, places, side="right")
+            indices[here] = self._borders[shards[member]] + places - (ends - sizes)[member]
+        return indices
+
+    def shards_from(self, position: int) -> list[int]:
+        """The shards of the group at a position, and of the next."""
+        group = int(np.searchsorted(self._group_borders, position, side="right")) - 1
+        first = group * SHARDS_TOGETHER
+        found: list[int] = self._shards[first : first + 2 * SHARDS_TOGETHER].tolist()
+        return found
+
+    @staticmethod
+    def _of_group(values: NDArray[np.int64], group: int) -> NDArray[np.int64]:
+        return values[group * SHARDS_TOGETHER : (group + 1) * SHARDS_TOGETHER]
+
+
+def order_of(
+    num_samples: int, layout: ShardLayout | None, seed: int, epoch: int
+) -> KeyedPermutation | ShardedPermutation:
+    """The order of the samples of an epoch; `layout` is that of their shards, if there are any."""
+    if layout is None:
+        return KeyedPermutation(num_samples, seed, epoch)
+    return ShardedPermutation(layout.borders, seed, epoch)
 
 
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:

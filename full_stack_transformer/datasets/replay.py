@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from full_stack_transformer.datasets.batches import Samples
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.datasets.corpus import Corpus
-from full_stack_transformer.datasets.order import KeyedPermutation, make_key, pack
+from full_stack_transformer.datasets.order import make_key, order_of, pack
 from full_stack_transformer.tokenization.document_tokenizer import IGNORED_LABEL
 
 _PREFIX = "replay_"
@@ -159,7 +159,7 @@ def _in_order(first: int, end: int, source: ReplaySource, key: int) -> NDArray[n
     while first < end:
         epoch, start = divmod(first, num_samples)
         count = min(end - first, num_samples - start)
-        order = KeyedPermutation(num_samples, key, epoch)
+        order = order_of(num_samples, source.corpus.layout, key, epoch)
         found.append(order[np.arange(start, start + count)])
         first += count
     return np.concatenate(found)

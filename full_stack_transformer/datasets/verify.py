@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -23,9 +23,16 @@ from full_stack_transformer.datasets.corpus import (
     LEARNED_FILE_NAME,
     POSITION_DTYPE,
     POSITIONS_FILE_NAME,
+    SHARDED_FORMAT_VERSION,
+    SPLITS,
     open_dataset,
     refuse_model,
     token_dtype,
+)
+from full_stack_transformer.datasets.shards import (
+    ShardCounts,
+    described_shards,
+    shard_file_name,
 )
 from full_stack_transformer.datasets.verify_arrays import ArrayCheck, Ids, Marks, Positions
 from full_stack_transformer.errors import DatasetError, InputError
@@ -33,7 +40,7 @@ from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, ver
 
 logger = logging.getLogger(__name__)
 
-_SPLITS = ("train", "valid")
+_SHARD = re.compile(r"(.+)-(\d{5,})\.npy")
 _BLOCK_BYTES = 4 << 20  # a multiple of every item size
 _MAX_STRAY_FILES = 20  # of a whole foreign folder a count is enough
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -127,21 +134,24 @@ class _Described:
         self.problems: list[str] = []
         self.files: dict[str, _FileFacts] = {}
         self._description = description
+        self._shards: dict[str, list[ShardCounts] | None] = {}
 
     @classmethod
     def of(cls, description: Mapping[str, Any]) -> "_Described":
         """Check everything in the description that needs no other file."""
         described = cls(description)
         found = description.get("format_version")
-        if found != FORMAT_VERSION:
+        expected = SHARDED_FORMAT_VERSION if "shards" in description else FORMAT_VERSION
+        if found != expected:
             described._say(
-                f"format_version is {found!r}, expected {FORMAT_VERSION}: written by another release or "
+                f"format_version is {found!r}, expected {expected}: written by another release or "
                 "another program"
             )
         described._check_vocabulary()
         described._check_lengths()
-        for split in _SPLITS:
+        for split in SPLITS:
             described._check_counts(split)
+            described._check_shards(split)
         described._take_files()
         return described
 
@@ -153,9 +163,13 @@ class _Described:
     def checks_of(self, name: str) -> ArrayCheck | None:
         """How to check the values of a file; None if it is not an array."""
         split, _, file_name = name.partition("/")
-        if split not in _SPLITS:
+        if split not in SPLITS:
             return None
         num_tokens = self.count(f"number_of_{split}_tokens")
+        num_samples = self.count(f"number_of_{split}_samples")
+        file_name, shard = self._shard_of(split, file_name)
+        if shard is not None:
+            num_tokens, num_samples = shard.num_tokens, shard.num_samples
         if file_name == CORPUS_FILE_NAME:
             dtype = str(self._description.get("dtype"))
             return ArrayCheck(num_tokens, dtype, Ids(self.count("vocab_size")))
@@ -163,13 +177,23 @@ class _Described:
             least, most = self.count("min_sample_length"), self.count("max_sample_length")
             if self._has_answers:  # conversations are whole
                 least = most = None
-            length = self.count(f"number_of_{split}_samples")
-            return ArrayCheck(length, POSITION_DTYPE.str, Positions(num_tokens, least, most))
+            return ArrayCheck(num_samples, POSITION_DTYPE.str, Positions(num_tokens, least, most))
         if file_name == LEARNED_FILE_NAME:
             learned = _found_in(self._description.get("counts"), split, "num_learned_tokens")
-            num_learned = learned if type(learned) is int else None
+            is_known = (
+                type(learned) is int and shard is None
+            )  # the description has that of the split
+            num_learned = int(str(learned)) if is_known else None
             return ArrayCheck(num_tokens, LEARNED_DTYPE.str, Marks(num_learned))
         return None
+
+    def _shard_of(self, split: str, file_name: str) -> tuple[str, ShardCounts | None]:
+        """The name of a file without the number of its shard, and what the shard holds."""
+        found = _SHARD.fullmatch(file_name)
+        shards = self._shards.get(split)
+        if found is None or shards is None or int(found[2]) >= len(shards):
+            return file_name, None
+        return f"{found[1]}.npy", shards[int(found[2])]
 
     @property
     def _has_answers(self) -> bool:
@@ -214,6 +238,24 @@ class _Described:
             if counted is not None and counted != self._description.get(name):
                 self._say(f"{name} is {self._description.get(name)!r}, but counts has {counted!r}")
 
+    def _check_shards(self, split: str) -> None:
+        try:
+            self._shards[split] = described_shards(self._description, split)
+        except DatasetError as error:
+            self._say(str(error).removeprefix(f"{DESCRIPTION_FILE_NAME} "))
+
+    def _expected_files(self, split: str) -> Sequence[str]:
+        learned = (LEARNED_FILE_NAME,) if self._has_answers else ()
+        file_names = (CORPUS_FILE_NAME, POSITIONS_FILE_NAME, *learned)
+        shards = self._shards.get(split)
+        if shards is None:
+            return file_names if "shards" not in self._description else ()
+        return [
+            shard_file_name(file_name, index)
+            for index in range(len(shards))
+            for file_name in file_names
+        ]
+
     def _take_files(self) -> None:
         files = self._description.get("output_files")
         if not isinstance(files, dict):
@@ -228,9 +270,8 @@ class _Described:
                 self._say(f"output_files should have size and SHA-256 of {name}, found {facts!r}")
             else:
                 self.files[name] = _FileFacts(size, str(sha256))
-        for split in _SPLITS:
-            learned = (LEARNED_FILE_NAME,) if self._has_answers else ()
-            for file_name in (CORPUS_FILE_NAME, POSITIONS_FILE_NAME, *learned):
+        for split in SPLITS:
+            for file_name in self._expected_files(split):
                 if f"{split}/{file_name}" not in files:
                     self._say(f"output_files lacks {split}/{file_name}")
 

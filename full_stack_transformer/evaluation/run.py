@@ -14,7 +14,6 @@ from transformers import PreTrainedModel as Backbone
 from full_stack_transformer.arguments.models import EvaluateArguments
 from full_stack_transformer.datasets.batches import SortedBatches
 from full_stack_transformer.datasets.corpus import (
-    CORPUS_FILE_NAME,
     Corpus,
     DatasetDirectory,
     open_dataset,
@@ -76,7 +75,7 @@ def measured(arguments: EvaluateArguments) -> dict[str, Any]:
     own = task_class_of(directory, place.adapter)
     if issubclass(own, CorpusTask) and not holds_rows(arguments.data):
         return _evaluate_corpus(arguments, own)
-    if (arguments.data / "train" / CORPUS_FILE_NAME).is_file():
+    if any((arguments.data / "train").glob("corpus*.npy")):
         raise ModelError(
             f"{directory} is a model for {own.name}, which is measured on labelled rows, and "
             f"{arguments.data} is a dataset directory for language models; type: fst evaluate "

@@ -96,13 +96,13 @@ def _found_of_ours(path: Path) -> str | None:
     """A dataset or an experiment, or one of their roots."""
     newest = versions(path.parent, path.name)[-1:]
     for directory in (path, *newest):
-        if (directory / "train" / "corpus.npy").is_file():
+        if any((directory / "train").glob("corpus*.npy")):
             return (
                 f"a dataset directory; train a model on it: fst train --dataset_dir {directory} "
                 f"--experiment_name {path.name if directory != path else path.absolute().parent.name}"
             )
-    for corpus in (path / "corpus.npy", *sorted(path.glob("*/*/train/corpus.npy"))[-1:]):
-        if corpus.is_file():
+    for corpora in (path.glob("corpus*.npy"), path.glob("*/*/train/corpus*.npy")):
+        for corpus in sorted(corpora)[-1:]:
             return (
                 f"a part of the dataset directory {corpus.parents[1]}, or its root; train a model on it: fst "
                 f"train --dataset_dir {corpus.parents[1]}"

@@ -21,8 +21,9 @@ import numpy as np
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.conversations.files import RefusedRows
 from full_stack_transformer.conversations.messages import Conversation
-from full_stack_transformer.datasets.corpus import Corpus, CorpusWriter
+from full_stack_transformer.datasets.corpus import Corpus, open_split
 from full_stack_transformer.datasets.cuts import LeftOut, cut_after_answers
+from full_stack_transformer.datasets.shard_writer import corpus_writer, read_shards
 from full_stack_transformer.errors import DatasetError, RequestError, RowError
 from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.preparation.conversation_inputs import (
@@ -74,6 +75,8 @@ class _Split:
     num_answers: int = 0
     num_learned_tokens: int = 0
     num_answers_without_end: int = 0
+    longest: int = 0
+    """Tokens of its longest conversation."""
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
@@ -141,7 +144,9 @@ def _write(
     only_last = bool(inputs.arguments.preferences)
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(_Writer(directory / name, tokenizer.vocab_size, split))
+            name: stack.enter_context(
+                _Writer(directory / name, tokenizer.vocab_size, split, inputs.arguments)
+            )
             for name, split in splits.items()
         }
         for given_split, group in inputs.groups(quiet):
@@ -158,15 +163,29 @@ def _write(
                 "with --documents_valid_file"
             )
         split.state.documents.num_duplicate_documents = inputs.num_duplicates[name]
-        split.left_out = _left_out(directory / name, split, inputs.arguments, is_pairs=only_last)
+        corpus = _opened(directory, name, split, tokenizer.vocab_size)
+        split.longest = int(corpus.lengths().max())
+        split.left_out = _left_out(corpus, inputs.arguments, is_pairs=only_last)
     return splits
 
 
 class _Writer:
     """Appends conversations to a corpus, many at a time."""
 
-    def __init__(self, directory: Path, vocab_size: int, split: _Split) -> None:
-        self._corpus = CorpusWriter(directory, vocab_size, has_answers=True)
+    def __init__(
+        self,
+        directory: Path,
+        vocab_size: int,
+        split: _Split,
+        arguments: PrepareDatasetArguments,
+    ) -> None:
+        self._corpus = corpus_writer(
+            directory,
+            vocab_size,
+            max_shard_bytes=arguments.shard_bytes,
+            has_answers=True,
+            samples_together=2 if arguments.preferences else 1,
+        )
         self._split = split
         self._held: list[RenderedConversation] = []
         self._num_held = 0
@@ -242,33 +261,37 @@ def _rendered(
     return rendered
 
 
-def _left_out(
-    directory: Path, split: _Split, arguments: PrepareDatasetArguments, *, is_pairs: bool
-) -> LeftOut:
+def _opened(directory: Path, name: str, split: _Split, vocab_size: int) -> Corpus:
+    """A split that was just written."""
+    shards = read_shards(directory / name)
+    description = {
+        "kind": "conversations",
+        "vocab_size": vocab_size,
+        f"number_of_{name}_samples": split.state.samples.num_samples,
+        f"number_of_{name}_tokens": split.state.samples.num_tokens,
+        **({"shards": {name: list(map(dataclasses.asdict, shards))}} if shards else {}),
+    }
+    return open_split(directory, description, name)
+
+
+def _left_out(corpus: Corpus, arguments: PrepareDatasetArguments, *, is_pairs: bool) -> LeftOut:
     """What training leaves out with a context of --max_sample_length.
 
     Raises:
         DatasetError: everything.
     """
-    samples = split.state.samples
-    corpus = Corpus(
-        directory,
-        num_samples=samples.num_samples,
-        num_tokens=samples.num_tokens,
-        has_answers=True,
-    )
     most = arguments.max_sample_length
     if is_pairs:
         num_long = int(np.count_nonzero(corpus.lengths().reshape(-1, 2).max(axis=1) > most))
         left_out = LeftOut(num_samples=num_long, num_answers=2 * num_long)
-        is_all = 2 * num_long == samples.num_samples
+        is_all = 2 * num_long == len(corpus)
     else:
         _, num_targets, left_out = cut_after_answers(corpus, most)
         is_all = not num_targets.any()
     if is_all:
         raise DatasetError(
-            f"no {directory.name} conversation has an answer that ends within --max_sample_length {most:,} "
-            f"tokens; the shortest has {int(corpus.lengths().min()):,}; raise it"
+            f"no {corpus.directory.name} conversation has an answer that ends within --max_sample_length "
+            f"{most:,} tokens; the shortest has {int(corpus.lengths().min()):,}; raise it"
         )
     return left_out
 
@@ -284,10 +307,7 @@ def _describe(
 ) -> dict[str, Any]:
     """The content of description.json: that of documents, and what is learned."""
     arguments = inputs.arguments
-    longest = max(
-        int(np.diff(_starts(directory / split), append=part.state.samples.num_tokens).max())
-        for split, part in splits.items()
-    )
+    longest = max(part.longest for part in splits.values())
     description = describe(
         dataclasses.replace(arguments, min_sample_length=2, max_sample_length=max(2, longest)),
         tokenizer,
@@ -315,10 +335,6 @@ def _describe(
         "num_cut_answers": sum(part.left_out.num_answers for part in splits.values()),
         "num_refused_rows": inputs.refused.num,
     }
-
-
-def _starts(directory: Path) -> Any:
-    return np.load(directory / "sample_start_positions.npy", mmap_mode="r")
 
 
 def _log_report(

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from full_stack_transformer import interruption
 from full_stack_transformer.datasets.corpus import CorpusWriter, token_dtype
+from full_stack_transformer.datasets.shard_writer import ShardedCorpusWriter
 from full_stack_transformer.documents.blocks import (
     BLOCK_BYTES,
     Block,
@@ -348,7 +349,7 @@ class SampleWriter:
 
     def __init__(
         self,
-        corpus: CorpusWriter,
+        corpus: CorpusWriter | ShardedCorpusWriter,
         *,
         min_sample_length: int,
         max_sample_length: int,

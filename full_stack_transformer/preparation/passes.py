@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.corpus import CorpusWriter, shorter_than_journal
+from full_stack_transformer.datasets.shard_writer import ShardedCorpusWriter, corpus_writer
 from full_stack_transformer.documents.blocks import Block, ReadingOptions
 from full_stack_transformer.documents.formats import (
     format_of,
@@ -185,17 +186,18 @@ class _Splits:
         arguments: PrepareDatasetArguments,
     ) -> None:
         self._states = progress.splits
-        self._corpora: dict[str, CorpusWriter] = {}
+        self._corpora: dict[str, CorpusWriter | ShardedCorpusWriter] = {}
         self._writers: dict[str, SampleWriter] = {}
         for split, state in progress.splits.items():
-            self._corpora[split] = stack.enter_context(
-                CorpusWriter(
-                    directory / split,
-                    vocab_size,
-                    num_tokens=state.samples.num_tokens,
-                    num_samples=state.samples.num_samples,
-                )
+            corpus = corpus_writer(
+                directory / split,
+                vocab_size,
+                max_shard_bytes=arguments.shard_bytes,
+                num_tokens=state.samples.num_tokens,
+                num_samples=state.samples.num_samples,
             )
+            stack.enter_context(corpus)
+            self._corpora[split] = corpus
             self._writers[split] = SampleWriter(
                 self._corpora[split],
                 min_sample_length=arguments.min_sample_length,

@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import progress as rich_progress
 from rich.console import Console
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
-from full_stack_transformer.datasets.corpus import FORMAT_VERSION, POSITIONS_FILE_NAME, token_dtype
+from full_stack_transformer.datasets.corpus import (
+    FORMAT_VERSION,
+    POSITIONS_FILE_NAME,
+    SHARDED_FORMAT_VERSION,
+    token_dtype,
+)
+from full_stack_transformer.datasets.shard_writer import take_shards
+from full_stack_transformer.datasets.shards import ShardCounts, shard_file_name
 from full_stack_transformer.preparation.journal import SplitState
 from full_stack_transformer.storage import file_facts, files_below, readable
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, class_name
@@ -122,6 +130,8 @@ def describe(
     display: ProgressDisplay,
 ) -> dict[str, Any]:
     """The content of description.json, without paths of this machine."""
+    shards = {split: take_shards(directory / split) for split in states}
+    is_sharded = None not in shards.values()
     outputs = files_below(directory)
     hashed = [*(path for paths in input_files.values() for path in paths), *outputs]
     facts: dict[Path, dict[str, str | int]] = {}
@@ -137,7 +147,7 @@ def describe(
             for split in ("train", "valid")
             for unit in ("samples", "tokens")
         },
-        "format_version": FORMAT_VERSION,
+        "format_version": SHARDED_FORMAT_VERSION if is_sharded else FORMAT_VERSION,
         "tokenizer_cls_name": class_name(type(tokenizer)),
         "tokenizer_backend": f"{backend} {version(backend)}",
         "vocab_size": tokenizer.vocab_size,
@@ -155,7 +165,8 @@ def describe(
         },
         "counts": _counts(states),
         "sample_lengths": {
-            split: _histogram(directory / split, states[split], arguments) for split in states
+            split: _histogram(directory / split, states[split], arguments, shards[split])
+            for split in states
         },
         "input_files": {
             split: [{"name": readable(path.name), **facts[path]} for path in paths]
@@ -166,7 +177,16 @@ def describe(
             name: version(name) for name in ("full_stack_transformer", "numpy", "tokenizers")
         },
         "seconds_taken": round(time.perf_counter() - started, 3),
+        **_described(shards),
     }
+
+
+def _described(shards: Mapping[str, list[ShardCounts] | None]) -> dict[str, Any]:
+    """What the description says of shards; nothing in the single form."""
+    found = {
+        split: list(map(dataclasses.asdict, counts)) for split, counts in shards.items() if counts
+    }
+    return {"shards": found} if found else {}
 
 
 def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
@@ -177,6 +197,8 @@ def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
         options["tokenizer_path"] = Path(options["tokenizer_path"]).name
     for of_this_run in ("datasets_root", "resume", "num_workers", "allow_code_from"):
         del options[of_this_run]
+    if options["max_shard_bytes"] is None:
+        del options["max_shard_bytes"]
     return options
 
 
@@ -189,10 +211,12 @@ def _counts(states: dict[str, SplitState]) -> dict[str, dict[str, int]]:
 
 
 def _histogram(
-    directory: Path, state: SplitState, arguments: PrepareDatasetArguments
+    directory: Path,
+    state: SplitState,
+    arguments: PrepareDatasetArguments,
+    shards: list[ShardCounts] | None,
 ) -> dict[str, list[int]]:
     """Histogram of sample lengths: `limits` (bins + 1,), the last included, and `counts` (bins,)."""
-    starts = np.load(directory / POSITIONS_FILE_NAME, mmap_mode="r")
     limits = np.unique(
         np.linspace(arguments.min_sample_length, arguments.max_sample_length, _NUM_BINS + 1).astype(
             int
@@ -201,13 +225,25 @@ def _histogram(
     if len(limits) == 1:
         limits = np.append(limits, limits[0] + 1)
     counts = np.zeros(len(limits) - 1, dtype=np.int64)
+    if shards is None:
+        _count(directory / POSITIONS_FILE_NAME, state.samples.num_tokens, limits, counts)
+    for index, shard in enumerate(shards or ()):
+        path = directory / shard_file_name(POSITIONS_FILE_NAME, index)
+        _count(path, shard.num_tokens, limits, counts)
+    return {"limits": limits.tolist(), "counts": counts.tolist()}
+
+
+def _count(
+    path: Path, num_tokens: int, limits: NDArray[np.int64], counts: NDArray[np.int64]
+) -> None:
+    """Add the lengths of the samples of a file, whose last one ends after so many tokens."""
+    starts = np.load(path, mmap_mode="r")
     at_once = 1 << 20
     for first in range(0, len(starts), at_once):
         part = starts[first : first + at_once + 1]
         is_end = first + at_once >= len(starts)
-        lengths = np.diff(part, append=state.samples.num_tokens) if is_end else np.diff(part)
+        lengths = np.diff(part, append=num_tokens) if is_end else np.diff(part)
         counts += np.histogram(lengths, limits)[0]
-    return {"limits": limits.tolist(), "counts": counts.tolist()}
 
 
 def log_report(description: dict[str, Any], states: dict[str, SplitState], seconds: float) -> None:

@@ -135,6 +135,7 @@ class _WholeConversations:
         self._conversations = conversations
         self.num_tokens = conversations.num_tokens
         self.spans = conversations.spans
+        self.layout = conversations.layout
 
     def __len__(self) -> int:
         return len(self._conversations)

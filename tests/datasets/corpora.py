@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from full_stack_transformer.datasets.corpus import Corpus, CorpusWriter
+from full_stack_transformer.datasets.order import ShardLayout
 
 VOCAB_SIZE = 1000
 PAD_ID = 3
@@ -32,6 +33,7 @@ class SamplesWithoutTokens:
     """One after the other, by their lengths alone."""
 
     lengths: NDArray[np.int64]
+    layout: ShardLayout | None = None
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -62,6 +64,7 @@ class ManySamples:
     """Any number of samples, of 2 to 79 tokens in turn, in no memory at all."""
 
     num_samples: int
+    layout: ShardLayout | None = None
 
     @property
     def num_tokens(self) -> int:

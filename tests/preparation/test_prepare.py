@@ -108,7 +108,10 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 def _assert_equal_corpora(one: Path, other: Path) -> None:
     for split in ("train", "valid"):
-        for name in ("corpus.npy", "sample_start_positions.npy"):
+        names = sorted(path.name for path in (one / split).iterdir())
+        assert names == sorted(path.name for path in (other / split).iterdir())
+        assert len(names) > 1
+        for name in names:
             assert (one / split / name).read_bytes() == (other / split / name).read_bytes()
 
 
@@ -129,10 +132,19 @@ def test_both_back_ends_give_the_same_bytes(
     assert open_dataset(again).description["tokenizer_backend"].startswith(f"{backend} ")
 
 
-@pytest.mark.parametrize("num_blocks", [0, 1, 2, 5, 9, 14, 30])
-@pytest.mark.parametrize("num_characters", [700, 60_000], ids=["small", "with a giant document"])
+@pytest.mark.parametrize(
+    ("num_blocks", "num_characters", "max_shard_bytes"),
+    [
+        *((number, size, None) for number in (0, 1, 2, 5, 9, 14, 30) for size in (700, 60_000)),
+        *((number, 20_000, "4096") for number in (1, 9, 12)),
+    ],
+)
 def test_an_interrupted_preparation_is_gone_on_with(
-    num_blocks: int, num_characters: int, documents_dir: Path, tmp_path: Path
+    num_blocks: int,
+    num_characters: int,
+    max_shard_bytes: str | None,
+    documents_dir: Path,
+    tmp_path: Path,
 ) -> None:
     """Interrupted after any block, with a journal line after each: the same bytes in the end."""
     giant = " ".join(f"word{number}" for number in range(num_characters // 8))
@@ -143,6 +155,7 @@ def test_an_interrupted_preparation_is_gone_on_with(
         "tokenizer_path": None,
         "deduplicate": "exact",
         "num_workers": 1,
+        "max_shard_bytes": max_shard_bytes,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", 2500)
@@ -212,8 +225,9 @@ def test_other_options_do_not_go_on_with_it(documents_dir: Path, tmp_path: Path)
     assert open_dataset(again).description["max_sample_length"] == 32
 
 
+@pytest.mark.parametrize("max_shard_bytes", [None, "4096"], ids=["single", "shards"])
 def test_a_giant_document_gives_the_samples_of_the_obvious_algorithm(
-    documents_dir: Path, dataset: DatasetDirectory, tmp_path: Path
+    max_shard_bytes: str | None, documents_dir: Path, dataset: DatasetDirectory, tmp_path: Path
 ) -> None:
     """In one line and in many; also one that never ends, of which nothing may stay."""
     tokenizer = open_saved_tokenizer(dataset.tokenizer_directory)
@@ -239,6 +253,7 @@ def test_a_giant_document_gives_the_samples_of_the_obvious_algorithm(
                 tokenizer_path=str(dataset.tokenizer_directory),
                 max_sample_length=50,
                 min_sample_length=4,
+                max_shard_bytes=max_shard_bytes,
             )
         )
     opened = open_dataset(directory)

@@ -198,7 +198,8 @@ class CorpusDataModule(EpochDataModule):
     def _train_samples(self) -> Samples:
         corpus = self.dataset.train
         if self.arguments.batching == "concatenated":
-            return ConcatenatedSamples(corpus.num_tokens, self._row_length)
+            layout = corpus.layout_of_pieces(self._row_length)
+            return ConcatenatedSamples(corpus.num_tokens, self._row_length, layout)
         return self.task.samples(corpus)
 
     def replay(self, rank: int, world_size: int) -> Replay | None:
@@ -246,11 +247,13 @@ def _described(
     described = []
     for one, share in replayed:
         files = one.description.get("output_files", {})
+        stem = f"train/{CORPUS_FILE_NAME.partition('.')[0]}"
+        corpora = [facts for name, facts in files.items() if name.startswith(stem)]
         described.append(
             {
                 "dataset_name": one.description.get("dataset_name"),
                 "share": share,
-                "corpus": files.get(f"{one.train.directory.name}/{CORPUS_FILE_NAME}"),
+                "corpus": corpora if "shards" in one.description else next(iter(corpora), None),
             }
         )
     return {**dataset.description, "replay": described}

@@ -19,7 +19,7 @@ from torch import Tensor
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.batches import BatchSpans, LengthBatches, SortedBatches
 from full_stack_transformer.datasets.collators import Batch, Collator
-from full_stack_transformer.datasets.order import make_key
+from full_stack_transformer.datasets.order import ShardLayout, make_key
 from full_stack_transformer.errors import RowError, UsageError
 from full_stack_transformer.rows.fields import (
     PLACE,
@@ -64,6 +64,8 @@ class FeatureSamples:
         lengths: (features,) tokens of each.
         num_targets: (features,) what each weighs.
     """
+
+    layout: ShardLayout | None = None
 
     def __init__(self, lengths: Sequence[int], num_targets: Sequence[int]) -> None:
         self._lengths = np.array(lengths, dtype=np.int64)
