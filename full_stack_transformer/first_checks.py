@@ -31,6 +31,7 @@ from full_stack_transformer.modelling.model_files import (
     weight_files,
 )
 from full_stack_transformer.modelling.places import adapter_directory, check_models
+from full_stack_transformer.object_storage import is_url
 from full_stack_transformer.tasks.catalogue import CORPUS_TASKS, TASKS
 
 _STANDARD_INPUT = "-"
@@ -76,7 +77,7 @@ def _check_training(options: training.TrainArguments) -> None:
         from full_stack_transformer.datasets.corpus import open_dataset
 
         for place in (options.dataset_dir, *(place for place, _ in parsed_replay(options.replay))):
-            open_dataset(place)
+            open_dataset(place, options)
     else:
         _check_directory_of_rows(options.dataset_dir)
 
@@ -106,7 +107,7 @@ def _check_evaluation(options: models.EvaluateArguments) -> None:
     _check_readable(options.harness, "--harness")
     _check_rows(options.train_file, "--train_file")
     for path in (options.dataset_dir, *options.more_datasets):
-        if path is not None and not path.exists():
+        if path is not None and not is_url(path) and not path.exists():
             raise DatasetError(
                 f"{path} does not exist; expected a dataset directory, or a file or directory of labelled "
                 "rows"

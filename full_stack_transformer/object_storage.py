@@ -8,6 +8,7 @@ all: a large one is sent in parts that the store joins at the end. Knows nothing
 """
 
 import hashlib
+import io
 import logging
 import os
 import random
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from full_stack_transformer.errors import (
     InputError,
@@ -191,8 +192,11 @@ class ObjectStore:
         """
         size = self.size(name) if size is None else size
         for start in range(0, size, _PIECE_BYTES):
-            end = min(start + _PIECE_BYTES, size)
-            yield self._tried("reading", name, partial(self._piece, name, start, end))
+            yield self.part(name, start, size)
+
+    def open(self, name: str) -> BinaryIO:
+        """The object as a file that is read from the start, or from near to where it was read."""
+        return cast(BinaryIO, io.BufferedReader(_ObjectFile(self, name)))
 
     def download(self, name: str, target: Path, size: int, sha256: str | None = None) -> None:
         """Write the first `size` bytes of an object into a file, which the caller made and renames.
@@ -210,6 +214,11 @@ class ObjectStore:
                 f"{self.where(name)} holds other content than described: SHA-256 {digest.hexdigest()}, "
                 f"expected {sha256}; write it again"
             )
+
+    def part(self, name: str, start: int, size: int) -> bytes:
+        """A piece of an object of `size` bytes from `start` on."""
+        end = min(start + _PIECE_BYTES, size)
+        return self._tried("reading", name, partial(self._piece, name, start, end))
 
     def put(self, name: str, content: bytes) -> None:
         """Write a small object whole, or replace it."""
@@ -307,6 +316,43 @@ class ObjectStore:
             advice = "check the credentials in the environment or the files of the store, and their rights"
         times = "once" if num_attempts == 1 else f"{num_attempts} times"
         return f"{what} {self.where(name)} failed, tried {times}: {_reason(error)}; {advice}"
+
+
+class _ObjectFile(io.RawIOBase):
+    """An object as a file: one piece of it is in memory."""
+
+    def __init__(self, store: ObjectStore, name: str) -> None:
+        self._store, self._name = store, name
+        self._size = store.size(name)
+        self._position = self._start = 0
+        self._piece = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position}.get(
+            whence, self._size
+        )
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        if self._position >= self._size:
+            return 0
+        if not self._start <= self._position < self._start + len(self._piece):
+            self._start = self._position - self._position % _PIECE_BYTES
+            self._piece = self._store.part(self._name, self._start, self._size)
+        begin = self._position - self._start
+        part = self._piece[begin : begin + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
 
 
 def _reason(error: Exception) -> str:

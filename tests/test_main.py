@@ -51,7 +51,8 @@ def test_the_help_of_train_has_groups_and_the_common_options_first(run_fst: RunF
         *("Common options", "Data", "Files of labelled rows", "Model", "Optimization", "Schedule"),
         *("Validation", "Hardware", "Output", "Fine-tuning", "Adapters (LoRA)"),
         *("Masked language model", "Sequence classification"),
-        *("Span selection and token labelling", "Sentence embedding", "Own classes"),
+        *("Span selection and token labelling", "Sentence embedding"),
+        *("Data in object storage", "Own classes"),
     ]
     assert titles["Data"] <= 40, "the common options fit on one screen"
 

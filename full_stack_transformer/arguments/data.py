@@ -90,6 +90,22 @@ class CollectDocumentsArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataCacheOptions:
+    """Data in object storage."""
+
+    data_cache: Path | None = None
+    """Dataset at a URL such as s3://bucket/datasets/NAME: directory of local copies of its files, which the
+    processes of a machine share. Default: ~/.cache/full_stack_transformer/objects."""
+    data_cache_bytes: str = "20GB"
+    """Size of all copies in it, at most; those that were not read for longest are removed."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """--data_cache_bytes as a number."""
+        return num_bytes(self.data_cache_bytes, "data_cache_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DocumentOptions:
     """Documents."""
 
@@ -251,7 +267,8 @@ class VerifyDatasetArguments:
     """Check every file of a dataset directory against its description."""
 
     dataset_dir: Path
-    """Dataset directory: DATASETS_ROOT/NAME/VERSION, or DATASETS_ROOT/NAME for its newest version."""
+    """Dataset directory: DATASETS_ROOT/NAME/VERSION, or DATASETS_ROOT/NAME for its newest version; also in
+    object storage, s3://…"""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from full_stack_transformer.arguments.checks import (
     between,
     check_device,
 )
-from full_stack_transformer.arguments.data import RowFileOptions
+from full_stack_transformer.arguments.data import DataCacheOptions, RowFileOptions
 from full_stack_transformer.arguments.sampling import MoreSamplingOptions, SamplingOptions
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.tasks.catalogue import TaskName
@@ -57,9 +57,9 @@ class ModelAndDataArguments(ModelArguments):
     """A model and data to evaluate it on."""
 
     dataset_dir: Path | None = None
-    """Language models: a dataset directory, prepared with the model's tokenizer; its validation samples are
-    used. Other tasks: a file of labelled rows, or a directory with train, valid and test rows. Required
-    without --harness."""
+    """Language models: a dataset directory, also in object storage (s3://…), prepared with the model's
+    tokenizer; its validation samples are used. Other tasks: a file of labelled rows, or a directory with
+    train, valid and test rows. Required without --harness."""
     more_datasets: tuple[Path, ...] = ()
     """With --compare: more dataset directories."""
 
@@ -249,6 +249,7 @@ class EvaluateArguments(
     LabelledRowsOptions,
     RowFileOptions,
     ContinuedTextsOptions,
+    DataCacheOptions,
     OwnClassesOptions,
     AdapterArguments,
     ModelAndDataArguments,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
-from full_stack_transformer.arguments.data import RowFileOptions
+from full_stack_transformer.arguments.data import DataCacheOptions, RowFileOptions
 from full_stack_transformer.arguments.fine_tuning import (
     AdapterOptions,
     FineTuningOptions,
@@ -241,6 +241,7 @@ class TrainArguments(
     SequenceClassificationOptions,
     WindowOptions,
     SentenceEmbeddingOptions,
+    DataCacheOptions,
     OwnClassesOptions,
 ):
     """Train a model on a dataset directory or on labelled rows: EXPERIMENTS_ROOT/EXPERIMENT_NAME/VERSION/."""
@@ -251,8 +252,8 @@ class TrainArguments(
     tasks on labelled rows."""
     dataset_dir: Path | None = None
     """Dataset directory written by prepare_dataset: DATASETS_ROOT/NAME/VERSION, or DATASETS_ROOT/NAME
-    for its newest version. Labelled rows: a directory with train, valid and test files or folders, or
-    the name of a data set for the package datasets."""
+    for its newest version; also in object storage (s3://…). Labelled rows: a directory with train, valid
+    and test files or folders, or the name of a data set for the package datasets."""
     train_file: Path | None = None
     """Labelled rows to train on, instead of --dataset_dir: a .jsonl, .csv, .tsv, .parquet, CoNLL or
     SQuAD file, or a folder with one folder of texts per label."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from full_stack_transformer.datasets.order import (
+    SHARDS_TOGETHER,
     ShardedPermutation,
     ShardLayout,
     make_key,
@@ -145,6 +146,7 @@ class BatchPlan(ABC):
     num_batches_per_epoch: int
     """The same on every rank."""
     _min_rows = 0
+    _window_batches = _WINDOW_BATCHES
 
     def __init__(
         self, samples: Samples, *, batch_size: int, rank: int = 0, world_size: int = 1
@@ -181,7 +183,15 @@ class BatchPlan(ABC):
 
     def _locate(self, position: int) -> tuple[int, int]:
         """Index of the window, and of the batch in it."""
-        return divmod(position, _WINDOW_BATCHES)
+        return divmod(position, self._window_batches)
+
+    def _at_once(self, most: int) -> int:
+        """Samples of a window: at most those of a group of shards, so that it is of two groups at most."""
+        layout = self._samples.layout
+        if layout is None:
+            return most
+        num_groups = max(1, (len(layout.borders) - 1) / SHARDS_TOGETHER)
+        return max(1, min(most, int(len(self._samples) / num_groups)))
 
     @abstractmethod
     def _make_window(self, epoch: int, index: int) -> _Window: ...
@@ -244,6 +254,9 @@ class LengthBatches(BatchPlan):
     ) -> None:
         super().__init__(samples, batch_size=batch_size, rank=rank, world_size=world_size)
         self._seed = seed
+        self._window_batches = max(
+            1, self._at_once(_WINDOW_BATCHES * self._global_size) // self._global_size
+        )
         self.num_batches_per_epoch = -(-len(samples) // self._global_size)
 
     def batch(self, epoch: int, position: int) -> BatchSpans:
@@ -252,7 +265,7 @@ class LengthBatches(BatchPlan):
         return spans if len(spans.starts) else self._filler(np.zeros(1, dtype=np.int64), epoch)
 
     def _make_window(self, epoch: int, index: int) -> _Window:
-        size = _WINDOW_BATCHES * self._global_size
+        size = self._window_batches * self._global_size
         first = index * size
         end = min(first + size, len(self._samples))
         indices = self._indices(self._seed, epoch, first, end)
@@ -336,7 +349,8 @@ class PackedBatches(BatchPlan):
         self._row_length = row_length
         self._seed = seed
         size = _WindowSize.by_trial(samples, row_length)
-        num_batches = max(1, round(size.num_rows(_PACKED_SAMPLES) / self._global_size))
+        num_rows_at_once = size.num_rows(self._at_once(_PACKED_SAMPLES))
+        num_batches = max(1, round(num_rows_at_once / self._global_size))
         self._window_samples = size.num_samples(num_batches * self._global_size)
         # The last window takes the rest too, so that no window is small.
         self._num_windows = max(1, len(samples) // self._window_samples)

@@ -11,7 +11,6 @@ Little-endian, in NumPy's own file format. Reading is memory-mapped: a corpus ma
 import copy
 import os
 import shlex
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,27 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from full_stack_transformer.datasets.order import ShardLayout
+from full_stack_transformer.arguments.data import DataCacheOptions
+from full_stack_transformer.datasets.files import (
+    TOKENIZER_DIRECTORY_NAME,
+    DatasetFiles,
+    FilesOnDisk,
+    OpenedArray,
+    StoredDataset,
+    StoredFiles,
+    find_stored,
+)
+from full_stack_transformer.datasets.order import SHARDS_TOGETHER, ShardLayout
 from full_stack_transformer.datasets.shards import (
     JoinedArray,
-    OpenedArray,
     ShardCounts,
     borders_of,
+    close_all,
     described_shards,
     shard_file_name,
 )
-from full_stack_transformer.errors import DatasetError, InputError
+from full_stack_transformer.errors import DatasetError, InputError, UsageError
+from full_stack_transformer.object_storage import is_url
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
 
 FORMAT_VERSION = 1
@@ -237,21 +247,27 @@ class Corpus:
     """
 
     def __init__(
-        self, directory: Path, *, num_samples: int, num_tokens: int, has_answers: bool = False
+        self,
+        directory: Path,
+        *,
+        num_samples: int,
+        num_tokens: int,
+        has_answers: bool = False,
+        files: DatasetFiles | None = None,
     ) -> None:
         self.directory = directory
         self._num_ids = 1 << 32
-        # Plain arrays over the maps: np.memmap adds a microsecond to each indexing.
-        self.tokens: NDArray[np.integer] = np.asarray(
-            open_array(directory / CORPUS_FILE_NAME, num_tokens, ("<u2", "<u4"))
-        )
-        self.start_positions: NDArray[np.int64] = np.asarray(
-            open_array(directory / POSITIONS_FILE_NAME, num_samples, ("<i8",))
-        )
+        opener = files or FilesOnDisk(directory.parent)
+
+        def opened(file_name: str, length: int, *dtypes: str) -> Any:
+            # Plain arrays over the maps: np.memmap adds a microsecond to each indexing.
+            return np.asarray(opener.open(f"{directory.name}/{file_name}", length, dtypes).values)
+
+        self.tokens: NDArray[np.integer] = opened(CORPUS_FILE_NAME, num_tokens, "<u2", "<u4")
+        self.start_positions: NDArray[np.int64] = opened(POSITIONS_FILE_NAME, num_samples, "<i8")
         self.learned: NDArray[np.integer] | None = None
         if has_answers:
-            learned = open_array(directory / LEARNED_FILE_NAME, num_tokens, (LEARNED_DTYPE.str,))
-            self.learned = np.asarray(learned)
+            self.learned = opened(LEARNED_FILE_NAME, num_tokens, LEARNED_DTYPE.str)
 
     layout: ShardLayout | None = None
     """Which samples are in which shard; None in the single form."""
@@ -266,7 +282,7 @@ class Corpus:
         *,
         dtype: np.dtype[Any],
         has_answers: bool,
-        files: "ShardFiles",
+        files: DatasetFiles,
     ) -> Self:
         """The samples of all shards of a split; the arrays are opened when they are read."""
         corpus = cls.__new__(cls)
@@ -447,59 +463,6 @@ class Corpus:
         return lengths - 1
 
 
-class ShardFiles(ABC):
-    """The files of a dataset in shards, by their names in it."""
-
-    @abstractmethod
-    def open(self, name: str, length: int, dtypes: Sequence[str]) -> OpenedArray:
-        """The array of a file, memory-mapped.
-
-        Raises:
-            DatasetError: it is missing or damaged, or differs from the description.
-        """
-
-    @abstractmethod
-    def fetch_ahead(self, names: Sequence[str]) -> None:
-        """Make these files quick to open, without waiting for them."""
-
-
-class FilesOnDisk(ShardFiles):
-    """The files of a dataset directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def open(self, name: str, length: int, dtypes: Sequence[str]) -> OpenedArray:
-        """The array of a file."""
-        return OpenedArray(open_array(self._directory / name, length, dtypes), lambda: None)
-
-    def fetch_ahead(self, names: Sequence[str]) -> None:
-        """Nothing: the system reads a mapped file ahead."""
-
-
-def open_array(path: Path, length: int, dtypes: Sequence[str]) -> NDArray[np.integer]:
-    advice = "prepare the dataset again"
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # NumPy's parser raises SyntaxError, TokenError … on a damaged header
-        raise DatasetError(f"{path} is missing or damaged ({error}); {advice}") from error
-    if array.dtype not in [np.dtype(name) for name in dtypes] or array.ndim != 1:
-        raise DatasetError(
-            f"{path} should be a one-dimensional array of {' or '.join(dtypes)}, found {array.ndim} "
-            f"dimensions of {array.dtype.str}; {advice}"
-        )
-    expected_bytes = array.offset + array.nbytes if isinstance(array, np.memmap) else None
-    if len(array) != length or path.stat().st_size != expected_bytes:
-        raise DatasetError(
-            f"{path} should hold {length:,} values as described, found {len(array):,} in "
-            f"{path.stat().st_size:,} bytes; {advice}"
-        )
-    opened: NDArray[np.integer] = array
-    return opened
-
-
 @dataclass(frozen=True)
 class DatasetDirectory:
     """A complete dataset directory; `train` and `valid` are memory-mapped."""
@@ -508,6 +471,8 @@ class DatasetDirectory:
     description: dict[str, Any]
     train: Corpus
     valid: Corpus
+    local_tokenizer: Path | None = None
+    """Where the tokenizer of a dataset in object storage is."""
 
     @property
     def kind(self) -> Kind:
@@ -523,7 +488,7 @@ class DatasetDirectory:
     @property
     def tokenizer_directory(self) -> Path:
         """What `open_saved_tokenizer` and `AutoTokenizer` open."""
-        return self.directory / "tokenizer"
+        return self.local_tokenizer or self.directory / TOKENIZER_DIRECTORY_NAME
 
 
 def prepare_command(dataset: DatasetDirectory, tokenizer_path: str) -> str:
@@ -554,12 +519,19 @@ def refuse_model(directory: Path) -> None:
             )
 
 
-def open_dataset(path: Path) -> DatasetDirectory:
-    """Open DATASETS_ROOT/NAME/VERSION, or the newest version of DATASETS_ROOT/NAME.
+def open_dataset(path: Path, options: DataCacheOptions | None = None) -> DatasetDirectory:
+    """Open DATASETS_ROOT/NAME/VERSION, or the newest version of DATASETS_ROOT/NAME, on a disk or at a URL.
+
+    Args:
+        path: of the dataset.
+        options: where copies of files in object storage are kept.
 
     Raises:
         DatasetError: there is no complete dataset directory, or it is damaged.
+        MachineError: the object store does not answer, or the cache is too small.
     """
+    if is_url(path):
+        return _open_stored(find_stored(path, options))
     directory = path
     if path.is_dir() and not (path / DESCRIPTION_FILE_NAME).is_file():
         numbered = versions(path.parent, path.name)
@@ -572,12 +544,6 @@ def open_dataset(path: Path) -> DatasetDirectory:
             f"{path} is not a dataset directory: {error}; make one with fst prepare_dataset"
         ) from error
     check_format(description, directory)
-    kind = description.get("kind", "documents")
-    if kind not in KINDS:
-        raise DatasetError(
-            f"{directory} holds {kind!r}, which this release does not know ({', '.join(KINDS)}); prepare "
-            "the dataset again"
-        )
     train, valid = (open_split(directory, description, split) for split in SPLITS)
     return DatasetDirectory(directory, description, train, valid)
 
@@ -594,10 +560,49 @@ def check_format(description: Mapping[str, Any], directory: Path) -> None:
             f"{directory} has format version {description.get('format_version')!r}, expected "
             f"{expected}; prepare the dataset again"
         )
+    kind = description.get("kind", "documents")
+    if kind not in KINDS:
+        raise DatasetError(
+            f"{directory} holds {kind!r}, which this release does not know ({', '.join(KINDS)}); prepare "
+            "the dataset again"
+        )
+
+
+def _open_stored(stored: StoredDataset) -> DatasetDirectory:
+    check_format(stored.description, stored.directory)
+    _check_cache(stored)
+    facts = stored.description["output_files"]
+    files = StoredFiles(stored.store, stored.cache, facts, close_all)
+    train, valid = (
+        open_split(stored.directory, stored.description, split, files) for split in SPLITS
+    )
+    return DatasetDirectory(
+        stored.directory, stored.description, train, valid, stored.tokenizer_directory
+    )
+
+
+def _check_cache(stored: StoredDataset) -> None:
+    """Refuse a cache in which the shards of two windows of samples have no room.
+
+    Raises:
+        UsageError: it is too small: each batch would fetch shards again.
+    """
+    sizes: dict[str, int] = {}
+    for name, facts in stored.description["output_files"].items():
+        number = name.rpartition("-")[2] if name.startswith("train/") else ""
+        sizes[number] = sizes.get(number, 0) + int(facts["size_bytes"])
+    sizes.pop("")
+    needed = sum(sorted(sizes.values())[-2 * SHARDS_TOGETHER :])
+    if needed > stored.cache.max_bytes:
+        raise UsageError(
+            f"--data_cache_bytes must be at least {needed:,} for {stored.directory}, found "
+            f"{stored.cache.max_bytes:,}: samples of {SHARDS_TOGETHER} shards are mixed, and as many are "
+            "fetched ahead; raise it, or prepare the dataset with a smaller --max_shard_bytes"
+        )
 
 
 def open_split(
-    directory: Path, description: Mapping[str, Any], split: str, files: ShardFiles | None = None
+    directory: Path, description: Mapping[str, Any], split: str, files: DatasetFiles | None = None
 ) -> Corpus:
     """The samples of a split, in either form.
 
@@ -621,6 +626,7 @@ def open_split(
             num_samples=description[f"number_of_{split}_samples"],
             num_tokens=description[f"number_of_{split}_tokens"],
             has_answers=has_answers,
+            files=files,
         )
     return Corpus.of_shards(
         directory / split,

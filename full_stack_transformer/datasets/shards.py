@@ -13,14 +13,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
+from full_stack_transformer.datasets.files import OpenedArray, Values
 from full_stack_transformer.datasets.order import SHARDS_TOGETHER
 from full_stack_transformer.errors import DatasetError
 
-Values = NDArray[np.integer[Any]]
 # Of one kind of file: a window of samples may be of two groups of shards.
 _MAX_OPEN = 2 * SHARDS_TOGETHER
 
@@ -66,14 +67,6 @@ def borders_of(sizes: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(sizes, dtype=np.int64))])
 
 
-@dataclass(frozen=True)
-class OpenedArray:
-    """The array of one file, and what gives the file back."""
-
-    values: Values
-    close: Callable[[], None]
-
-
 class JoinedArray:
     """The arrays of one kind of all shards as one array: what a `Corpus` does with an array of NumPy's.
 
@@ -98,6 +91,12 @@ class JoinedArray:
         self._offsets = offsets
         self._opened: OrderedDict[int, OpenedArray] = OrderedDict()
         self.dtype = dtype
+        _ALL.add(self)
+
+    def close(self) -> None:
+        """Give all files back; they are opened again when they are read."""
+        while self._opened:
+            self._opened.popitem(last=False)[1].close()
 
     def __len__(self) -> int:
         return int(self._borders[-1])
@@ -140,3 +139,13 @@ class JoinedArray:
             opened = self._opened[shard] = self._open_array(shard)
         self._opened.move_to_end(shard)
         return opened.values
+
+
+# Of this process: together they may hold more files than a cache has room for.
+_ALL: WeakSet[JoinedArray] = WeakSet()
+
+
+def close_all() -> None:
+    """Give back the files of all arrays."""
+    for array in list(_ALL):
+        array.close()

@@ -7,9 +7,11 @@ only; this finds a flipped bit. Knows nothing of tokenizers.
 """
 
 import hashlib
+import json
 import logging
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,6 +31,7 @@ from full_stack_transformer.datasets.corpus import (
     refuse_model,
     token_dtype,
 )
+from full_stack_transformer.datasets.files import CLAIM_FILE_NAME, newest_version
 from full_stack_transformer.datasets.shards import (
     ShardCounts,
     described_shards,
@@ -36,6 +39,7 @@ from full_stack_transformer.datasets.shards import (
 )
 from full_stack_transformer.datasets.verify_arrays import ArrayCheck, Ids, Marks, Positions
 from full_stack_transformer.errors import DatasetError, InputError
+from full_stack_transformer.object_storage import ObjectPath, ObjectStore, is_url, open_store
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, read_json, versions
 
 logger = logging.getLogger(__name__)
@@ -53,18 +57,23 @@ def main(arguments: VerifyDatasetArguments) -> None:
         DatasetError: there is no dataset directory, or it has problems: one line for each.
     """
     started = time.perf_counter()
-    directory = _find(arguments.dataset_dir)
-    refuse_model(directory)
-    description = _read_description(directory)
+    place: _Place
+    if is_url(arguments.dataset_dir):
+        place = _StoredPlace(newest_version(open_store(arguments.dataset_dir, "DATASET_DIR")))
+    else:
+        place = _Directory(_find(arguments.dataset_dir))
+        refuse_model(place.directory)
+    directory = place.directory
+    description = _read_description(place)
     described = _Described.of(description)
     num_bytes = 0
     for name in sorted(described.files):
-        num_bytes += _check_file(directory, name, described)
+        num_bytes += _check_file(place, name, described)
     try:
-        problems = [*described.problems, *_stray_files(directory, described.files)]
+        problems = [*described.problems, *_stray_files(place, described.files)]
     except OSError as error:
         problems = [*described.problems, f"its files cannot be listed: {error.strerror or error}"]
-    if not problems:
+    if not problems and isinstance(place, _Directory):
         problems += _cannot_be_opened(directory)
     if problems:
         raise DatasetError(
@@ -90,13 +99,85 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _read_description(directory: Path) -> dict[str, Any]:
+class _Place(ABC):
+    """Where the files are."""
+
+    directory: Path
+
+    @abstractmethod
+    def read_description(self) -> dict[str, Any]:
+        """The content of description.json."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """All files, sorted."""
+
+    @abstractmethod
+    def why_no_file(self, name: str) -> str:
+        """What is wrong with a name; empty if it is that of a file."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file, to be read."""
+
+
+class _Directory(_Place):
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def read_description(self) -> dict[str, Any]:
+        return read_json(self.directory / DESCRIPTION_FILE_NAME)
+
+    def names(self) -> list[str]:
+        return sorted(
+            path.relative_to(self.directory).as_posix()
+            for path in self.directory.rglob("*")
+            if path.is_symlink() or not path.is_dir()
+        )
+
+    def why_no_file(self, name: str) -> str:
+        path = self.directory / name
+        if path.is_file():
+            return ""
+        return "is not a regular file" if path.exists() else "is missing"
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.directory / name).open("rb")
+
+
+class _StoredPlace(_Place):
+    def __init__(self, store: ObjectStore) -> None:
+        self.directory = ObjectPath(store.url)
+        self._store = store
+
+    def read_description(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._store.read(DESCRIPTION_FILE_NAME))
+        except ValueError as error:
+            raise InputError(f"description.json cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(
+                f"description.json should be a JSON object, found {type(content).__name__}"
+            )
+        return content
+
+    def names(self) -> list[str]:
+        return [name for name in self._store.names() if name != CLAIM_FILE_NAME]
+
+    def why_no_file(self, name: str) -> str:
+        return "" if self._store.exists(name) else "is missing"
+
+    def open(self, name: str) -> BinaryIO:
+        return self._store.open(name)
+
+
+def _read_description(place: _Place) -> dict[str, Any]:
     try:
-        return read_json(directory / DESCRIPTION_FILE_NAME)
+        return place.read_description()
     except InputError as error:
         raise DatasetError(
-            f"{directory} is not a dataset directory: {error}; prepare the dataset again, or copy it again "
-            "from an intact copy"
+            f"{place.directory} is not a dataset directory: {error}; prepare the dataset again, or copy it "
+            "again from an intact copy"
         ) from error
 
 
@@ -108,12 +189,8 @@ def _cannot_be_opened(directory: Path) -> list[str]:
     return []
 
 
-def _stray_files(directory: Path, described: Mapping[str, Any]) -> Iterator[str]:
-    names = sorted(
-        path.relative_to(directory).as_posix()
-        for path in directory.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    )
+def _stray_files(place: _Place, described: Mapping[str, Any]) -> Iterator[str]:
+    names = place.names()
     stray = [name for name in names if name not in described and name != DESCRIPTION_FILE_NAME]
     for name in stray[:_MAX_STRAY_FILES]:
         yield f"{name}: unexpected file, not in the description"
@@ -282,17 +359,16 @@ def _found_in(content: object, *keys: str) -> object:
     return content
 
 
-def _check_file(directory: Path, name: str, described: _Described) -> int:
+def _check_file(place: _Place, name: str, described: _Described) -> int:
     """Add the problems of a file to `described`; return how many bytes were read."""
-    path, facts = directory / name, described.files[name]
+    facts = described.files[name]
     problems: list[str] = []
     found_bytes = 0
     try:
-        if not path.is_file():
-            what = "is not a regular file" if path.exists() else "is missing"
-            problems.append(f"{what}: expected {facts.size_bytes:,} bytes")
+        if why := place.why_no_file(name):
+            problems.append(f"{why}: expected {facts.size_bytes:,} bytes")
         else:
-            with path.open("rb") as file:
+            with place.open(name) as file:
                 found_bytes = _read_file(file, name, described, problems)
     except OSError as error:
         problems.append(f"cannot be read: {error.strerror or error}")

@@ -60,7 +60,7 @@ def compare(
     tokenizers = {name: _tokenizer(one) for name, one in models.items()}
     comparisons = []
     for path in (arguments.data, *arguments.more_datasets):
-        dataset = open_dataset(path)
+        dataset = open_dataset(path, arguments)
         theirs = open_saved_tokenizer(dataset.tokenizer_directory)
         if all(_are_alike(theirs, ours) for ours in tokenizers.values()):
             found = {name: measure(replace(one, dataset_dir=path)) for name, one in models.items()}

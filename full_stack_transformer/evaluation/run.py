@@ -95,7 +95,7 @@ def _evaluate_generator(arguments: EvaluateArguments) -> dict[str, Any]:
 
 def _evaluate_corpus(arguments: EvaluateArguments, cls: type[CorpusTask]) -> dict[str, Any]:
     """The metrics of a model on the validation samples of a dataset directory."""
-    dataset = open_dataset(arguments.data)
+    dataset = open_dataset(arguments.data, arguments)
     if cls.generates and dataset.kind not in cls.kinds:
         cls = cast(type[CorpusTask], task_class(TASK_OF_KIND[dataset.kind]))
     opened = open_task(arguments.model, base=arguments.base, cls=cls, device=arguments.device)

@@ -71,6 +71,7 @@ _LIMITS = {"max_epochs", "max_steps", "max_minutes", "early_stopping_patience"}
 _CHANGEABLE = _LIMITS | {
     *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
     "batch_size",  # as long as all processes together read the same: `with_same_batches`
+    *("data_cache", "data_cache_bytes"),
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
 }
 # Where the data are. Each run may name them anew, as those of --replay; their content is compared by the
@@ -78,7 +79,7 @@ _CHANGEABLE = _LIMITS | {
 _INPUTS = {"dataset_dir", "train_file", "validation_file", "test_file"}
 # What to do after the training; each run may decide anew.
 _ACTIONS = {"do_train", "do_eval", "do_predict"}
-_PATHS = _INPUTS | {"experiments_root"}
+_PATHS = _INPUTS | {"experiments_root", "data_cache"}
 # A path or a name: of a model or tokenizer on the hub, or of a preset.
 _PATHS_OR_NAMES = {"model_path", "tokenizer_path", "model_config", "teacher"}
 # Options that name a class.

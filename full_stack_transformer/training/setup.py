@@ -224,7 +224,7 @@ def open_setup(arguments: TrainArguments) -> TrainingSetup:
     arguments.check_data(reads_datasets=issubclass(cls, CorpusTask))
     if issubclass(cls, CorpusTask):
         assert arguments.dataset_dir is not None
-        dataset = open_dataset(arguments.dataset_dir)
+        dataset = open_dataset(arguments.dataset_dir, arguments)
         arguments = dataclasses.replace(arguments, dataset_dir=dataset.directory)
         return TrainingSetup(arguments, CorpusDataModule(arguments, dataset, cls))
     return rows_setup(arguments, FileRows(arguments), row_task_class(arguments.task))
@@ -259,7 +259,7 @@ def with_task(arguments: TrainArguments) -> TrainArguments:
             raise UsageError(f"--teacher is for --task {TEACHER_TASK}, not for --task {task}")
         task, reason = TEACHER_TASK, "--teacher"
     elif not is_chosen and arguments.dataset_dir is not None and arguments.train_file is None:
-        kind = open_dataset(arguments.dataset_dir).kind
+        kind = open_dataset(arguments.dataset_dir, arguments).kind
         task = TASK_OF_KIND[kind] if kind != "documents" else task
         reason = f"a dataset of {kind}"
     if task != arguments.task and is_main_process():

@@ -161,7 +161,7 @@ def _data_and_task(job: dict[str, Any], directory: str) -> Any:
         "max_sample_length": tokens,
         "special_token_ids": ids,
     }
-    dataset = DatasetDirectory(arguments.dataset_dir, description, *corpora)
+    dataset = DatasetDirectory(arguments.dataset_dir, description, corpora[0], corpora[1])
     data = causal_data(dataset, arguments)
     backbone = new_backbone(
         arguments.model_config, vocab_size=vocabulary, max_length=tokens, special_token_ids=ids

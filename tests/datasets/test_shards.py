@@ -13,7 +13,6 @@ import pytest
 from numpy.typing import NDArray
 
 from full_stack_transformer.arguments.data import PrepareDatasetArguments, VerifyDatasetArguments
-from full_stack_transformer.datasets import batches
 from full_stack_transformer.datasets.batches import (
     BatchPlan,
     ConcatenatedSamples,
@@ -207,14 +206,10 @@ def test_a_batch_is_found_without_those_before_it(both: tuple[Corpus, Corpus]) -
             assert np.array_equal(again.batch(1, position).starts, expected[position])
 
 
-def test_a_window_reads_two_groups_of_shards_at_most(
-    both: tuple[Corpus, Corpus], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_reads_two_groups_of_shards_at_most(both: tuple[Corpus, Corpus]) -> None:
     corpus = both[1]
     layout = corpus.layout
     assert layout is not None
-    monkeypatch.setattr(batches, "_WINDOW_BATCHES", 8)
-    monkeypatch.setattr(batches, "_PACKED_SAMPLES", 64)
     ahead: list[list[int]] = []
     corpus.layout = dataclasses.replace(
         layout, fetch_ahead=lambda shards: ahead.append(list(shards))

@@ -67,7 +67,8 @@ class CorpusDataModule(EpochDataModule):
             )
         self.dataset = dataset
         self._replay_datasets = [
-            (open_dataset(place), share) for place, share in parsed_replay(arguments.replay)
+            (open_dataset(place, arguments), share)
+            for place, share in parsed_replay(arguments.replay)
         ]
         self.description = _described(dataset, self._replay_datasets)
         self._task_class = task_class
