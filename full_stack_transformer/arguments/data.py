@@ -4,7 +4,14 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between, num_bytes
+from full_stack_transformer.arguments.checks import (
+    ClusterOptions,
+    OwnClassesOptions,
+    at_least,
+    between,
+    check_ray_address,
+    num_bytes,
+)
 from full_stack_transformer.errors import UsageError
 from full_stack_transformer.storage import check_name
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
@@ -190,6 +197,7 @@ class PrepareDatasetArguments(
     EncodingOptions,
     SampleOptions,
     ExecutionOptions,
+    ClusterOptions,
     OwnClassesOptions,
 ):
     """Turn documents or conversations into a dataset directory: DATASETS_ROOT/DATASET_NAME/VERSION/."""
@@ -225,6 +233,7 @@ class PrepareDatasetArguments(
         at_least(self, 260, "vocab_size")
         at_least(self, 0, "num_workers")
         between(self, 0, 0.5, "validation_fraction")
+        check_ray_address(self)
         if self.shard_bytes is not None and self.shard_bytes < _MIN_SHARD_BYTES:
             raise UsageError(
                 f"--max_shard_bytes must be at least {_MIN_SHARD_BYTES:,}, found {self.max_shard_bytes!r}"
@@ -253,6 +262,10 @@ class PrepareDatasetArguments(
         if has_answers and self.resume:
             raise UsageError(
                 "--resume is for documents; conversations are prepared from the beginning"
+            )
+        if has_answers and self.ray_address is not None:
+            raise UsageError(
+                "--ray_address is for documents; conversations are prepared on one machine, leave it out"
             )
         if self.answers_of is not None and not self.conversations:
             raise UsageError("--answers_of needs --conversations")

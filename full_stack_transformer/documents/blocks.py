@@ -131,8 +131,21 @@ class Documents:
 class DocumentFormat(Protocol):
     """How documents are stored in a file."""
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
-        """Blocks from `start`; `continues` as the block there has it. Cheap: called by the reader."""
+    def blocks(
+        self, path: Path, *, start: int, continues: bool, stop: int | None = None
+    ) -> Generator[Block, None, None]:
+        """Blocks from `start`, to the border `stop` or else the end; cheap: called by the reader.
+
+        `continues` as the block at `start` has it.
+        """
+        ...
+
+    def cuts(self, path: Path, num_bytes: int) -> list[int]:
+        """Positions near which a file can be cut into parts of about `num_bytes`; see `parts`."""
+        ...
+
+    def border(self, path: Path, position: int, limit: int | None) -> int | None:
+        """The first place from `position` and before `limit` where a block could begin; else None."""
         ...
 
     def documents(self, block: Block) -> Documents:
@@ -144,6 +157,29 @@ def ending(path: Path) -> str:
     """The ending of the file name that names the format, in lower case: the one before .gz and .zst."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _COMPRESSIONS else suffix
+
+
+def cuts_of_text(path: Path, num_bytes: int) -> list[int]:
+    """`DocumentFormat.cuts` of files that are read as bytes."""
+    if path.suffix.lower() in _COMPRESSIONS:
+        return []
+    return list(range(num_bytes, path.stat().st_size, num_bytes))
+
+
+class LimitedReader:
+    """Reads the bytes from `start` to `stop`, or all that follow."""
+
+    def __init__(self, file: BinaryIO, start: int, stop: int | None) -> None:
+        self._file = file
+        self._num_left = None if stop is None else stop - start
+
+    def read(self, num_bytes: int) -> bytes:
+        """As of a file."""
+        if self._num_left is None:
+            return self._file.read(num_bytes)
+        content = self._file.read(min(num_bytes, self._num_left))
+        self._num_left -= len(content)
+        return content
 
 
 @contextlib.contextmanager

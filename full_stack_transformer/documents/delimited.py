@@ -15,7 +15,9 @@ from full_stack_transformer.documents.blocks import (
     Block,
     DocumentCounts,
     Documents,
+    LimitedReader,
     ReadingOptions,
+    cuts_of_text,
     decode,
     open_decompressed,
     too_large,
@@ -41,12 +43,15 @@ class DelimitedText:
         self._delimiter = options.end_of_document.strip()
         self._delimiter_bytes = self._delimiter.encode()
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
+    def blocks(
+        self, path: Path, *, start: int, continues: bool, stop: int | None = None
+    ) -> Generator[Block, None, None]:
         """Blocks that end after a delimiter line, or inside a document that is larger than a block."""
         held: list[bytes] = []  # a document that is larger than a block and must not be cut
         pending = b""
         is_inside_line = continues
-        with open_decompressed(path, start) as file:
+        with open_decompressed(path, start) as opened:
+            file = LimitedReader(opened, start, stop)
             # Always fill a block from where the last one ended: a resumed run cuts at the same places.
             while data := file.read(BLOCK_BYTES - len(pending)):
                 buffer = pending + data
@@ -75,7 +80,34 @@ class DelimitedText:
                 held, pending, start = [], buffer[cut:], end
                 continues = is_inside_line = unfinished
         content = b"".join([*held, pending])
-        yield Block(path, start, start + len(content), content, continues, is_last=True)
+        if stop is None:
+            yield Block(path, start, start + len(content), content, continues, is_last=True)
+        else:
+            assert not content, "a part ends after a delimiter"
+
+    def cuts(self, path: Path, num_bytes: int) -> list[int]:
+        """Everywhere, if it is not compressed."""
+        return cuts_of_text(path, num_bytes)
+
+    def border(self, path: Path, position: int, limit: int | None) -> int | None:
+        """After the first delimiter line that begins between `position` and `limit`; the end is none."""
+        with open_decompressed(path, position - 1) as file:
+            here, is_inside_line = position - 1, True
+            while line := file.readline(_MAX_DELIMITER_LINE_BYTES + 1):
+                if limit is not None and here >= limit and not is_inside_line:
+                    return None
+                here += len(line)
+                if not is_inside_line and self._is_delimiter(line):
+                    return here if file.read(1) else None
+                is_inside_line = not line.endswith(b"\n")
+        return None
+
+    def _is_delimiter(self, line: bytes) -> bool:
+        return (
+            self._delimiter_bytes in line
+            and line.endswith(b"\n")
+            and line.decode("utf-8", "replace").strip() == self._delimiter
+        )
 
     def documents(self, block: Block) -> Documents:
         """The documents of a block; lines are stripped unless the options keep them."""
@@ -143,10 +175,9 @@ class DelimitedText:
             if line_start == 0 and is_inside_line:
                 return 0
             # A line without an end may continue in the next block.
-            if 0 <= line_end <= line_start + _MAX_DELIMITER_LINE_BYTES:
-                line = buffer[line_start:line_end].decode("utf-8", "replace")
-                if line.strip() == self._delimiter:
-                    return line_end + 1
+            is_short = 0 <= line_end <= line_start + _MAX_DELIMITER_LINE_BYTES
+            if is_short and self._is_delimiter(buffer[line_start : line_end + 1]):
+                return line_end + 1
             before = line_start
         return 0
 

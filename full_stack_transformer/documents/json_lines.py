@@ -17,7 +17,9 @@ from full_stack_transformer.documents.blocks import (
     Block,
     DocumentCounts,
     Documents,
+    LimitedReader,
     ReadingOptions,
+    cuts_of_text,
     decode,
     open_decompressed,
     too_large,
@@ -31,11 +33,14 @@ class JsonLines:
     def __init__(self, options: ReadingOptions) -> None:
         self._options = options
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
+    def blocks(
+        self, path: Path, *, start: int, continues: bool, stop: int | None = None
+    ) -> Generator[Block, None, None]:
         """Blocks that end after a line."""
         held: list[bytes] = []  # a line that is longer than a block, in pieces
         num_held = 0
-        with open_decompressed(path, start) as file:
+        with open_decompressed(path, start) as opened:
+            file = LimitedReader(opened, start, stop)
             while data := file.read(BLOCK_BYTES):
                 cut = data.rfind(b"\n") + 1
                 if not cut:
@@ -51,7 +56,27 @@ class JsonLines:
                 yield Block(path, start, end, content)
                 start, content = end, b""  # not kept while the next is read: a line may be large
         content = b"".join(held)
-        yield Block(path, start, start + len(content), content, is_last=True)
+        if stop is None:
+            yield Block(path, start, start + len(content), content, is_last=True)
+        else:
+            assert not content, "a part ends after a line"
+
+    def cuts(self, path: Path, num_bytes: int) -> list[int]:
+        """Everywhere, if it is not compressed."""
+        return cuts_of_text(path, num_bytes)
+
+    def border(self, path: Path, position: int, limit: int | None) -> int | None:
+        """Where the first line begins between `position` and `limit`; the end is none."""
+        with open_decompressed(path, position - 1) as file:
+            here, is_inside_line = position - 1, True
+            while is_inside_line and (limit is None or here < limit):
+                line = file.readline(BLOCK_BYTES)
+                if not line:
+                    return None
+                here += len(line)
+                is_inside_line = not line.endswith(b"\n")
+            is_border = not is_inside_line and (limit is None or here < limit)
+            return here if is_border and file.read(1) else None
 
     def documents(self, block: Block) -> Documents:
         """The texts of the block's lines; blank lines are skipped."""

@@ -5,6 +5,7 @@ type there, is an error. JSON Lines has the same rules. The column may hold stri
 of Arrow's forms: plain, large, view or dictionary.
 """
 
+import contextlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,21 +41,42 @@ class Parquet:
     def __init__(self, options: ReadingOptions) -> None:
         self._options = options
 
-    def blocks(self, path: Path, *, start: int, continues: bool) -> Generator[Block, None, None]:
+    def blocks(
+        self, path: Path, *, start: int, continues: bool, stop: int | None = None
+    ) -> Generator[Block, None, None]:
         """Blocks of rows; positions count rows."""
         texts: list[str | bytes | None] = []
-        num_characters, row = 0, 0
-        for column in self._columns(path):
-            for text in column:
+        num_characters, row = 0, start
+        with contextlib.closing(self._texts(path, start, stop)) as rows:
+            for text in rows:
                 row += 1
-                if row <= start:
-                    continue
                 texts.append(text)
                 num_characters += len(text or "")
                 if num_characters >= BLOCK_BYTES:
                     yield Block(path, row - len(texts), row, texts)
                     texts, num_characters = [], 0
-        yield Block(path, row - len(texts), row, texts, is_last=True)
+        if texts or stop is None:
+            yield Block(path, row - len(texts), row, texts, is_last=stop is None)
+
+    def cuts(self, path: Path, num_bytes: int) -> list[int]:
+        """Where groups of rows begin, which are decoded apart."""
+        with opened_parquet(path, DocumentsError) as file:
+            metadata = file.metadata
+            groups = list(map(metadata.row_group, range(metadata.num_row_groups)))
+            sizes = [_num_bytes_of(group, self._options.text_field) for group in groups]
+        found: list[int] = []
+        row = num_waiting = 0
+        for group, size in zip(groups, sizes, strict=True):
+            if num_waiting and num_waiting + size > num_bytes:
+                found.append(row)
+                num_waiting = 0
+            row += group.num_rows
+            num_waiting += size
+        return found
+
+    def border(self, path: Path, position: int, limit: int | None) -> int | None:
+        """The position itself: each row is a document."""
+        return position
 
     def documents(self, block: Block) -> Documents:
         """The texts of the block's rows."""
@@ -78,13 +100,22 @@ class Parquet:
         with opened_parquet(path, DocumentsError) as file:
             return list(file.schema_arrow.names)
 
-    def _columns(self, path: Path) -> Iterator[list[str | bytes | None]]:
+    def _texts(
+        self, path: Path, start: int, stop: int | None
+    ) -> Generator[str | bytes | None, None, None]:
+        """The texts of the rows from `start` to `stop`; other groups of rows are not read."""
         field = self._options.text_field
         with opened_parquet(path, DocumentsError) as file:
             self._check_column(path, file.schema_arrow)
             num_rows = _rows_at_once(file.metadata, field)
-            for batch in file.iter_batches(num_rows, columns=[field]):
-                yield _values(batch.column(0))
+            groups, row = _groups_of(file.metadata, start, stop)
+            if not groups:
+                return
+            for batch in file.iter_batches(num_rows, row_groups=groups, columns=[field]):
+                for text in _values(batch.column(0)):
+                    if row >= start and (stop is None or row < stop):
+                        yield text
+                    row += 1
 
     def _check_column(self, path: Path, schema: Any) -> None:
         field = self._options.text_field
@@ -125,14 +156,32 @@ def opened_parquet(path: Path, error_class: type[InputError]) -> Iterator[Any]:
         ) from error
 
 
-def _rows_at_once(metadata: Any, field: str) -> int:
-    """Rows of a batch, so that long documents do not fill the memory."""
-    num_bytes: int = sum(
+def _groups_of(metadata: Any, start: int, stop: int | None) -> tuple[list[int], int]:
+    """The groups of rows that hold rows from `start` to `stop`, and the first row of the first of them."""
+    found: list[int] = []
+    row = first = 0
+    for number in range(metadata.num_row_groups):
+        end = row + metadata.row_group(number).num_rows
+        if end > start and (stop is None or row < stop):
+            first = first if found else row
+            found.append(number)
+        row = end
+    return found, first
+
+
+def _num_bytes_of(group: Any, field: str) -> int:
+    """Bytes of a column in a group of rows, decompressed."""
+    return sum(
         column.total_uncompressed_size
-        for group in map(metadata.row_group, range(metadata.num_row_groups))
         for column in map(group.column, range(group.num_columns))
         if column.path_in_schema.split(".")[0] == field
     )
+
+
+def _rows_at_once(metadata: Any, field: str) -> int:
+    """Rows of a batch, so that long documents do not fill the memory."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    num_bytes = sum(_num_bytes_of(group, field) for group in groups)
     bytes_per_row = max(1, num_bytes // max(1, int(metadata.num_rows)))
     return max(1, min(_MAX_ROWS_AT_ONCE, _BYTES_AT_ONCE // bytes_per_row))
 

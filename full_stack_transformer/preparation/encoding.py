@@ -1,26 +1,28 @@
-"""Blocks -> framed token ids, by workers; framed documents -> samples of a corpus.
+"""Files -> framed token ids, by workers; framed documents -> samples of a corpus.
 
     reader (this thread) --blocks--> workers: documents, ids, frames --EncodedBlock, in order--> SampleWriter
 
-Only a few blocks are in memory at a time, or one that is large. Small files share a call of a worker. Up to
-four workers are threads, as decoding and encoding release the interpreter's lock most of the time; more are
-spawned processes. The results do not depend on the number of workers.
+The workers of a cluster read for themselves (`ray_workers`). Only a few blocks are in memory at a time, or
+one that is large. Small files share a call of a worker. Up to four workers are threads, as decoding and
+encoding release the interpreter's lock most of the time; more are spawned processes. The results do not
+depend on the workers.
 
 A document is cut into consecutive samples of `max_sample_length` tokens, the last one shorter; samples
 shorter than `min_sample_length` are dropped and counted.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ from full_stack_transformer.documents.blocks import (
     ReadingOptions,
 )
 from full_stack_transformer.documents.formats import format_of
+from full_stack_transformer.documents.parts import FilePart, blocks_of
 from full_stack_transformer.own_classes import trust, trusted_modules
 from full_stack_transformer.tokenization.document_tokenizer import (
     DocumentTokenizer,
@@ -96,6 +99,7 @@ class BlockEncoder:
     def __init__(
         self, options: BlockEncoderOptions, tokenizer: DocumentTokenizer, encoder: Encoder
     ) -> None:
+        self.reading = options.reading
         self._options = options
         self._tokenizer = tokenizer
         self._encoder = encoder
@@ -202,6 +206,31 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
+class Display(Protocol):
+    """Shows which file is read, and how far."""
+
+    def begin_file(self, path: Path, position: int = 0) -> None:
+        """The next positions are of this file."""
+        ...
+
+    def advance_to(self, position: int) -> None:
+        """The file has been read up to `position`."""
+        ...
+
+
+class EncodingWorkers(Protocol):
+    """Encode files in parallel: `Workers` on this machine, `RayWorkers` on a cluster."""
+
+    part_bytes: int | None
+    """Parts of about this size are wanted; None: whole files."""
+
+    def encode(
+        self, parts: Iterable[FilePart], display: Display
+    ) -> Generator[EncodedBlock, None, None]:
+        """The documents of the parts, encoded, in their order."""
+        ...
+
+
 class Workers:
     """Encode blocks in parallel; started once for all files of a preparation.
 
@@ -221,6 +250,7 @@ class Workers:
         num_workers: int,
     ) -> None:
         self._num_workers = num_workers
+        self._reading = options.reading
         self._executor: Executor
         self._encode: Callable[[Sequence[Block]], EncodedBlock]
         if num_workers <= MAX_THREADS:
@@ -236,12 +266,17 @@ class Workers:
             )
             self._encode = _encode_in_process
 
-    def encode(self, blocks: Iterable[Block]) -> Iterator[EncodedBlock]:
-        """The blocks, encoded, in their order."""
+    part_bytes: int | None = None
+
+    def encode(
+        self, parts: Iterable[FilePart], display: Display
+    ) -> Generator[EncodedBlock, None, None]:
+        """The documents of the parts, encoded, in their order."""
         pending: deque[tuple[Future[EncodedBlock], int]] = deque()
         num_held = 0
+        blocks = _shown_blocks(parts, self._reading, display)
         try:
-            for group in _groups(blocks):
+            for group in groups(blocks):
                 size = sum(block.num_held for block in group)
                 # Processes start with the first; Ctrl-C, which a terminal sends them too, is for this one.
                 with interruption.held():
@@ -259,6 +294,7 @@ class Workers:
             while pending:
                 yield pending.popleft()[0].result()
         finally:
+            blocks.close()
             for future, _ in pending:
                 future.cancel()
 
@@ -274,7 +310,19 @@ class Workers:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _groups(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+def _shown_blocks(
+    parts: Iterable[FilePart], reading: ReadingOptions, display: Display
+) -> Generator[Block, None, None]:
+    for part in parts:
+        display.begin_file(part.path, part.start)
+        with contextlib.closing(blocks_of(part, reading)) as blocks:
+            for block in blocks:
+                display.advance_to(block.end)
+                yield block
+                del block
+
+
+def groups(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     """The blocks, small ones of whole documents together up to the size of a block, also of several files.
 
     A hand-over to a worker takes longer than encoding a small file.

@@ -1,14 +1,15 @@
 """One pass over input files: their documents go to the corpora of one or both splits.
 
-    files -> blocks --workers--> encoded blocks -> duplicates out -> train or valid -> samples -> corpus
+    files -> parts --workers--> encoded blocks -> duplicates out -> train or valid -> samples -> corpus
 
-Everything that depends on the order of the documents happens here, in one thread.
+Everything that depends on the order of the documents happens here, in one thread, whatever the workers are;
+so would a step that judges documents, between the encoded blocks and the duplicates.
 """
 
 import contextlib
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +19,15 @@ from numpy.typing import NDArray
 from full_stack_transformer.arguments.data import PrepareDatasetArguments
 from full_stack_transformer.datasets.corpus import CorpusWriter, shorter_than_journal
 from full_stack_transformer.datasets.shard_writer import ShardedCorpusWriter, corpus_writer
-from full_stack_transformer.documents.blocks import Block, ReadingOptions
-from full_stack_transformer.documents.formats import (
-    format_of,
-    shortened,
-    why_without_documents,
-)
+from full_stack_transformer.documents.blocks import ReadingOptions
+from full_stack_transformer.documents.formats import shortened, why_without_documents
+from full_stack_transformer.documents.parts import FilePart, parts_of
 from full_stack_transformer.errors import DocumentsError
 from full_stack_transformer.preparation.encoding import (
     DIGEST_BYTES,
     EncodedBlock,
+    EncodingWorkers,
     SampleWriter,
-    Workers,
 )
 from full_stack_transformer.preparation.journal import Journal, Progress, SplitState
 from full_stack_transformer.preparation.report import ProgressDisplay
@@ -61,7 +59,7 @@ def run_pass(
     file_pass: Pass,
     directory: Path,
     reading: ReadingOptions,
-    workers: Workers,
+    workers: EncodingWorkers,
     arguments: PrepareDatasetArguments,
     journal: Journal,
     display: ProgressDisplay,
@@ -92,7 +90,7 @@ def run_pass(
 def _write_blocks(
     file_pass: Pass,
     reading: ReadingOptions,
-    workers: Workers,
+    workers: EncodingWorkers,
     progress: Progress,
     splits: "_Splits",
     duplicates: "_Duplicates | None",
@@ -101,9 +99,9 @@ def _write_blocks(
 ) -> None:
     counts = progress.splits[file_pass.name].documents
     without: list[Path] = []
-    blocks = _blocks(file_pass, reading, progress, splits.has_open_document, display)
-    with contextlib.closing(blocks):
-        for encoded in workers.encode(blocks):
+    parts = _parts(file_pass, reading, progress, splits.has_open_document, workers.part_bytes)
+    with contextlib.closing(workers.encode(parts, display)) as encoded_blocks:
+        for encoded in encoded_blocks:
             num_documents = counts.num_documents
             splits.add(encoded, file_pass, duplicates)
             num_documents = counts.num_documents - num_documents
@@ -132,24 +130,17 @@ def _write_blocks(
         )
 
 
-def _blocks(
+def _parts(
     file_pass: Pass,
     reading: ReadingOptions,
     progress: Progress,
     continues: bool,
-    display: ProgressDisplay,
-) -> Generator[Block, None, None]:
-    """The blocks of all files, from where the progress ends."""
+    part_bytes: int | None,
+) -> Iterator[FilePart]:
+    """The parts of all files, from where the progress ends."""
     start = progress.position
     for path in file_pass.files[progress.file_number :]:
-        display.begin_file(path, start)
-        with contextlib.closing(
-            format_of(path, reading).blocks(path, start=start, continues=continues)
-        ) as blocks:
-            for block in blocks:
-                display.advance_to(block.end)
-                yield block
-                del block
+        yield from parts_of(path, reading, start=start, continues=continues, num_bytes=part_bytes)
         start, continues = 0, False
 
 

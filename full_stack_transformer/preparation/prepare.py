@@ -2,8 +2,8 @@
 
     files -> blocks -> documents -> framed token ids -> samples -> corpus files
 
-Streams: only a few blocks are in memory. --resume continues an interrupted preparation. Never imports
-torch.
+Streams: only a few blocks are in memory. --resume continues an interrupted preparation. --ray_address
+encodes on a cluster, with the same result. Never imports torch.
 """
 
 import contextlib
@@ -26,7 +26,11 @@ from full_stack_transformer.errors import DatasetError
 from full_stack_transformer.machine import num_cores
 from full_stack_transformer.own_classes import trust_options
 from full_stack_transformer.preparation.conversations import prepare_conversations
-from full_stack_transformer.preparation.encoding import BlockEncoderOptions, Workers
+from full_stack_transformer.preparation.encoding import (
+    BlockEncoderOptions,
+    EncodingWorkers,
+    Workers,
+)
 from full_stack_transformer.preparation.journal import Journal, SplitState, fingerprint
 from full_stack_transformer.preparation.passes import (
     DIGESTS_FILE_NAME,
@@ -34,7 +38,9 @@ from full_stack_transformer.preparation.passes import (
     check_documents,
     run_pass,
 )
+from full_stack_transformer.preparation.ray_workers import RayWorkers
 from full_stack_transformer.preparation.report import ProgressDisplay, describe, log_report
+from full_stack_transformer.ray_cluster import Cluster, connected
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
     new_version,
@@ -71,13 +77,19 @@ def main(arguments: PrepareDatasetArguments) -> Path:
         return prepare_conversations(arguments)
     started = time.perf_counter()
     trust_options(arguments)
-    with StreamCopies() as copies, ProgressDisplay() as display:
+    with contextlib.ExitStack() as stack:
+        copies = stack.enter_context(StreamCopies())
+        display = stack.enter_context(ProgressDisplay())
         with display.phase("looking for files"):
             passes = _passes(arguments, copies)
             for file_pass in passes:
                 _find_document(file_pass, reading_options(arguments, can_cut=True))
         # Opened before anything is written, so that a wrong path leaves nothing behind.
         given_tokenizer = _given_tokenizer(arguments)
+        cluster = None
+        if arguments.ray_address is not None:
+            with display.phase("connecting to Ray"):
+                cluster = stack.enter_context(connected(arguments.ray_address))
         mark = _fingerprint(arguments, passes)
 
         def adopt(directory: Path) -> bool:
@@ -89,7 +101,7 @@ def main(arguments: PrepareDatasetArguments) -> Path:
                 arguments, given_tokenizer, passes, dataset.directory, journal, display
             )
             description, states = _prepare(
-                arguments, tokenizer, passes, dataset.directory, journal, display, started
+                arguments, tokenizer, passes, dataset.directory, journal, display, started, cluster
             )
             write_json(dataset.directory / DESCRIPTION_FILE_NAME, description)
     log_report(description, states, time.perf_counter() - started)
@@ -128,6 +140,7 @@ def _prepare(
     journal: Journal,
     display: ProgressDisplay,
     started: float,
+    cluster: Cluster | None,
 ) -> tuple[dict[str, Any], dict[str, SplitState]]:
     """Write the corpora; the description, and the final state of each split."""
     reading = reading_options(arguments, can_cut=tokenizer.can_be_cut)
@@ -142,8 +155,16 @@ def _prepare(
         with_digests=arguments.deduplicate == "exact" or bool(arguments.validation_fraction),
     )
     states: dict[str, SplitState] = {}
-    num_workers = arguments.num_workers or num_cores()
-    with Workers(options, tokenizer, encoder, num_workers=num_workers) as workers:
+    with contextlib.ExitStack() as stack:
+        workers: EncodingWorkers
+        if cluster is not None:
+            total_bytes = sum(path.stat().st_size for found in passes for path in found.files)
+            workers = RayWorkers(options, cluster, total_bytes=total_bytes)
+        else:
+            num_workers = arguments.num_workers or num_cores()
+            workers = stack.enter_context(
+                Workers(options, tokenizer, encoder, num_workers=num_workers)
+            )
         for file_pass in passes:
             states |= run_pass(
                 file_pass,
@@ -190,7 +211,7 @@ def _find_document(file_pass: Pass, reading: ReadingOptions) -> None:
 
 def _fingerprint(arguments: PrepareDatasetArguments, passes: list[Pass]) -> str:
     options = dataclasses.asdict(arguments)
-    for without_effect in ("resume", "num_workers", "allow_code_from"):
+    for without_effect in ("resume", "num_workers", "ray_address", "allow_code_from"):
         del options[without_effect]
     files = [
         (file_pass.name, path.name, path.stat().st_size, path.stat().st_mtime_ns)

@@ -195,7 +195,9 @@ def _portable_options(arguments: PrepareDatasetArguments) -> dict[str, Any]:
         options[option] = [readable(path.name) for path in options[option]]
     if options["tokenizer_path"] is not None and Path(options["tokenizer_path"]).is_dir():
         options["tokenizer_path"] = Path(options["tokenizer_path"]).name
-    for of_this_run in ("datasets_root", "resume", "num_workers", "allow_code_from"):
+    for of_this_run in (
+        *("datasets_root", "resume", "num_workers", "ray_address", "allow_code_from"),
+    ):
         del options[of_this_run]
     if options["max_shard_bytes"] is None:
         del options["max_shard_bytes"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +188,13 @@ def _number_of_blocks(path: Path) -> int:
     return len(list(delimited.DelimitedText(reading).blocks(path, start=0, continues=False)))
 
 
-def _interrupting_after(num_blocks: int) -> Callable[..., Iterator[EncodedBlock]]:
+def _interrupting_after(num_blocks: int) -> Callable[..., Generator[EncodedBlock, None, None]]:
     seen = 0
     original = Workers.encode
 
-    def encode(workers: Workers, blocks: Any) -> Iterator[EncodedBlock]:
+    def encode(*arguments: Any) -> Generator[EncodedBlock, None, None]:
         nonlocal seen
-        for block in original(workers, blocks):
+        for block in original(*arguments):
             if seen == num_blocks:
                 raise KeyboardInterrupt
             seen += 1
@@ -203,11 +203,11 @@ def _interrupting_after(num_blocks: int) -> Callable[..., Iterator[EncodedBlock]
     return encode
 
 
-def _counting(counted: list[int]) -> Callable[..., Iterator[EncodedBlock]]:
+def _counting(counted: list[int]) -> Callable[..., Generator[EncodedBlock, None, None]]:
     original = Workers.encode
 
-    def encode(workers: Workers, blocks: Any) -> Iterator[EncodedBlock]:
-        for block in original(workers, blocks):
+    def encode(*arguments: Any) -> Generator[EncodedBlock, None, None]:
+        for block in original(*arguments):
             counted.append(block.block_end)
             yield block
 

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +235,8 @@ def test_small_files_share_a_call_and_an_interrupted_run_continues_between_them(
     sizes: list[int] = []
     original = Workers.encode
 
-    def counting(workers: Workers, blocks: Any) -> Iterator[EncodedBlock]:
-        for number, encoded in enumerate(original(workers, blocks)):
+    def counting(*arguments: Any) -> Generator[EncodedBlock, None, None]:
+        for number, encoded in enumerate(original(*arguments)):
             sizes.append(len(encoded.ended_files))
             if number == stop_at:
                 raise KeyboardInterrupt
