@@ -15,6 +15,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class Cluster:
 def connected(address: str, *, modules: Sequence[str] | None = None) -> Iterator[Cluster]:
     """The cluster at `--ray_address`; inside the `with` this process is a driver of it.
 
-    Ray's handler of SIGTERM is taken away again, and its logs are left to the nodes.
+    Ray's handler of SIGTERM is taken away again, its logs are left to the nodes, and what it prints goes to
+    standard error.
 
     Args:
         address: auto, local or HOST:PORT.
@@ -86,7 +88,9 @@ def connected(address: str, *, modules: Sequence[str] | None = None) -> Iterator
             num_gpus=int(resources.get("GPU", 0)),
         )
         logger.info("running on Ray: %s", cluster)
-        yield cluster
+        # Ray prints what happens to nodes to standard output, which is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield cluster
     finally:
         ray.shutdown()
 

@@ -38,12 +38,12 @@ from full_stack_transformer.tokenization.encoders import make_encoder
 
 logger = logging.getLogger(__name__)
 
-# A part takes a second or so; starting its task takes some milliseconds.
-_PART_BYTES = 8 << 20
+# A part takes tenths of a second to seconds; starting its task takes some milliseconds.
+_PART_BYTES = 4 << 20
 # Ray Data holds a note of each part: from here on parts are larger.
 _MAX_PARTS = 20_000
 # What a task hands over at once, so that results travel while it reads on.
-_RESULT_BYTES = 8 << 20
+_RESULT_BYTES = 2 << 20
 _RESULT = "result"
 _NUMBER = "number"
 
@@ -99,13 +99,12 @@ class RayWorkers:
         if not tasks:
             return
         logger.info("encoding %s parts on %s", f"{len(tasks):,}", self._cluster)
-        shown: list[Path] = []
+        shown = -1
         try:
             for number, result in _results(tasks, self._setup):
-                for part in tasks[number].parts:
-                    if part.path not in shown[-1:]:
-                        display.begin_file(part.path, part.start)
-                        shown[:] = [part.path]
+                for task in tasks[shown + 1 : number + 1]:
+                    _show(task, display)
+                shown = number
                 if isinstance(result, BaseException):
                     raise result
                 if result.block_end:
@@ -113,6 +112,13 @@ class RayWorkers:
                 yield result
         except ray.exceptions.RayError as error:
             raise MachineError(_what_broke(error)) from error
+
+
+def _show(task: _Task, display: Display) -> None:
+    """Show the files that begin with this task."""
+    for part in task.parts:
+        if not part.is_proposed:
+            display.begin_file(part.path, part.start)
 
 
 def _tasks(parts: Iterable[FilePart], num_bytes: int) -> Iterator[_Task]:
