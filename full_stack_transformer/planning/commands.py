@@ -105,7 +105,8 @@ def planned(job: Job) -> list[str]:
         )
     if job.corpus_tokens > _LONG_CORPUS_TOKENS and not job.has_dataset:
         found.append(
-            "planned: preparation on several machines; today one machine prepares, in one file"
+            "preparation on several machines is written and was tried on two nodes of one machine: "
+            "fst prepare_dataset --ray_address auto"
         )
     if machines.num_devices > 1 and job.strategy == "fsdp":
         found.append(

@@ -110,7 +110,7 @@ def test_a_large_model_is_shared_or_called_impossible(capsys: pytest.CaptureFixt
 def test_a_job_of_years_is_called_silly(capsys: pytest.CaptureFixture[str]) -> None:
     plan = _plan(capsys, "--tokens", "1e13", "--parameters", "7e9", "--machines", "H100")
     assert any(line.startswith("silly: it takes") for line in plan["warnings"])
-    assert any("planned: preparation on several machines" in line for line in plan["not_yet"])
+    assert any("fst prepare_dataset --ray_address auto" in line for line in plan["not_yet"])
 
 
 def test_the_page_says_what_it_rests_on(capsys: pytest.CaptureFixture[str]) -> None:
