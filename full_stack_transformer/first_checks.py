@@ -252,8 +252,10 @@ _CHECKS: dict[type, Callable[[Any], None]] = {
     data.CollectDocumentsArguments: lambda options: _check_writable(
         options.documents_root, "--documents_root"
     ),
-    data.PrepareDatasetArguments: lambda options: _check_writable(
-        options.datasets_root, "--datasets_root"
+    data.PrepareDatasetArguments: lambda options: (
+        None
+        if is_url(options.datasets_root)
+        else _check_writable(options.datasets_root, "--datasets_root")
     ),
     training.TrainArguments: _check_training,
     models.AverageCheckpointsArguments: _check_averaging,

@@ -98,22 +98,45 @@ def new_version(
     Raises:
         MachineError: the disk is full, or the directory cannot be written.
     """
-    parent = root / name
+    with partial_directory(root / name, adopt=adopt) as directory:
+        version = NewVersion(directory)
+        yield version
+        sync_tree(version.directory)
+        version.directory = _rename_to_next_version(version.directory, root, name)
+
+
+@contextlib.contextmanager
+def partial_directory(
+    parent: Path,
+    *,
+    adopt: Callable[[Path], bool] | None = None,
+    keep: type[Exception] | tuple[()] = (),
+) -> Iterator[Path]:
+    """A locked temporary directory in `parent`, for `new_version`; removed after the body unless renamed.
+
+    Args:
+        parent: made if it does not exist.
+        adopt: see `new_version`.
+        keep: errors of the body after which the directory stays, as after a kill.
+
+    Raises:
+        MachineError: the disk is full, or the directory cannot be written.
+    """
     try:
         make_directories(parent)
         directory, lock = _adopted(parent, adopt) or _fresh(parent)
     except OSError as error:
         raise _cannot_write(parent, error) from error
-    version = NewVersion(directory)
     try:
-        yield version
-        sync_tree(version.directory)
-        version.directory = _rename_to_next_version(version.directory, root, name)
+        yield directory
+        shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(version.directory, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise _cannot_write(parent, error) from error
+    except keep:
+        raise
     except Exception:
-        shutil.rmtree(version.directory, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:
         with contextlib.suppress(OSError):  # nothing was written through it

@@ -13,6 +13,7 @@ from full_stack_transformer.arguments.checks import (
     num_bytes,
 )
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.object_storage import check_url, is_url
 from full_stack_transformer.storage import check_name
 from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
 
@@ -20,6 +21,8 @@ from full_stack_transformer.tasks.catalogue import EXAMPLE_ROWS, ExampleName
 _VALIDATION_OF_CONVERSATIONS = 0.05
 # A page; less is a typing error.
 _MIN_SHARD_BYTES = 4096
+# A few hundred MB: requests for it cost little, and eight of them fit into a cache.
+_STORED_SHARD_SIZE = "500MB"
 # What --delimiter may be called.
 _DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "\\t": "\t"}
 
@@ -212,10 +215,10 @@ class PrepareDatasetArguments(
     dataset_name: str
     """Name of the dataset, a folder in --datasets_root."""
     datasets_root: Path = Path("data/datasets")
-    """Directory of all datasets."""
+    """Directory of all datasets, or a URL in object storage such as s3://bucket/datasets."""
     max_shard_bytes: str | None = None
     """Write shards of at most this size, such as 500MB, instead of one file per array: for datasets that are
-    copied, cached or read from elsewhere in parts."""
+    copied, cached or read from elsewhere in parts. Default in object storage: 500MB."""
 
     @property
     def shard_bytes(self) -> int | None:
@@ -227,6 +230,10 @@ class PrepareDatasetArguments(
     def __post_init__(self) -> None:
         """Raise UsageError for values that can never work."""
         check_name(self.dataset_name, "--dataset_name")
+        if is_url(self.datasets_root):
+            check_url(self.datasets_root, "--datasets_root")
+            if self.max_shard_bytes is None:
+                object.__setattr__(self, "max_shard_bytes", _STORED_SHARD_SIZE)
         self._check_kind()
         at_least(self, 2, "min_sample_length")
         at_least(self, self.min_sample_length, "max_sample_length")

@@ -78,6 +78,11 @@ class ShardedCorpusWriter:
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
+    def num_finished(self) -> int:
+        """Shards to which nothing is added, unless it is cut off again."""
+        return len(self._finished)
+
+    @property
     def shards(self) -> list[ShardCounts]:
         """The finished ones, and the open one if it holds anything."""
         writer = self._writer
@@ -220,13 +225,3 @@ def corpus_writer(
         options.pop("samples_together", None)
         return CorpusWriter(directory, vocab_size, **options)
     return ShardedCorpusWriter(directory, vocab_size, max_bytes=max_shard_bytes, **options)
-
-
-def take_shards(directory: Path) -> list[ShardCounts] | None:
-    """The shards of a split that was written, for its description; None in the single form."""
-    path = directory / SHARDS_FILE_NAME
-    if not path.exists():
-        return None
-    shards = read_shards(directory)
-    path.unlink()
-    return shards

@@ -33,10 +33,10 @@ from full_stack_transformer.preparation.conversation_inputs import (
     first_reading,
 )
 from full_stack_transformer.preparation.journal import SplitState
+from full_stack_transformer.preparation.places import open_version
 from full_stack_transformer.preparation.report import ProgressDisplay, describe, log_lengths
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
-    new_version,
     write_json,
     write_text,
 )
@@ -101,7 +101,7 @@ def prepare_conversations(arguments: PrepareDatasetArguments) -> Path:
         )
         with display.phase("checking", [path for files in inputs.files.values() for path in files]):
             tokenizer = first_reading(inputs, tokenizer)
-        with new_version(arguments.datasets_root, arguments.dataset_name) as dataset:
+        with open_version(arguments) as dataset:
             template, template_name = _save_tokenizer(tokenizer, dataset.directory, arguments)
             with display.phase("rendering"):
                 splits = _write(inputs, tokenizer, template, dataset.directory)

@@ -78,10 +78,6 @@ class Journal:
         self._append(dataclasses.asdict(progress))
         self._written = time.monotonic()
 
-    def remove(self) -> None:
-        """Delete the journal of a complete preparation."""
-        self._path.unlink()
-
     def _append(self, content: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")

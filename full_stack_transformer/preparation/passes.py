@@ -30,11 +30,10 @@ from full_stack_transformer.preparation.encoding import (
     SampleWriter,
 )
 from full_stack_transformer.preparation.journal import Journal, Progress, SplitState
+from full_stack_transformer.preparation.places import DIGESTS_FILE_NAME, Sending
 from full_stack_transformer.preparation.report import ProgressDisplay
 
 logger = logging.getLogger(__name__)
-
-DIGESTS_FILE_NAME = "digests.bin"
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,15 @@ def run_pass(
     display: ProgressDisplay,
     *,
     vocab_size: int,
+    sending: Sending | None = None,
 ) -> dict[str, SplitState]:
     """Write the corpora of a pass, continuing where the journal ends; the final state of each split."""
     progress = journal.last.get(file_pass.name) or Progress(
         file_pass.name, splits={split: SplitState() for split in file_pass.splits}
     )
     if progress.is_done:
+        if sending is not None:
+            sending.send(progress)
         return progress.splits
     with contextlib.ExitStack() as stack:
         splits = _Splits(stack, directory, vocab_size, progress, arguments)
@@ -80,10 +82,14 @@ def run_pass(
                 contextlib.closing(_Duplicates(directory / DIGESTS_FILE_NAME, progress.num_digests))
             )
         stack.enter_context(display.phase(f"encoding {file_pass.name}", file_pass.files))
-        _write_blocks(file_pass, reading, workers, progress, splits, duplicates, journal, display)
+        _write_blocks(
+            file_pass, reading, workers, progress, splits, duplicates, journal, display, sending
+        )
     # Recorded now that leaving the stack has completed the files.
     progress.is_done = True
     journal.write(progress)
+    if sending is not None:
+        sending.send(progress)
     return progress.splits
 
 
@@ -96,6 +102,7 @@ def _write_blocks(
     duplicates: "_Duplicates | None",
     journal: Journal,
     display: ProgressDisplay,
+    sending: Sending | None,
 ) -> None:
     counts = progress.splits[file_pass.name].documents
     without: list[Path] = []
@@ -115,10 +122,12 @@ def _write_blocks(
                 num_documents -= num_ended
             progress.num_documents += num_documents
             progress.position = encoded.block_end
-            if journal.is_due:
+            if journal.is_due or (sending is not None and splits.have_unsent_shards(sending)):
                 progress.num_digests = duplicates.flush() if duplicates else 0
                 splits.flush()
                 journal.write(progress)
+                if sending is not None:
+                    sending.send(progress)
     if without:
         check_documents(file_pass, reading, len(without), without[0])
         logger.warning(
@@ -235,6 +244,14 @@ class _Splits:
                 continues=encoded.continues and not is_whole,
                 unfinished=encoded.unfinished and not is_whole,
             )
+
+    def have_unsent_shards(self, sending: Sending) -> bool:
+        """Whether shards were finished that were not sent to object storage."""
+        return any(
+            isinstance(corpus, ShardedCorpusWriter)
+            and corpus.num_finished > sending.num_sent.get(split, 0)
+            for split, corpus in self._corpora.items()
+        )
 
     def flush(self) -> None:
         """Make what was appended durable."""

@@ -33,17 +33,21 @@ from full_stack_transformer.preparation.encoding import (
 )
 from full_stack_transformer.preparation.journal import Journal, SplitState, fingerprint
 from full_stack_transformer.preparation.passes import (
-    DIGESTS_FILE_NAME,
     Pass,
     check_documents,
     run_pass,
 )
+from full_stack_transformer.preparation.places import Sending, open_version
 from full_stack_transformer.preparation.ray_workers import RayWorkers
-from full_stack_transformer.preparation.report import ProgressDisplay, describe, log_report
+from full_stack_transformer.preparation.report import (
+    ProgressDisplay,
+    describe,
+    log_report,
+    sending_of,
+)
 from full_stack_transformer.ray_cluster import Cluster, connected
 from full_stack_transformer.storage import (
     DESCRIPTION_FILE_NAME,
-    new_version,
     sync_tree,
     write_json,
 )
@@ -91,17 +95,22 @@ def main(arguments: PrepareDatasetArguments) -> Path:
             with display.phase("connecting to Ray"):
                 cluster = stack.enter_context(connected(arguments.ray_address))
         mark = _fingerprint(arguments, passes)
-
-        def adopt(directory: Path) -> bool:
-            return arguments.resume and Journal.fingerprint_of(directory) == mark
-
-        with new_version(arguments.datasets_root, arguments.dataset_name, adopt=adopt) as dataset:
+        with open_version(arguments, mark=mark) as dataset:
             journal = Journal(dataset.directory, mark)
+            sending = sending_of(dataset, arguments)
             tokenizer = _tokenizer(
                 arguments, given_tokenizer, passes, dataset.directory, journal, display
             )
             description, states = _prepare(
-                arguments, tokenizer, passes, dataset.directory, journal, display, started, cluster
+                arguments,
+                tokenizer,
+                passes,
+                dataset.directory,
+                journal,
+                display,
+                started,
+                cluster,
+                sending,
             )
             write_json(dataset.directory / DESCRIPTION_FILE_NAME, description)
     log_report(description, states, time.perf_counter() - started)
@@ -141,6 +150,7 @@ def _prepare(
     display: ProgressDisplay,
     started: float,
     cluster: Cluster | None,
+    sending: Sending | None,
 ) -> tuple[dict[str, Any], dict[str, SplitState]]:
     """Write the corpora; the description, and the final state of each split."""
     reading = reading_options(arguments, can_cut=tokenizer.can_be_cut)
@@ -175,13 +185,20 @@ def _prepare(
                 journal,
                 display,
                 vocab_size=tokenizer.vocab_size,
+                sending=sending,
             )
     _check_samples(states, arguments)
-    journal.remove()
-    (directory / DIGESTS_FILE_NAME).unlink(missing_ok=True)
     input_files = {file_pass.name: file_pass.files for file_pass in passes}
     description = describe(
-        arguments, tokenizer, encoder.name, states, input_files, directory, started, display
+        arguments,
+        tokenizer,
+        encoder.name,
+        states,
+        input_files,
+        directory,
+        started,
+        display,
+        sending,
     )
     return description, states
 

@@ -24,10 +24,16 @@ from full_stack_transformer.datasets.corpus import (
     SHARDED_FORMAT_VERSION,
     token_dtype,
 )
-from full_stack_transformer.datasets.shard_writer import take_shards
+from full_stack_transformer.datasets.shard_writer import read_shards
 from full_stack_transformer.datasets.shards import ShardCounts, shard_file_name
 from full_stack_transformer.preparation.journal import SplitState
-from full_stack_transformer.storage import file_facts, files_below, readable
+from full_stack_transformer.preparation.places import (
+    Sending,
+    StoredVersion,
+    Version,
+    files_of_dataset,
+)
+from full_stack_transformer.storage import file_facts, readable
 from full_stack_transformer.tokenization.document_tokenizer import DocumentTokenizer, class_name
 from full_stack_transformer.tokenization.encoders import BackendName
 
@@ -128,11 +134,12 @@ def describe(
     directory: Path,
     started: float,
     display: ProgressDisplay,
+    sending: Sending | None = None,
 ) -> dict[str, Any]:
     """The content of description.json, without paths of this machine."""
-    shards = {split: take_shards(directory / split) for split in states}
+    shards = {split: read_shards(directory / split) or None for split in states}
     is_sharded = None not in shards.values()
-    outputs = files_below(directory)
+    outputs = files_of_dataset(directory)
     hashed = [*(path for paths in input_files.values() for path in paths), *outputs]
     facts: dict[Path, dict[str, str | int]] = {}
     # Hashing releases the interpreter's lock.
@@ -165,14 +172,21 @@ def describe(
         },
         "counts": _counts(states),
         "sample_lengths": {
-            split: _histogram(directory / split, states[split], arguments, shards[split])
+            split: _histogram(directory / split, states[split], arguments, shards[split], sending)
             for split in states
         },
         "input_files": {
             split: [{"name": readable(path.name), **facts[path]} for path in paths]
             for split, paths in input_files.items()
         },
-        "output_files": {path.relative_to(directory).as_posix(): facts[path] for path in outputs},
+        "output_files": dict(
+            sorted(
+                {
+                    **(sending.facts if sending is not None else {}),
+                    **{path.relative_to(directory).as_posix(): facts[path] for path in outputs},
+                }.items()
+            )
+        ),
         "package_versions": {
             name: version(name) for name in ("full_stack_transformer", "numpy", "tokenizers")
         },
@@ -217,28 +231,48 @@ def _histogram(
     state: SplitState,
     arguments: PrepareDatasetArguments,
     shards: list[ShardCounts] | None,
+    sending: Sending | None,
 ) -> dict[str, list[int]]:
     """Histogram of sample lengths: `limits` (bins + 1,), the last included, and `counts` (bins,)."""
+    limits = _limits(arguments)
+    counts = np.zeros(len(limits) - 1, dtype=np.int64)
+    num_sent = 0
+    if sending is not None and directory.name in sending.lengths:
+        counts += sending.lengths[directory.name]
+        num_sent = sending.num_sent[directory.name]
+    if shards is None:
+        counts += _counted(directory / POSITIONS_FILE_NAME, state.samples.num_tokens, limits)
+    for index, shard in list(enumerate(shards or ()))[num_sent:]:
+        path = directory / shard_file_name(POSITIONS_FILE_NAME, index)
+        counts += _counted(path, shard.num_tokens, limits)
+    return {"limits": limits.tolist(), "counts": counts.tolist()}
+
+
+def _limits(arguments: PrepareDatasetArguments) -> NDArray[np.int64]:
+    """Of the bins of a histogram of lengths: (bins + 1,)."""
     limits = np.unique(
         np.linspace(arguments.min_sample_length, arguments.max_sample_length, _NUM_BINS + 1).astype(
             int
         )
     )
-    if len(limits) == 1:
-        limits = np.append(limits, limits[0] + 1)
+    return np.append(limits, limits[0] + 1) if len(limits) == 1 else limits
+
+
+def sending_of(version: Version, arguments: PrepareDatasetArguments) -> Sending | None:
+    """What sends the shards of a version in object storage while they are written; None on a disk."""
+    if not isinstance(version, StoredVersion):
+        return None
+    limits = _limits(arguments)
+    return Sending(
+        version.directory,
+        version.store,
+        lambda path, num_tokens: _counted(path, num_tokens, limits),
+    )
+
+
+def _counted(path: Path, num_tokens: int, limits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Lengths of the samples of a file, whose last one ends after so many tokens, in each bin."""
     counts = np.zeros(len(limits) - 1, dtype=np.int64)
-    if shards is None:
-        _count(directory / POSITIONS_FILE_NAME, state.samples.num_tokens, limits, counts)
-    for index, shard in enumerate(shards or ()):
-        path = directory / shard_file_name(POSITIONS_FILE_NAME, index)
-        _count(path, shard.num_tokens, limits, counts)
-    return {"limits": limits.tolist(), "counts": counts.tolist()}
-
-
-def _count(
-    path: Path, num_tokens: int, limits: NDArray[np.int64], counts: NDArray[np.int64]
-) -> None:
-    """Add the lengths of the samples of a file, whose last one ends after so many tokens."""
     starts = np.load(path, mmap_mode="r")
     at_once = 1 << 20
     for first in range(0, len(starts), at_once):
@@ -246,6 +280,7 @@ def _count(
         is_end = first + at_once >= len(starts)
         lengths = np.diff(part, append=num_tokens) if is_end else np.diff(part)
         counts += np.histogram(lengths, limits)[0]
+    return counts
 
 
 def log_report(description: dict[str, Any], states: dict[str, SplitState], seconds: float) -> None:

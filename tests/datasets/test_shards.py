@@ -23,7 +23,11 @@ from full_stack_transformer.datasets.batches import (
 from full_stack_transformer.datasets.conversations import Conversations, PreferencePairs
 from full_stack_transformer.datasets.corpus import Corpus, open_dataset, open_split
 from full_stack_transformer.datasets.order import SHARDS_TOGETHER, ShardedPermutation
-from full_stack_transformer.datasets.shard_writer import ShardedCorpusWriter, take_shards
+from full_stack_transformer.datasets.shard_writer import (
+    SHARDS_FILE_NAME,
+    ShardedCorpusWriter,
+    read_shards,
+)
 from full_stack_transformer.datasets.verify import main as verify_dataset
 from full_stack_transformer.errors import DatasetError, UsageError
 from full_stack_transformer.preparation.prepare import main as prepare_dataset
@@ -37,8 +41,8 @@ def _tokens(count: int) -> NDArray[np.int64]:
 
 
 def _opened(directory: Path, *, has_answers: bool = False) -> Corpus:
-    shards = take_shards(directory)
-    assert shards is not None
+    shards = read_shards(directory)
+    (directory / SHARDS_FILE_NAME).unlink()
     description = {
         "kind": "conversations" if has_answers else "documents",
         "vocab_size": VOCAB_SIZE,

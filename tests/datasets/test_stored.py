@@ -128,6 +128,7 @@ def test_the_single_form_is_read_too(
     assert (remote.tokenizer_directory / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_verify_reads_every_object(on_disk: Path, stored: Path, tmp_path: Path) -> None:
     verify_dataset(VerifyDatasetArguments(stored))
     copy = Path(shutil.copytree(on_disk, tmp_path / "copy"))
