@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.prepare_cluster [--short] [--backend tokenizers|gigatoken]
 
-The input is Python's documentation, many times. Runs take turns (A B C A B C). Processor seconds are those of
-the command and, with Ray, of all processes of both nodes; they hold on a machine that others use too, the
+The input is Python's documentation, many times. Runs take turns (A B C A B C), each with a small and a large
+input: what counts is the difference, without the start, which is printed apart. Processor seconds are those
+of the command and, with Ray, of all processes of both nodes; they hold on a machine that others use too, the
 tokens/s do not. The last line is JSON: the tokens/s of the nodes as a part of twice those of one worker, and
 the processor seconds of one worker as a part of those of the nodes.
 """
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -32,25 +34,56 @@ _AIMS = {"tokens_per_second": 0.7, "processor_seconds": 0.7}
 _RUNS = {"one worker": ("--num_workers", "1"), "two threads": ("--num_workers", "2"), "nodes": ()}
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What one run took, or the difference of two."""
+
+    num_tokens: int
+    seconds: float
+    processor_seconds: float
+
+    def __sub__(self, other: "_Run") -> "_Run":
+        return _Run(
+            self.num_tokens - other.num_tokens,
+            self.seconds - other.seconds,
+            self.processor_seconds - other.processor_seconds,
+        )
+
+
 def main() -> None:
     """Measure, and print a line for each run."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--short", action="store_true", help="a small input, one run of each")
+    parser.add_argument("--short", action="store_true", help="small inputs, one run of each")
     parser.add_argument("--backend", choices=["tokenizers", "gigatoken"], default="tokenizers")
     given = parser.parse_args()
-    times = (2 if given.short else 20) * (1 if given.backend == "tokenizers" else 10)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in _RUNS}
+    times = 1 if given.backend == "tokenizers" else 10
+    found: dict[str, list[_Run]] = {name: [] for name in _RUNS}
     with tempfile.TemporaryDirectory(prefix="fst-cluster-") as place, ray_nodes() as nodes:
         root = Path(place)
-        text = _written(root, times)
-        print(f"{text.stat().st_size / 1e6:,.1f} MB with {given.backend}", flush=True)
+        small = _written(root, "small", times)
+        large = _written(root, "large", times * (8 if given.short else 24))
+        print(f"{large.stat().st_size / 1e6:,.1f} MB with {given.backend}", flush=True)
+        _measured(root, small, "nodes", given.backend, nodes)  # the nodes import what they need
         for _ in range(1 if given.short else 3):
             for name, runs in found.items():
-                runs.append(_measured(root, text, name, given.backend, nodes))
-                rate, seconds = runs[-1]
-                print(f"{name}: {rate:,.0f} tokens/s, {seconds:.1f} processor s", flush=True)
-    rates = {name: statistics.median(run[0] for run in runs) for name, runs in found.items()}
-    work = {name: statistics.median(run[1] for run in runs) for name, runs in found.items()}
+                start, whole = (
+                    _measured(root, text, name, given.backend, nodes) for text in (small, large)
+                )
+                runs.append(whole - start)
+                rate = runs[-1].num_tokens / runs[-1].seconds
+                print(
+                    f"{name}: {rate:,.0f} tokens/s and {runs[-1].processor_seconds:.1f} processor s; the "
+                    f"small input {start.seconds:.1f} s and {start.processor_seconds:.1f} processor s",
+                    flush=True,
+                )
+    rates = {
+        name: statistics.median(run.num_tokens / run.seconds for run in runs)
+        for name, runs in found.items()
+    }
+    work = {
+        name: statistics.median(run.processor_seconds for run in runs)
+        for name, runs in found.items()
+    }
     print(f"{processor_name()}, commit {commit()}")
     for name in ("two threads", "nodes"):
         print(f"{name}: {rates[name] / rates['one worker']:.2f} times the tokens/s of one worker")
@@ -61,22 +94,20 @@ def main() -> None:
     print(json.dumps({"benchmark": "prepare_cluster", "ratios": ratios, "aims": _AIMS}))
 
 
-def _written(root: Path, times: int) -> Path:
+def _written(root: Path, name: str, times: int) -> Path:
     directory = collect_documents(
         CollectDocumentsArguments(source="python_docs", documents_root=root / "documents")
     )
     content = (directory / "train.txt").read_bytes()
-    text = root / "train.txt"
+    text = root / f"{name}.txt"
     with text.open("wb") as file:
         for _ in range(times):
             file.write(content)
     return text
 
 
-def _measured(
-    root: Path, text: Path, name: str, backend: str, nodes: RayNodes
-) -> tuple[float, float]:
-    """Tokens/s, and processor seconds."""
+def _measured(root: Path, text: Path, name: str, backend: str, nodes: RayNodes) -> _Run:
+    """One run."""
     command = [
         *(sys.executable, "-m", "full_stack_transformer", "prepare_dataset"),
         *("--documents_train_file", str(text), "--validation_fraction", "0.01"),
@@ -93,8 +124,9 @@ def _measured(
     seconds = after.children_user - before.children_user
     seconds += after.children_system - before.children_system
     description = json.loads((Path(done.stdout.strip()) / "description.json").read_text())
-    num_tokens = description["number_of_train_tokens"]
-    return num_tokens / description["seconds_taken"], seconds + of_nodes.total * (name == "nodes")
+    if name == "nodes":
+        seconds += of_nodes.total
+    return _Run(description["number_of_train_tokens"], description["seconds_taken"], seconds)
 
 
 def _tokenizer(root: Path, text: Path) -> str:

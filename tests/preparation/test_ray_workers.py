@@ -173,7 +173,9 @@ def _begun(nodes: RayNodes, options: dict[str, Any]) -> Iterator["subprocess.Pop
             time.sleep(0.05)
         yield process
     finally:
-        process.kill()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture
@@ -192,7 +194,9 @@ def test_a_killed_node_costs_nothing_but_time(
 ) -> None:
     options, expected = long_work
     with _begun(nodes, options) as process:
-        assert any("_encode" in worker.name() for worker in nodes.nodes[1].workers)
+        while not any("_encode" in worker.name() for worker in nodes.nodes[1].workers):
+            assert process.poll() is None
+            time.sleep(0.05)
         nodes.nodes[1].kill()
         assert process.poll() is None
         assert _digest(_finished(process)) == expected
