@@ -21,7 +21,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from full_stack_transformer import __version__, interruption
-from full_stack_transformer.arguments import data, models, planning, serving, training
+from full_stack_transformer.arguments import data, exporting, models, planning, serving, training
 from full_stack_transformer.arguments.checks import check_texts
 from full_stack_transformer.arguments.familiar_options import RENAMED, translate
 from full_stack_transformer.arguments.typed import CommandLine, running
@@ -55,6 +55,7 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("merge", models.MergeArguments, "modelling.merging"),
     ("whiten", models.WhitenArguments, "modelling.embedding.whitening"),
     ("quantize", models.QuantizeArguments, "quantization.command"),
+    ("export", exporting.ExportArguments, "exporting.command"),
     ("evaluate", models.EvaluateArguments, "evaluation.run"),
     ("generate", models.GenerateArguments, "generation.command"),
     ("chat", models.ChatArguments, "generation.chatting"),

@@ -343,7 +343,6 @@ class _Training:
                 signals=self._signals,
                 batch_size=arguments.batch_size,
                 experiment_id=self._experiment.id,
-                form=arguments.checkpoints,
             ),
         ]
 
