@@ -60,10 +60,11 @@ def launch() -> Launch | None:
             is_torchrun=True,
             num_restarts=int(found.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
-    if "SLURM_NTASKS" in found and found.get("SLURM_JOB_NAME") not in _SHELLS_OF_SLURM:
-        num_tasks = int(found["SLURM_NTASKS"])
+    # Only what srun starts has it: a batch script has the tasks of its job (SLURM_NTASKS), but is alone.
+    if "SLURM_STEP_NUM_TASKS" in found and found.get("SLURM_JOB_NAME") not in _SHELLS_OF_SLURM:
+        num_tasks = int(found["SLURM_STEP_NUM_TASKS"])
         # How many each machine has is told only where --ntasks-per-node was given.
-        each = num_tasks // int(found.get("SLURM_NNODES", 1))
+        each = num_tasks // int(found.get("SLURM_STEP_NUM_NODES", 1))
         return Launch(
             rank=int(found.get("SLURM_PROCID", 0)),
             num_processes=num_tasks,

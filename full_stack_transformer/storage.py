@@ -227,21 +227,40 @@ def _rename_to_next_version(partial: Path, root: Path, name: str) -> Path:
 def replace_directory(partial: Path, target: Path) -> None:
     """Replace `target` by the complete directory `partial`, atomically on Linux.
 
-    Its files can be read by whom the umask allows. Linux exchanges the two names in one call (renameat2(2),
-    RENAME_EXCHANGE). On other systems `target` is missing for an instant.
+    Its files can be read by whom the umask allows.
     """
     share(path for path in files_below(partial) if not path.is_symlink())
     sync_tree(partial)
+    replace_path(partial, target)
+
+
+def replace_path(partial: Path, target: Path) -> None:
+    """Replace `target` by `partial`, whose content is durable already; each is a file or a directory.
+
+    Linux exchanges the two names in one call (renameat2(2), RENAME_EXCHANGE). On other systems `target` is
+    missing for an instant, if one of them is a directory.
+    """
     if not target.exists():
         partial.rename(target)
+    elif not partial.is_dir() and not target.is_dir():
+        partial.replace(target)
+        partial.unlink(missing_ok=True)  # two links to one file: rename(2) leaves both in place
     else:
         if not _exchange(partial, target):
             retired = partial.with_name(partial.name + ".retired")
             target.rename(retired)
             partial.rename(target)
             partial = retired
-        shutil.rmtree(partial)
+        remove_path(partial)
     sync_directory(target.parent)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def share(paths: Iterable[Path]) -> None:

@@ -176,6 +176,9 @@ class OutputOptions:
     """Directory of all experiments."""
     checkpoint_every_n_minutes: float = 5.0
     """Minutes between checkpoints to resume from, in addition to one per validation."""
+    checkpoints: Literal["auto", "single", "sharded"] = "auto"
+    """A file that the main process writes while the training waits, or a directory to which each process
+    writes its part while the training goes on; auto: sharded with --strategy fsdp."""
     log_every_n_steps: int = 10
     """Optimizer steps between two points of a TensorBoard curve."""
     histograms: bool = False

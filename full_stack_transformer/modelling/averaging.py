@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from full_stack_transformer.arguments.models import AverageCheckpointsArguments
 from full_stack_transformer.errors import ModelError, UsageError
 from full_stack_transformer.modelling.backbones import context_length, num_parameters
+from full_stack_transformer.modelling.checkpoint_parts import read_checkpoint
 from full_stack_transformer.modelling.model_card import model_card
 from full_stack_transformer.modelling.model_directory import (
     OpenedModel,
@@ -107,8 +107,7 @@ def _source(model: OpenedModel, path: Path) -> dict[str, Any]:
         facts = {name: model.description.get(name) for name in ("step", "validation_loss")}
         return {"model": model.name, **facts}
     # The description beside a checkpoint belongs to the best model.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {"model": f"{model.name}/{path.name}", "step": content["global_step"]}
+    return {"model": f"{model.name}/{path.name}", "step": read_checkpoint(path)["global_step"]}
 
 
 def _all_equal(values: list[Any]) -> bool:

@@ -24,6 +24,7 @@ from full_stack_transformer.errors import ModelError
 from full_stack_transformer.machine import memory_for
 from full_stack_transformer.modelling.adapters import merge_adapter
 from full_stack_transformer.modelling.backbones import backbone_of_config, convert
+from full_stack_transformer.modelling.checkpoint_parts import read_checkpoint
 from full_stack_transformer.modelling.model_files import check_tokenizer_files
 from full_stack_transformer.modelling.other_files import (
     ADAPTER_DIRECTORY_NAME,
@@ -185,7 +186,7 @@ def backbone_of_checkpoint(
         ModelError: the checkpoint is damaged or belongs to another model.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        state = read_checkpoint(path)["state_dict"]
         config = open_config(directory)
         backbone = backbone_of_config(config, model_class, str(directory))
         weights = {

@@ -109,7 +109,7 @@ def find_model_directory(path: Path) -> Path:
     Raises:
         ModelError: there is none.
     """
-    if path.suffix == ".ckpt" and path.is_file():
+    if path.suffix == ".ckpt" and path.exists():
         directory = path.parent.parent / MODEL_DIRECTORY_NAME
     elif (path / MODEL_DIRECTORY_NAME / CONFIG_FILE_NAME).is_file():
         directory = path / MODEL_DIRECTORY_NAME

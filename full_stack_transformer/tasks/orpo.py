@@ -27,6 +27,7 @@ from full_stack_transformer.tasks.preferences import (
     num_answer_tokens,
 )
 from full_stack_transformer.tasks.task import TrainingDefaults
+from full_stack_transformer.tasks.together import summed
 
 # exp(-1e-6) is the largest mean probability whose odds are still exact in fp32.
 _MAX_LOG = -1e-6
@@ -79,8 +80,11 @@ class Orpo(PreferenceTask):
     def losses(self, scores: Tensor, batch: Batch) -> Tensor:
         """(P,) in nats; of what is learned each has its part of the mean over tokens."""
         learned = batch.get("all_labels", batch["labels"])[: len(scores)]
-        num_learned = (num_answer_tokens(learned) * is_pair(batch)).sum().clamp(min=1)
-        num_pairs = is_pair(batch).sum()
+        is_counted = is_pair(batch) * ("is_filler" not in batch)
+        counts = torch.stack([(num_answer_tokens(learned) * is_counted).sum(), is_counted.sum()])
+        if self.num_processes > 1:
+            counts = summed(counts)
+        num_learned, num_pairs = counts[0].clamp(min=1), counts[1]
         likelihood = scores[:, 2] * num_pairs / num_learned
         odds: Tensor = self.options.preference_beta * logsigmoid(self.margins(scores, batch))
         return -likelihood - odds

@@ -55,6 +55,7 @@ from full_stack_transformer.tasks.task import (
     TaskOptions,
     pad,
 )
+from full_stack_transformer.tasks.together import of_the_others
 
 _ALIKE = 0.5
 
@@ -267,7 +268,12 @@ class SentenceEmbedding(RowTask):
         first, second = scores[:, 0], scores[:, -1]
         if self.loss == "cosine":
             return cosine_losses(first, second, batch["labels"]).sum()
-        losses = simcse_losses(first, second, temperature=self.options.simcse_temperature)
+        negatives = None
+        if self.num_processes > 1:
+            is_filler = "is_filler" in batch or len(batch.get("weights", first)) == 0
+            negatives = of_the_others(second, num_used=0 if is_filler else len(second))
+        temperature = self.options.simcse_temperature
+        losses = simcse_losses(first, second, temperature=temperature, negatives=negatives)
         return (losses * (batch["labels"] >= _ALIKE)).sum()
 
     def predictions(

@@ -165,6 +165,8 @@ class Task(ABC):
     def __init__(self, tokenizer: Any, options: Any) -> None:
         self.tokenizer = tokenizer
         self.options = options
+        self.num_processes = 1
+        """That train together; a loss over a whole batch then looks at that of all of them."""
 
     @classmethod
     def open_tokenizer(cls, directory: Path) -> Any:
@@ -507,7 +509,9 @@ class RowTask(Task):
 
     def validation_sums(self, scores: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The loss; `weights` (B,) are the targets of the features, none in a batch that fills up."""
-        loss = self.loss_sum(scores, batch) if len(batch["weights"]) else scores.new_zeros(())
+        # Computed for a filler too: the processes may compute it together.
+        loss = self.loss_sum(scores, batch)
+        loss = loss if len(batch["weights"]) else torch.zeros_like(loss)
         return {"loss": loss, "targets": batch["weights"].sum()}
 
     @abstractmethod

@@ -1,8 +1,10 @@
-"""Checkpoint files, written so that a reader never finds half of one.
+"""Checkpoints, written so that a reader never finds half of one.
 
     checkpoints/last.ckpt       the newest
     checkpoints/previous.ckpt   the one before, in case the disk damages the newest
     checkpoints/best.ckpt       the one with the best validation result so far
+
+Each is a file of one process, or a directory of parts (`checkpoint_parts`), in the place of either.
 
 Lightning 2.6 stages a checkpoint in the system's temporary directory, without flushing it to the disk:
 with that directory on another file system, kill -9 left an unloadable `last.ckpt` in 3 of 15 trials
@@ -22,8 +24,15 @@ import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from full_stack_transformer.errors import MachineError, TrainingError
+from full_stack_transformer.modelling.checkpoint_parts import check_parts, read_parts, read_values
 from full_stack_transformer.modelling.pretrained import reason_of
-from full_stack_transformer.storage import make_directories, sync_directory, why_not_written
+from full_stack_transformer.storage import (
+    make_directories,
+    remove_path,
+    replace_path,
+    sync_directory,
+    why_not_written,
+)
 
 LAST_FILE_NAME = "last.ckpt"
 PREVIOUS_FILE_NAME = "previous.ckpt"
@@ -52,10 +61,7 @@ class DurableCheckpointIO(CheckpointIO):
             with partial.open("wb") as file:
                 _write(checkpoint, file)
                 os.fsync(file.fileno())
-            if target.name == LAST_FILE_NAME and target.exists():
-                link_checkpoint(target, target.with_name(PREVIOUS_FILE_NAME))
-            partial.replace(target)
-            sync_directory(target.parent)
+            publish(partial, target)
 
     def load_checkpoint(
         self,
@@ -64,12 +70,14 @@ class DurableCheckpointIO(CheckpointIO):
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
         """Read a checkpoint; tensors and plain values only, never code."""
+        if Path(path).is_dir():
+            return read_parts(Path(path))
         content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         return content
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint that is no longer wanted."""
-        Path(path).unlink(missing_ok=True)
+        remove_path(Path(path))
 
 
 class _Witness:
@@ -101,43 +109,76 @@ def _write(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     file.flush()
 
 
+def publish(partial: Path, target: Path) -> None:
+    """Give a complete checkpoint its name; the old `last.ckpt` becomes `previous.ckpt`."""
+    if target.name == LAST_FILE_NAME and target.exists():
+        link_checkpoint(target, target.with_name(PREVIOUS_FILE_NAME))
+    if partial.is_dir():
+        sync_directory(partial)
+    replace_path(partial, target)
+
+
 def link_checkpoint(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name, replacing the file that has it; copies where links do not work.
+    """Give a checkpoint a second name, replacing the one that has it; copies where links do not work.
 
     Raises:
         MachineError: the disk is full or cannot be written.
     """
     with _partial(target) as partial:
-        try:
-            partial.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        partial.replace(target)
-        # If both are links to the same file, rename(2) leaves both in place.
-        partial.unlink(missing_ok=True)
-        sync_directory(target.parent)
+        if source.is_dir():
+            remove_path(partial)
+            partial.mkdir()
+            for file in source.iterdir():
+                _link(file, partial / file.name)
+            sync_directory(partial)
+        else:
+            _link(source, partial)
+        replace_path(partial, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def partial_of(target: Path, mark: str) -> Path:
+    """Where a checkpoint is written until it is complete; the next run removes what is left there."""
+    return target.with_name(f".{target.name}.partial-{mark}")
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what a killed run left unfinished."""
+    for path in directory.glob(".*.partial-*"):
+        remove_path(path)
 
 
 @contextlib.contextmanager
 def _partial(target: Path) -> Iterator[Path]:
-    """A temporary path beside the target; the file is removed if the body fails."""
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    """A temporary path beside the target; it is removed if the body fails."""
+    partial = partial_of(target, str(os.getpid()))
     try:
         make_directories(target.parent)
         yield partial
     except (OSError, RuntimeError) as error:  # torch.save wraps some errors of the system
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if any(target.parent.glob("*.ckpt")):
-            rest = (
-                "earlier checkpoints are intact: free disk space or fix the permissions, and continue "
-                "with --resume last"
-            )
-        else:
-            rest = "nothing was saved: free disk space or fix the permissions, and start again"
-        raise MachineError(f"writing {target} failed: {why_not_written(error)}; {rest}") from error
+            remove_path(partial)
+        raise writing_failed(target, error) from error
+
+
+def writing_failed(target: Path, error: BaseException) -> MachineError:
+    """The error for a checkpoint that could not be written."""
+    if any(target.parent.glob("*.ckpt")):
+        rest = (
+            "earlier checkpoints are intact: free disk space or fix the permissions, and continue "
+            "with --resume last"
+        )
+    else:
+        rest = "nothing was saved: free disk space or fix the permissions, and start again"
+    return MachineError(f"writing {target} failed: {why_not_written(error)}; {rest}")
 
 
 @dataclass(frozen=True)
@@ -185,11 +226,15 @@ def find_checkpoint(
 
 
 def _verified(path: Path, experiment_id: str | None) -> FoundCheckpoint:
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its part {damaged} is wrong")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if path.is_dir():
+        check_parts(path)
+        content = read_values(path)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of its part {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     found_id = content.get(EXPERIMENT_ID_KEY)
     if None not in (found_id, experiment_id) and found_id != experiment_id:
         raise ValueError("it is a checkpoint of another training")

@@ -17,6 +17,7 @@ EXPERIMENTS_ROOT/NAME/VERSION/
 import contextlib
 import dataclasses
 import fcntl
+import json
 import logging
 import math
 import os
@@ -43,6 +44,7 @@ from full_stack_transformer.processes import agreed, is_main_process, launch
 from full_stack_transformer.storage import (
     claim_version,
     read_json,
+    remove_path,
     sync_directory,
     versions,
     write_json,
@@ -54,9 +56,11 @@ from full_stack_transformer.training.callbacks.text_samples import (
 )
 from full_stack_transformer.training.checkpoints import (
     LAST_FILE_NAME,
+    ROWS_PER_BATCH_KEY,
     FoundCheckpoint,
     find_checkpoint,
     link_checkpoint,
+    remove_partial,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,7 +73,8 @@ TOKENIZER_DIRECTORY_NAME = "tokenizer"
 _LIMITS = {"max_epochs", "max_steps", "max_minutes", "early_stopping_patience"}
 # Options that a resumed training may change; the others decide what its weights become.
 _CHANGEABLE = _LIMITS | {
-    *("checkpoint_every_n_minutes", "accelerator", "devices", "strategy", "num_nodes", "compile"),
+    *("checkpoint_every_n_minutes", "checkpoints"),
+    *("accelerator", "devices", "strategy", "num_nodes", "compile"),
     "batch_size",  # as long as all processes together read the same: `with_same_batches`
     *("data_cache", "data_cache_bytes"),
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
@@ -232,10 +237,11 @@ def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator
         directory = arguments.directory_to_resume()
         arguments = dataclasses.replace(arguments, resume=None)
     if not is_main_process():
-        yield Experiment(directory, arguments) if is_new else _found(directory, arguments, work)
+        yield Experiment(directory, arguments) if is_new else _resumed(directory, arguments, work)
         return
     with _locked(directory):
-        experiment = _found(directory, arguments, work)
+        found = _found if is_new else _resumed
+        experiment = found(directory, arguments, work)
         try:
             if not experiment.is_finished:
                 _write_start(experiment, work)
@@ -249,11 +255,12 @@ def open_experiment(arguments: TrainArguments, work: ExperimentData) -> Iterator
 def _write_start(experiment: Experiment, work: ExperimentData) -> None:
     if experiment.is_resumed:
         _remove_repeated(experiment)
+    facts: dict[str, Any] = {"id": experiment.id, "working_directory": str(Path.cwd())}
+    if experiment.checkpoint is not None and experiment.checkpoint.rows_per_batch is not None:
+        # Known to a run that is killed before its first checkpoint, and after --batch_size changed.
+        facts[ROWS_PER_BATCH_KEY] = experiment.checkpoint.rows_per_batch
+    write_json(experiment.directory / EXPERIMENT_FILE_NAME, facts)
     write_arguments(experiment)
-    write_json(
-        experiment.directory / EXPERIMENT_FILE_NAME,
-        {"id": experiment.id, "working_directory": str(Path.cwd())},
-    )
     write_json(experiment.directory / DATASET_FILE_NAME, work.description)
     for path in (experiment.directory.parent, experiment.directory.parent.parent):
         sync_directory(path)
@@ -269,6 +276,33 @@ def write_arguments(experiment: Experiment) -> None:
     }
     assert all(not isinstance(value, float) or math.isfinite(value) for value in options.values())
     write_json(experiment.directory / ARGUMENTS_FILE_NAME, options)
+
+
+def _resumed(directory: Path, given: TrainArguments, work: ExperimentData) -> Experiment:
+    """What the main process finds in the directory, in each of them: meanwhile it changes the files."""
+    found: list[Experiment] = []
+
+    def decide() -> str:
+        found.append(_found(directory, given, work))
+        facts = {
+            field.name: getattr(found[0], field.name) for field in dataclasses.fields(Experiment)
+        }
+        checkpoint = found[0].checkpoint
+        facts["checkpoint"] = None if checkpoint is None else dataclasses.asdict(checkpoint)
+        return json.dumps({**facts, "directory": None, "arguments": None}, default=str)
+
+    told = agreed("experiment", decide)
+    if found or not told:
+        return found[0] if found else _found(directory, given, work)
+    facts = json.loads(told)
+    if facts["checkpoint"] is not None:
+        path = Path(facts["checkpoint"]["path"])
+        facts["checkpoint"] = FoundCheckpoint(**{**facts["checkpoint"], "path": path})
+    arguments = given
+    if facts["is_resumed"]:
+        _check_dataset(directory, work)
+        arguments = _merged(given, _read_arguments(directory, given), directory)
+    return Experiment(**{**facts, "directory": directory, "arguments": arguments})
 
 
 def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Experiment:
@@ -294,7 +328,8 @@ def _found(directory: Path, given: TrainArguments, work: ExperimentData) -> Expe
         directory, arguments, own_id or uuid.uuid4().hex, checkpoint, is_resumed=True
     )
     if checkpoint is not None and checkpoint.rows_per_batch is None:  # of an older version
-        rows_per_batch = checkpoint.world_size * saved.batch_size
+        rows_per_batch = _facts(directory).get(ROWS_PER_BATCH_KEY)
+        rows_per_batch = rows_per_batch or checkpoint.world_size * saved.batch_size
         checkpoint = dataclasses.replace(checkpoint, rows_per_batch=rows_per_batch)
     return dataclasses.replace(found, checkpoint=checkpoint, saved_batch_size=saved.batch_size)
 
@@ -462,8 +497,7 @@ def _remove_repeated(experiment: Experiment) -> None:
     directory = experiment.directory
     checkpoints = directory / CHECKPOINTS_DIRECTORY_NAME
     for parent in (directory, checkpoints):
-        for path in parent.glob(".*.partial-*"):
-            path.unlink(missing_ok=True)
+        remove_partial(parent)
     (directory / SUMMARY_FILE_NAME).unlink(missing_ok=True)
     drop_lines_after(directory / GENERATED_FILE_NAME, experiment.first_repeated_step - 1)
     checkpoint = experiment.checkpoint
@@ -471,5 +505,7 @@ def _remove_repeated(experiment: Experiment) -> None:
         # A damaged last.ckpt must not replace an intact previous.ckpt.
         damaged = checkpoints / LAST_FILE_NAME
         if damaged.exists():
-            damaged.rename(damaged.with_name(f"{LAST_FILE_NAME}.damaged"))
+            aside = damaged.with_name(f"{LAST_FILE_NAME}.damaged")
+            remove_path(aside)
+            damaged.rename(aside)
         link_checkpoint(checkpoint.path, damaged)

@@ -1,11 +1,13 @@
 """Lightning's trainer for `fst train`: one long epoch, with plan, checkpoints and curves of our own."""
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -67,7 +69,7 @@ def make_trainer(
             enable_model_summary=False,
             logger=_make_tensorboard(experiment),
             profiler=StepProfiler(experiment.directory) if arguments.profile else None,
-            plugins=[DurableCheckpointIO()],
+            plugins=[DurableCheckpointIO(), *_environment()],
         )
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise UsageError(
@@ -77,6 +79,12 @@ def make_trainer(
     # Reading what was never written would be a bug of ours; filling it with NaN costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return trainer
+
+
+def _environment() -> list[LightningEnvironment]:
+    """For a process in a batch script of SLURM, which Lightning takes for one of those that srun starts."""
+    is_alone = launch() is None and "SLURM_NTASKS" in os.environ
+    return [LightningEnvironment()] if is_alone else []
 
 
 def _make_tensorboard(experiment: Experiment) -> TensorBoardLogger:

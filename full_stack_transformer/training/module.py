@@ -103,6 +103,7 @@ class TrainingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make the plan, now that the number of processes is known."""
+        self.task.num_processes = self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, EpochDataModule)
         self.plan = Plan.of(self._arguments, num_batches_per_epoch=data.num_batches_per_epoch)
@@ -223,6 +224,7 @@ class TrainingModule(pl.LightningModule):
             learning_rate=options.peak_learning_rate,
             weight_decay=options.weight_decay,
             scales_gradients=self.trainer.scaler is not None,
+            is_shared=self.trainer.world_size > 1,
         )
         schedule = make_schedule(
             optimizer,

@@ -2,19 +2,20 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.machine import multiplies_bfloat16
+from full_stack_transformer.training.muon_together import DealtMatrices, own_part
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -38,6 +39,7 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     scales_gradients: bool = False,
+    is_shared: bool = False,
 ) -> Optimizer:
     """An optimizer with weight decay for matrices only: not for norms, biases and embeddings.
 
@@ -48,6 +50,7 @@ def make_optimizer(
         weight_decay: of the matrices.
         scales_gradients: whether they come multiplied, as for fp16. A fused optimizer divides them itself,
             which Lightning leaves to it: then they would be clipped before.
+        is_shared: whether several processes have the same gradients, and can share the work.
     """
     groups = _split_parameters(module)
     # Fused: 39 against 170 ms a step for 124 M parameters on two cores.
@@ -63,7 +66,10 @@ def make_optimizer(
             fused=fused,
         )
         muon = BatchedMuon(
-            groups.matrices, lr=_MUON_RATE * learning_rate, weight_decay=weight_decay
+            groups.matrices,
+            lr=_MUON_RATE * learning_rate,
+            weight_decay=weight_decay,
+            is_shared=is_shared,
         )
         return MuonWithAdamW(muon, adamw)
     decayed = {"params": groups.matrices + groups.heads, "weight_decay": weight_decay}
@@ -112,42 +118,58 @@ class BatchedMuon(Muon):
     the 28 matrices of the preset mini, in processor seconds of one core of an EPYC (Zen 4) without its
     AVX-512 and bf16 instructions: torch's 1.67, this one 0.09; forward and backward of 2,048 tokens 0.47.
     With them: 0.032 and 0.024 of 0.20. The state is that of torch's.
+
+    Several processes deal the matrices out among them: see `muon_together`.
+
+    Args:
+        parameters: matrices.
+        lr: learning rate.
+        weight_decay: of the matrices.
+        is_shared: whether several processes have the same gradients.
     """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        is_shared: bool = False,
+    ) -> None:
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
+        self._is_shared = is_shared
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """A step for all matrices that have a gradient."""
         assert closure is None, "MuonWithAdamW calls it"
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[min(parameter.shape), max(parameter.shape)].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                is_on_gpu = parameters[0].device.type == "cuda"
-                limit = _MAX_NUMBERS_AT_ONCE_ON_GPU if is_on_gpu else _MAX_NUMBERS_AT_ONCE
-                num_at_once = max(1, limit // (rows * columns))
-                for first in range(0, len(parameters), num_at_once):
-                    self._update(parameters[first : first + num_at_once], group)
+            parameters = [one for one in group["params"] if one.grad is not None]
+            if not parameters:
+                continue
+            if self._is_shared or isinstance(parameters[0], DTensor):
+                self._step_together(parameters, group)
+                continue
+            for numbers in _batches([one.shape for one in parameters], parameters[0].device):
+                batch = [parameters[number] for number in numbers]
+                directions = [self._direction(one, group["momentum"]) for one in batch]
+                updates = _orthogonal(directions, group)
+                for parameter, update in zip(batch, updates, strict=True):
+                    _apply(parameter, update, parameter.shape, group)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update matrices with the same sides, whichever of them is the longer one."""
-        directions = torch.stack(
-            [
-                _wide(_whole_matrix(self._direction(parameter, group["momentum"])))
-                for parameter in parameters
-            ]
+    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Orthogonalise this process's share of the matrices, and exchange the results."""
+        dealt = DealtMatrices(parameters)
+        own = dealt.gather(
+            [own_part(self._direction(one, group["momentum"])) for one in parameters]
         )
-        if multiplies_bfloat16(directions.device):
-            directions = directions.bfloat16()
-        directions = orthogonalized(directions, group["ns_coefficients"], group["ns_steps"])
-        for parameter, direction in zip(parameters, directions, strict=True):
-            rows, columns = parameter.shape
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(
-                _part_of(direction.mT if rows > columns else direction, parameter),
-                alpha=-group["lr"] * math.sqrt(max(1, rows / columns)),
-            )
+        updates: list[Tensor] = [torch.empty(0)] * len(own)
+        for numbers in _batches([one.shape for one in own], parameters[0].device):
+            found = _orthogonal([own[number] for number in numbers], group)
+            for number, update in zip(numbers, found, strict=True):
+                updates[number] = update
+        for parameter, update in zip(parameters, dealt.scatter(updates), strict=True):
+            _apply(own_part(parameter), update, parameter.shape, group)
 
     def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov's: the gradient and the mean of the earlier ones."""
@@ -159,17 +181,35 @@ class BatchedMuon(Muon):
         return gradient.lerp(mean, momentum)
 
 
-def _whole_matrix(matrix: Tensor) -> Tensor:
-    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+def _batches(shapes: Sequence[torch.Size], device: torch.device) -> Iterator[list[int]]:
+    """Numbers of the matrices that are orthogonalised at once: with the same sides, whichever is longer."""
+    by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, shape in enumerate(shapes):
+        by_shape[min(shape), max(shape)].append(number)
+    limit = _MAX_NUMBERS_AT_ONCE_ON_GPU if device.type == "cuda" else _MAX_NUMBERS_AT_ONCE
+    for (rows, columns), numbers in by_shape.items():
+        num_at_once = max(1, limit // (rows * columns))
+        for first in range(0, len(numbers), num_at_once):
+            yield numbers[first : first + num_at_once]
 
 
-def _part_of(matrix: Tensor, parameter: nn.Parameter) -> Tensor:
-    """What this process has of a matrix that all have computed."""
-    if not isinstance(parameter, DTensor):
-        return matrix
-    whole = matrix.to(parameter.dtype).contiguous()
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+def _orthogonal(directions: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """The matrices with singular values near 1, each in its own shape."""
+    wide = torch.stack([_wide(one) for one in directions])
+    if multiplies_bfloat16(wide.device):
+        wide = wide.bfloat16()
+    wide = orthogonalized(wide, group["ns_coefficients"], group["ns_steps"])
+    return [
+        found.mT if one.shape[0] > one.shape[1] else found
+        for one, found in zip(directions, wide, strict=True)
+    ]
+
+
+def _apply(parameter: Tensor, update: Tensor, shape: torch.Size, group: dict[str, Any]) -> None:
+    """Move a matrix, or rows of one with this shape."""
+    rows, columns = shape
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
 def _wide(matrix: Tensor) -> Tensor:

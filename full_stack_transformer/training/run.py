@@ -343,6 +343,7 @@ class _Training:
                 signals=self._signals,
                 batch_size=arguments.batch_size,
                 experiment_id=self._experiment.id,
+                form=arguments.checkpoints,
             ),
         ]
 

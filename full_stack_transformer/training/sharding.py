@@ -2,15 +2,17 @@
 2304.11277).
 
     whole model ──shard──> parts ──layer by layer, gathered for forward and backward──> parts of the gradient
-                             └──whole_weights──> checkpoint and model directory, the same as of one process
+                             ├──whole_weights──> model directory, the same as of one process
+                             └──> sharded checkpoint, or gathered the file of one process
 
 Lightning's `ModelParallelStrategy` (2.6.6) names optimizer states by the order of the model's parameters, a
 file of one process by that of the optimizer's groups; what one writes the other would read in a wrong order,
-in silence. Here both are files of one process, so that a training goes on with any number of processes.
+in silence. Here both are numbered as by one process, so that a training goes on with any number of processes.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,6 +27,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel as Backbone
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from full_stack_transformer.modelling.checkpoint_parts import read_parts, read_values
+
 STRATEGY_NAMES = ("fsdp", "fsdp2")
 
 
@@ -32,6 +36,8 @@ class ShardedStrategy(ModelParallelStrategy):
     """All processes share one model; no tensor parallelism."""
 
     checkpoint_io: CheckpointIO
+    gathers_checkpoints = True
+    """Whether the main process gets whole tensors to save; else each process its parts."""
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
@@ -47,8 +53,10 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights, in the main process; all must call it."""
+        """The weights to save; all processes must call it."""
         assert self.lightning_module is not None
+        if not self.gathers_checkpoints:
+            return dict(self.lightning_module.state_dict())
         weights = whole_weights(self.lightning_module)
         return weights if self.is_global_zero else {}
 
@@ -58,14 +66,39 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer = optimizer._optimizer
         content = optimizer.state_dict()
         content["state"] = {
-            number: {name: _whole(value) for name, value in state.items()}
+            number: {name: self._to_save(value) for name, value in state.items()}
             for number, state in content["state"].items()
         }
-        return content if self.is_global_zero else {}
+        return content if self.is_global_zero or not self.gathers_checkpoints else {}
+
+    def _to_save(self, value: Any) -> Any:
+        is_part = isinstance(value, DTensor) and value.ndim > 0 and not self.gathers_checkpoints
+        return value if is_part else _whole(value)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write a file of one process."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """A file of one process."""
+        """A file of one process, or this process's parts of a directory."""
+        if Path(checkpoint_path).is_dir():
+            return read_parts(Path(checkpoint_path), like=self._sharded_alike(checkpoint_path))
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def _sharded_alike(self, directory: Any) -> Callable[[list[str | int]], Tensor | None]:
+        """For the path of a tensor in a checkpoint the parameter whose parts are those of this process."""
+        assert self.lightning_module is not None
+        alike: dict[tuple[Any, ...], Tensor] = {
+            ("state_dict", name): value
+            for name, value in self.lightning_module.state_dict(keep_vars=True).items()
+        }
+        for index, content in enumerate(read_values(Path(directory))["optimizer_states"]):
+            for number, parameter in _numbered(content, self.optimizers[index]).items():
+                alike["optimizer_states", index, "state", number] = parameter
+        return lambda path: alike.get(tuple(path), alike.get(tuple(path[:-1])))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's parts."""
@@ -80,14 +113,21 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The same of the optimizers."""
         for optimizer, content in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            numbers = [n for group in content["param_groups"] for n in group["params"]]
-            parameters = [one for group in optimizer.param_groups for one in group["params"]]
-            like = dict(zip(numbers, parameters, strict=True))
+            like = _numbered(content, optimizer)
             parts = {
                 number: {name: _part(value, like[number]) for name, value in state.items()}
                 for number, state in content["state"].items()
             }
             optimizer.load_state_dict({**content, "state": parts})
+
+
+def _numbered(
+    content: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[int, nn.Parameter]:
+    """The parameters of an optimizer by the numbers that its saved state gives them."""
+    numbers = [n for group in content["param_groups"] for n in group["params"]]
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    return dict(zip(numbers, parameters, strict=True))
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> Backbone:
@@ -144,11 +184,6 @@ def whole_norm(norm: Tensor) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def own_part(value: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def _whole(value: Any) -> Any:
     if isinstance(value, DTensor):
         whole: Tensor = value.full_tensor()
@@ -158,7 +193,8 @@ def _whole(value: Any) -> Any:
 
 def _part(value: Any, like: Any) -> Any:
     """What this process keeps of a whole value for a parameter."""
-    if not (isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape):
+    is_whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+    if not (is_whole and isinstance(like, DTensor) and value.shape == like.shape):
         return value
     on_device = value.to(like.device, like.dtype) if value.is_floating_point() else value
     # Each process has read the whole: none sends.

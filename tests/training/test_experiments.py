@@ -193,6 +193,17 @@ def test_a_checkpoint_from_before_there_were_ids_is_accepted(opening: _Opening) 
     assert json.loads((first.directory / "experiment.json").read_text())["id"] == resumed.id
 
 
+def test_a_batch_stays_what_it_is_until_a_checkpoint_tells_it(opening: _Opening) -> None:
+    """One of an older version tells the processes alone, and --batch_size follows another number."""
+    first = opening(batch_size=8)
+    opening.save(first, 3)
+    for _ in range(2):
+        resumed = opening(resume="last", batch_size=4)
+        assert resumed.arguments.batch_size == 4
+        assert resumed.checkpoint is not None
+        assert resumed.checkpoint.rows_per_batch == 8
+
+
 def test_a_refused_training_leaves_no_version(opening: _Opening) -> None:
     arguments = TrainArguments(
         dataset_dir=opening.dataset.directory, experiments_root=opening.root, experiment_name="x"

@@ -14,7 +14,7 @@ from full_stack_transformer import machine
 from full_stack_transformer.command_line import run
 from full_stack_transformer.processes import launch
 
-# Rank and batch of a process that ends there as by kill -9, the first time.
+# Rank of a process that ends as by kill -9, the first time, and the batch or save in which it does.
 _KILL = "TOGETHER_KILL"
 
 
@@ -55,14 +55,15 @@ def train_together(
     trainings: Sequence[Mapping[str, Any]],
     *,
     num_processes: int = 2,
-    kill: tuple[int, int] | None = None,
+    kill: tuple[int, str, int] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """Train one after the other in the same processes, which spares their start.
 
     Args:
         trainings: options of each.
         num_processes: of torchrun.
-        kill: rank and batch where a process is killed; torchrun then starts all of them once more.
+        kill: rank, "batch" or "save", and its number, where a process is killed; torchrun then starts all of
+            them once more.
     """
     return torchrun(
         "tests.training.together",
@@ -74,19 +75,39 @@ def train_together(
 
 
 def _arm() -> None:
-    from full_stack_transformer.training.module import TrainingModule
-
     found = launch()
     assert found is not None
-    rank, batch = json.loads(os.environ[_KILL])
+    rank, place, number = json.loads(os.environ[_KILL])
+    if found.rank == rank and not found.num_restarts:
+        (_die_in_batch if place == "batch" else _die_while_saving)(number)
+
+
+def _die_in_batch(number: int) -> None:
+    from full_stack_transformer.training.module import TrainingModule
+
     training_step = TrainingModule.training_step
 
     def train_or_die(module: TrainingModule, given: Any, batch_index: int) -> Any:
-        if batch_index == batch and found.rank == rank and not found.num_restarts:
+        if batch_index == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(module, given, batch_index)
 
     mock.patch.object(TrainingModule, "training_step", train_or_die).start()
+
+
+def _die_while_saving(number: int) -> None:
+    """In the save with this number, from 1, when this process has written its part."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    write_data, saves = FileSystemWriter.write_data, []
+
+    def write_and_die(writer: FileSystemWriter, *given: Any) -> Any:
+        saves.append(write_data(writer, *given))
+        if len(saves) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return saves[-1]
+
+    mock.patch.object(FileSystemWriter, "write_data", write_and_die).start()
 
 
 def main() -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
@@ -16,6 +15,7 @@ from full_stack_transformer import machine
 from full_stack_transformer.arguments.training import TrainArguments
 from full_stack_transformer.datasets.collators import Batch
 from full_stack_transformer.training import metric_names
+from full_stack_transformer.training.checkpoints import DurableCheckpointIO
 from full_stack_transformer.training.module import TrainingModule
 from full_stack_transformer.training.run import main as train
 
@@ -119,8 +119,7 @@ def _crashing(in_batch: int, in_validation: int) -> Iterator[None]:
 
 def checkpoint_of(experiment: Path, name: str = "last.ckpt") -> dict[str, Any]:
     """What a checkpoint holds."""
-    content: dict[str, Any] = torch.load(experiment / "checkpoints" / name, weights_only=True)
-    return content
+    return DurableCheckpointIO().load_checkpoint(experiment / "checkpoints" / name)
 
 
 def curve_of(experiment: Path, name: str = metric_names.VALID_LOSS) -> list[tuple[int, float]]:

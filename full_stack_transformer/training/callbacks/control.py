@@ -7,7 +7,7 @@
 A checkpoint always holds the state right after an optimizer step. Where a validation is due it is saved
 before that validation, and a resumed training begins with the validation.
 
-Two things go beyond Lightning's documented interface (2.6.6), since that has no way to do them:
+Three things go beyond Lightning's documented interface (2.6.6), since that has no way to do them:
 
 - `FollowPlan` sets `trainer.val_check_batch` from step to step. `Trainer(val_check_interval=N)` validates
   in the middle of an accumulation window where the window does not divide N, and not after the last step.
@@ -19,6 +19,8 @@ Two things go beyond Lightning's documented interface (2.6.6), since that has no
   saved in any other hook it counts as done and is skipped. `num_sanity_val_steps` is skipped too for a
   resumed training, and `Trainer.validate(ckpt_path=…)` knows no `global_step` and its results are lost
   when `fit` loads the callbacks' state again.
+- `SaveCheckpoints` asks Lightning's checkpoint connector for the content of a checkpoint, which
+  `Trainer.save_checkpoint` writes in the main process alone before the training goes on.
 """
 
 import logging
@@ -32,13 +34,15 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from full_stack_transformer.errors import MachineError, TrainingError
+from full_stack_transformer.storage import make_directories
+from full_stack_transformer.training.background import BackgroundWriter
 from full_stack_transformer.training.checkpoints import (
     BEST_FILE_NAME,
     EXPERIMENT_ID_KEY,
@@ -52,7 +56,8 @@ from full_stack_transformer.training.module import (
     greatest,
     validation_metrics,
 )
-from full_stack_transformer.training.sharding import own_part
+from full_stack_transformer.training.muon_together import own_part
+from full_stack_transformer.training.sharding import ShardedStrategy, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +67,8 @@ NEVER = sys.maxsize
 _LATEST_FIRST_VALIDATION = 0.25
 # Of a forward pass, as a part of forward and backward.
 _COST_WITHOUT_GRADIENTS = 0.4
+# For a checkpoint that is being written when an error ends the training.
+_SECONDS_TO_FINISH = 60.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -285,6 +292,7 @@ class SaveCheckpoints(Checkpoint):
         signals: after a signal a checkpoint is written and InterruptedBySignalError raised.
         batch_size: of each process; kept in each checkpoint, times their number.
         experiment_id: kept in each checkpoint.
+        form: of the checkpoints, as --checkpoints has it.
     """
 
     def __init__(
@@ -295,10 +303,13 @@ class SaveCheckpoints(Checkpoint):
         signals: CatchSignals,
         batch_size: int = 1,
         experiment_id: str = "",
+        form: Literal["auto", "single", "sharded"] = "single",
     ) -> None:
         self._directory = directory
         self._batch_size = batch_size
         self._experiment_id = experiment_id
+        self._form = form
+        self._writer: BackgroundWriter | None = None
         self._seconds_between = 60 * minutes_between
         self._signals = signals
         self._step = 0
@@ -308,6 +319,11 @@ class SaveCheckpoints(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """All processes must know where the main one writes."""
         self._directory = Path(trainer.strategy.broadcast(str(self._directory)))
+        if self._form == "sharded" or (self._form == "auto" and is_sharded(trainer)):
+            make_directories(self._directory)
+            self._writer = BackgroundWriter()
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.gathers_checkpoints = self._writer is None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first interval begins."""
@@ -322,6 +338,8 @@ class SaveCheckpoints(Checkpoint):
             return
         self._step = trainer.global_step
         is_time = time.monotonic() - self._saved_at >= self._seconds_between
+        if self._writer is not None and self._writer.has_failed:
+            is_time = True  # to hear of it at once
         # A signal counts more than the time, so that the processes have to agree only once.
         reason = greatest(
             trainer, 1 + self._signals.received if self._signals.received else is_time
@@ -330,7 +348,7 @@ class SaveCheckpoints(Checkpoint):
             return
         self._save(trainer)
         if reason > 1:
-            raise InterruptedBySignalError(int(reason) - 1)
+            self._interrupt(trainer, int(reason) - 1)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save before anything is done that could be interrupted."""
@@ -340,7 +358,7 @@ class SaveCheckpoints(Checkpoint):
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Let a signal end the validation: it will be repeated."""
         if number := int(greatest(trainer, self._signals.received)):
-            raise InterruptedBySignalError(number)
+            self._interrupt(trainer, number)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mark the best one."""
@@ -350,8 +368,20 @@ class SaveCheckpoints(Checkpoint):
         self._best_loss = loss
         if trainer.sanity_checking:
             return
+        self._wait(trainer)
         last = self._directory / LAST_FILE_NAME
         _in_main_process(trainer, lambda: link_checkpoint(last, self._directory / BEST_FILE_NAME))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the last one."""
+        self._wait(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let one of an earlier step get its name, if the other processes are there to finish it."""
+        if self._writer is not None:
+            self._writer.wait(_SECONDS_TO_FINISH)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -378,7 +408,17 @@ class SaveCheckpoints(Checkpoint):
         """Restore what `state_dict` returned."""
         self._best_loss = state_dict["best_loss"]
 
+    def _interrupt(self, trainer: pl.Trainer, number: int) -> None:
+        self._wait(trainer)
+        raise InterruptedBySignalError(number)
+
+    def _wait(self, trainer: pl.Trainer) -> None:
+        """Wait until the checkpoint that is being written has its name; an error of it is raised now."""
+        if self._writer is not None:
+            _raise_everywhere(trainer, self._writer.wait())
+
     def _save(self, trainer: pl.Trainer) -> None:
+        self._wait(trainer)
         self._saved_at = time.monotonic()
         assert trainer.lightning_module is not None
         damaged = [
@@ -392,6 +432,10 @@ class SaveCheckpoints(Checkpoint):
                 f"{trainer.global_step}; earlier checkpoints are intact: lower --learning_rate"
             )
         path = self._directory / LAST_FILE_NAME
+        if self._writer is not None:
+            content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            self._writer.start(content, path, step=trainer.global_step)
+            return
         try:
             trainer.save_checkpoint(path)
             failure = None

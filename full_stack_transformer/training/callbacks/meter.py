@@ -16,6 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 
 from full_stack_transformer.datasets.collators import Batch
@@ -47,7 +48,8 @@ class Reading:
 class Meter(pl.Callback):
     """Counts at each step, without waiting for the device; a reading waits for it.
 
-    Of several processes each counts its own tokens: they take equally many batches of similar size.
+    Of several processes each counts its own tokens, and takes those of the others for as many until
+    checkpoints and the end add up what all have counted.
     A callback that reads it in `on_train_batch_end` calls `count` first, so that their order is free.
 
     Args:
@@ -67,6 +69,8 @@ class Meter(pl.Callback):
         self._num_context_tokens = num_context_tokens
         self._earlier = Reading(0, 0.0)
         self._num_tokens = torch.zeros((), dtype=torch.int64)
+        """Of this process since the last sum."""
+        self._strategy: Strategy | None = None
         self._loss_of_batches = torch.zeros(())
         self._replay_loss_of_batches: Tensor | None = None
         self._world_size = 1
@@ -89,7 +93,7 @@ class Meter(pl.Callback):
         device = pl_module.device
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._loss_of_batches = torch.zeros((), device=device)
-        self._world_size = trainer.world_size
+        self._world_size, self._strategy = trainer.world_size, trainer.strategy
         self._step, self._batch_index = trainer.global_step, -1
         peak = measure_matmul_peak(device, _dtype_of(trainer))
         # The processes measure at the same time: each finds its part of a processor that they share.
@@ -149,8 +153,9 @@ class Meter(pl.Callback):
             self._paused_at = time.monotonic()
 
     def on_train_end(self, *_: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock, and add up."""
         self.on_validation_start()
+        self._add_up()
 
     def read(self) -> Reading:
         """The totals up to now."""
@@ -164,8 +169,18 @@ class Meter(pl.Callback):
         """Fraction of the measured peak of all devices for this rate, 0 to 1; 0 if unknown."""
         return tokens_per_second * self._utilization_of_rate
 
+    def _add_up(self) -> None:
+        """Put the true sum in the place of the estimate; all processes must call it."""
+        if self._strategy is None or self._world_size == 1:
+            return
+        num_tokens = int(self._strategy.reduce(self._num_tokens.clone(), reduce_op="sum"))
+        before = self._earlier
+        self._earlier = Reading(before.num_tokens + num_tokens, before.seconds)
+        self._num_tokens.zero_()
+
     def state_dict(self) -> dict[str, Any]:
-        """The totals, for a resumed training."""
+        """The totals, for a resumed training; all processes must call it."""
+        self._add_up()
         reading = self.read()
         return {"num_tokens": reading.num_tokens, "seconds": reading.seconds}
 
@@ -180,7 +195,7 @@ def num_input_tokens(batch: Batch) -> Tensor:
     These are the targets, and the first token of each sample, which is not a target.
     """
     if "attention_mask" in batch:
-        return batch["attention_mask"].sum()
+        return batch["attention_mask"].sum() * ("is_filler" not in batch)
     if "num_tokens" in batch:
         return batch["num_tokens"]
     labels = batch["labels"]
