@@ -1,7 +1,8 @@
 """The table of commands, each imported only when it runs, and how their options are read.
 
 Results (paths, texts, metrics) go to standard output, logs and progress to standard error.
-Exit codes: 0 success, 1 an error explained by the message, 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 an error explained by the message, 2 wrong usage, 75 another process of the training
+has ended, 130 interrupted.
 """
 
 import dataclasses
@@ -49,8 +50,8 @@ COMMANDS: tuple[tuple[str, type, str], ...] = (
     ("check_tokenizer", data.CheckTokenizerArguments, "tokenization.check_tokenizer"),
     ("collect_model", models.CollectModelArguments, "model_sources.collect_model"),
     ("import_model", models.ImportModelArguments, "model_sources.import_model"),
-    ("train", training.TrainArguments, "training.run"),
-    ("run_experiment", training.RunExperimentArguments, "training.run"),
+    ("train", training.TrainArguments, "training.command"),
+    ("run_experiment", training.RunExperimentArguments, "training.command"),
     ("average_checkpoints", models.AverageCheckpointsArguments, "modelling.averaging"),
     ("merge", models.MergeArguments, "modelling.merging"),
     ("whiten", models.WhitenArguments, "modelling.embedding.whitening"),
@@ -107,8 +108,8 @@ def run(argv: list[str]) -> int:
     # A broken pipe (fst generate … | head) ends the program quietly.
     try:
         app = _make_app()
+        line = CommandLine(words=tuple(argv))
         argv, config = _take_config_option(app, _normalize(argv))
-        line = CommandLine()
         app.config = (partial(_note, line.typed), *(app.config or ()), partial(_note, line.given))
         if _SHOW_ALL in argv:
             return _show_all_options(app, [word for word in argv if word != _SHOW_ALL], config)

@@ -9,6 +9,7 @@
     │   ├── DatasetError               a dataset directory is missing, damaged or does not fit
     │   └── ModelError                 a model directory is missing, damaged or does not fit
     ├── MachineError                 operator of the machine: port in use, disk full, no network
+    │   ├── LostPeerError              another process of a training has ended
     │   └── MissingExtraError          a required package is not installed
     ├── TrainingError                user who chose the training options: the training cannot continue
     ├── RequestError                 client of the service: the request is invalid
@@ -68,6 +69,12 @@ class ModelError(InputError):
 
 class MachineError(FullStackTransformerError):
     """The machine is the problem: port in use, disk full, no network."""
+
+
+class LostPeerError(MachineError):
+    """Another process of the training has ended, or cannot be reached: it can go on from what is saved."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class MissingExtraError(MachineError):

@@ -1,6 +1,7 @@
 """Processes that train together: which of them this is, and what the main one decides for all.
 
     torchrun, srun   start all of them; they find each other by the launcher's variables
+    Ray Train        the same, with the variables of torchrun (`training.ray_group`)
     --devices N      Lightning starts the others, which inherit the variables of the main one
 
 Reads the environment alone: nothing is connected, and torch is imported only where processes must talk. One
@@ -17,8 +18,10 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from full_stack_transformer.errors import MachineError
+from full_stack_transformer.errors import LostPeerError
 
+RAY_VARIABLE = "FST_RAY_ADDRESS"
+"""The --ray_address that started this process."""
 _TOLD = "FST_TOLD_"
 _decisions = itertools.count()
 # The main process may be reading a large data set.
@@ -42,6 +45,8 @@ class Launch:
     """Or else srun."""
     num_restarts: int = 0
     """How often torchrun has started all of them anew."""
+    ray_address: str | None = None
+    """Where Ray did, in the place of torchrun."""
 
     @property
     def num_machines(self) -> int:
@@ -59,6 +64,7 @@ def launch() -> Launch | None:
             num_on_this_machine=int(found["LOCAL_WORLD_SIZE"]),
             is_torchrun=True,
             num_restarts=int(found.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            ray_address=found.get(RAY_VARIABLE),
         )
     # Only what srun starts has it: a batch script has the tasks of its job (SLURM_NTASKS), but is alone.
     if "SLURM_STEP_NUM_TASKS" in found and found.get("SLURM_JOB_NAME") not in _SHELLS_OF_SLURM:
@@ -108,7 +114,7 @@ def agreed(name: str, decide: Callable[[], str], *, otherwise: str = "") -> str:
     try:
         heard: bytes = store.get(key)
     except RuntimeError as error:  # also those of torch.distributed
-        raise MachineError(f"the main process has ended, or cannot be reached: {error}") from error
+        raise LostPeerError(f"the main process has ended, or cannot be reached: {error}") from error
     return heard.decode()
 
 
@@ -130,7 +136,7 @@ def _store() -> Any:
         places = rendezvous("env://", found.rank, found.num_processes, timeout=_LONGEST_WAIT)
         store, _, _ = next(places)
     except RuntimeError as error:
-        raise MachineError(f"the other processes cannot be reached: {error}") from error
+        raise LostPeerError(f"the other processes cannot be reached: {error}") from error
     return PrefixStore("fst", store)
 
 

@@ -49,7 +49,7 @@ def test_the_help_of_train_has_groups_and_the_common_options_first(run_fst: RunF
     titles = {line.split("─ ")[1].split(" ─")[0]: i for i, line in enumerate(lines) if "╭" in line}
     assert [*titles] == [
         *("Common options", "Data", "Files of labelled rows", "Model", "Optimization", "Schedule"),
-        *("Validation", "Hardware", "Output", "Fine-tuning", "Adapters (LoRA)"),
+        *("Validation", "Hardware", "Cluster", "Output", "Fine-tuning", "Adapters (LoRA)"),
         *("Masked language model", "Sequence classification"),
         *("Span selection and token labelling", "Sentence embedding"),
         *("Data in object storage", "Own classes"),

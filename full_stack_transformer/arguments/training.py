@@ -6,7 +6,13 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from full_stack_transformer.arguments.checks import OwnClassesOptions, at_least, between
+from full_stack_transformer.arguments.checks import (
+    ClusterOptions,
+    OwnClassesOptions,
+    at_least,
+    between,
+    check_ray_address,
+)
 from full_stack_transformer.arguments.data import DataCacheOptions, RowFileOptions
 from full_stack_transformer.arguments.fine_tuning import (
     AdapterOptions,
@@ -169,6 +175,17 @@ class HardwareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingClusterOptions(ClusterOptions):
+    """Cluster."""
+
+    ray_workers: int | None = None
+    """Processes that train together on the cluster of --ray_address. Default: one for each GPU, or without
+    GPUs one for each node."""
+    max_restarts: int = 3
+    """How often Ray starts all processes again when one was lost; they go on from the last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """Output."""
 
@@ -237,6 +254,7 @@ class TrainArguments(
     ScheduleOptions,
     ValidationOptions,
     HardwareOptions,
+    TrainingClusterOptions,
     OutputOptions,
     FineTuningOptions,
     AdapterOptions,
@@ -369,7 +387,16 @@ class TrainArguments(
         at_least(
             self, 1, "batch_size", "accumulate_grad_batches", "num_cycles", "log_every_n_steps"
         )
-        at_least(self, 1, "num_nodes")
+        at_least(self, 1, "num_nodes", "ray_workers")
+        at_least(self, 0, "max_restarts")
+        check_ray_address(self)
+        if self.ray_address is not None and (self.devices != "auto" or self.num_nodes != 1):
+            raise UsageError(
+                "--ray_address starts one process for each of --ray_workers, with one device each; leave out "
+                "--devices and --num_nodes"
+            )
+        if self.ray_workers is not None and self.ray_address is None:
+            raise UsageError("--ray_workers needs --ray_address, such as --ray_address local")
         at_least(self, 0, "num_warmup_steps", "num_generated_samples", "weight_decay")
         at_least(self, 0, "gradient_clip_val", "seed", "unlikelihood_alpha", "z_loss")
         at_least(self, 0, "early_stopping_patience", "checkpoint_every_n_minutes")

@@ -15,6 +15,8 @@ from typing import Any
 class CommandLine:
     """Names of options, noted while the command line is parsed."""
 
+    words: tuple[str, ...] = ()
+    """As they were typed, with the name of the command."""
     typed: set[str] = field(default_factory=set)
     """Those of the command line itself."""
     given: set[str] = field(default_factory=set)
@@ -35,6 +37,11 @@ def running(line: CommandLine) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+def command_words() -> tuple[str, ...]:
+    """The words of the command line; none where Python code made the options."""
+    return () if _current is None else _current.words
 
 
 def is_typed(name: str) -> bool:

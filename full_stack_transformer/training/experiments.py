@@ -79,6 +79,8 @@ _CHANGEABLE = _LIMITS | {
     *("data_cache", "data_cache_bytes"),
     *("log_every_n_steps", "num_generated_samples", "histograms", "profile", "enable_progress_bar"),
 }
+# Where the processes run; decided by each command line, and not saved.
+_CLUSTER = {"ray_address", "ray_workers", "max_restarts"}
 # Where the data are. Each run may name them anew, as those of --replay; their content is compared by the
 # description of the data.
 _INPUTS = {"dataset_dir", "train_file", "validation_file", "test_file"}
@@ -91,6 +93,7 @@ _PATHS_OR_NAMES = {"model_path", "tokenizer_path", "model_config", "teacher"}
 _CLASSES = ("task", "data_class", "model_class")
 # They say where the training is, not what it does, or were only needed at its start.
 _NOT_COMPARED = {
+    *_CLUSTER,
     *("resume", "experiments_root", "experiment_name", "allow_code_from"),
     *("find_learning_rate", "find_batch_size"),
     *_INPUTS,
@@ -150,7 +153,9 @@ class Experiment:
         """
         arguments, launched = self.arguments, launch()
         words = ["fst"]
-        if launched is not None and launched.is_torchrun:
+        if launched is not None and launched.ray_address is not None:
+            pass  # the options say it
+        elif launched is not None and launched.is_torchrun:
             words = ["torchrun", "--nproc_per_node", str(launched.num_on_this_machine)]
             if launched.num_machines > 1:
                 words += ["--nnodes", str(launched.num_machines), "--rdzv_backend", "c10d"]
@@ -159,6 +164,9 @@ class Experiment:
         elif launched is not None:
             words = ["srun", "--ntasks-per-node", str(launched.num_on_this_machine), "fst"]
         words.append("run_experiment" if is_own_experiment(arguments) else "train")
+        if launched is not None and launched.ray_address is not None:
+            words += ["--ray_address", launched.ray_address]
+            words += ["--ray_workers", str(launched.num_processes)]
         modules = [module.split(".")[0] for module in arguments.allow_code_from]
         for name in _CLASSES:
             value = getattr(arguments, name, "")
@@ -271,8 +279,8 @@ def write_arguments(experiment: Experiment) -> None:
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(experiment.arguments).items()
-        # Whose code runs is decided by each command line.
-        if value is not None and name != "allow_code_from"
+        # Whose code runs, and where, is decided by each command line.
+        if value is not None and name not in {"allow_code_from", *_CLUSTER}
     }
     assert all(not isinstance(value, float) or math.isfinite(value) for value in options.values())
     write_json(experiment.directory / ARGUMENTS_FILE_NAME, options)

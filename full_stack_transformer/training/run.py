@@ -17,7 +17,7 @@ from transformers import PreTrainedModel as Backbone
 
 from full_stack_transformer.arguments.training import ARGUMENTS_FILE_NAME, TrainArguments
 from full_stack_transformer.arguments.typed import command_started
-from full_stack_transformer.errors import MachineError
+from full_stack_transformer.errors import LostPeerError, MachineError
 from full_stack_transformer.machine import (
     check_free_memory,
     is_out_of_memory,
@@ -301,7 +301,7 @@ class _Training:
     def peer_is_lost(self, error: BaseException) -> MachineError:
         """The error where another process has ended, so that this one cannot go on."""
         first_line = str(error).partition("\n")[0]
-        return MachineError(
+        return LostPeerError(
             f"another process of this training has ended, or cannot be reached ({first_line}): what is saved "
             f"is intact; resume with: {self._experiment.resume_command()}"
         )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from full_stack_transformer.training import metric_names
 from tests.tasks.small_tasks import TINY_ENCODER
 from tests.training.data.test_rows import write_rows
 from tests.training.small_conversations import write_conversations
-from tests.training.together import torchrun, train_together
+from tests.training.together import (
+    assert_same_bits,
+    quiet_environment,
+    torchrun,
+    train_command,
+    train_together,
+)
 from tests.training.training_here import (
     GPT2_WITH_DROPOUT,
     TrainingHere,
@@ -206,6 +213,33 @@ def test_a_mistake_is_told_once(dataset_dir: Path, tmp_path: Path) -> None:
     assert "--model_config must be one of" in told[0]
     assert done.returncode == 1
     assert not (tmp_path / "experiment").exists()
+
+
+def test_workers_of_ray_learn_what_processes_of_torchrun_learn(
+    together: Together, tmp_path: Path
+) -> None:
+    name = "documents, ddp"
+    command = train_command(together.options(name, "on_ray", 2), "--ray_address", "local")
+    done = subprocess.run(
+        [*command, "--ray_workers", "2"],
+        env=quiet_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = together.root / "on_ray" / "0"
+    assert done.stdout == f"{found}\n"
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    assert "serve it: fst serve" in done.stderr
+    assert_same_bits(together.directory(name), found)
+    for curve in _CURVES:
+        assert curve_of(found, curve) == curve_of(together.directory(name), curve)
+    assert "ray_" not in (found / "arguments.json").read_text().replace("on_ray", "")
+    assert [path.name for path in together.root.glob(".*")] == [], "nothing of Ray is left"
+    assert not (tmp_path / "ray_results").exists()
 
 
 @pytest.mark.slow

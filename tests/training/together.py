@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from full_stack_transformer import machine
 from full_stack_transformer.command_line import run
 from full_stack_transformer.processes import launch
+from tests.training.training_here import checkpoint_of
 
 # Rank of a process that ends as by kill -9, the first time, and the batch or save in which it does.
 _KILL = "TOGETHER_KILL"
@@ -49,6 +52,26 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
     for name, value in options.items():
         words += [f"--{name}={value}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return words
+
+
+def train_command(options: Mapping[str, Any], *more: str) -> list[str]:
+    """`fst train` with these options."""
+    command = [sys.executable, "-m", "full_stack_transformer", "train"]
+    return [*command, *words_of(options), *more]
+
+
+def quiet_environment(home: Path) -> dict[str, str]:
+    """Of a command that uses one thread, no network and another home."""
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(home)}
+    return {**os.environ, **own}
+
+
+def assert_same_bits(expected: Path, found: Path) -> None:
+    """The last checkpoints of two experiments have the same weights."""
+    states = [checkpoint_of(directory)["state_dict"] for directory in (expected, found)]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
 
 
 def train_together(
