@@ -128,6 +128,11 @@ class ObjectStore:
         scheme, _, path = url.partition("://")
         options: dict[str, Any] = {"use_listings_cache": False}
         if PACKAGES[scheme] == "s3fs":
+            for name in (
+                "botocore",
+                "aiobotocore",
+            ):  # they log credentials, or where they found some
+                logging.getLogger(name).setLevel(logging.WARNING)
             options["config_kwargs"] = {
                 "connect_timeout": _CONNECT_SECONDS,
                 "read_timeout": _READ_SECONDS,
@@ -289,7 +294,7 @@ class ObjectStore:
         piece: bytes = self._files.cat_file(self._place(name), start=start, end=end)
         if len(piece) != end - start:
             if self.size(name) < end:
-                raise FileNotFoundError(name)
+                raise InputError(f"{self.where(name)} is shorter than described; write it again")
             raise OSError("the answer is too short")
         return piece
 
@@ -299,10 +304,10 @@ class ObjectStore:
             try:
                 return request()
             except Exception as error:
+                if isinstance(error, InputError):
+                    raise
                 if isinstance(error, FileNotFoundError):
-                    raise InputError(
-                        f"{self.where(name)} does not exist, or is shorter than described"
-                    ) from None
+                    raise InputError(f"{self.where(name)} does not exist") from None
                 is_last = attempt == _NUM_ATTEMPTS - 1 or isinstance(error, _FINAL_ERRORS)
                 if is_last or type(error).__name__ in _FINAL_NAMES:
                     raise MachineError(self._refused(what, name, error, attempt + 1)) from None

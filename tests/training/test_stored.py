@@ -44,7 +44,11 @@ def on_disk(documents_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize(
-    "batching", ["length", "packed", pytest.param("concatenated", marks=pytest.mark.slow)]
+    "batching",
+    [
+        "packed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("length", "concatenated")),
+    ],
 )
 def test_weights_equal_those_from_a_disk(
     batching: str, on_disk: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
