@@ -123,7 +123,8 @@ def running_service(model: Path, *options: str) -> Iterator[tuple[str, LoggedPro
         command = [taskset, "--cpu-list", str(core), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     device = () if "--device" in options else ("--device", "cpu")
-    process = LoggedProcess([*command, "--port", "0", *device, *options], "serving ", environment)
+    port = () if "--port" in options else ("--port", "0")
+    process = LoggedProcess([*command, *port, *device, *options], "serving ", environment)
     try:
         address = re.search(r"http://[0-9.]+:[0-9]+", process.start())
         assert address is not None

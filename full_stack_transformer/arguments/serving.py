@@ -55,7 +55,8 @@ class AccessOptions:
 
     api_keys_file: Path | None = None
     """File with one key per line, or sha256: and its digest. The environment variable FST_API_KEYS adds
-    keys, separated by commas. With keys, everything except /health and the page at / requires one."""
+    keys, separated by commas. With keys, everything except /health, /ready and the page at / requires
+    one."""
     admin_keys_file: Path | None = None
     """The same of keys that may also load and unload adapters, with the environment variable FST_ADMIN_KEYS.
     Without any nobody may."""

@@ -174,7 +174,7 @@ def make_app(
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_surprise)
-    _add_operating_routes(app, models, registry, options.is_leaving)
+    _add_operating_routes(app, models, registry, options)
     task_router = make_task_router(models)
     routers = [make_native_router(models), task_router, _make_openai_router(models, adapters)]
     for router in (*routers, _make_playground_router()):
@@ -289,7 +289,7 @@ def _add_operating_routes(
     app: FastAPI,
     models: ServedModels,
     registry: CollectorRegistry,
-    is_leaving: Callable[[], bool],
+    options: AppOptions,
 ) -> None:
     worker: EngineWorker = app.state.worker
     task_worker: TaskWorker = app.state.task_worker
@@ -300,13 +300,18 @@ def _add_operating_routes(
         """Whether the service answers; needs no key."""
         return Health()
 
-    @app.get("/ready", tags=["operations"])
-    async def ready(response: Response) -> Readiness:
-        """Whether new requests are taken, and how many there are; 503 while the service stops."""
-        is_stopping = worker.is_stopping or is_leaving()
+    @app.get("/ready", tags=["operations"], response_model_exclude_none=True)
+    async def ready(request: Request, response: Response) -> Readiness:
+        """Whether new requests should be sent here; 503 while the service stops. How many texts there are
+        is for who has a key; the status needs none.
+        """
+        is_stopping = worker.is_stopping or options.is_leaving()
         response.status_code = 503 if is_stopping else 200
+        status: Literal["ready", "stopping"] = "stopping" if is_stopping else "ready"
+        if not options.keys.is_open and request.state.facts.key is None:
+            return Readiness(status=status)
         return Readiness(
-            status="stopping" if is_stopping else "ready",
+            status=status,
             num_running=worker.num_running + task_worker.num_running,
             num_waiting=worker.num_waiting + task_worker.num_waiting,
         )

@@ -541,8 +541,8 @@ class Readiness(BaseModel):
     """Answer of `GET /ready`."""
 
     status: Literal["ready", "stopping"]
-    num_running: int
-    num_waiting: int
+    num_running: int | None = Field(default=None, description="Left out without a key.")
+    num_waiting: int | None = Field(default=None, description="Left out without a key.")
 
 
 class ServedModelFacts(BaseModel):

@@ -29,7 +29,8 @@ from full_stack_transformer.serving.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset(("/health",))
+# What probes and balancers ask, who have no key.
+OPEN_PATHS = frozenset(("/health", "/ready"))
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PREFLIGHT_SECONDS = b"600"
 _HOST = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]{2,45})\]|(?P<name>[a-z0-9._-]{1,253}))(?::[0-9]{0,5})?")
@@ -157,7 +158,7 @@ class Guard:
         admin_keys: keys that open it too, and routes for who runs the service besides.
         hosts: names of the service.
         allowed_origins: sites whose pages may ask from a browser; "*" for all.
-        open_paths: paths that need no key, in addition to /health.
+        open_paths: paths that need no key, in addition to /health and /ready.
         metrics: counts requests and answers.
         at_end: told of the tickets of each request at its end; returns what the log says of them.
         early_answer: an answer to a POST to a path while nothing can be taken there; what it costs decides

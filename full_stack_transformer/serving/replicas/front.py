@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from full_stack_transformer.arguments.serving import ServeArguments
 from full_stack_transformer.errors import FullStackTransformerError
 from full_stack_transformer.machine import listen
-from full_stack_transformer.serving.http.guard import AllowedHosts, Guard, HttpMetrics
+from full_stack_transformer.serving.http.guard import AllowedHosts, Guard, HttpMetrics, RequestFacts
 from full_stack_transformer.serving.http.server import Server
 from full_stack_transformer.serving.logs import log_json_lines
 from full_stack_transformer.serving.replicas.forwarding import Forwarding
@@ -147,20 +147,19 @@ class _FrontApp:
             case "/health" | "/health_check":
                 return JSONResponse(Health().model_dump())
             case "/ready":
-                return await self._ready()
+                return await self._ready(scope["state"]["facts"])
             case "/metrics":
                 return await self._metrics()
             case _:
                 return None
 
-    async def _ready(self) -> Response:
+    async def _ready(self, facts: RequestFacts) -> Response:
         states = [] if self._leaving.is_set() else await self._ask_all("state")
-        readiness = Readiness(
-            status="ready" if states else "stopping",
-            num_running=sum(state.num_running for state in states),
-            num_waiting=sum(state.num_waiting for state in states),
-        )
-        return JSONResponse(readiness.model_dump(), 200 if states else 503)
+        readiness = Readiness(status="ready" if states else "stopping")
+        if self._options.num_keys[0] == 0 or facts.key is not None:
+            readiness.num_running = sum(state.num_running for state in states)
+            readiness.num_waiting = sum(state.num_waiting for state in states)
+        return JSONResponse(readiness.model_dump(exclude_none=True), 200 if states else 503)
 
     async def _metrics(self) -> Response:
         """Of this front and of the replicas of its node, so that scraping every front counts each once."""
