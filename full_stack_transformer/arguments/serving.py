@@ -100,6 +100,9 @@ class ReplicaOptions:
     The model must have the same path on every node. Default: serve in this process."""
     replicas: str = "1"
     """Number of replicas, each with models of its own; MIN:MAX for as many as the load needs."""
+    routing: Literal["beginning", "queue"] = "beginning"
+    """Which replica gets a request. beginning: the one that has read how its text begins, unless its queue is
+    longer than the shortest by half of --max_batch_size. queue: the one with the shortest queue."""
     cpus_per_replica: int = 1
     """CPU cores that a replica reserves and computes with."""
     gpus_per_replica: float | None = None

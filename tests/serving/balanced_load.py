@@ -30,6 +30,8 @@ class Load:
     """What clients have seen so far."""
 
     outcomes: list[Outcome] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """When each piece arrived."""
     has_ended: bool = False
 
     @property
@@ -38,8 +40,8 @@ class Load:
         return [one for one in self.outcomes if not one.is_whole]
 
     def pieces_between(self, begin: float, end: float) -> int:
-        """Tokens, about, of requests that ended then."""
-        return sum(one.num_pieces for one in self.outcomes if begin <= one.ended < end)
+        """Pieces that arrived then, most of one token."""
+        return sum(begin <= one < end for one in self.times)
 
 
 @asynccontextmanager
@@ -58,7 +60,7 @@ async def under_load(
         while not load.has_ended:
             number += num_clients
             body = {"model": "tiny-model", "prompt": prompts[number % len(prompts)]}
-            load.outcomes.append(await _ask(http, body | {"max_tokens": length}))
+            load.outcomes.append(await _ask(http, body | {"max_tokens": length}, load))
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, limits=limits) as http:
@@ -70,7 +72,7 @@ async def under_load(
             await asyncio.gather(*clients)
 
 
-async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
+async def _ask(http: httpx.AsyncClient, body: dict[str, Any], load: Load) -> Outcome:
     outcome = Outcome(time.monotonic())
     try:
         async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
@@ -80,7 +82,9 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
                     outcome.is_whole = True
                 elif line.startswith("data: "):
                     event = json.loads(line[6:])
-                    outcome.num_pieces += "choices" in event
+                    if "choices" in event:
+                        outcome.num_pieces += 1
+                        load.times.append(time.monotonic())
                     outcome.error = event.get("error", {}).get("message", "")
                 elif line:
                     outcome.error = line

@@ -10,6 +10,7 @@ import logging
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,7 +133,7 @@ def _deployed(
     arguments: ServeArguments, cluster: Cluster, name: str, num_keys: tuple[int, int]
 ) -> Iterator[str]:
     """The name of an application of Ray Serve whose replicas are ready; deleted at the end."""
-    serve.start(proxy_location="Disabled")
+    _start_ray_serve()
     if name in serve.status().applications:  # of a command that was killed
         serve.delete(name)
     deployment = serve.deployment(Replica).options(**_options(arguments, cluster))
@@ -145,9 +146,17 @@ def _deployed(
             raise
         raise ModelError(f"a replica cannot start: {found[-1]}") from None
     finally:
+        # Ray Serve itself goes on: another service may just be starting on it.
         serve.delete(name)
-        if not serve.status().applications:
-            serve.shutdown()
+
+
+def _start_ray_serve() -> None:
+    """Once for a cluster, without its proxies."""
+    try:
+        serve.start(proxy_location="Disabled")
+    except ray.exceptions.ActorAlreadyExistsError:  # another command has just done it
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        serve.start(proxy_location="Disabled")
 
 
 def _options(arguments: ServeArguments, cluster: Cluster) -> dict[str, Any]:
@@ -186,7 +195,9 @@ def _options(arguments: ServeArguments, cluster: Cluster) -> dict[str, Any]:
             request_router_class=BeginningRouter,
             request_router_kwargs={
                 "margin": max(1, int(_MARGIN_PART * slots)),
-                "by_beginning": arguments.prefix_cache != "off",
+                # Without caches of beginnings all are unknown.
+                "by_beginning": arguments.routing == "beginning"
+                and arguments.prefix_cache != "off",
             },
         ),
     }

@@ -12,7 +12,7 @@ from full_stack_transformer.serving.http.keys import read_api_keys
 from tests.conftest import RunFst
 from tests.serving.conftest import KeyedService
 
-OPEN = {("GET", "/health")}
+OPEN = {("GET", "/health"), ("GET", "/ready")}
 
 
 def test_every_route_but_the_open_ones_wants_a_key(
