@@ -196,6 +196,9 @@ def test_every_option_that_a_page_names_exists(name: str) -> None:
     known |= {"--no_header", "--gpus", "--peer_python", "--schedules", "--stand_by"}
     # Of docker, up to the first hyphen.
     known |= {"--build", "--format", "--userns", "--stop", "--memory"}
+    # Of vLLM, the same.
+    known |= {"--tensor", "--pipeline", "--served", "--max", "--gpu", "--dtype", "--api"}
+    known |= {"--enable", "--generation", "--chat"}
     text = re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`]+)`", text):
         options = set(re.findall(r"--[a-z]\w+", code))
