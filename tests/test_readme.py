@@ -198,7 +198,7 @@ def test_every_option_that_a_page_names_exists(name: str) -> None:
     known |= {"--build", "--format", "--userns", "--stop", "--memory"}
     # Of vLLM, the same.
     known |= {"--tensor", "--pipeline", "--served", "--max", "--gpu", "--dtype", "--api"}
-    known |= {"--enable", "--generation", "--chat"}
+    known |= {"--enable", "--generation", "--chat", "--lora"}
     text = re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`]+)`", text):
         options = set(re.findall(r"--[a-z]\w+", code))
