@@ -199,6 +199,13 @@ def _empty(facts: TensorStorageMetadata, like: Tensor | None) -> Tensor:
     return torch.empty(facts.size, dtype=dtype)
 
 
+def missing_parts(directory: Path) -> list[str]:
+    """The files that the index names and that are not there: other processes wrote to other disks."""
+    storage = _Reader(directory).read_metadata().storage_data
+    names = {place.relative_path for place in storage.values()}
+    return sorted(name for name in names if not (directory / name).is_file())
+
+
 def check_parts(directory: Path) -> None:
     """Read every byte, and compare it with its checksum.
 

@@ -16,7 +16,12 @@ from typing import Any
 import torch.distributed as dist
 
 from full_stack_transformer.errors import MachineError
-from full_stack_transformer.modelling.checkpoint_parts import Parts, split, write_parts
+from full_stack_transformer.modelling.checkpoint_parts import (
+    Parts,
+    missing_parts,
+    split,
+    write_parts,
+)
 from full_stack_transformer.training.checkpoints import partial_of, publish, writing_failed
 
 
@@ -66,8 +71,19 @@ class BackgroundWriter:
         try:
             write_parts(parts, partial, self._group)
             if is_main:
+                _check_complete(partial, target)
                 publish(partial, target)
         except Exception as error:  # whatever it is, the training must hear of it
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             self._failure = writing_failed(target, error)
+
+
+def _check_complete(partial: Path, target: Path) -> None:
+    """Raise OSError if parts of a checkpoint are not here."""
+    missing = missing_parts(partial)
+    if missing:
+        raise OSError(
+            f"{len(missing)} parts of {target.name} are not on this machine ({missing[0]}): "
+            "--experiments_root must be on a disk that all machines share, or pass --checkpoints single"
+        )

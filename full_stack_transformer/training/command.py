@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from full_stack_transformer.arguments.training import TrainArguments
+from full_stack_transformer.errors import UsageError
 from full_stack_transformer.processes import launch
 
 
@@ -13,7 +14,12 @@ def main(arguments: TrainArguments) -> Path | int:
         FullStackTransformerError: as `training.run.main`, and where there is no cluster.
     """
     # Imported here: torch takes seconds, and a command that only starts others needs none.
-    if arguments.ray_address is not None and launch() is None:
+    group = launch()
+    if arguments.ray_address is not None and group is not None and group.ray_address is None:
+        raise UsageError(
+            "--ray_address starts the processes by itself; start the command without torchrun and srun"
+        )
+    if arguments.ray_address is not None and group is None:
         from full_stack_transformer.ray_cluster import imported_ray
 
         imported_ray()

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from full_stack_transformer.training.ray_relay import Relay
 logger = logging.getLogger(__name__)
 
 # Of this command, for the processes on the other nodes.
+_NOT_PASSED_ON = ("FST_API_KEYS", "FST_ADMIN_KEYS", "FST_TOLD_")
 _PASSED_ON = ("FST_", "HF_", "AWS_", "NCCL_", "GLOO_", "TORCH_")
 _PATHS = ("dataset_dir", "train_file", "validation_file", "test_file", "model_path", "resume")
 _SECONDS_TO_JOIN = 0.2
@@ -66,7 +67,8 @@ class _Work:
     """A file below --experiments_root."""
     paths: dict[str, str]
     """Options, and what they name on this machine."""
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
+    """Credentials of stores among it: Ray Train can be told to keep the text of what workers are told."""
 
 
 def train_on_ray(arguments: TrainArguments) -> int:
@@ -98,7 +100,9 @@ def train_on_ray(arguments: TrainArguments) -> int:
             marker=str(marker.absolute()),
             paths=_paths_here(arguments),
             environment={
-                name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith(_PASSED_ON) and not name.startswith(_NOT_PASSED_ON)
             },
         )
         trainer = DataParallelTrainer(
@@ -202,13 +206,17 @@ class _Run:
             while fitting.is_alive():
                 fitting.join(_SECONDS_TO_JOIN)
                 for number in received[num_sent:]:
-                    if not ray.get(self._relay.order.remote(number)):
-                        raise KeyboardInterrupt  # nothing has begun
+                    if not ray.get(self._relay.order.remote(number)):  # nothing has begun
+                        if number == signal.SIGTERM:
+                            return 128 + number
+                        raise KeyboardInterrupt
                 num_sent = len(received)
         code: int | None = ray.get(self._relay.close.remote())
         showing.join()
         if self._error is not None and not received:
             raise self._failure(self._error) from self._error
+        if self._error is not None and code is None:
+            return 128 + received[0]
         return code or 0
 
     def _fit(self) -> None:

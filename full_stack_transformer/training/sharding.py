@@ -203,6 +203,6 @@ def _part(value: Any, like: Any) -> Any:
 
 def strategy_of(name: str, *, is_alone: bool) -> str | Strategy:
     """What Lightning takes for --strategy; a process that is alone has nobody to share with."""
-    if name not in STRATEGY_NAMES:
-        return name
-    return "auto" if is_alone else ShardedStrategy()
+    if is_alone and name in ("ddp", *STRATEGY_NAMES):
+        return "auto"
+    return ShardedStrategy() if name in STRATEGY_NAMES else name

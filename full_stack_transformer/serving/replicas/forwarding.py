@@ -115,8 +115,13 @@ class Forwarding:
         for number in range(1, _MAX_TRIES + 1):
             try:
                 await self._try(request, answer, send)
-            except (ray.exceptions.RayTaskError, asyncio.CancelledError):
+            except asyncio.CancelledError:
                 raise
+            except (
+                ray.exceptions.RayTaskError
+            ) as error:  # a bug of ours; asking again would not help
+                logger.error("a replica failed on a request: %s", error)
+                raise ServiceUnavailableError("the service failed on this request") from None
             except serve_exceptions.BackPressureError:
                 raise ServiceUnavailableError(
                     "every replica is busy and the queue before them is full; try again later"

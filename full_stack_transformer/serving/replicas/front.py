@@ -154,7 +154,10 @@ class _FrontApp:
                 return None
 
     async def _ready(self, facts: RequestFacts) -> Response:
-        states = [] if self._leaving.is_set() else await self._ask_all("state")
+        try:
+            states = [] if self._leaving.is_set() else await self._ask_all("state")
+        except TimeoutError:  # one of them hangs, until Ray Serve replaces it; others may answer
+            return JSONResponse(Readiness(status="ready").model_dump(exclude_none=True))
         readiness = Readiness(status="ready" if states else "stopping")
         if self._options.num_keys[0] == 0 or facts.key is not None:
             readiness.num_running = sum(state.num_running for state in states)
@@ -164,17 +167,26 @@ class _FrontApp:
     async def _metrics(self) -> Response:
         """Of this front and of the replicas of its node, so that scraping every front counts each once."""
         _, node = whereabouts()
-        found: list[tuple[ReplicaState, bytes]] = await self._ask_all("metrics")
+        found: list[tuple[ReplicaState, bytes]] = []
+        with contextlib.suppress(TimeoutError):
+            found = await self._ask_all("metrics")
         texts = [(state.name, text) for state, text in found if state.node == node]
         text = generate_latest(self._registry) + merged(texts)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def _ask_all(self, method: str) -> list[Any]:
-        """What the replicas answer that do; a dead one among them is left out."""
+        """What the replicas answer that do; a dead one among them is left out.
+
+        Raises:
+            TimeoutError: one of them does not answer in time; Ray Serve then tells nothing of the others.
+        """
         try:
             answers = await self._handle.broadcast(method).results_async(
                 timeout_s=_SECONDS_FOR_STATES, return_exceptions=True
             )
+        except TimeoutError:
+            logger.warning("a replica does not say %s in time", method)
+            raise
         except Exception as error:  # Ray has one for each way in which there is no replica
             logger.warning("no replica says %s: %s", method, type(error).__name__)
             return []

@@ -4,6 +4,7 @@ ForwardedRequest ──> scope, receive ──> application ──send──> ba
 """
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -32,6 +33,8 @@ class Replica:
 
     def __init__(self, arguments: ServeArguments, num_keys: tuple[int, int]) -> None:
         keys = read_same_keys(arguments, num_keys)
+        # The front has looked at the host already, by the names of its own node.
+        arguments = dataclasses.replace(arguments, allowed_hosts=("*",))
         self._service = open_service(arguments, find_sources(arguments), keys)
         self._lifespan: asyncio.Task[None] | None = None
 

@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 _DEPLOYMENT = "Replica"
 _SECONDS_BETWEEN_LOOKS = 5.0
 _HEALTH_SECONDS = 2.0
+# A replica that does not answer three times in a row is replaced; Ray Serve would give each 30 s.
+_HEALTH_TIMEOUT_SECONDS = 10.0
+_SECONDS_OF_PATIENCE = 20.0
+_SECONDS_FOR_FRONT = 30.0
 _MAX_STARTS = 3
 # More load than this part of the slots calls for another replica: then texts begin to wait soon.
 _TARGET_PART = 0.75
@@ -55,49 +59,63 @@ def serve_replicas(arguments: ServeArguments, keys: Keys) -> int:
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     port = free_port(arguments.host, arguments.port)
-    num_keys = (keys.clients.num_keys, keys.admins.num_keys)
-    with connected(arguments.ray_address) as cluster, _told_to_end() as end:
-        _check_resources(arguments, cluster)
-        with _deployed(arguments, cluster, f"fst-{port}", num_keys) as application:
-            options = FrontOptions(
-                arguments=arguments,
-                application=application,
-                deployment=_DEPLOYMENT,
-                port=port,
-                num_keys=num_keys,
-                open_paths=tuple(playground_files()),
-            )
-            fronts = _Fronts(options)
-            try:
-                fronts.follow_nodes()
-                _announce(arguments, port, len(fronts), keys)
-                while not end.wait(_SECONDS_BETWEEN_LOOKS):
-                    fronts.follow_nodes()
-            finally:
-                fronts.stop()
+    end = _End()
+    try:
+        with connected(arguments.ray_address) as cluster, _told_to_end(end):
+            _serve(arguments, cluster, keys, port, end)
+    except KeyboardInterrupt:  # before there was anything to finish
+        if end.number != signal.SIGTERM:
+            raise
     if end.number == signal.SIGINT:
         raise KeyboardInterrupt
     return 0
 
 
+def _serve(arguments: ServeArguments, cluster: Cluster, keys: Keys, port: int, end: "_End") -> None:
+    """Serve until the end is told."""
+    num_keys = (keys.clients.num_keys, keys.admins.num_keys)
+    _check_resources(arguments, cluster)
+    with _deployed(arguments, cluster, f"fst-{port}", num_keys) as application:
+        end.is_awaited = True
+        options = FrontOptions(
+            arguments=arguments,
+            application=application,
+            deployment=_DEPLOYMENT,
+            port=port,
+            num_keys=num_keys,
+            open_paths=tuple(playground_files()),
+        )
+        fronts = _Fronts(options)
+        try:
+            fronts.follow_nodes()
+            _announce(arguments, port, len(fronts), keys)
+            while not end.wait(_SECONDS_BETWEEN_LOOKS):
+                fronts.follow_nodes()
+        finally:
+            fronts.stop()
+
+
 class _End(threading.Event):
     number = 0
+    """Of the signal."""
+    is_awaited = False
+    """Whether somebody looks at it; until then a signal interrupts, as models load for minutes."""
 
 
 @contextlib.contextmanager
-def _told_to_end() -> Iterator[_End]:
+def _told_to_end(end: _End) -> Iterator[None]:
     """Set by the first SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
-    end = _End()
 
     def tell(number: int, frame: object) -> None:
-        if end.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        is_second = end.is_set() and number == signal.SIGINT
         end.number = end.number or number
         end.set()
+        if is_second or not end.is_awaited:
+            raise KeyboardInterrupt
 
     before = {one: signal.signal(one, tell) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield end
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -138,7 +156,8 @@ def _deployed(
         serve.delete(name)
     deployment = serve.deployment(Replica).options(**_options(arguments, cluster))
     try:
-        serve.run(deployment.bind(arguments, num_keys), name=name, route_prefix=None)
+        with _patience_asked():
+            serve.run(deployment.bind(arguments, num_keys), name=name, route_prefix=None)
         yield name
     except RuntimeError as error:
         found = _OWN_ERROR.findall(str(error))
@@ -148,6 +167,26 @@ def _deployed(
     finally:
         # Ray Serve itself goes on: another service may just be starting on it.
         serve.delete(name)
+
+
+@contextlib.contextmanager
+def _patience_asked() -> Iterator[None]:
+    """Say what is free in the cluster where replicas are long in coming; Ray waits without a word."""
+
+    def tell() -> None:
+        free = ray.available_resources()
+        logger.info(
+            "still waiting for the replicas; the cluster has %g CPUs and %g GPUs free",
+            *(free.get(name, 0) for name in ("CPU", "GPU")),
+        )
+
+    timer = threading.Timer(_SECONDS_OF_PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _start_ray_serve() -> None:
@@ -189,6 +228,7 @@ def _options(arguments: ServeArguments, cluster: Cluster) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": arguments.shutdown_seconds,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": _HEALTH_SECONDS,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_SECONDS,
         "max_constructor_retry_count": _MAX_STARTS,
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
         "request_router_config": RequestRouterConfig(
@@ -209,29 +249,37 @@ class _Fronts:
     def __init__(self, options: FrontOptions) -> None:
         self._options = options
         self._fronts: dict[str, Any] = {}
+        self._problems: dict[str, str] = {}
+        self._has_begun = False
 
     def __len__(self) -> int:
         return len(self._fronts)
 
     def follow_nodes(self) -> None:
-        """Start what is missing.
+        """Start what is missing, and what has ended.
 
         Raises:
-            MachineError: no front can serve.
+            MachineError: no front can serve, at the first look.
         """
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for gone in self._fronts.keys() - alive:
             del self._fronts[gone]
-        new = {node: self._start(node) for node in alive - self._fronts.keys()}
-        for node, front in new.items():
-            problem = ray.get(front.problem.remote())
+        known = dict(self._fronts)
+        new = {node: self._start(node) for node in alive - known.keys()}
+        for node, front in (known | new).items():
+            problem = _problem_of(front, is_new=node in new)
             if problem is None:
                 self._fronts[node] = front
+                self._problems.pop(node, None)
                 continue
             ray.kill(front)
-            if not self._fronts:
-                raise MachineError(problem)
-            logger.warning("no front on the new node %s: %s", node, problem)
+            self._fronts.pop(node, None)
+            if self._problems.get(node) != problem:
+                logger.warning("no front on node %s: %s", node, problem)
+            self._problems[node] = problem
+        if not self._fronts and not self._has_begun:
+            raise MachineError(next(iter(self._problems.values()), "the cluster has no node"))
+        self._has_begun = True
 
     def stop(self) -> None:
         """Let all finish at once, then end them."""
@@ -255,6 +303,15 @@ class _Fronts:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
         return actor.remote(self._options)
+
+
+def _problem_of(front: Any, *, is_new: bool) -> str | None:
+    """Why a front does not serve; one that Ray is just restarting is left to Ray."""
+    try:
+        problem: str | None = ray.get(front.problem.remote(), timeout=_SECONDS_FOR_FRONT)
+    except ray.exceptions.RayError as error:
+        return f"it does not start ({type(error).__name__})" if is_new else None
+    return problem
 
 
 def _announce(arguments: ServeArguments, port: int, num_fronts: int, keys: Keys) -> None:
