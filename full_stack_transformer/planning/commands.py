@@ -108,12 +108,9 @@ def planned(job: Job) -> list[str]:
             "preparation on several machines is written and was tried on two nodes of one machine: "
             "fst prepare_dataset --ray_address auto"
         )
-    if machines.num_devices > 1 and job.strategy == "fsdp":
-        found.append(
-            "planned: checkpoints in shards that do not stop the step; today one file is written"
-        )
     if machines.gpu is not None and 2 * job.shape.num_parameters > machines.gpu.memory_bytes:
         found.append(
-            "planned: serving a model that is larger than one device; today it does not fit into fst serve"
+            "a model that is larger than one device does not fit into fst serve; vLLM opens the same "
+            "directory: docs/scaling.md"
         )
     return found

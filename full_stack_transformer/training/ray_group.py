@@ -51,6 +51,7 @@ _SECONDS_TO_JOIN = 0.2
 # Of a process that SIGTERM does not end, since another one has failed.
 _SECONDS_TO_END = 30.0
 _PR_SET_PDEATHSIG = 1
+_DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +212,13 @@ class _Run:
                             return 128 + number
                         raise KeyboardInterrupt
                 num_sent = len(received)
-        code: int | None = ray.get(self._relay.close.remote())
+        code: int = ray.get(self._relay.close.remote())
         showing.join()
         if self._error is not None and not received:
             raise self._failure(self._error) from self._error
-        if self._error is not None and code is None:
+        if self._error is not None and code == 0:
             return 128 + received[0]
-        return code or 0
+        return code
 
     def _fit(self) -> None:
         try:
@@ -230,9 +231,8 @@ class _Run:
         try:
             while (pieces := ray.get(self._relay.read.remote())) is not None:
                 for stream, text in pieces:
-                    target = sys.stdout if stream == "stdout" else sys.stderr
-                    target.flush()
-                    os.write(target.fileno(), text)
+                    # `connected` has directed sys.stdout elsewhere, for what Ray prints.
+                    os.write(_DESCRIPTORS[stream], text)
         except RayError:  # the cluster is gone, and the other thread says so
             pass
 

@@ -215,6 +215,7 @@ def test_a_mistake_is_told_once(dataset_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "experiment").exists()
 
 
+@pytest.mark.slow
 def test_workers_of_ray_learn_what_processes_of_torchrun_learn(
     together: Together, tmp_path: Path
 ) -> None:

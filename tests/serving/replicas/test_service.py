@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("replicas")
     model = make_tiny_model(root, max_length=2048)
     # Unix sockets have short names.
-    ray_directory = tmp_path_factory.mktemp("r")
+    ray_directory = Path(tempfile.mkdtemp(prefix="fst-ray-", dir="/tmp"))
     command = (
         *(sys.executable, "-m", "full_stack_transformer", "serve", str(model), "--device", "cpu"),
         *("--ray_address", "local", "--replicas", "2", "--port", "0", "--shutdown_seconds", "2"),
@@ -67,6 +69,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(ray_directory, ignore_errors=True)
 
 
 def _run(work: Callable[[ServiceClient, httpx.AsyncClient], Awaitable[None]], url: str) -> None:
