@@ -10,6 +10,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,20 @@ from numpy.typing import NDArray
 
 from full_stack_transformer.arguments.data import DataCacheOptions
 from full_stack_transformer.errors import DatasetError, FullStackTransformerError, InputError
-from full_stack_transformer.object_cache import CacheFullError, ObjectCache, default_directory
+from full_stack_transformer.object_cache import (
+    CacheFullError,
+    LocalCopy,
+    ObjectCache,
+    default_directory,
+)
 from full_stack_transformer.object_storage import ObjectPath, ObjectStore, open_store
 from full_stack_transformer.storage import DESCRIPTION_FILE_NAME, make_directories
 
 logger = logging.getLogger(__name__)
+
+# Another process of the training gives room within a batch of this one.
+_SECONDS_FOR_ROOM = 10.0
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 TOKENIZER_DIRECTORY_NAME = "tokenizer"
 # In object storage it says which writer has this version.
@@ -105,11 +115,22 @@ class StoredFiles(DatasetFiles):
         try:
             copy = self._cache.fetch(self._store, name, **facts)
         except CacheFullError:
-            self._when_full()
-            copy = self._cache.fetch(self._store, name, **facts)
+            copy = self._fetch_in_time(name, facts)
         except InputError as error:
             raise DatasetError(str(error)) from error
         return OpenedArray(open_array(copy.path, length, dtypes), copy.close)
+
+    def _fetch_in_time(self, name: str, facts: dict[str, Any]) -> LocalCopy:
+        """The copy as soon as there is room: another process may be just behind this one."""
+        self._when_full()
+        end = time.monotonic() + _SECONDS_FOR_ROOM
+        while True:
+            try:
+                return self._cache.fetch(self._store, name, **facts)
+            except CacheFullError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def fetch_ahead(self, names: Sequence[str]) -> None:
         """A thread fetches them, one after the other, as far as there is room."""
@@ -129,7 +150,7 @@ class StoredFiles(DatasetFiles):
                 continue
             try:
                 self._cache.fetch(self._store, name, **self._facts_of(name)).close()
-            except FullStackTransformerError as error:  # whoever needs the file is told
+            except (FullStackTransformerError, OSError) as error:  # whoever needs the file is told
                 logger.debug("not fetched ahead: %s", error)
 
     def _facts_of(self, name: str) -> dict[str, Any]:

@@ -89,7 +89,10 @@ class Sending:
         """Histogram of the lengths of their samples."""
         path = directory / _SENT_FILE_NAME
         content = path.read_text(encoding="utf-8") if path.exists() else ""
-        for line in content[: content.rfind("\n") + 1].splitlines():
+        whole = content[: content.rfind("\n") + 1]
+        if len(whole) < len(content):  # the last line was cut off, as in a power cut
+            os.truncate(path, len(whole.encode()))
+        for line in whole.splitlines():
             self._take(json.loads(line))
 
     def send(self, progress: Progress) -> None:
@@ -194,7 +197,9 @@ def _stored_version(
         except MachineError as error:
             if arguments.conversations or arguments.preferences:
                 raise
-            raise MachineError(f"{error} with --resume, which goes on from {directory}") from error
+            raise MachineError(
+                f"{error} (the same command with --resume goes on from {directory})"
+            ) from error
         except Exception:
             _discard(directory, root)
             raise

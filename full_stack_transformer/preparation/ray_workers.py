@@ -17,7 +17,7 @@ import socket
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +245,10 @@ def _encoder_of_process(setup: bytes) -> BlockEncoder:
 def _opened_encoder(setup: _Setup) -> BlockEncoder:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a task has one CPU
     for name, expected in setup.versions.items():
-        found = version(name)
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "not installed"
         if found != expected:
             raise MachineError(
                 f"the node {socket.gethostname()} has {name} {found}, and the command runs with {expected}; "
