@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fst-cluster-") as place, ray_nodes() as nodes:
         root = Path(place)
         small = _written(root, "small", times)
-        large = _written(root, "large", times * (8 if given.short else 24))
+        large = _written(root, "large", times * (6 if given.short else 24))
         print(f"{large.stat().st_size / 1e6:,.1f} MB with {given.backend}", flush=True)
         _measured(root, small, "nodes", given.backend, nodes)  # the nodes import what they need
         for _ in range(1 if given.short else 3):
