@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION_FILE_NAME = "description.json"
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _PARTIAL_PREFIX = ".partial-"
+_PARTIAL_FILE = re.compile(r"\..+\.partial-[0-9]+")
 _HASH_BLOCK_BYTES = 1 << 20
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -165,12 +166,20 @@ def _adopted(parent: Path, adopt: Callable[[Path], bool] | None) -> tuple[Path, 
         if lock is None:  # its writer still runs
             continue
         if adopted is None and adopt is not None and adopt(directory):
+            _remove_partial_files(directory)
             adopted = (directory, lock)
             continue
         logger.info("removing %s, left by an interrupted run", directory)
         shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
     return adopted
+
+
+def _remove_partial_files(directory: Path) -> None:
+    """Remove what `write_text` of the process before, which was killed, had only begun."""
+    for path in files_below(directory):
+        if _PARTIAL_FILE.fullmatch(path.name):
+            path.unlink()
 
 
 def _lock(directory: Path) -> int | None:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +53,6 @@ logger = logging.getLogger(__name__)
 DIGESTS_FILE_NAME = "digests.bin"
 _DESTINATION_FILE_NAME = "destination.json"
 _SENT_FILE_NAME = "sent.jsonl"
-_PARTIAL_FILE = re.compile(r"\..+\.partial-[0-9]+")
 # Of the preparation, not of the dataset.
 _WORKING_FILE_NAMES = {
     *(JOURNAL_FILE_NAME, DIGESTS_FILE_NAME, SHARDS_FILE_NAME),
@@ -159,7 +157,6 @@ def open_version(
             yield version
         return
     with new_version(arguments.datasets_root, arguments.dataset_name, adopt=adopt) as disk:
-        _remove_partial_files(disk.directory)
         yield disk
         for path in files_below(disk.directory):
             if path.name in _WORKING_FILE_NAMES:
@@ -189,7 +186,6 @@ def _stored_version(
         return is_ours
 
     with partial_directory(staging, adopt=adopt_or_discard, keep=MachineError) as directory:
-        _remove_partial_files(directory)
         version = StoredVersion(directory, _claimed(directory, root))
         try:
             yield version
@@ -245,13 +241,6 @@ def _discard(directory: Path, root: ObjectStore) -> None:
             store.remove(name)
     except FullStackTransformerError as error:
         logger.warning("the incomplete %s stays; remove it: %s", store.url, error)
-
-
-def _remove_partial_files(directory: Path) -> None:
-    """Remove files that the process before, which was killed, had only begun to write."""
-    for path in files_below(directory):
-        if _PARTIAL_FILE.fullmatch(path.name):
-            path.unlink()
 
 
 def files_of_dataset(directory: Path) -> list[Path]:

@@ -32,7 +32,11 @@ URL = f"s3://{BUCKET}/datasets/tiny"
 @pytest.fixture(scope="module")
 def on_disk(documents_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset in about 20 shards."""
-    root = tmp_path_factory.mktemp("shards")
+    return prepare_in_shards(documents_dir, tmp_path_factory.mktemp("shards"))
+
+
+def prepare_in_shards(documents_dir: Path, root: Path) -> Path:
+    """A dataset in about 20 shards, below the root."""
     return prepare_dataset(
         PrepareDatasetArguments(
             documents_train_file=(write_documents(root / "train.txt", num_documents=500),),

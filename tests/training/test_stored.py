@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 
 from full_stack_transformer import object_storage
-from full_stack_transformer.arguments.data import PrepareDatasetArguments
-from full_stack_transformer.preparation.prepare import main as prepare_dataset
 from full_stack_transformer.storage import files_below
-from tests.conftest import write_documents
-from tests.datasets.test_stored import upload
+from tests.datasets.test_stored import prepare_in_shards, upload
 from tests.object_store import BUCKET, S3Server
 from tests.training.training_here import TrainingHere, curve_of
 
@@ -27,18 +24,7 @@ CACHE_BYTES = 40_000
 @pytest.fixture(scope="module")
 def on_disk(documents_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset in about 20 shards, larger than the cache."""
-    root = tmp_path_factory.mktemp("shards")
-    directory = prepare_dataset(
-        PrepareDatasetArguments(
-            documents_train_file=(write_documents(root / "train.txt", num_documents=500),),
-            documents_valid_file=(documents_dir / "valid.txt",),
-            datasets_root=root,
-            dataset_name="tiny",
-            vocab_size=300,
-            max_sample_length=64,
-            max_shard_bytes="4KiB",
-        )
-    )
+    directory = prepare_in_shards(documents_dir, tmp_path_factory.mktemp("shards"))
     assert sum(path.stat().st_size for path in files_below(directory / "train")) > 1.5 * CACHE_BYTES
     return directory
 
